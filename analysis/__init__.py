@@ -1,0 +1,1 @@
+"""What the losses mean: laws, fits, intervals, the match ratio. Reads tables of runs; imports no torch."""

@@ -1,0 +1,102 @@
+"""Parameters by part and training FLOPs per token, under conventions with names.
+
+Papers count differently, and the count moves the match ratio (Moonlight's 0.519 becomes 0.51 to 0.55), so a number of
+FLOPs never travels without the name of its convention. The formulas are held exactly to torch's FlopCounterMode on
+the meta device by tests/scaling/test_flops.py. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scaling.errors import Refusal, unknown_name
+from scaling.spec import ModelShape, Strict
+
+
+class ParamCount(Strict, frozen=True):
+    """Weights by part. What a paper calls N is `blocks`, `without_embedding` or `total`: it must say which."""
+
+    embedding: int
+    """Rows that are looked up and never multiplied."""
+    blocks: int
+    """Matrices of attention and feed-forward: Moonlight's N."""
+    head: int
+    """The output matrix as it multiplies; the embedding once more where the two are tied."""
+    norms: int
+    tied: bool
+
+    @property
+    def matmul(self) -> int:
+        """Weights that multiply a token: blocks and head."""
+        return self.blocks + self.head
+
+    @property
+    def without_embedding(self) -> int:
+        """Everything but the input embedding; a tied head counts as the embedding and stays out."""
+        return self.blocks + self.norms + (0 if self.tied else self.head)
+
+    @property
+    def total(self) -> int:
+        """Weights that are stored."""
+        return self.without_embedding + self.embedding
+
+
+def count_parameters(shape: ModelShape) -> ParamCount:
+    """Weights of a shape by part.
+
+    Source: blocks are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns Moonlight's five sizes
+    (339.7M, 545.9M, 822.1M, 1146.6M, 1586.0M) from the depths and widths of its Table 2.
+    """
+    vocabulary_matrix = shape.vocabulary * shape.width
+    return ParamCount(
+        embedding=vocabulary_matrix,
+        blocks=shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.ffn_width),
+        head=vocabulary_matrix,
+        norms=(2 * shape.layers + 1) * shape.width,
+        tied=shape.tied,
+    )
+
+
+def _six_nd(shape: ModelShape) -> int:
+    return 6 * count_parameters(shape).blocks
+
+
+def _matmul(shape: ModelShape) -> int:
+    return 6 * count_parameters(shape).matmul
+
+
+def _attention_full(shape: ModelShape) -> int:
+    return _matmul(shape) + 12 * shape.layers * shape.width * shape.context
+
+
+def _attention(shape: ModelShape) -> int:
+    return _matmul(shape) + 6 * shape.layers * shape.width * shape.context
+
+
+CONVENTIONS: dict[str, Callable[[ModelShape], int]] = {
+    # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B).
+    "6nd": _six_nd,
+    # Every weight that multiplies: the head counts, the look-up does not.
+    "matmul": _matmul,
+    # And scores and mixing of causal attention, half of the full square.
+    "attention": _attention,
+    # And the full square, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context.
+    "attention-full": _attention_full,
+}
+"""FLOPs of forward and backward per token in a full context, by the name of the convention."""
+
+
+def train_flops_per_token(shape: ModelShape, convention: str = "6nd") -> int:
+    """Forward and backward FLOPs of one token.
+
+    Raises:
+        Refusal: The convention has no row in `CONVENTIONS`.
+    """
+    if convention not in CONVENTIONS:
+        raise Refusal(unknown_name("FLOP convention", convention, CONVENTIONS))
+    return CONVENTIONS[convention](shape)
+
+
+def train_flops(shape: ModelShape, tokens: int, convention: str = "6nd") -> int:
+    """Training FLOPs of a run: `tokens` times `train_flops_per_token`."""
+    return tokens * train_flops_per_token(shape, convention)

@@ -1,0 +1,1 @@
+"""Models that a run can train, one family a file."""

@@ -1,0 +1,1 @@
+"""Optimizers that a run can train with, one row each in `recipes.OPTIMIZERS`."""
