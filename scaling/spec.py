@@ -143,8 +143,7 @@ class RunSpec(Strict, frozen=True):
 
     Raises:
         Refusal: The batch is not whole windows, the budget is less than one batch, or `budget.flops` is not what
-        shape and
-            tokens give.
+            shape and tokens give.
     """
 
     shape: ModelShape
