@@ -1,1 +1,1 @@
-"""Token shards, where their text comes from, and which tokens batch k holds."""
+"""Token shards: made from a source once, read by every run as a pure function of (seed, step). No torch here."""

@@ -1,0 +1,59 @@
+"""Source ``hf``: a Hugging Face data set, streamed, so that nothing but the shards is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scaling.data.documents import Document, Half
+from scaling.errors import Refusal
+
+
+def documents(
+    name: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    validation: str | None = None,
+    revision: str | None = None,
+    text_field: str = "text",
+) -> Iterator[Document]:
+    """The documents of the split `validation`, then those of `split`, in the order of the data set.
+
+    Raises:
+        Refusal: The extra is not installed, the data set or split cannot be opened, or there is no text field.
+    """
+    from scaling.data.sources import optional_package
+
+    optional_package("datasets", f'[data] source "hf" ({name})')
+    parts: list[tuple[str, Half | None]] = [(split, None)]
+    if validation is not None:
+        if validation == split:
+            raise Refusal(f'[data] validation "{validation}" is the split that is trained on. Name another split.')
+        parts = [(validation, "validation"), (split, "train")]
+    for part, half in parts:
+        for text in _texts(name, subset, part, revision, text_field):
+            yield Document(text, half, None)
+
+
+def _texts(name: str, subset: str | None, split: str, revision: str | None, text_field: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = iter(datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the library raises a dozen kinds, network ones among them
+        named = " ".join(str(part) for part in (name, subset) if part)
+        raise Refusal(
+            f'[data] hf data set {named}, split "{split}": cannot be opened ({type(error).__name__}: {error}). '
+            "Check name, subset, split and revision, and whether this machine reaches the Hub."
+        ) from error
+    if first is None:
+        return
+    if not isinstance(first.get(text_field), str):
+        raise Refusal(
+            f'[data] hf data set {name}: there is no text in the field "{text_field}"; it has '
+            f"{', '.join(sorted(first))}. Set text_field to the one that holds the text."
+        )
+    yield first[text_field]
+    for row in rows:
+        yield row[text_field]

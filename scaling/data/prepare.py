@@ -1,0 +1,307 @@
+"""Text to token shards: once per wish, whatever kills it and however many ask at once.
+
+While it works, the folder holds the shards as far as they are written and progress.json, which says how much of them
+is on disk for good; the manifest comes last. A process that finds progress and no manifest goes on from there and
+ends with the bytes that an uninterrupted one would have written, since documents come in a fixed order and shards
+are cut at a fixed number of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from scaling.data.documents import Document, Half, content_digest, half_by_content
+from scaling.data.meter import Meter
+from scaling.data.shards import MANIFEST, Manifest, read_manifest
+from scaling.data.sources import SOURCES, DataConfig
+from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_digest
+from scaling.data.writer import HalfState, HalfWriter
+from scaling.errors import Refusal
+from scaling.records import write_atomic, write_json
+from scaling.spec import Strict
+
+PROGRESS = "progress.json"
+TOKENIZER_COPY = "tokenizer.json"
+LAYOUT = 1
+"""Raised when the same wish would give other shards, so that old folders are not taken for new ones."""
+
+CHECKPOINT_SECONDS = 2.0
+"""Between two points that a killed preparation can go on from."""
+
+BATCH_BYTES = 1 << 20
+"""Text handed to the tokenizer at once; it spreads the documents over the cores."""
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Progress(Strict, frozen=True):
+    """How much of a preparation is on disk for good."""
+
+    wish: str
+    documents: int = 0
+    """Documents of the source that are dealt with."""
+    chain: str = ""
+    """Hash over the contents of all of them in order: whether the source is still the one that was begun with."""
+    train: HalfState = HalfState()
+    validation: HalfState = HalfState()
+
+
+class _SourceChanged(Exception):
+    """The documents already dealt with are not the ones that the source gives now."""
+
+
+def wish_hash(config: DataConfig) -> str:
+    """SHA-256 of everything that decides the shards; no path is in it, so a moved folder of text is the same wish.
+
+    Raises:
+        Refusal: The files that the configuration names are not there.
+    """
+    facts = [
+        LAYOUT,
+        config.source,
+        SOURCES[config.source].inputs(config),
+        config.text_field or "text",
+        tokenizer_digest(config.tokenizer),
+        config.train_tokens,
+        None if config.validation is not None else config.validation_fraction,
+    ]
+    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
+
+
+def default_folder(config: DataConfig, root: Path) -> Path:
+    """Where the shards of this wish belong: ``<root>/data/<source>-<8 digits of the wish's hash>``.
+
+    Raises:
+        Refusal: The files that the configuration names are not there.
+    """
+    return root / "data" / f"{config.source}-{wish_hash(config)[:8]}"
+
+
+def prepared(config: DataConfig, folder: Path) -> Manifest | None:
+    """What the folder holds, or None while its preparation has not finished.
+
+    Raises:
+        Refusal: It holds the shards of another wish.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    if manifest.wish != wish_hash(config):
+        raise _other_wish(folder)
+    return manifest
+
+
+def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -> Manifest:
+    """The manifest of the wish's token shards, writing what is missing of them.
+
+    Args:
+        config: The wish, with paths resolved.
+        folder: Where to write; made if needed, `default_folder` as a rule.
+        progress: True for a bar, False for silence; None for a bar on a terminal and a line now and then elsewhere.
+
+    Raises:
+        Refusal: The text or the tokenizer cannot be used, the folder holds something else, or the disk is full.
+    """
+    done = prepared(config, folder)
+    if done is not None:
+        return done
+    tokenizer = open_tokenizer(config.tokenizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Meter(config.source, progress) as meter, _claim(folder, meter):
+            done = prepared(config, folder)  # another process may have written it while this one waited
+            if done is not None:
+                return done
+            begun = _begun(folder, wish_hash(config))
+            try:
+                return _write(config, folder, tokenizer, begun, meter)
+            except _SourceChanged:
+                meter.say(f"{folder}: the text has changed since this preparation was begun; starting over.")
+                return _write(config, folder, tokenizer, Progress(wish=begun.wish), meter)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise Refusal(
+            f"data folder {folder}: no room to write ({error.strerror}). "
+            "Make room and prepare again: it goes on from where it stopped. train_tokens in [data] makes less of it."
+        ) from None
+
+
+def _write(config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progress, meter: Meter) -> Manifest:
+    writers: dict[Half, HalfWriter] = {
+        "train": HalfWriter(folder, "train", begun.train),
+        "validation": HalfWriter(folder, "validation", begun.validation),
+    }
+    train, validation = writers["train"], writers["validation"]
+
+    def note(documents: int, chain: bytes) -> None:
+        state = Progress(
+            wish=begun.wish, documents=documents, chain=chain.hex(), train=train.state(), validation=validation.state()
+        )
+        write_json(folder / PROGRESS, state)
+
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
+        # Written before the first shard, so that a folder with shards and without progress is somebody else's.
+        note(begun.documents, bytes.fromhex(begun.chain))
+        noted = time.monotonic()
+        enough = config.train_tokens is not None and train.tokens >= config.train_tokens
+        batches = _batches(SOURCES[config.source].documents(config), config.validation_fraction, begun)
+        for batch in () if enough else batches:
+            for ids, size, half in zip(
+                tokenizer.encode(batch.texts), map(_utf8_bytes, batch.texts), batch.halves, strict=True
+            ):
+                writers[half].add(ids, size)
+                enough = config.train_tokens is not None and train.tokens >= config.train_tokens
+                if enough:
+                    break
+            share = batch.done if config.train_tokens is None else train.tokens / config.train_tokens
+            meter.update(train_tokens=train.tokens, validation_tokens=validation.tokens, done=share)
+            if enough:
+                break
+            if time.monotonic() - noted > CHECKPOINT_SECONDS:
+                note(batch.documents, batch.chain)
+                noted = time.monotonic()
+        _refuse_empty(config, folder, train, validation)
+        manifest = Manifest(
+            source=config.source,
+            options={
+                key: value for key, value in msgspec.to_builtins(config).items() if key not in ("source", "repeat")
+            },
+            wish=begun.wish,
+            tokenizer=tokenizer.info,
+            train=train.finish(),
+            validation=validation.finish(),
+        )
+    if config.tokenizer != BYTES:
+        write_atomic(folder / TOKENIZER_COPY, Path(config.tokenizer).read_bytes())
+    write_json(folder / MANIFEST, manifest)
+    (folder / PROGRESS).unlink()
+    return manifest
+
+
+class _Batch(msgspec.Struct):
+    """Documents for the tokenizer, and where the source stands behind them."""
+
+    texts: list[str]
+    halves: list[Half]
+    documents: int
+    chain: bytes
+    done: float | None
+
+
+def _batches(documents: Iterator[Document], validation_fraction: float, begun: Progress) -> Iterator[_Batch]:
+    """Documents after those already dealt with, in pieces of about `BATCH_BYTES`, each with its half.
+
+    Raises:
+        _SourceChanged: Those already dealt with are other ones now.
+    """
+    chain = b""
+    number = size = 0
+    held_out: set[bytes] = set()
+    done: float | None = 0.0
+    texts: list[str] = []
+    halves: list[Half] = []
+    for number, (text, half, done) in enumerate(documents, start=1):
+        digest = content_digest(text)
+        chain = hashlib.blake2b(chain + digest, digest_size=16).digest()
+        if number == begun.documents and chain.hex() != begun.chain:
+            raise _SourceChanged
+        if half is None:
+            half = half_by_content(digest, validation_fraction)
+        elif half == "validation":
+            held_out.add(digest)
+        elif digest in held_out:  # a published training set may hold copies of its validation set
+            continue
+        if number <= begun.documents:
+            continue
+        texts.append(text)
+        halves.append(half)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield _Batch(texts, halves, number, chain, done)
+            texts, halves, size = [], [], 0
+    if number < begun.documents:
+        raise _SourceChanged
+    if texts:
+        yield _Batch(texts, halves, number, chain, done)
+
+
+def _begun(folder: Path, wish: str) -> Progress:
+    """Where an earlier preparation stopped, or the start."""
+    path = folder / PROGRESS
+    if not path.exists():
+        foreign = sorted(file.name for file in folder.glob("*.bin"))
+        if foreign:
+            raise Refusal(
+                f"data folder {folder}: holds {foreign[0]} and no manifest, so this program did not write it. "
+                "Choose an empty folder."
+            )
+        return Progress(wish=wish)
+    try:
+        begun = msgspec.json.decode(path.read_bytes(), type=Progress)
+    except msgspec.DecodeError as error:
+        raise Refusal(f"{path}: damaged ({error}). Remove the folder and prepare the data again.") from None
+    if begun.wish != wish:
+        raise _other_wish(folder)
+    # Somebody may have removed a shard; then the start is the only safe point.
+    states: list[tuple[Half, HalfState]] = [("train", begun.train), ("validation", begun.validation)]
+    whole = all(HalfWriter(folder, half, state).is_there() for half, state in states)
+    return begun if whole else Progress(wish=wish)
+
+
+def _other_wish(folder: Path) -> Refusal:
+    return Refusal(
+        f"data folder {folder}: holds the shards of another [data] table, or of text that has changed since. "
+        "Choose another folder, or remove this one and prepare again."
+    )
+
+
+def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validation: HalfWriter) -> None:
+    """A half without a document is found out at the end alone, and cannot be gone on from."""
+    if train.documents and validation.documents:
+        return
+    train.discard()
+    validation.discard()
+    (folder / PROGRESS).unlink()
+    total = train.documents + validation.documents
+    where = config.path or config.name or SOURCES[config.source].label
+    if not total:
+        raise Refusal(f"[data] {where}: there is no text in it. Name files that hold some.")
+    if config.validation is not None:
+        empty = "validation set" if train.documents else "training set"
+        raise Refusal(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
+    empty, side = ("held out", "larger") if train.documents else ("left to train on", "smaller")
+    raise Refusal(
+        f"[data] {where}: of {total:,} documents none is {empty} at validation_fraction = {config.validation_fraction:g}. "
+        f"Use a {side} fraction or more files, or name a validation set in validation."
+    )
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, meter: Meter) -> Iterator[None]:
+    """Hold the folder; the kernel lets go of it with the process, however that ends."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            meter.say(f"{folder}: another process is preparing these data; waiting for it.")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

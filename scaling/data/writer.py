@@ -1,0 +1,134 @@
+"""Shards as they grow: appended to, flushed to disk, taken up again after a kill, closed with their header."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from scaling.data.documents import Half
+from scaling.data.shards import HEADER_BYTES, TOKEN, Shard, Split, file_digest, header
+from scaling.spec import Strict
+
+SHARD_TOKENS = 100_000_000
+"""Tokens of a full shard: 200 MB, the size in which public token sets are cut."""
+
+
+class HalfState(Strict, frozen=True):
+    """What of one half is on disk for good."""
+
+    shards: tuple[Shard, ...] = ()
+    """Finished ones, each full."""
+    open_tokens: int = 0
+    """Tokens of the one that is being written."""
+    documents: int = 0
+    bytes: int = 0
+
+
+class HalfWriter:
+    """The shards of one half, taken up where a state says they were left.
+
+    A shard's header counts 0 tokens until it is finished, so a reader refuses one that is being written.
+    """
+
+    def __init__(self, folder: Path, half: Half, begun: HalfState) -> None:
+        self.folder = folder
+        self.half = half
+        self.documents = begun.documents
+        self.bytes = begun.bytes
+        self._shards = list(begun.shards)
+        self._open_tokens = begun.open_tokens
+        self._file: IO[bytes] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(shard.tokens for shard in self._shards) + self._open_tokens
+
+    def is_there(self) -> bool:
+        """Whether the files are at least as long as the state says they are."""
+        sizes = {self.folder / shard.file: shard.tokens for shard in self._shards}
+        if self._open_tokens:
+            sizes[self._open_path] = self._open_tokens
+        return all(
+            path.exists() and path.stat().st_size >= HEADER_BYTES + TOKEN.itemsize * tokens
+            for path, tokens in sizes.items()
+        )
+
+    def add(self, ids: npt.NDArray[np.uint16], size: int) -> None:
+        """Append one document.
+
+        Args:
+            ids: Its tokens with the separator, shape ``(tokens,)``.
+            size: UTF-8 bytes of its text.
+        """
+        self.documents += 1
+        self.bytes += size
+        while len(ids):
+            piece = ids[: SHARD_TOKENS - self._open_tokens]
+            self._opened().write(piece.astype(TOKEN, copy=False).tobytes())
+            self._open_tokens += len(piece)
+            ids = ids[len(piece) :]
+            if self._open_tokens == SHARD_TOKENS:
+                self._finish_shard()
+
+    def state(self) -> HalfState:
+        """What has been written, after it has reached the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return HalfState(
+            shards=tuple(self._shards), open_tokens=self._open_tokens, documents=self.documents, bytes=self.bytes
+        )
+
+    def finish(self) -> Split:
+        """Everything that was written, the last shard finished."""
+        if self._open_tokens:
+            self._finish_shard()
+        return Split(shards=tuple(self._shards), documents=self.documents, bytes=self.bytes)
+
+    def close(self) -> None:
+        """Let go of the file; what is not finished can be taken up again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def discard(self) -> None:
+        """Remove every shard of this half."""
+        self.close()
+        for path in (*(self.folder / shard.file for shard in self._shards), self._open_path):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _open_path(self) -> Path:
+        return self.folder / f"{self.half}-{len(self._shards):05d}.bin"
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            if self._open_tokens:
+                self._file = self._open_path.open("r+b")
+                # What was written after the state was noted is written again.
+                self._file.truncate(HEADER_BYTES + TOKEN.itemsize * self._open_tokens)
+                self._file.seek(0, os.SEEK_END)
+            else:
+                self._file = self._open_path.open("wb")
+            self._put_header(self._file, 0)
+        return self._file
+
+    def _finish_shard(self) -> None:
+        path, file = self._open_path, self._opened()
+        self._put_header(file, self._open_tokens)
+        os.fsync(file.fileno())
+        self.close()
+        self._shards.append(Shard(file=path.name, tokens=self._open_tokens, sha256=file_digest(path)))
+        self._open_tokens = 0
+
+    @staticmethod
+    def _put_header(file: IO[bytes], tokens: int) -> None:
+        file.seek(0)
+        file.write(header(tokens))
+        file.flush()
+        file.seek(0, os.SEEK_END)
