@@ -127,6 +127,8 @@ class DataSpec(Strict, frozen=True):
     """Row of ``scaling.data.sources.SOURCES`` that the shards were made from."""
     manifest: str | None = None
     """SHA-256 of the shards' manifest; None until the data are prepared, and such a run cannot start."""
+    repeat: bool = False
+    """Whether a run that needs more tokens than there are goes over them again, each epoch in its own order."""
 
 
 class Evaluation(Strict, frozen=True):
