@@ -20,7 +20,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -178,6 +178,11 @@ def append_line(path: Path, value: msgspec.Struct) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(msgspec.json.encode(value) + b"\n")
+
+
+def write_lines(path: Path, values: Iterable[msgspec.Struct]) -> None:
+    """A whole JSON-lines file, atomically."""
+    write_atomic(path, b"".join(msgspec.json.encode(value) + b"\n" for value in values))
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

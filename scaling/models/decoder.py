@@ -1,0 +1,137 @@
+"""A Llama-like decoder in plain PyTorch: pre-norm RMSNorm, rotary embedding, SwiGLU, multi-head attention, no biases.
+
+Query, key and value are separate matrices because Muon orthogonalises a matrix as a whole: a fused one would be
+another algorithm (Moonlight, arXiv:2502.16982; the author on splitting: Megatron-LM PR 1428).
+
+Letters in comments: B windows, T tokens of a window, H width, V vocabulary, A heads, S head size, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.spec import ModelShape
+
+ROPE_BASE = 10_000.0
+NORM_EPSILON = 1e-5
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding in the half-split layout, as Hugging Face's Llama has it."""
+
+    def __init__(self, head_size: int, context: int) -> None:
+        super().__init__()
+        frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)  # (T, S / 2)
+        # Recomputed from the shape, so they stay out of the state.
+        self.register_buffer("cosine", angles.cos().float().repeat(1, 2), persistent=False)  # (T, S)
+        self.register_buffer("sine", torch.cat([-angles.sin(), angles.sin()], dim=1).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn ``(B, A, T, S)`` by position."""
+        length = x.shape[-2]
+        swapped = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
+        cosine: Tensor = self.get_buffer("cosine")[:length].to(x.dtype)
+        sine: Tensor = self.get_buffer("sine")[:length].to(x.dtype)
+        return x * cosine + swapped * sine
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(shape.width, shape.width, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """``(B, T, H)`` to ``(B, T, H)``."""
+        batch, length, width = x.shape
+        query, key, value = (
+            projection(x).view(batch, length, self.heads, -1).transpose(1, 2)  # (B, A, T, S)
+            for projection in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+        projected: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., H)`` to ``(..., H)``."""
+        projected: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return projected
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
+        self.attention = Attention(shape)
+        self.feed_forward_norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
+        self.feed_forward = FeedForward(shape.width, shape.ffn_width)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """``(B, T, H)`` to ``(B, T, H)``."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Decoder(nn.Module):
+    """The whole model. Weights come from `initialise`, not from torch's defaults."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.rotary = Rotary(shape.head_size, shape.context)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        if shape.tied:  # one parameter, under the name of the embedding
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token: ``(B, T)`` int64 to ``(B, T, V)``."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rotary)  # (B, T, H)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean next-token loss in nats of ``(B, T + 1)`` windows; a scalar, in fp32 whatever the autocast."""
+        logits = self(windows[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights on the CPU from one generator, so that both arms of a pair start from the same numbers.
+
+        Matrices are normal with variance 1 / inputs (0.022 at width 2048, near the field's usual 0.02, and right at
+        width 32 too); those that write to the residual stream are smaller by sqrt(2 * layers), as in GPT-2. Norms
+        start at 1, embeddings at a standard deviation of 0.02.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            deviation = 0.02 if name == "embedding.weight" else parameter.shape[1] ** -0.5
+            if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+                deviation /= (2 * self.shape.layers) ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)

@@ -1,0 +1,172 @@
+"""Resume points: when a run saves its state, how the file is written, and which file it continues from.
+
+Three habits of Lightning are not used, each for a measured reason. Its checkpoint is written to the node's temporary
+folder and moved, which truncates the old one in place on another file system; its signal handlers save in the middle of a
+step; its loader continues at the wrong batch. Here a signal only sets a flag, the state is saved at the border of an
+optimizer step, and a file gets its name, which carries its own checksum, by a rename in its own folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""Each asks for a resume point at the next step border and a clean exit; SLURM's warning is sent as USR2."""
+
+KEPT = 2
+"""Resume points that stay on disk: the newest, and the one before it in case the newest cannot be read."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint as one file under a temporary name, flushed, then renamed to carry its own SHA-256.
+
+    A checkpoint at `folder/step-00000120` is stored as ``step-00000120.<16 hex digits>.ckpt``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint`, then forget all but the newest `KEPT`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w+b") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+                digest = _digest(temporary)
+            temporary.replace(path.with_name(f"{path.name}.{digest}.ckpt"))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        for old in resume_points(path.parent)[KEPT:]:
+            self.remove_checkpoint(old)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The state in a file; never more than tensors and plain values, whatever the caller asks for."""
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return loaded
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a file; one that is gone already is fine."""
+        Path(path).unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """Checkpoint files of a run, newest first, unchecked."""
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step that a resume point was saved after."""
+    return int(path.name.split(".")[0].removeprefix("step-"))
+
+
+def newest_resume_point(folder: Path) -> Path | None:
+    """The newest file whose content still has the checksum in its name; damaged ones are passed over."""
+    for path in resume_points(folder):
+        if path.suffixes[-2:-1] == [f".{_digest(path)}"]:
+            return path
+    return None
+
+
+class StopRequest:
+    """Whether this run should end at the next step border, and why: a signal came, or the parent process is gone."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._parent = multiprocessing.parent_process()
+        self._looked_at_parent = time.monotonic()
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Note the signal and return; everything else happens at the border of a step."""
+        self.reason = signal.Signals(signum).name
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the stop signals over, and give them back at the end. Does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, self) for signum in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def due(self) -> bool:
+        """Whether to stop now."""
+        if self._parent is not None and time.monotonic() - self._looked_at_parent > 1.0:
+            self._looked_at_parent = time.monotonic()
+            if not self._parent.is_alive():
+                self.reason = "the process that started it is gone"
+        return self.reason is not None
+
+
+class ResumePoints(Callback):
+    """Saves at a step border every `seconds`, and whenever a stop is asked for, which then ends the run.
+
+    All processes of a run take the same decision, so that a collective save cannot hang.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float, stop: StopRequest) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self.stop = stop
+        self.preempted = False
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+        self._listening = contextlib.ExitStack()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals from Lightning, which registered its own handlers a moment ago."""
+        self._listening.enter_context(self.stop.listening())
+        self._saved_at = time.monotonic()
+        self._saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back."""
+        self._listening.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._listening.close()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time or a stop was asked for."""
+        if trainer.global_step == self._saved_step or trainer.global_step >= trainer.max_steps or trainer.should_stop:
+            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        decide = trainer.strategy.reduce_boolean_decision
+        stopping = decide(self.stop.due(), all=False)
+        if stopping or decide(time.monotonic() - self._saved_at >= self.seconds, all=False):
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}")
+            self._saved_at = time.monotonic()
+            self._saved_step = trainer.global_step
+        if stopping:
+            self.preempted = True
+            trainer.should_stop = True

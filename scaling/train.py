@@ -1,0 +1,312 @@
+"""One run, from its directory to its record: `train(run_dir)`.
+
+What is trained is in spec.json, where it runs in placement.json; what came out is record.json, written last. A run that
+was stopped at any moment continues from its last resume point and ends with the numbers it would have had: batch k is a
+function of the seed and k alone, the learning rate is a function of tokens alone, and everything else is in the resume
+point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scaling.data.batches import Batches, held_out
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.errors import Refusal
+from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.logbook import Logbook
+from scaling.models import build_model
+from scaling.optim import recipes
+from scaling.progress import ProgressLine
+from scaling.provenance import describe_code, describe_device
+from scaling.records import Device, RunDirectory, RunRecord, write_json
+from scaling.resume import AtomicCheckpointIO, ResumePoints, StopRequest, newest_resume_point, step_of
+from scaling.schedule import lr_fraction
+from scaling.spec import Placement, RunSpec
+
+EVALUATION_TOKENS = 16_384
+"""Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""
+
+
+class StepBatches:
+    """The run's micro-batches from the trainer's step on, as an endless iterable.
+
+    Lightning fetches one batch ahead, so a loader that remembered its position would come back one late. This one has
+    no position: it asks the trainer for the step, and batch k is what `Batches.at` says.
+    """
+
+    def __init__(self, batches: Batches, *, micro_batch: int, module: TrainingModule) -> None:
+        self.batches = batches
+        self.micro_batch = micro_batch
+        self.module = module
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Windows of shape ``(micro_batch, context + 1)``, int64."""
+        step = self.module.trainer.global_step
+        while True:
+            yield from torch.split(torch.from_numpy(self.batches.at(step)), self.micro_batch)
+            step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step is the trainer's."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class TrainingModule(LightningModule):
+    """A model, its optimizer and its learning rate under Lightning's automatic optimisation."""
+
+    def __init__(self, spec: RunSpec, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = build_model(spec.shape)
+        self.model.initialise(spec.seed)
+        if compiled:
+            # In place: a wrapped module would put a prefix before every name in the state.
+            for block in self.model.blocks:
+                block.compile()
+        self.evaluation_windows = max(1, EVALUATION_TOKENS // spec.shape.context)
+        self.last_loss = torch.zeros(())
+        self.grad_norm = torch.zeros(())
+        self.learning_rate = 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The one optimizer that the spec's row builds."""
+        return recipes.build(self.spec.optimizer, self.model.named_parameters())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        loss = self.model.loss(batch)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Set the rate of this step in every group."""
+        tokens = (self.trainer.global_step + 1) * self.spec.batch_tokens
+        fraction = lr_fraction(self.spec.schedule, tokens, total=self.spec.steps * self.spec.batch_tokens)
+        self.learning_rate = self.spec.optimizer.peak_lr * fraction
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * fraction
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by global norm, and keep the norm for the metrics."""
+        limit = float("inf") if self.spec.clip_norm is None else self.spec.clip_norm
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+
+    def mean_over_processes(self, value: Tensor) -> float:
+        """The mean of a number that every process has of its own share of the batch."""
+        return float(self.trainer.strategy.reduce(value, reduce_op="mean"))
+
+
+def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | None:
+    """Train the run of a directory to its end, from its last resume point if there is one.
+
+    Args:
+        run_dir: A run directory with spec and placement.
+        progress: A bar (True), a plain line a minute (False), or what the output is fit for (None).
+
+    Returns:
+        The record, also of a run that diverged or was finished before; None if it was asked to stop and can continue.
+
+    Raises:
+        Refusal: The directory, the data or the placement cannot be used.
+    """
+    directory = RunDirectory(run_dir)
+    with directory.claim():
+        record = directory.record()
+        if record is not None:
+            return record
+        resume_point = newest_resume_point(directory.checkpoints)
+        directory.note("start", step=step_of(resume_point) if resume_point else 0)
+        try:
+            record, step = _train(directory, resume_point, progress=progress)
+        except BaseException as error:
+            rows = directory.metrics()
+            directory.note("end", step=rows[-1].step if rows else 0, outcome="failed", reason=_sentence(error))
+            raise
+        directory.note("end", step=step, outcome=record.status if record else "preempted")
+        return record
+
+
+def _train(
+    directory: RunDirectory, resume_point: Path | None, *, progress: bool | None
+) -> tuple[RunRecord | None, int]:
+    spec, placement = directory.spec(), directory.placement()
+    batches = _open_data(spec, placement)
+    torch.set_num_threads(placement.threads)
+    _quiet()
+
+    module = TrainingModule(spec, compiled=placement.compile)
+    windows = spec.batch_tokens // spec.shape.context
+    micro_batch = placement.micro_batch or windows
+    if windows % micro_batch:
+        raise Refusal(
+            f"{directory.placement_file}: micro_batch {micro_batch} does not divide the {windows} windows of a batch; "
+            f"use one of {', '.join(str(n) for n in range(1, windows + 1) if windows % n == 0)}."
+        )
+    device = _device(placement, spec)
+    held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
+    logbook = Logbook(directory, spec, device=device, held_out=held)
+    resume = ResumePoints(directory.checkpoints, seconds=placement.checkpoint_seconds, stop=StopRequest())
+    trainer = _trainer(spec, placement, directory, micro_batches=windows // micro_batch, callbacks=[
+        logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
+    ])  # fmt: skip
+    with _expected_warnings():
+        trainer.fit(
+            module,
+            train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
+            ckpt_path=resume_point,
+        )
+    step = trainer.global_step
+    if resume.preempted:
+        return None, step
+    if logbook.diverged is None:
+        _save_weights(module, directory.weights_file)
+    record = _record(directory, spec, placement, module, logbook, device=device, steps=step)
+    if trainer.is_global_zero:
+        write_json(directory.record_file, record)
+    return record, step
+
+
+def _open_data(spec: RunSpec, placement: Placement) -> Batches:
+    if spec.data.manifest is None:
+        raise Refusal(
+            "this run was planned before its data were prepared, so nobody can say which tokens it would see. "
+            "Prepare the data, plan again, and start the run that the new plan names."
+        )
+    found = manifest_hash(read_manifest(Path(placement.data)))
+    if found != spec.data.manifest:
+        raise Refusal(
+            f"{placement.data}: these shards have the manifest {found[:12]}, and the run was planned for "
+            f"{spec.data.manifest[:12]}. Put the old data back, or plan the campaign again for the new ones."
+        )
+    return Batches(
+        Path(placement.data),
+        context=spec.shape.context,
+        windows=spec.batch_tokens // spec.shape.context,
+        seed=spec.seed,
+        repeat=spec.data.repeat,
+        steps=spec.steps,
+    )
+
+
+def _trainer(
+    spec: RunSpec, placement: Placement, directory: RunDirectory, *, micro_batches: int, callbacks: list[Callback]
+) -> Trainer:
+    return Trainer(
+        accelerator={"cuda": "gpu"}.get(placement.device, placement.device),
+        devices=1,
+        max_steps=spec.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=micro_batches,
+        precision="bf16-mixed" if spec.precision == "bf16" else "32-true",
+        callbacks=callbacks,
+        # One requeue, and it is not Lightning's: its handler would save in the middle of a step.
+        plugins=[
+            AtomicCheckpointIO(),
+            SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment(),
+        ],
+        default_root_dir=directory.path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+    )
+
+
+def _device(placement: Placement, spec: RunSpec) -> Device:
+    cuda = placement.device == "cuda" or (placement.device == "auto" and torch.cuda.is_available())
+    return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision)
+
+
+def _save_weights(module: TrainingModule, path: Path) -> None:
+    # Parameters and not the state: a tied head is named once.
+    weights = {name: value.detach().cpu().contiguous() for name, value in module.model.named_parameters()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def _record(
+    directory: RunDirectory,
+    spec: RunSpec,
+    placement: Placement,
+    module: TrainingModule,
+    logbook: Logbook,
+    *,
+    device: Device,
+    steps: int,
+) -> RunRecord:
+    tokens = steps * spec.batch_tokens
+    parameters = count_parameters(spec.shape)
+    groups: dict[str, list[str]] = {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.model.named_parameters()}
+    for claimed in recipes.assign(spec.optimizer, shapes):
+        groups.setdefault(claimed.algorithm, []).append(claimed.name)
+    rate = tokens / max(logbook.watch.seconds, 1e-9)
+    peak = device.peak_flops
+    return RunRecord(
+        spec=spec,
+        status="diverged" if logbook.diverged else "finished",
+        validation_loss=logbook.validation_loss,
+        train_loss=None if logbook.diverged else logbook.train_loss,
+        tokens=tokens,
+        flops={name: train_flops(spec.shape, tokens, name) for name in CONVENTIONS},
+        parameters={
+            "embedding": parameters.embedding,
+            "blocks": parameters.blocks,
+            "head": parameters.head,
+            "norms": parameters.norms,
+            "total": parameters.total,
+        },
+        groups=groups,
+        bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
+        seconds=logbook.watch.seconds,
+        tokens_per_second=rate,
+        mfu=rate * train_flops_per_token(spec.shape, "attention") / (peak * device.count) if peak else None,
+        device=device,
+        code=describe_code(),
+        manifest=str(spec.data.manifest),
+        attempts=sum(attempt.event == "start" for attempt in directory.attempts()),
+        finished_at=time.time(),
+        reason=logbook.diverged,
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+
+
+def _quiet() -> None:
+    """Leave Lightning's hints on devices and loggers out of a log that is read for its numbers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _expected_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # The trainer is told by `should_stop`; it has no minimum of epochs to insist on.
+        warnings.filterwarnings("ignore", message=".*Trainer was signaled to stop but the required.*")
+        # Lightning 2.6 on torch 2.14 and later.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        yield

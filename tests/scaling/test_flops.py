@@ -1,0 +1,65 @@
+"""The analytic counts are what torch counts: on the meta device, where its counter sees every matrix product."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaling.errors import Refusal
+from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.models import build_model
+from scaling.spec import ModelShape
+
+SHAPES = {
+    "tiny": ModelShape(layers=2, width=32, heads=2, vocabulary=256, context=64, ffn_multiple=8),
+    "tied": ModelShape(layers=3, width=48, heads=4, vocabulary=100, context=16, ffn_multiple=16, tied=True),
+    "moonlight-339M": ModelShape(layers=12, width=1536, heads=12, vocabulary=1024, context=2048),
+}
+
+
+def counted_flops(shape: ModelShape, windows: int = 2) -> int:
+    """What FlopCounterMode sees in one forward and backward pass."""
+    with torch.device("meta"):
+        model = build_model(shape)
+        tokens = torch.zeros(windows, shape.context + 1, dtype=torch.int64)
+    # The fused kernels' rule charges a recomputed forward pass; the plain one is the mathematics.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(tokens).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_full_attention_convention_is_what_torch_counts(shape: ModelShape) -> None:
+    assert counted_flops(shape) == train_flops(shape, 2 * shape.context, "attention-full")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_conventions_differ_by_exactly_the_part_they_name(shape: ModelShape) -> None:
+    parameters = count_parameters(shape)
+    per_token = {name: train_flops_per_token(shape, name) for name in CONVENTIONS}
+    assert per_token["matmul"] - per_token["6nd"] == 6 * parameters.head
+    full = per_token["attention-full"] - per_token["matmul"]
+    assert full == 2 * (per_token["attention"] - per_token["matmul"]) == 12 * shape.layers * shape.width * shape.context
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_parameters_by_part_are_the_models(shape: ModelShape) -> None:
+    with torch.device("meta"):
+        model = build_model(shape)
+    parameters = count_parameters(shape)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert parameters.total == sum(sizes.values())
+    assert parameters.embedding == sizes["embedding.weight"]
+    assert parameters.norms == sum(size for name, size in sizes.items() if "norm" in name)
+    assert parameters.blocks == sum(size for name, size in sizes.items() if "blocks" in name and "norm" not in name)
+
+
+@pytest.mark.parametrize(("layers", "millions"), [(12, 339.7), (14, 545.9), (16, 822.1), (18, 1146.6), (20, 1586.0)])
+def test_moonlights_sizes_follow_from_depth_alone(layers: int, millions: float) -> None:
+    shape = ModelShape(layers=layers, width=128 * layers, heads=layers, vocabulary=1, context=8192)
+    assert round(count_parameters(shape).blocks / 1e6, 1) == millions
+
+
+def test_unknown_convention_is_refused_with_the_near_name() -> None:
+    with pytest.raises(Refusal, match='did you mean "matmul"'):
+        train_flops_per_token(SHAPES["tiny"], "matmull")

@@ -1,0 +1,90 @@
+"""The run directory under faults: torn lines, torn files, edited specs, two claimants."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from tiny import make_spec
+
+from scaling.errors import Refusal
+from scaling.records import Attempt, RunDirectory, append_line, read_lines, write_atomic
+from scaling.spec import Placement
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    spec = make_spec()
+    directory = RunDirectory(tmp_path / spec.id)
+    directory.create(spec, Placement(data="data"))
+    return directory
+
+
+def test_a_torn_last_line_costs_that_line_alone(directory: RunDirectory) -> None:
+    directory.note("start", step=0)
+    with directory.attempts_file.open("ab") as file:
+        file.write(b'{"event":"end","ti')
+    directory.note("start", step=5)
+    assert [attempt.step for attempt in directory.attempts()] == [0, 5]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "record.json"
+    write_atomic(target, b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_an_edited_spec_is_refused(directory: RunDirectory) -> None:
+    text = directory.spec_file.read_text()
+    directory.spec_file.write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(Refusal, match="not edited in place"):
+        directory.spec()
+
+
+def test_a_file_that_is_no_spec_is_refused_by_name(directory: RunDirectory) -> None:
+    directory.spec_file.write_text("{}")
+    with pytest.raises(Refusal, match=r"spec\.json: not a valid RunSpec"):
+        directory.spec()
+
+
+def _hold(path: Path, held: object, release: object) -> None:
+    with RunDirectory(path).claim():
+        held.set()  # type: ignore[attr-defined]
+        release.wait(30)  # type: ignore[attr-defined]
+
+
+def test_a_claim_is_exclusive_and_dies_with_its_process(directory: RunDirectory) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(directory.path, held, release))
+    holder.start()
+    assert held.wait(30)
+    assert directory.state() == "running"
+    with directory.claim(wait=False) as got:
+        assert not got
+    holder.kill()
+    holder.join()
+    with directory.claim(wait=False) as got:
+        assert got
+
+
+def test_state_is_what_the_files_say(directory: RunDirectory) -> None:
+    assert directory.state() == "planned"
+    directory.note("start", step=0)
+    assert directory.state() == "preempted"  # started, not locked, no end: it was killed
+    directory.note("end", step=3, outcome="failed", reason="because")
+    assert directory.state() == "failed"
+
+
+def test_lines_of_another_kind_are_not_read_as_ours(tmp_path: Path) -> None:
+    path = tmp_path / "attempts.jsonl"
+    path.write_text('{"step": 3}\n')
+    append_line(path, Attempt(event="start", time=0.0, host="h", pid=1, step=0))
+    assert len(read_lines(path, Attempt)) == 1

@@ -1,0 +1,226 @@
+"""A run under everything that can stop it: the numbers must be the ones of a run that nothing stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scaling.optim.recipes import OPTIMIZERS
+from tiny import make_spec
+
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.errors import Refusal
+from scaling.logbook import Logbook
+from scaling.models.decoder import Decoder
+from scaling.records import RunDirectory, RunRecord
+from scaling.resume import AtomicCheckpointIO, newest_resume_point, resume_points
+from scaling.spec import Placement, RunSpec
+from scaling.train import train
+
+STEPS = 24
+
+
+@pytest.fixture
+def spec(tiny_shards: Path) -> RunSpec:
+    return make_spec(steps=STEPS, optimizer="muon", manifest=manifest_hash(read_manifest(tiny_shards)))
+
+
+def place(spec: RunSpec, folder: Path, shards: Path, *, every: float = 0.0, micro_batch: int | None = None) -> Path:
+    """A run directory on the CPU that saves a resume point at every step unless told otherwise."""
+    directory = RunDirectory(folder / spec.id)
+    directory.create(spec, Placement(data=str(shards), device="cpu", checkpoint_seconds=every, micro_batch=micro_batch))
+    return directory.path
+
+
+def numbers(path: Path) -> tuple[object, ...]:
+    """Everything that must be equal, not close: weights, losses, and the metrics without their clocks."""
+    directory = RunDirectory(path)
+    record = directory.record()
+    assert record is not None
+    rows = [
+        (row.step, row.train_loss, row.validation_loss, row.grad_norm, row.learning_rate) for row in directory.metrics()
+    ]
+    weights = {name: value.numpy().tobytes() for name, value in load_file(directory.weights_file).items()}
+    return record.validation_loss, record.train_loss, rows, weights
+
+
+def finish(path: Path) -> RunRecord:
+    record = train(path, progress=False)
+    assert record is not None
+    return record
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
+    """Call `act` once, in the middle of the callbacks that follow optimizer step `step`."""
+    original, done = Logbook.on_train_batch_end, []
+
+    def hooked(self: Logbook, trainer: object, *rest: object) -> None:
+        original(self, trainer, *rest)  # type: ignore[arg-type]
+        if trainer.global_step == step and not done:  # type: ignore[attr-defined]
+            done.append(True)
+            act()  # type: ignore[operator]
+
+    monkeypatch.setattr(Logbook, "on_train_batch_end", hooked)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stopped_run_ends_as_if_it_had_never_stopped(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    whole = place(spec, tmp_path / "whole", tiny_shards)
+    finish(whole)
+    stopped = place(spec, tmp_path / "stopped", tiny_shards, every=1e9)
+    at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), signum))
+    assert train(stopped, progress=False) is None
+    assert RunDirectory(stopped).state() == "preempted"
+    assert finish(stopped).attempts == 2
+    assert numbers(stopped) == numbers(whole)
+
+
+def _train_quietly(path: Path) -> None:
+    train(path, progress=False)
+
+
+@pytest.mark.parametrize("step", [1, 13, STEPS])
+def test_kill_9_costs_at_most_the_steps_since_the_last_resume_point(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = place(spec, tmp_path / "whole", tiny_shards)
+    finish(whole)
+    killed = place(spec, tmp_path / "killed", tiny_shards)
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: this child only trains
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        child = multiprocessing.get_context("fork").Process(target=_train_quietly, args=(killed,))
+        child.start()
+        child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    point = newest_resume_point(RunDirectory(killed).checkpoints)
+    assert (point is None) == (step == 1)
+    finish(killed)
+    assert numbers(killed) == numbers(whole)
+
+
+def test_a_damaged_resume_point_is_passed_over_for_the_one_before(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, hurt = (place(spec, tmp_path / name, tiny_shards) for name in ("whole", "hurt"))
+    finish(whole)
+    at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(hurt, progress=False) is None
+    newest, previous = resume_points(RunDirectory(hurt).checkpoints)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert newest_resume_point(newest.parent) == previous
+    finish(hurt)
+    assert numbers(hurt) == numbers(whole)
+
+
+def test_a_full_disk_fails_the_attempt_and_keeps_the_resume_point_before(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, full = (place(spec, tmp_path / name, tiny_shards) for name in ("whole", "full"))
+    finish(whole)
+    save, saves = torch.save, []
+
+    def fill_up(value: object, file: object) -> None:
+        saves.append(1)
+        if len(saves) == 5:
+            file.write(b"half a checkpoint")  # type: ignore[attr-defined]
+            raise OSError(28, "No space left on device")
+        save(value, file)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill_up)
+        with pytest.raises(OSError, match="No space"):
+            train(full, progress=False)
+    directory = RunDirectory(full)
+    assert directory.state() == "failed"
+    assert "No space" in str(directory.attempts()[-1].reason)
+    assert not list(directory.checkpoints.glob(".*")), "half a file was left behind"
+    finish(full)
+    assert numbers(full) == numbers(whole)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_is_kept(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place(spec, tmp_path, tiny_shards)
+    calls: list[int] = []
+    loss = Decoder.loss
+
+    def poisoned(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return loss(self, windows) * (float("nan") if len(calls) == 10 else 1.0)
+
+    monkeypatch.setattr(Decoder, "loss", poisoned)
+    record = finish(path)
+    assert record.status == RunDirectory(path).state() == "diverged"
+    assert record.validation_loss is None
+    assert record.tokens < spec.budget.tokens
+    assert "not finite" in str(record.reason)
+    assert b"NaN" not in (path / "record.json").read_bytes()
+
+
+def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+    whole = finish(place(spec, tmp_path / "whole", tiny_shards))
+    parts = finish(place(spec, tmp_path / "parts", tiny_shards, micro_batch=2))
+    # Equal mathematics, another order of summation in fp32.
+    assert parts.validation_loss == pytest.approx(whole.validation_loss, abs=1e-4)
+    assert parts.tokens == whole.tokens
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refusal, match="micro_batch 3 does not divide the 8 windows"):
+        train(place(spec, tmp_path, tiny_shards, micro_batch=3), progress=False)
+
+
+def test_other_data_than_planned_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="the run was planned for"):
+        train(place(make_spec(manifest="0" * 64), tmp_path, tiny_shards), progress=False)
+    with pytest.raises(Refusal, match="before its data were prepared"):
+        train(place(make_spec(manifest=None), tmp_path, tiny_shards), progress=False)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+def test_a_hostile_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(_Bomb(), tmp_path / "step-00000001.x.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "step-00000001.x.ckpt", weights_only=False)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_its_record_says_who_got_which_weights(
+    name: str, tiny_shards: Path, tmp_path: Path
+) -> None:
+    spec = make_spec(steps=40, optimizer=name, manifest=manifest_hash(read_manifest(tiny_shards)))
+    record = finish(place(spec, tmp_path, tiny_shards))
+    assert record.validation_loss is not None
+    assert record.validation_loss < 3.0 < 5.5  # ln 256 = 5.5 before training
+    claimed = [parameter for names in record.groups.values() for parameter in names]
+    model = Decoder(spec.shape)
+    assert sorted(claimed) == sorted(dict(model.named_parameters()))
+    assert record.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_both_arms_see_the_same_start(tiny_shards: Path) -> None:
+    states = []
+    for name in ("adamw", "muon"):
+        model = Decoder(make_spec(optimizer=name).shape)
+        model.initialise(0)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
