@@ -1,0 +1,255 @@
+"""The optimizers a run can name, one row each: typed options, rules that say which weights go where, a builder.
+
+Planning reads this table too, so torch is imported only inside the builders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from scaling.errors import Refusal, unknown_name
+from scaling.optim.coefficients import CoefficientSet, newton_schulz_flops
+from scaling.optim.views import matrices
+from scaling.spec import OptimizerSpec, Positive, Strict
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+Factor = Annotated[float, msgspec.Meta(ge=0.0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
+
+
+class AdamWOptions(Strict, frozen=True):
+    """Betas of Moonlight's AdamW (0.9, 0.95: its author, Moonlight issue 23), decay on every parameter."""
+
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    epsilon: PositiveFloat = 1e-8
+
+
+class MuonOptions(Strict, frozen=True):
+    """Moonlight's recipe (arXiv:2502.16982, Section 2), and AdamW for what is not a matrix of a block."""
+
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    ns_steps: Positive = 5
+    coefficients: CoefficientSet = "keller"
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`)."""
+    rms: PositiveFloat = 0.2
+    """Root mean square that an update is scaled to, in units of the learning rate."""
+    update_rms: Literal["nominal", "exact"] = "nominal"
+    """``nominal`` scales by ``rms * sqrt(max side)``, right if all singular values became one; ``exact`` measures."""
+    head_blocks: Positive = 1
+    """Row blocks that query, key and value are orthogonalised in: 1, or the number of heads."""
+    adamw_beta1: Beta = 0.9
+    adamw_beta2: Beta = 0.95
+    adamw_epsilon: PositiveFloat = 1e-8
+    adamw_lr_factor: PositiveFloat = 1.0
+    """Peak learning rate of the AdamW part, as a multiple of the run's."""
+    adamw_decay_factor: Factor = 1.0
+    """Weight decay of the AdamW part, as a multiple of the run's."""
+
+
+class Rule(Strict, frozen=True):
+    """Parameters whose whole name matches `pattern` take `algorithm`, seen through `view` (`scaling.optim.views`)."""
+
+    pattern: str
+    algorithm: str
+    view: str = "whole"
+
+
+class Assignment(Strict, frozen=True):
+    """What an optimizer does with one parameter, and the rule that says so."""
+
+    name: str
+    shape: tuple[int, ...]
+    algorithm: str
+    view: str
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """One row of `OPTIMIZERS`."""
+
+    label: str
+    """How figures and tables call it."""
+    options: type[Strict]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    """Rules in order, the first match wins; from the completed options."""
+    groups: Callable[[OptimizerSpec, Any], dict[str, dict[str, Any]]]
+    """Hyper-parameters of a parameter group, by algorithm; from the completed spec and its options."""
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    """Parameter groups to optimizer."""
+
+
+def _adamw_rules(options: AdamWOptions) -> tuple[Rule, ...]:
+    return (Rule(pattern=r".*", algorithm="adamw"),)
+
+
+def _muon_rules(options: MuonOptions) -> tuple[Rule, ...]:
+    per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
+    feed_forward = r"blocks\.\d+\.feed_forward\."
+    return (
+        Rule(pattern=r"(embedding|head)\.weight", algorithm="adamw"),
+        Rule(pattern=r"(.+[._])?norm\.weight", algorithm="adamw"),
+        Rule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm="muon", view=per_head),
+        Rule(pattern=r"blocks\.\d+\.attention\.\w+\.weight", algorithm="muon"),
+        Rule(pattern=feed_forward + r"(shared\.)?(gate|up|down)\.weight", algorithm="muon"),
+        Rule(pattern=feed_forward + r"experts\.(gate|up|down)", algorithm="muon", view="experts"),
+        # The router is a matrix like any other in Moonlight (its Figure 4).
+        Rule(pattern=feed_forward + r"router\.weight", algorithm="muon"),
+    )
+
+
+def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[str, Any]]:
+    return {
+        "adamw": {
+            "lr": spec.peak_lr,
+            "weight_decay": spec.weight_decay,
+            "betas": (options.beta1, options.beta2),
+            "eps": options.epsilon,
+        }
+    }
+
+
+def _muon_groups(spec: OptimizerSpec, options: MuonOptions) -> dict[str, dict[str, Any]]:
+    muon = {
+        field: getattr(options, field)
+        for field in ("momentum", "nesterov", "ns_steps", "coefficients", "ns_dtype", "rms", "update_rms")
+    }
+    return {
+        "muon": {"lr": spec.peak_lr, "weight_decay": spec.weight_decay, **muon},
+        "adamw": {
+            "lr": spec.peak_lr * options.adamw_lr_factor,
+            "weight_decay": spec.weight_decay * options.adamw_decay_factor,
+            "betas": (options.adamw_beta1, options.adamw_beta2),
+            "eps": options.adamw_epsilon,
+        },
+    }
+
+
+def _muon_adamw(groups: list[dict[str, Any]]) -> Optimizer:
+    from scaling.optim.muon import MuonAdamW
+
+    return MuonAdamW(groups)
+
+
+OPTIMIZERS: dict[str, OptimizerRecipe] = {
+    "adamw": OptimizerRecipe(
+        label="AdamW", options=AdamWOptions, rules=_adamw_rules, groups=_adamw_groups, optimizer=_muon_adamw
+    ),
+    "muon": OptimizerRecipe(
+        label="Muon", options=MuonOptions, rules=_muon_rules, groups=_muon_groups, optimizer=_muon_adamw
+    ),
+}
+"""Optimizers by the name that a spec writes."""
+
+
+def recipe(name: str) -> OptimizerRecipe:
+    """The row of an optimizer.
+
+    Raises:
+        Refusal: There is none of that name.
+    """
+    if name not in OPTIMIZERS:
+        raise Refusal(unknown_name("optimizer", name, OPTIMIZERS))
+    return OPTIMIZERS[name]
+
+
+def _options(spec: OptimizerSpec) -> Strict:
+    options = recipe(spec.name).options
+    known = {field.name: field for field in msgspec.structs.fields(options)}
+    for name, value in spec.options.items():
+        if name not in known:
+            raise Refusal(unknown_name(f"option of {spec.name}", name, known))
+        try:
+            msgspec.convert(value, type=known[name].type)
+        except msgspec.ValidationError as error:
+            raise Refusal(
+                f"option {name} of {spec.name} is {value!r}: {error}. Its default is {known[name].default!r}."
+            ) from None
+    return msgspec.convert(spec.options, type=options)
+
+
+def complete(spec: OptimizerSpec) -> OptimizerSpec:
+    """The spec with every option of its optimizer written out.
+
+    Raises:
+        Refusal: The optimizer or an option is not known, or a value has the wrong type or range.
+    """
+    options: dict[str, float | int | bool | str] = msgspec.to_builtins(_options(spec))
+    return msgspec.structs.replace(spec, options=options)
+
+
+def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[Assignment]:
+    """Which algorithm and view each parameter gets, in the order of `shapes`; each is claimed by exactly one rule.
+
+    Raises:
+        Refusal: No rule claims a parameter, or its shape does not fit the view.
+    """
+    rules = recipe(spec.name).rules(_options(spec))
+    assignments = []
+    for name, shape in shapes.items():
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+        if rule is None:
+            raise Refusal(
+                f"parameter {name} {tuple(shape)} is claimed by no rule of {spec.name}. "
+                "Add one in scaling/optim/recipes.py; nothing is assigned by default, so that no weight trains by mistake."
+            )
+        if rule.algorithm != "adamw":
+            matrices(name, tuple(shape), rule.view)
+        assignments.append(
+            Assignment(name=name, shape=tuple(shape), algorithm=rule.algorithm, view=rule.view, rule=rule.pattern)
+        )
+    return assignments
+
+
+def update_flops(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """FLOPs of one optimizer step: its matrix products, the elementwise work left out.
+
+    0 for AdamW. What torch's FlopCounterMode counts when every product is a plain one.
+    """
+    options = _options(spec)
+    total = 0
+    for assignment in assign(spec, shapes):
+        if assignment.algorithm != "adamw":
+            count, rows, columns = matrices(assignment.name, assignment.shape, assignment.view)
+            total += count * newton_schulz_flops(rows, columns, getattr(options, "ns_steps"))  # noqa: B009
+    return total
+
+
+def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """The optimizer of a run, with one parameter group for each algorithm and view.
+
+    A group carries `algorithm`, `view`, `lr` and `peak_lr`; the training loop sets ``lr`` to ``peak_lr`` times the
+    schedule's share before each step.
+
+    Raises:
+        Refusal: As `assign`; or two parameters have one name.
+    """
+    named = list(named_parameters)
+    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+    if twice:
+        raise Refusal(f"parameters {', '.join(twice)} were given twice; pass model.named_parameters() once.")
+    row = recipe(spec.name)
+    hyper = row.groups(spec, _options(spec))
+    parameters = dict(named)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for assignment in assign(spec, {name: tuple(parameter.shape) for name, parameter in named}):
+        key = (assignment.algorithm, assignment.view)
+        group = groups.setdefault(
+            key,
+            {"params": [], "algorithm": key[0], "view": key[1], **hyper[key[0]], "peak_lr": hyper[key[0]]["lr"]},
+        )
+        group["params"].append((assignment.name, parameters[assignment.name]))
+    return row.optimizer(list(groups.values()))

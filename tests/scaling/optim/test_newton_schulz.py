@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaling.optim.coefficients import COEFFICIENTS, newton_schulz_flops, polynomials, singular_value_after
+from scaling.optim.newton_schulz import CHUNK_BYTES, Workspace, orthogonalise, resolve_dtype
+
+STEPS = {"keller": 5, "polar-express": 5, "deepseek": 10}
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
+    left, _, right = torch.linalg.svd(gaussian(rows, columns).double(), full_matrices=False)
+    return (left * values.double()) @ right
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 24), (24, 64), (64, 24)])
+def test_a_matrix_gets_the_same_result_in_every_stack(dtype, rows, columns):
+    stack = gaussian(7, rows, columns)
+    steps = polynomials("keller", 5)
+    together = orthogonalise(stack, steps, dtype=dtype)
+    alone = torch.stack([orthogonalise(matrix, steps, dtype=dtype) for matrix in stack])
+    assert torch.equal(together, alone)
+
+
+def test_chunks_and_a_used_workspace_change_nothing():
+    length = CHUNK_BYTES // (4 * 96 * 200)
+    stack = gaussian(2 * length + 3, 96, 200)
+    workspace, steps = Workspace(), polynomials("keller", 2)
+    fresh = orthogonalise(stack, steps, dtype=torch.float32)
+    orthogonalise(gaussian(3, 80, 50), steps, dtype=torch.float32, workspace=workspace)
+    assert torch.equal(orthogonalise(stack, steps, dtype=torch.float32, workspace=workspace), fresh)
+    assert torch.equal(orthogonalise(stack[length + 1], steps, dtype=torch.float32), fresh[length + 1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_input_is_left_as_it_was(count, rows, columns, dtype):
+    stack = gaussian(count, rows, columns).to(dtype)
+    before = stack.clone()
+    orthogonalise(stack, polynomials("keller", 3), dtype=dtype)
+    assert torch.equal(stack, before)
+
+
+def test_a_tall_matrix_is_its_transpose_transposed():
+    tall = gaussian(70, 30)
+    steps = polynomials("keller", 5)
+    wide = orthogonalise(tall.mT, steps, dtype=torch.float32)
+    # fp32 sums in another order, amplified by the steepest slope of the set.
+    torch.testing.assert_close(orthogonalise(tall, steps, dtype=torch.float32), wide.mT, rtol=0, atol=2e-5)
+
+
+def test_zeros_stay_zeros():
+    assert torch.equal(orthogonalise(torch.zeros(2, 8, 5), polynomials("keller", 5)).float(), torch.zeros(2, 8, 5))
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 40), (24, 64), (64, 24)])
+def test_every_singular_value_goes_where_the_polynomials_send_it(name, rows, columns):
+    steps = polynomials(name, STEPS[name])
+    matrix = with_spectrum(rows, columns, torch.logspace(0, -3, min(rows, columns)))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    sent = torch.tensor([singular_value_after(float(v / matrix.norm()), steps) for v in values], dtype=torch.float64)
+    expected = (left * sent) @ right
+    made = orthogonalise(matrix.float(), steps, dtype=torch.float32).double()
+    # An independent float64 SVD is the oracle; fp32 errors grow by at most the slope of the set at zero.
+    assert (made - expected).norm() / expected.norm() < 5e-3
+
+
+BANDS = {"keller": (0.66, 1.22), "polar-express": (0.80, 1.17), "deepseek": (0.94, 1.06)}
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["gaussian", "power law", "low rank and noise"])
+def test_singular_values_that_are_not_tiny_end_in_the_band_of_their_set(name, dtype, kind):
+    matrix = {
+        "gaussian": lambda: gaussian(96, 256),
+        "power law": lambda: with_spectrum(96, 256, torch.arange(1, 97).float() ** -1.0),
+        "low rank and noise": lambda: with_spectrum(96, 256, torch.ones(96).index_fill(0, torch.arange(8, 96), 0.05)),
+    }[kind]()
+    made = torch.linalg.svdvals(orthogonalise(matrix.float(), polynomials(name, STEPS[name]), dtype=dtype).float())
+    low, high = BANDS[name]
+    assert made.max() < high
+    if kind != "power law":  # whose smallest values, 0.6 % of the norm, take more than five steps
+        assert made.min() > low
+
+
+def test_the_counted_flops_are_what_torch_counts():
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for rows, columns in [(16, 16), (16, 40), (40, 16)]:
+            orthogonalise(gaussian(3, rows, columns), polynomials("keller", 5), dtype=torch.float32)
+    assert counter.get_total_flops() == 3 * (
+        newton_schulz_flops(16, 16, 5) + newton_schulz_flops(16, 40, 5) + newton_schulz_flops(40, 16, 5)
+    )
+
+
+def test_the_format_follows_the_request_the_device_and_the_shape():
+    assert resolve_dtype("auto", "cpu", 64, 4096) == torch.float32
+    assert resolve_dtype("auto", "cpu", 128, 4096) == torch.bfloat16
+    assert resolve_dtype("auto", "cuda", 8, 8) == torch.bfloat16
+    assert resolve_dtype("fp32", "cuda", 8, 8) == torch.float32
+    assert resolve_dtype("bf16", "cpu", 8, 8) == torch.bfloat16

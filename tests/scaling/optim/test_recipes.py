@@ -1,0 +1,117 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from scaling.errors import Refusal
+from scaling.models.decoder import Decoder
+from scaling.optim.recipes import OPTIMIZERS, assign, build, complete, update_flops
+from scaling.spec import ModelShape, OptimizerSpec
+
+SHAPE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
+
+
+def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Decoder(shape).named_parameters()}
+
+
+def spec(name: str, **options: float | int | bool | str) -> OptimizerSpec:
+    return OptimizerSpec(name=name, peak_lr=1e-3, options=options)
+
+
+def test_planning_reads_the_table_without_torch():
+    code = "import sys, scaling.optim.recipes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_completing_writes_every_default_and_twice_is_once(name):
+    whole = complete(spec(name))
+    assert set(whole.options) == set(OPTIMIZERS[name].options.__struct_fields__)
+    assert complete(whole) == whole
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (spec("muonn"), 'did you mean "muon"'),
+        (spec("muon", momentumm=0.9), 'option of muon "momentumm" is not known; did you mean "momentum"'),
+        (spec("muon", momentum="high"), "option momentum of muon is 'high'"),
+        (spec("muon", momentum=1.0), "option momentum of muon is 1.0"),
+        (spec("muon", nesterov=1), "option nesterov of muon is 1"),
+        (spec("muon", coefficients="kellar"), "option coefficients of muon is 'kellar'"),
+        (spec("adamw", momentum=0.9), 'option of adamw "momentum" is not known'),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_refused_by_name(wrong, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        complete(wrong)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied):
+    shapes = shapes_of(ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": tied}))
+    muon = {a.name for a in assign(spec("muon"), shapes) if a.algorithm == "muon"}
+    assert muon == {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
+
+
+def test_expert_stacks_and_latent_attention_are_matrices_and_their_norms_are_not():
+    shapes = {
+        "blocks.1.feed_forward.experts.gate": (8, 48, 32),
+        "blocks.1.feed_forward.router.weight": (8, 32),
+        "blocks.1.feed_forward.shared.down.weight": (32, 48),
+        "blocks.1.attention.kv_down.weight": (24, 32),
+        "blocks.1.attention.kv_norm.weight": (24,),
+    }
+    assert [(a.algorithm, a.view) for a in assign(spec("muon"), shapes)] == [
+        ("muon", "experts"), ("muon", "whole"), ("muon", "whole"), ("muon", "whole"), ("adamw", "whole"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        ("blocks.0.attn_gated.weight", (4, 4), "claimed by no rule"),
+        ("xblocks.0.attention.query.weight", (4, 4), "claimed by no rule"),
+        ("blocks.0.attention.query.weight.extra", (4, 4), "claimed by no rule"),
+        ("blocks.0.attention.query.weight", (4,), "needs 2 dimensions"),
+        ("blocks.0.feed_forward.experts.up", (4, 4), "needs 3 dimensions"),
+    ],
+)
+def test_a_parameter_that_no_rule_was_written_for_is_refused(name, shape, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        assign(spec("muon"), {name: shape})
+
+
+def test_head_blocks_must_divide_the_rows():
+    with pytest.raises(Refusal, match="32 rows, which 3 blocks do not divide"):
+        assign(spec("muon", head_blocks=3), {"blocks.0.attention.query.weight": (32, 32)})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_group_says_its_algorithm_and_its_own_peak(name):
+    model = Decoder(SHAPE)
+    optimizer = build(spec(name), model.named_parameters())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
+    assert len(held) == len(list(model.parameters()))
+    assert all(group["peak_lr"] == group["lr"] == 1e-3 for group in optimizer.param_groups)
+    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
+
+
+def test_the_adamw_part_can_have_its_own_rate_and_decay():
+    optimizer = build(spec("muon", adamw_lr_factor=0.5, adamw_decay_factor=0.0), Decoder(SHAPE).named_parameters())
+    rates = {group["algorithm"]: (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rates == {"muon": (1e-3, 0.1), "adamw": (5e-4, 0.0)}
+
+
+def test_adamw_multiplies_nothing_and_muon_costs_moonlights_share():
+    shape = ModelShape(layers=18, width=2304, heads=18, vocabulary=1024, context=64)
+    assert update_flops(spec("adamw"), shapes_of(shape)) == 0
+    # 1.57M tokens a step of 6 * 1146.6M FLOPs: Newton-Schulz adds about 0.64 %.
+    assert update_flops(spec("muon"), shapes_of(shape)) / (6 * 1146.62e6 * 192 * 8192) == pytest.approx(
+        0.0064, abs=2e-4
+    )
