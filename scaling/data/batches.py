@@ -97,9 +97,12 @@ class Batches:
             self._check(step + 1)
         numbers = range(step * self.windows + rank, (step + 1) * self.windows, world)
         batch = np.empty((len(numbers), self.context + 1), dtype=np.int64)
+        epoch, order = -1, np.empty(0, dtype=np.int64)
         for row, number in zip(batch, numbers, strict=True):
-            epoch, place = divmod(number, self.per_epoch)
-            window = int(_order(self.per_epoch, self.seed, epoch)[place])
+            if number // self.per_epoch != epoch:
+                epoch = number // self.per_epoch
+                order = _order(self.per_epoch, self.seed, epoch)
+            window = int(order[number % self.per_epoch])
             self._stream.read_into(row, window * self.context)
         return batch
 

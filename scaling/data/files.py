@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import io
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -18,12 +17,17 @@ from scaling.errors import Refusal
 WINDOW_LOG = 31
 """Largest zstd window taken, 2 GiB: text archives are often packed with ``--long``."""
 
+CHUNK_BYTES = 1 << 17
+"""Packed bytes unpacked at once: some 400 kB of text."""
+
 FoundFile = tuple[Half | None, str, Path]
 """Half that a published split gives the file (None: split by content), name without the folder, path."""
 
 
 def documents(path: str, *, validation: str | None = None, text_field: str = "text") -> Iterator[Document]:
     """The documents of `validation`, then those of `path`, each in the order of the file names.
+
+    An empty or null text is no document.
 
     Raises:
         Refusal: A file cannot be read as what its suffix says, or has no text field.
@@ -36,7 +40,8 @@ def documents(path: str, *, validation: str | None = None, text_field: str = "te
         with file.open("rb") as raw:
             try:
                 for text in read(raw, file, text_field):
-                    yield Document(text, half, min((before + raw.tell()) / total, 1.0))
+                    if text:
+                        yield Document(text, half, min((before + raw.tell()) / total, 1.0))
             except UnicodeDecodeError as error:
                 raise Refusal(
                     f"{file}: not UTF-8 text (byte {error.start:,} of a piece: {error.reason}). "
@@ -100,7 +105,7 @@ def _plain(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
     yield raw.read().decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _json_lines(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
+def _json_lines(raw: Iterable[bytes], file: Path, text_field: str) -> Iterator[str]:
     decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
     for number, line in enumerate(raw, start=1):
         if not line.strip():
@@ -115,8 +120,8 @@ def _json_lines(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
         if text_field not in fields:
             raise _no_field(f"{file}, line {number:,}", text_field, list(fields))
         try:
-            yield msgspec.json.decode(fields[text_field], type=str)
-        except msgspec.ValidationError as error:
+            yield msgspec.json.decode(fields[text_field], type=str | None) or ""
+        except msgspec.DecodeError as error:
             raise Refusal(
                 f'{file}, line {number:,}: the field "{text_field}" is not a text ({error}). Set text_field to one.'
             ) from None
@@ -125,12 +130,38 @@ def _json_lines(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
 def _json_lines_zst(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor(max_window_size=2**WINDOW_LOG)
     try:
-        with unpacker.stream_reader(raw, read_across_frames=True, closefd=False) as stream:
-            yield from _json_lines(io.BufferedReader(stream), file, text_field)
-    except zstandard.ZstdError as error:
+        yield from _json_lines(_lines(_unpacked(raw)), file, text_field)
+    except (zstandard.ZstdError, EOFError) as error:
         raise Refusal(f"{file}: damaged or cut short ({error}). Fetch or pack the file again.") from None
+
+
+def _unpacked(raw: IO[bytes]) -> Iterator[bytes]:
+    """Pieces of a zstd file of one or more frames; the library's own reader takes a file cut short for a whole one."""
+    import zstandard
+
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**WINDOW_LOG)
+    frame = None
+    while packed := raw.read(CHUNK_BYTES):
+        while packed:
+            frame = frame or unpacker.decompressobj()
+            yield frame.decompress(packed)
+            packed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("its last frame does not end")
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for piece in pieces:
+        first, *others = piece.split(b"\n")
+        rest.append(first)
+        if others:
+            yield b"".join(rest)
+            yield from others[:-1]
+            rest = [others[-1]]
+    yield b"".join(rest)
 
 
 def _json_lines_xz(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
@@ -148,11 +179,11 @@ def _parquet(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
                 raise _no_field(str(file), text_field, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
+                    if not isinstance(text, str | None):
                         raise Refusal(
                             f'{file}: the column "{text_field}" holds {text!r:.40}, not a text. Set text_field to one.'
                         )
-                    yield text
+                    yield text or ""
     except pyarrow.ArrowException as error:
         raise Refusal(f"{file}: not a Parquet file that can be read ({error}). Write or fetch it again.") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from scaling.data.documents import Document, Half
 from scaling.errors import Refusal
@@ -18,6 +19,8 @@ def documents(
     text_field: str = "text",
 ) -> Iterator[Document]:
     """The documents of the split `validation`, then those of `split`, in the order of the data set.
+
+    An empty or null text is no document.
 
     Raises:
         Refusal: The extra is not installed, the data set or split cannot be opened, or there is no text field.
@@ -38,22 +41,31 @@ def documents(
 def _texts(name: str, subset: str | None, split: str, revision: str | None, text_field: str) -> Iterator[str]:
     import datasets
 
+    where = f'[data] hf data set {" ".join(part for part in (name, subset) if part)}, split "{split}"'
+    rows: Iterator[dict[str, Any]]
     try:
         rows = iter(datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True))
-        first = next(rows, None)
+        row = next(rows, None)
     except Exception as error:  # the library raises a dozen kinds, network ones among them
-        named = " ".join(str(part) for part in (name, subset) if part)
         raise Refusal(
-            f'[data] hf data set {named}, split "{split}": cannot be opened ({type(error).__name__}: {error}). '
+            f"{where}: cannot be opened ({type(error).__name__}: {error}). "
             "Check name, subset, split and revision, and whether this machine reaches the Hub."
         ) from error
-    if first is None:
-        return
-    if not isinstance(first.get(text_field), str):
-        raise Refusal(
-            f'[data] hf data set {name}: there is no text in the field "{text_field}"; it has '
-            f"{', '.join(sorted(first))}. Set text_field to the one that holds the text."
-        )
-    yield first[text_field]
-    for row in rows:
-        yield row[text_field]
+    count = 0
+    while row is not None:
+        text = row.get(text_field, row)
+        if not isinstance(text, str | None):
+            raise Refusal(
+                f'{where}: there is no text in the field "{text_field}"; it has {", ".join(sorted(row))}. '
+                "Set text_field to the one that holds the text."
+            )
+        if text:
+            yield text
+        count += 1
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise Refusal(
+                f"{where}: the stream broke off after {count:,} rows ({type(error).__name__}: {error}). "
+                "Prepare again: it goes on from what is written."
+            ) from error

@@ -6,7 +6,9 @@ files and of the speed-run repositories that followed it, so their shards and th
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -148,7 +150,8 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
         )
     if tokens is not None and tokens != count:
         raise Refusal(f"{path}: holds {count:,} tokens and the manifest says {tokens:,}. {again}")
-    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+    # A plain view of the map: every slice of a memmap object costs microseconds, more than its copy.
+    return np.asarray(np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,)))
 
 
 class TokenStream:
@@ -158,10 +161,10 @@ class TokenStream:
         self.split = read_manifest(folder).split(half)
         # An empty file cannot be mapped, and adds nothing.
         self._shards = [open_shard(folder / shard.file, shard.tokens) for shard in self.split.shards if shard.tokens]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._ends = list(itertools.accumulate(len(shard) for shard in self._shards))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
         """Fill `out`, shape ``(length,)``, with the tokens from `start` on, across shards.
@@ -171,11 +174,11 @@ class TokenStream:
         """
         if start < 0 or start + len(out) > len(self):
             raise IndexError(f"tokens {start:,} to {start + len(out):,} of a stream of {len(self):,}")
-        number = int(np.searchsorted(self._ends, start, side="right"))
+        number = bisect.bisect_right(self._ends, start)
         filled = 0
         while filled < len(out):
             shard = self._shards[number]
-            offset = start + filled - (int(self._ends[number]) - len(shard))
+            offset = start + filled - (self._ends[number] - len(shard))
             piece = shard[offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)

@@ -1,0 +1,134 @@
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaling.data.batches import Batches, NotEnoughTokens, held_out
+from scaling.data.documents import Half
+from scaling.data.shards import MANIFEST, Manifest, Shard, Split, header
+from scaling.data.tokenizer import ByteTokenizer
+from scaling.records import write_json
+
+
+def write_streams(folder: Path, cuts: list[int], validation: int = 50) -> Path:
+    """Shards of the given sizes whose tokens are their own positions, so that a batch says where it came from."""
+
+    def split(half: Half, sizes: list[int]) -> Split:
+        shards, start = [], 0
+        for number, size in enumerate(sizes):
+            name = f"{half}-{number}.bin"
+            content = header(size) + np.arange(start, start + size, dtype="<u2").tobytes()
+            (folder / name).write_bytes(content)
+            shards.append(Shard(file=name, tokens=size, sha256=""))
+            start += size
+        return Split(shards=tuple(shards), documents=1, bytes=start)
+
+    manifest = Manifest(
+        source="text",
+        options={},
+        wish="",
+        tokenizer=ByteTokenizer.info,
+        train=split("train", cuts),
+        validation=split("validation", [validation]),
+    )
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+streams = st.lists(st.integers(0, 300), min_size=1, max_size=5).filter(lambda cuts: sum(cuts) > 40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cuts=streams, context=st.integers(1, 33), windows=st.integers(1, 5), seed=st.integers(-3, 3))
+def test_the_windows_of_an_epoch_are_disjoint_and_cover_the_stream(cuts, context, windows, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        batches = Batches(write_streams(Path(folder), cuts), context=context, windows=windows, seed=seed, repeat=True)
+        per_epoch = (sum(cuts) - 1) // context
+        rows = np.concatenate([batches.at(step) for step in range(-(-per_epoch // windows))])[:per_epoch]
+    assert (np.diff(rows, axis=1) == 1).all()  # each is one stretch of the stream
+    assert sorted(rows[:, 1:].ravel()) == list(range(1, per_epoch * context + 1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(cuts=streams, step=st.integers(0, 50), seed=st.integers(0, 5), world=st.integers(1, 4))
+def test_a_restarted_or_divided_run_gets_the_same_batch(cuts, step, seed, world):
+    with tempfile.TemporaryDirectory() as folder:
+        write_streams(Path(folder), cuts)
+
+        def opened() -> Batches:
+            return Batches(folder, context=4, windows=6, seed=seed, repeat=True)
+
+        walked = opened()
+        for earlier in range(step):
+            walked.at(earlier)
+        batch = walked.at(step)
+        assert (opened().at(step) == batch).all()
+        parts = [opened().at(step, rank=rank, world=world) for rank in range(world)]
+    together = np.empty_like(batch)
+    for rank, part in enumerate(parts):
+        together[rank::world] = part
+    assert (together == batch).all()
+
+
+def test_cutting_the_stream_into_other_shards_changes_no_batch(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "three"]
+    for folder, cuts in zip(folders, ([301], [7, 0, 294]), strict=True):
+        folder.mkdir()
+        write_streams(folder, cuts)
+    one, three = (Batches(folder, context=10, windows=5, seed=1) for folder in folders)
+    assert all((one.at(step) == three.at(step)).all() for step in range(one.steps))
+
+
+def test_another_batch_size_cuts_the_same_sequence_of_windows(tmp_path):
+    write_streams(tmp_path, [601])
+    small, large = (Batches(tmp_path, context=10, windows=windows, seed=3) for windows in (4, 12))
+    assert (np.concatenate([small.at(step) for step in range(3)]) == large.at(0)).all()
+
+
+def test_the_order_of_a_seed_never_changes(tmp_path):
+    # Changed numbers here mean that old runs cannot be repeated, whatever the library that changed them.
+    write_streams(tmp_path, [101])
+    batches = Batches(tmp_path, context=10, windows=10, seed=0, repeat=True)
+    assert [int(row[0]) // 10 for row in batches.at(0)] == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+    assert [int(row[0]) // 10 for row in batches.at(1)] == [7, 4, 5, 1, 9, 8, 6, 2, 0, 3]
+
+
+def test_each_seed_and_each_epoch_has_its_own_order(tmp_path):
+    write_streams(tmp_path, [4001])
+    orders = {
+        tuple(Batches(tmp_path, context=10, windows=400, seed=seed, repeat=True).at(epoch)[:, 0])
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+def test_a_run_longer_than_the_stream_is_refused_before_it_starts(tmp_path):
+    write_streams(tmp_path, [1000])
+    with pytest.raises(NotEnoughTokens, match=r"50 steps .* need 2,000 training tokens; .* 990 .*24 steps.*repeat"):
+        Batches(tmp_path, context=10, windows=4, steps=50)
+    assert Batches(tmp_path, context=10, windows=4, steps=24).steps == 24
+    assert Batches(tmp_path, context=10, windows=4, steps=50, repeat=True).epochs(50) == pytest.approx(200 / 99)
+    with pytest.raises(NotEnoughTokens, match="25 steps"):
+        Batches(tmp_path, context=10, windows=4).at(24)
+
+
+def test_a_context_longer_than_the_stream_is_refused(tmp_path):
+    write_streams(tmp_path, [100])
+    with pytest.raises(NotEnoughTokens, match="do not fill one window of context 100"):
+        Batches(tmp_path, context=100, windows=1, repeat=True)
+
+
+def test_held_out_windows_are_the_first_of_the_validation_split(tmp_path):
+    write_streams(tmp_path, [100], validation=41)
+    assert (held_out(tmp_path, context=10, tokens=25) == np.array([range(11), range(10, 21)])).all()
+
+
+@pytest.mark.parametrize("tokens", [9, 50])
+def test_an_evaluation_that_the_validation_split_cannot_serve_is_refused(tmp_path, tokens):
+    write_streams(tmp_path, [100], validation=41)
+    with pytest.raises(NotEnoughTokens, match=r"holds 4 \(40 tokens\)"):
+        held_out(tmp_path, context=10, tokens=tokens)

@@ -1,0 +1,202 @@
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+import scaling.data.prepare as preparation
+import scaling.data.writer
+from scaling.data.prepare import PROGRESS, default_folder, prepare, prepared
+from scaling.data.shards import MANIFEST
+from scaling.data.sources import DataConfig
+from scaling.errors import Refusal
+
+SMALL = {"SHARD_TOKENS": 3000, "CHECKPOINT_SECONDS": 0.0, "BATCH_BYTES": 500}
+"""Several shards, and a checkpoint every few documents, from a text of 30 kB."""
+
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+import scaling.data.prepare as preparation, scaling.data.writer as writer
+from scaling.data.sources import DataConfig
+
+text, folder, action = sys.argv[1:]
+writer.SHARD_TOKENS, preparation.CHECKPOINT_SECONDS, preparation.BATCH_BYTES = {SHARD_TOKENS}, {CHECKPOINT_SECONDS}, {BATCH_BYTES}
+calls = 0
+add, write_json = writer.HalfWriter.add, preparation.write_json
+
+def counted_add(self, ids, size):
+    global calls
+    calls += 1
+    add(self, ids, size)
+    if action == str(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "slowly":
+        time.sleep(0.01)
+
+def killed_before_manifest(path, value):
+    if action == "manifest" and path.name == "manifest.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(path, value)
+
+writer.HalfWriter.add, preparation.write_json = counted_add, killed_before_manifest
+preparation.prepare(DataConfig(source="text", path=text), Path(folder))
+print(calls)
+""".format(**SMALL)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"{number:03d}.txt").write_text(f"line of file {number}\n" * (5 + number % 20))
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(scaling.data.writer, "SHARD_TOKENS", SMALL["SHARD_TOKENS"])
+    monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", SMALL["CHECKPOINT_SECONDS"])
+    monkeypatch.setattr(preparation, "BATCH_BYTES", SMALL["BATCH_BYTES"])
+
+
+def start(text, folder, action):
+    command = [sys.executable, "-c", CHILD, str(text), str(folder), action]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+
+
+@pytest.mark.parametrize("moment", ["1", "47", "100", "manifest"])
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_path, small, moment):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = DataConfig(source="text", path=str(text))
+    prepare(config, whole, progress=False)
+    child = start(text, killed, moment)
+    child.communicate()
+    assert child.returncode == -9
+    assert prepared(config, killed) is None
+    prepare(config, killed, progress=False)
+    assert len(contents(killed)) > 5
+    assert contents(killed) == contents(whole)
+
+
+def test_a_preparation_goes_on_from_its_checkpoint_and_not_from_the_start(text, tmp_path, small, monkeypatch):
+    start(text, tmp_path / "killed", "80").communicate()
+    added = []
+    add = scaling.data.writer.HalfWriter.add
+    monkeypatch.setattr(
+        scaling.data.writer.HalfWriter, "add", lambda self, *given: (added.append(1), add(self, *given))
+    )
+    prepare(DataConfig(source="text", path=str(text)), tmp_path / "killed", progress=False)
+    assert 20 <= len(added) < 40
+
+
+def test_text_that_changed_under_a_killed_preparation_starts_it_over(text, tmp_path, small):
+    config = DataConfig(source="text", path=str(text))
+    start(text, tmp_path / "killed", "80").communicate()
+    first = text / "000.txt"
+    first.write_text(first.read_text().replace("line", "LINE"))  # same size, so the same wish
+    prepare(config, tmp_path / "killed", progress=False)
+    prepare(config, tmp_path / "whole", progress=False)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_two_processes_that_prepare_at_once_write_once(text, tmp_path):
+    children = [start(text, tmp_path / "shards", "slowly") for _ in range(2)]
+    written = sorted(int(child.communicate()[0]) for child in children)
+    assert written == [0, 100]
+
+
+def test_a_second_call_writes_nothing(text, tmp_path):
+    config = DataConfig(source="text", path=str(text))
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").iterdir()}
+    assert prepare(config, tmp_path / "shards", progress=False) == manifest == prepared(config, tmp_path / "shards")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").iterdir()} == before
+    assert not (tmp_path / "shards" / PROGRESS).exists()
+
+
+def test_a_cap_stops_after_the_document_that_reaches_it(text, tmp_path):
+    config = DataConfig(source="text", path=str(text), train_tokens=5000)
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    assert 5000 <= manifest.train.tokens < 5600
+
+
+def test_equal_wishes_share_a_folder_wherever_the_text_lies(text, tmp_path):
+    here = default_folder(DataConfig(source="text", path=str(text)), tmp_path)
+    moved = text.rename(tmp_path / "elsewhere")
+    config = DataConfig(source="text", path=str(moved))
+    assert default_folder(config, tmp_path) == here
+    assert here.parent == tmp_path / "data"
+    assert here.name.startswith("text-")
+    assert default_folder(msgspec.structs.replace(config, repeat=True), tmp_path) == here
+    assert default_folder(msgspec.structs.replace(config, train_tokens=7), tmp_path) != here
+    (moved / "more.txt").write_text("more")
+    assert default_folder(config, tmp_path) != here
+
+
+def test_a_folder_of_another_wish_is_refused(text, tmp_path):
+    prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards", progress=False)
+    with pytest.raises(Refusal, match=r"another \[data\] table"):
+        prepare(DataConfig(source="text", path=str(text), train_tokens=9), tmp_path / "shards")
+
+
+def test_shards_that_somebody_else_wrote_are_left_alone(text, tmp_path):
+    (tmp_path / "theirs.bin").write_bytes(b"precious")
+    with pytest.raises(Refusal, match=r"theirs\.bin and no manifest"):
+        prepare(DataConfig(source="text", path=str(text)), tmp_path, progress=False)
+    assert (tmp_path / "theirs.bin").read_bytes() == b"precious"
+
+
+def test_a_split_without_validation_documents_is_refused_and_leaves_no_shards(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(Refusal, match="of 1 documents none is held out"):
+        prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
+    assert not contents(tmp_path / "shards")
+
+
+def test_empty_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(Refusal, match="there is no text in it"):
+        prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files, which Unix alone can")
+def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path, small):
+    import resource
+    import signal
+
+    folder, config = tmp_path / "shards", DataConfig(source="text", path=str(text))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        with pytest.raises(Refusal, match=r"shards: no room to write .*it goes on"):
+            prepare(config, folder, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    prepare(config, folder, progress=False)
+    prepare(config, tmp_path / "whole", progress=False)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_log_gets_a_plain_line_now_and_then(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scaling.data.meter.LINE_SECONDS", 0.0)
+    prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards")
+    written = capsys.readouterr().err
+    assert "training tokens" in written
+    assert "\x1b" not in written
+
+
+def test_a_damaged_progress_file_is_refused(text, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / PROGRESS).write_text("{")
+    with pytest.raises(Refusal, match=r"progress\.json: damaged"):
+        prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards", progress=False)
+    assert not (tmp_path / "shards" / MANIFEST).exists()

@@ -1,0 +1,129 @@
+import msgspec
+import numpy as np
+import pytest
+
+from scaling.data.documents import content_digest
+from scaling.data.prepare import prepare
+from scaling.data.shards import HEADER_BYTES, MANIFEST, TokenStream, manifest_hash, open_shard, read_manifest, verify
+from scaling.data.sources import DataConfig
+from scaling.errors import Refusal
+
+TEXTS = [f"Zeile {number}: größer, 大きい\n" * (1 + number % 7) for number in range(60)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number, content in enumerate(TEXTS):
+        (text / f"{number:02d}.txt").write_text(content, encoding="utf-8")
+    prepare(DataConfig(source="text", path=str(text), validation_fraction=0.2), tmp_path / "shards", progress=False)
+    return tmp_path / "shards"
+
+
+def documents_of(folder, half):
+    stream = TokenStream(folder, half)
+    tokens = np.empty(len(stream), dtype=np.int64)
+    stream.read_into(tokens, 0)
+    return bytes(tokens.astype(np.uint8)).decode().split("\0")[:-1]
+
+
+def test_what_was_written_is_read_back(folder):
+    assert sorted(documents_of(folder, "train") + documents_of(folder, "validation")) == sorted(TEXTS)
+
+
+def test_the_manifest_counts_documents_tokens_and_bytes(folder):
+    manifest = read_manifest(folder)
+    assert manifest.train.documents + manifest.validation.documents == len(TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert manifest.train.bytes + manifest.validation.bytes == size
+    assert manifest.train.tokens + manifest.validation.tokens == size + len(TEXTS)
+    assert manifest.train.bytes_per_token == manifest.train.bytes / manifest.train.tokens
+
+
+def test_the_header_is_256_int32_with_magic_version_and_count(folder):
+    shard = folder / read_manifest(folder).train.shards[0].file
+    values = np.fromfile(shard, dtype="<i4", count=256)
+    assert list(values[:3]) == [20240520, 1, read_manifest(folder).train.tokens]
+    assert not values[3:].any()
+
+
+def test_the_manifest_hash_depends_on_content_alone(folder, tmp_path):
+    manifest = read_manifest(folder)
+    before = manifest_hash(folder)
+    elsewhere = folder.rename(tmp_path / "moved")
+    assert manifest_hash(elsewhere) == before
+    renamed = msgspec.structs.replace(manifest, source="hf", options={"path": "/else/where"}, wish="")
+    assert manifest_hash(renamed) == before
+    shard = msgspec.structs.replace(manifest.train.shards[0], sha256="0" * 64)
+    train = msgspec.structs.replace(manifest.train, shards=(shard,))
+    assert manifest_hash(msgspec.structs.replace(manifest, train=train)) != before
+
+
+def test_reading_past_the_end_of_the_stream_is_an_error(folder):
+    stream = TokenStream(folder)
+    with pytest.raises(IndexError):
+        stream.read_into(np.empty(2, dtype=np.int64), len(stream) - 1)
+
+
+def spoil(path, change):
+    content = bytearray(path.read_bytes())
+    content = change(content) or content
+    path.write_bytes(bytes(content))
+
+
+def flip(content, at):
+    content[at] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content[:-2], "it was cut short"),
+        (lambda content: content[:100], "not a token shard"),
+        (lambda content: flip(content, 0), "not a token shard"),
+        (lambda content: flip(content, 4), "version 0"),
+        (lambda content: content[:8] + b"\1\0\0\0" + content[12 : HEADER_BYTES + 2], "manifest says"),
+    ],
+    ids=["truncated", "torn header", "foreign", "other version", "other shard"],
+)
+def test_a_damaged_shard_is_refused_when_it_is_opened(folder, change, sentence):
+    shard = read_manifest(folder).train.shards[0]
+    spoil(folder / shard.file, change)
+    with pytest.raises(Refusal, match=sentence) as refusal:
+        TokenStream(folder)
+    assert shard.file in str(refusal.value)
+    assert "prepare the data again" in str(refusal.value)
+
+
+def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
+    verify(folder)
+    shard = read_manifest(folder).validation.shards[0]
+    spoil(folder / shard.file, lambda content: flip(content, HEADER_BYTES + 3))
+    open_shard(folder / shard.file, shard.tokens)
+    with pytest.raises(Refusal, match="content has changed"):
+        verify(folder)
+
+
+def test_a_missing_shard_is_refused(folder):
+    (folder / read_manifest(folder).train.shards[0].file).unlink()
+    with pytest.raises(Refusal, match=r"train-00000\.bin: cannot be read"):
+        TokenStream(folder)
+
+
+def test_a_folder_without_a_finished_preparation_is_refused(tmp_path):
+    with pytest.raises(Refusal, match=r"is not there.*scaling data prepare"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(Refusal, match=r"holds no manifest\.json"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"source": 1}')
+    with pytest.raises(Refusal, match="not a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_no_validation_document_is_in_training(folder):
+    train, validation = (
+        {content_digest(text) for text in documents_of(folder, half)} for half in ("train", "validation")
+    )
+    assert validation
+    assert not train & validation

@@ -1,0 +1,287 @@
+import itertools
+import json
+import lzma
+import subprocess
+import sys
+
+import pytest
+import zstandard
+
+from scaling.data import library
+from scaling.data.documents import content_digest, half_by_content
+from scaling.data.files import READERS, documents, find
+from scaling.data.prepare import default_folder, prepare
+from scaling.data.shards import read_manifest
+from scaling.data.sources import SOURCES, DataConfig
+from scaling.errors import Refusal
+
+TEXTS = ["one\nline", "größer", "三"]
+
+
+def json_lines(texts, field="text"):
+    return "".join(json.dumps({field: text, "source": "here"}) + "\n" for text in texts).encode()
+
+
+def write_parquet(path, texts, field="text"):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({field: texts}), path)
+
+
+WRITERS = {
+    ".txt": lambda path, texts: path.write_bytes("".join(texts).encode()),
+    ".md": lambda path, texts: path.write_bytes("".join(texts).encode()),
+    ".jsonl": lambda path, texts: path.write_bytes(json_lines(texts)),
+    ".jsonl.zst": lambda path, texts: path.write_bytes(
+        b"".join(zstandard.compress(json_lines([text])) for text in texts)  # a frame each, as `cat a.zst b.zst` leaves
+    ),
+    ".jsonl.xz": lambda path, texts: path.write_bytes(lzma.compress(json_lines(texts))),
+    ".parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_each_kind_of_file_gives_its_texts(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    WRITERS[suffix](path, TEXTS)
+    expected = ["".join(TEXTS)] if suffix in (".txt", ".md") else TEXTS
+    assert [document.text for document in documents(str(path))] == expected
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_a_pattern_chooses(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("b.txt", "a.md", "inner/c.txt", "ignored.csv"):
+        (tmp_path / name).write_text(name)
+    assert [document.text for document in documents(str(tmp_path))] == ["a.md", "b.txt", "inner/c.txt"]
+    assert [document.text for document in documents(str(tmp_path / "**" / "*.txt"))] == ["b.txt", "inner/c.txt"]
+
+
+def test_published_validation_files_come_first_and_are_never_in_training(tmp_path):
+    for name in ("train-00.txt", "train-01.txt", "validation.txt"):
+        (tmp_path / name).write_text(name)
+    files = find(str(tmp_path), str(tmp_path / "validation.txt"))
+    assert [(half, name) for half, name, _ in files] == [
+        ("validation", "validation.txt"),
+        ("train", "train-00.txt"),
+        ("train", "train-01.txt"),
+    ]
+
+
+def test_copies_of_published_validation_documents_are_left_out_of_training(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(json_lines(["held out", "seen", "seen too"]))
+    (tmp_path / "validation.jsonl").write_bytes(json_lines(["held out"]))
+    config = DataConfig(
+        source="text", path=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "validation.jsonl")
+    )
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    assert (manifest.train.documents, manifest.validation.documents) == (2, 1)
+
+
+def test_the_split_by_content_holds_out_the_fraction_asked_for():
+    halves = [half_by_content(content_digest(str(number)), 0.05) for number in range(20_000)]
+    # Binomial with n = 20,000 and p = 0.05: four standard deviations are 123.
+    assert abs(halves.count("validation") - 1000) < 123
+
+
+REFUSED_FILES = {
+    "not UTF-8": ("a.txt", b"caf\xe9", r"a\.txt: not UTF-8"),
+    "torn line": ("a.jsonl", json_lines(TEXTS)[:-5], r"a\.jsonl, line 3: not a JSON object"),
+    "no text field": ("a.jsonl", json_lines(TEXTS, "body"), r"line 1: there is no field .text.; it has body, source"),
+    "text is a number": ("a.jsonl", b'{"text": 3}\n', "is not a text"),
+    "cut zstd": ("a.jsonl.zst", zstandard.compress(json_lines(TEXTS))[:-6], r"a\.jsonl\.zst: damaged or cut short"),
+    "no zstd": ("a.jsonl.zst", json_lines(TEXTS), r"a\.jsonl\.zst: damaged or cut short"),
+    "cut xz": ("a.jsonl.xz", lzma.compress(json_lines(TEXTS))[:-6], r"a\.jsonl\.xz: damaged or cut short"),
+    "no parquet": ("a.parquet", b"PAR0", r"a\.parquet: not a Parquet file"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), REFUSED_FILES.values(), ids=REFUSED_FILES.keys())
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refusal, match=sentence):
+        list(documents(str(tmp_path)))
+
+
+def test_a_table_without_the_text_column_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS, "body")
+    with pytest.raises(Refusal, match=r"no field .text.; it has body"):
+        list(documents(str(tmp_path)))
+
+
+def test_paths_that_lead_nowhere_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="no such file or folder, and as a pattern it matches nothing"):
+        find(str(tmp_path / "nowhere"))
+    with pytest.raises(Refusal, match="holds no file that can be read"):
+        find(str(tmp_path))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(Refusal, match=r"suffix '\.csv' is not known. Accepted: \.txt"):
+        find(str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(Refusal, match="every file in it is in the validation set"):
+        find(str(tmp_path), str(tmp_path / "a.txt"))
+
+
+REFUSED_TABLES = {
+    "unknown source": ({"source": "pyton-library"}, 'source "pyton-library" is not known; did you mean'),
+    "foreign option": ({"path": "x"}, 'source "python-library" does not take path.*use source "text"'),
+    "missing option": ({"source": "text"}, 'source "text" needs path'),
+}
+
+
+@pytest.mark.parametrize(("table", "sentence"), REFUSED_TABLES.values(), ids=REFUSED_TABLES.keys())
+def test_a_data_table_that_contradicts_itself_is_refused(table, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        DataConfig(**table)
+
+
+def test_relative_paths_are_taken_from_the_campaign_file(tmp_path):
+    config = DataConfig(source="text", path="texts/*.txt", validation="/held/out", tokenizer="t.json")
+    resolved = config.resolved(tmp_path)
+    assert (resolved.path, resolved.validation) == (str(tmp_path / "texts/*.txt"), "/held/out")
+    assert resolved.tokenizer == str(tmp_path / "t.json")
+    assert DataConfig().resolved(tmp_path) == DataConfig()
+
+
+def test_reading_a_data_table_imports_nothing_heavy():
+    code = "import sys, scaling.data.sources; print(sorted({'torch','numpy','datasets','tokenizers','pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_library_of_this_interpreter_is_enough_and_each_file_is_in_it_once():
+    texts = [document.text for document in SOURCES["python-library"].documents(DataConfig())]
+    assert sum(map(len, texts)) > 0.9 * library.ENOUGH_BYTES
+    assert len(set(texts)) == len(texts)
+    again = [document.text for document in itertools.islice(library.documents(), 50)]
+    assert again == texts[:50]
+
+
+def test_packages_are_read_only_where_the_library_is_small(tmp_path, monkeypatch):
+    for name in (
+        "lib/json/decoder.py",
+        "lib/encodings/cp1.py",
+        "site/a/b.py",
+        "site/c.md",
+        "site/large.py",
+        "site/d.c",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#" * (library.LARGEST_PACKAGE_FILE + 1 if "large" in name else 100))
+    roots = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site", "platlib": tmp_path / "site"}
+    monkeypatch.setattr(library.sysconfig, "get_path", lambda key: str(roots[key]))
+    monkeypatch.setattr(library, "ENOUGH_BYTES", 100)
+    assert [name for name, _, _ in library.find()] == ["json/decoder.py"]
+    monkeypatch.setattr(library, "ENOUGH_BYTES", 1000)
+    assert {name for name, _, _ in library.find()} == {"json/decoder.py", "packages/a/b.py", "packages/c.md"}
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["the cat and the hat " * 20], trainer)
+    tokenizer.enable_truncation(4)  # as files for fine-tuning have it; a stream must not be cut
+    tokenizer.enable_padding(length=8)
+    path = tmp_path / "some-tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizers_file_encodes_every_text_whole_and_is_kept_with_the_shards(tokenizer_file, tmp_path):
+    import numpy as np
+    import tokenizers
+
+    from scaling.data.shards import TokenStream
+
+    texts = [f"the {word} and a forged <|endoftext|> in größer text" for word in ("cat", "hat", "mat", "rat")]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+    config = DataConfig(
+        source="text", path=str(tmp_path / "a.jsonl"), tokenizer=str(tokenizer_file), validation_fraction=0.5
+    )
+    folder = default_folder(config, tmp_path)
+    manifest = prepare(config, folder, progress=False)
+    assert manifest.tokenizer.name == "some-tokenizer.json"
+    assert manifest.tokenizer.separator == 1
+    kept = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = []
+    for half in ("train", "validation"):
+        stream = TokenStream(folder, half)
+        tokens = np.empty(len(stream), dtype=np.int64)
+        stream.read_into(tokens, 0)
+        assert tokens.max() < manifest.vocabulary
+        ends = [-1, *np.flatnonzero(tokens == manifest.tokenizer.separator)]
+        found += [kept.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+    assert sorted(found) == sorted(texts)
+
+
+def test_another_tokenizer_of_the_same_name_is_another_wish(tokenizer_file, tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    config = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer=str(tokenizer_file))
+    before = default_folder(config, tmp_path)
+    tokenizer_file.write_text(tokenizer_file.read_text() + "\n")
+    assert default_folder(config, tmp_path) != before
+
+
+def word_level(path, words):
+    model = {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(words)}, "unk_token": words[0]}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": None, "model": model}))
+    return path
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("x")
+
+    def asked(tokenizer):
+        config = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer=str(tokenizer))
+        return prepare(config, tmp_path / "shards", progress=False)
+
+    with pytest.raises(Refusal, match="65,537 does not fit the shards' 16 bits"):
+        asked(word_level(tmp_path / "large.json", ["</s>", *map(str, range(65_536))]))
+    with pytest.raises(Refusal, match="no token that ends a document"):
+        asked(word_level(tmp_path / "endless.json", ["a", "b"]))
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(Refusal, match=r"none\.json: not a tokenizers JSON file"):
+        asked(tmp_path / "none.json")
+    with pytest.raises(Refusal, match=r"gone\.json: the file cannot be read"):
+        asked(tmp_path / "gone.json")
+
+
+def test_a_missing_extra_is_a_sentence_that_says_how_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    config = DataConfig(
+        source="text", path=str(tmp_path / "a.txt"), tokenizer=str(word_level(tmp_path / "t.json", ["</s>"]))
+    )
+    with pytest.raises(Refusal, match=r"needs the package tokenizers.*pip install 'scaling-harness\[data\]'"):
+        prepare(config, tmp_path / "shards")
+
+
+def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(json_lines([f"text {number}" for number in range(30)]))
+    (folder / "test.jsonl").write_bytes(json_lines(["text 3", "held out"]))
+    config = DataConfig(source="hf", name=str(folder), validation="test")
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    assert (manifest.train.documents, manifest.validation.documents) == (29, 2)
+    assert read_manifest(tmp_path / "shards") == manifest
+    for change, sentence in (
+        ({"split": "nope"}, "Bad split: nope"),
+        ({"text_field": "body"}, "no text in the field .body.; it has source, text"),
+        ({"validation": "train"}, "is the split that is trained on"),
+    ):
+        options = {"source": "hf", "name": str(folder), **change}
+        with pytest.raises(Refusal, match=sentence):
+            prepare(DataConfig(**options), tmp_path / "other", progress=False)
+        for left in (tmp_path / "other").iterdir():
+            left.unlink()
