@@ -282,9 +282,10 @@ def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validatio
         empty = "validation set" if train.documents else "training set"
         raise Refusal(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
     empty, side = ("held out", "larger") if train.documents else ("left to train on", "smaller")
+    capped = "" if config.train_tokens is None else "a larger train_tokens, "
     raise Refusal(
-        f"[data] {where}: of {total:,} documents none is {empty} at validation_fraction = {config.validation_fraction:g}. "
-        f"Use a {side} fraction or more files, or name a validation set in validation."
+        f"[data] {where}: of the documents read, {total:,}, none is {empty} at validation_fraction = {config.validation_fraction:g}. "
+        f"Use {capped}a {side} fraction or more files, or name a validation set in validation."
     )
 
 

@@ -155,7 +155,7 @@ def test_shards_that_somebody_else_wrote_are_left_alone(text, tmp_path):
 
 def test_a_split_without_validation_documents_is_refused_and_leaves_no_shards(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(Refusal, match="of 1 documents none is held out"):
+    with pytest.raises(Refusal, match="of the documents read, 1, none is held out"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
     assert not contents(tmp_path / "shards")
 
