@@ -1,0 +1,114 @@
+"""Runs -> tables: runs.csv with one row a run, curves.parquet with one row a logged step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling.flops import CONVENTIONS, train_flops
+from scaling.records import write_atomic
+from sweeps.plan import Plan, PlannedRun
+from sweeps.status import run_status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUN_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
+    "flops_attention", "flops_attention_full", "loss", "train_loss", "seconds", "tokens_per_second", "peak_lr",
+    "batch_tokens", "manifest", "reason",
+)  # fmt: skip
+"""Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, `loss` is
+the held-out loss at the last token in nats per token, `seconds` is training time."""
+
+CURVE_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
+    "learning_rate", "grad_norm", "tokens_per_second",
+)  # fmt: skip
+"""Of curves.parquet."""
+
+
+def collect(plan: Plan, folder: Path | str | None = None) -> pd.DataFrame:
+    """The table of all runs of the plan, in the plan's order; written to `folder` together with the curves.
+
+    A run that is not finished is there with its state, its budget and an empty loss, so that nobody mistakes a missing
+    row for a finished campaign. Numbers are written with all their digits.
+
+    Args:
+        plan: The campaign's plan.
+        folder: Where runs.csv and curves.parquet go; ``results/<campaign>`` under the root when not given.
+
+    Returns:
+        The content of runs.csv, columns `RUN_COLUMNS`.
+    """
+    import io
+
+    import pandas as pd
+
+    folder = plan.results if folder is None else Path(folder)
+    runs = pd.DataFrame([_run_row(plan, run) for run in plan.runs], columns=list(RUN_COLUMNS))
+    curves = pd.DataFrame([row for run in plan.runs for row in _curve(plan, run)], columns=list(CURVE_COLUMNS))
+    whole = ["seed", "step", "tokens", "flops"]
+    floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
+    curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
+    write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
+    buffer = io.BytesIO()
+    curves.to_parquet(buffer, index=False)
+    write_atomic(folder / "curves.parquet", buffer.getvalue())
+    return runs
+
+
+def _identity(run: PlannedRun) -> dict[str, Any]:
+    return {
+        "campaign": run.campaign,
+        "arm": run.arm,
+        "rung": run.rung,
+        "cell": run.cell,
+        "seed": run.seed,
+        "run": run.id,
+    }
+
+
+def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
+    now = run_status(plan, run)
+    done = now.state in ("finished", "diverged")
+    record = plan.directory(run).record() if done else None
+    tokens = record.tokens if record else run.spec.budget.tokens
+    flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
+    return _identity(run) | {
+        "status": now.state,
+        "params": run.parameters,
+        "tokens": tokens,
+        "flops": flops["6nd"],
+        "flops_matmul": flops["matmul"],
+        "flops_attention": flops["attention"],
+        "flops_attention_full": flops["attention-full"],
+        "loss": record.validation_loss if record else None,
+        "train_loss": record.train_loss if record else None,
+        "seconds": record.seconds if record else None,
+        "tokens_per_second": record.tokens_per_second if record else None,
+        "peak_lr": run.spec.optimizer.peak_lr,
+        "batch_tokens": run.spec.batch_tokens,
+        "manifest": run.spec.data.manifest,
+        "reason": now.reason,
+    }
+
+
+def _curve(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
+    # A run that continued logs the steps after its resume point again; the last line of a step is the one that counts.
+    rows = {row.step: row for row in plan.directory(run).metrics()}
+    return [
+        _identity(run)
+        | {
+            "step": row.step,
+            "tokens": row.tokens,
+            "flops": row.flops,
+            "train_loss": math.nan if row.train_loss is None else row.train_loss,
+            "validation_loss": math.nan if row.validation_loss is None else row.validation_loss,
+            "learning_rate": row.learning_rate,
+            "grad_norm": math.nan if row.grad_norm is None else row.grad_norm,
+            "tokens_per_second": row.tokens_per_second,
+        }
+        for _, row in sorted(rows.items())
+    ]

@@ -1,0 +1,280 @@
+"""The local executor: what is missing of a plan, trained on this machine, several runs at once.
+
+Each run is its own process, so that one that is killed or runs out of memory takes no other with it. Processes come
+from a server that has imported the training code once: the import takes ten seconds and more, a fork of it none. Who
+trains what is decided by the run's own claim, so two submitters train each run once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import msgspec
+
+from scaling.errors import Refusal
+from scaling.records import RunDirectory
+from sweeps.live import Live
+from sweeps.plan import Plan, PlannedRun, with_data
+from sweeps.status import last_row
+
+Retry = Literal["none", "failed", "diverged", "all"]
+
+TRIES = 3
+"""Times that a run which was killed from outside is started in one call, before it counts as failed."""
+
+GRACE_SECONDS = 60.0
+"""From the request to stop to the kill: a resume point is saved at the next step border."""
+
+POLL_SECONDS = 0.5
+
+LOG = "log.txt"
+"""What a run prints, in its directory."""
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call did, by run id."""
+
+    plan: Plan
+    """The plan with final ids: its data are prepared."""
+    trained: tuple[str, ...]
+    """Came to their end in this call."""
+    present: tuple[str, ...]
+    """Were done before."""
+    failed: dict[str, str]
+    """Failed now or earlier, with the reason."""
+    stopped: tuple[str, ...]
+    """Interrupted; the next call continues them."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of the plan is done."""
+        return not self.failed and not self.stopped
+
+
+class _Stop(BaseException):
+    """Asked to stop: Ctrl-C or SIGTERM."""
+
+
+def run_local(
+    plan: Plan,
+    *,
+    workers: int | None = None,
+    retry: Retry = "none",
+    order: Literal["cheap", "expensive"] = "cheap",
+    progress: bool | None = None,
+) -> Outcome:
+    """Train what is missing, and leave alone what is done or failed.
+
+    Args:
+        plan: Its data are prepared first if need be.
+        workers: Runs at the same time; by default as many as the processors allow at each run's threads.
+        retry: Which runs are tried again although they failed or diverged.
+        order: Whether the cheapest runs go first.
+        progress: Bars (True), a line a minute (False), or what the output is fit for (None).
+
+    Raises:
+        Refusal: The data cannot be prepared.
+    """
+    plan = with_data(plan, progress=progress)
+    plan.write()
+    runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")
+    for run in runs:
+        plan.directory(run).create(run.spec, run.placement)
+    campaign = _Campaign(plan, runs, retry)
+    if campaign.waiting:
+        threads = max(table.threads for table in plan.placements.values())
+        workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        with _threads(threads), Live(plan, progress=progress) as live, _stop_signals():
+            campaign.work(workers, live)
+    return campaign.outcome()
+
+
+class _Campaign:
+    """What is waiting, what trains, and what became of the rest."""
+
+    def __init__(self, plan: Plan, runs: list[PlannedRun], retry: Retry) -> None:
+        self.plan = plan
+        self.waiting: list[PlannedRun] = []
+        self.active: dict[str, tuple[PlannedRun, ForkServerProcess]] = {}
+        self.tries: dict[str, int] = {}
+        self.present: list[str] = []
+        self.trained: list[str] = []
+        self.stopped: list[str] = []
+        self.failed: dict[str, str] = {}
+        for run in runs:
+            state = plan.state(run)
+            if state == "diverged" and retry in ("diverged", "all"):
+                _forget(plan.directory(run))
+                state = "planned"
+            if state in ("finished", "diverged"):
+                self.present.append(run.id)
+            elif state == "failed" and retry not in ("failed", "all"):
+                self.failed[run.id] = _reason(plan.directory(run))
+            else:
+                self.waiting.append(run)
+
+    def work(self, workers: int, live: Live) -> None:
+        """Until nothing is left, or a stop is asked for."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["scaling.train"])
+        try:
+            while self.waiting or self.active:
+                while len(self.active) < workers and (run := self._next()) is not None:
+                    process = context.Process(target=_train_in_process, args=(str(self.plan.directory(run).path),))
+                    process.start()
+                    self.active[run.id] = run, process
+                    self.tries[run.id] = self.tries.get(run.id, 0) + 1
+                sentinels = [process.sentinel for _, process in self.active.values()]
+                if sentinels:
+                    connection.wait(sentinels, timeout=POLL_SECONDS)
+                else:
+                    time.sleep(POLL_SECONDS)
+                for run, process in list(self.active.values()):
+                    if not process.is_alive():
+                        del self.active[run.id]
+                        self._ended(run, process.exitcode or 0)
+                live.update([run for run, _ in self.active.values()], waiting=len(self.waiting))
+        except _Stop:
+            live.say("stopping at the next step; the same command continues from there")
+        finally:
+            self._stop()
+
+    def _next(self) -> PlannedRun | None:
+        """The first waiting run that no other submitter is training; one that it has finished is taken off the list."""
+        for run in list(self.waiting):
+            state = self.plan.state(run)
+            if state in ("finished", "diverged"):
+                self.waiting.remove(run)
+                self.present.append(run.id)
+            elif state != "running":
+                self.waiting.remove(run)
+                return run
+        return None
+
+    def _ended(self, run: PlannedRun, exit_code: int) -> None:
+        directory = self.plan.directory(run)
+        state = directory.state()
+        if state in ("finished", "diverged"):
+            self.trained.append(run.id)
+        elif state == "failed":
+            self.failed[run.id] = _reason(directory)
+        elif exit_code < 0:
+            row = last_row(directory)
+            reason = f"its process was killed by {signal.Signals(-exit_code).name}"
+            directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
+            if self.tries[run.id] < TRIES:
+                self.waiting.insert(0, run)
+            else:
+                self.failed[run.id] = f"{reason}, {TRIES} times"
+        else:
+            self.stopped.append(run.id)
+
+    def _stop(self) -> None:
+        """Ask what still trains to save and leave; kill what does not within `GRACE_SECONDS`."""
+        processes = [process for _, process in self.active.values()]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(_Stop):  # a second Ctrl-C waits no longer
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.stopped += [run.id for run, _ in self.active.values()] + [run.id for run in self.waiting]
+        self.active, self.waiting = {}, []
+
+    def outcome(self) -> Outcome:
+        return Outcome(
+            plan=self.plan,
+            trained=tuple(self.trained),
+            present=tuple(self.present),
+            failed=self.failed,
+            stopped=tuple(self.stopped),
+        )
+
+
+def _train_in_process(path: str) -> None:
+    """The life of a worker: its own session, so that Ctrl-C reaches the parent alone, and its own log."""
+    os.setsid()
+    log = os.open(Path(path) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    try:
+        from scaling.train import train
+
+        train(Path(path), progress=False)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _reason(directory: RunDirectory) -> str:
+    attempts = directory.attempts()
+    said = attempts[-1].reason if attempts else None
+    return said or f"it says no reason; see {directory.path / LOG}"
+
+
+def _forget(directory: RunDirectory) -> None:
+    """Let a diverged run start anew; what it was stays beside, under another name."""
+    with directory.claim() as held:
+        if not held or not directory.record_file.exists():
+            return
+        number = sum(1 for _ in directory.path.glob("diverged-*.json")) + 1
+        for point in directory.checkpoints.glob("*"):
+            point.unlink()
+        directory.metrics_file.unlink(missing_ok=True)
+        directory.record_file.rename(directory.path / f"diverged-{number}.json")
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """OpenMP is told its threads when it is loaded, which the fork server does; so the environment says it first."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["scaling.train"])
+    forkserver.ensure_running()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Stop
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.suppress(_Stop):
+            yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

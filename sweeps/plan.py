@@ -1,0 +1,249 @@
+"""Campaign -> runs: what is wished for, where each run lives, and what the disk already holds.
+
+A plan trains nothing and spends nothing. It refuses what can be known beforehand: impossible shapes, budgets that the
+text does not hold, a vocabulary that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from scaling.data.prepare import default_folder, prepare, prepared
+from scaling.data.shards import Manifest, manifest_hash, read_manifest
+from scaling.errors import Refusal
+from scaling.flops import count_parameters, train_flops
+from scaling.optim.recipes import complete
+from scaling.records import RunDirectory, RunState, write_lines
+from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict
+from sweeps.campaign import ArmTable, Campaign
+from sweeps.ladder import Rung, peak_lr, rungs_of
+from sweeps.placement import PlacementTable
+from sweeps.tomlfile import located
+
+
+class PlannedRun(Strict, frozen=True):
+    """One line of plan.jsonl. The run's state is not in it: that is read from the run's own files."""
+
+    campaign: str
+    arm: str
+    rung: str
+    cell: str
+    """Rung and seed; the arms of one cell see the same tokens in the same order and are compared pairwise."""
+    seed: int
+    id: str
+    spec: RunSpec
+    placement: Placement
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the blocks: the papers' N."""
+        return count_parameters(self.spec.shape).blocks
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The runs of a campaign, under one root folder.
+
+    The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that wish for
+    it) and ``results/<campaign>/`` (plan, tables, report).
+    """
+
+    campaign: Campaign
+    root: Path
+    runs: tuple[PlannedRun, ...]
+    rungs: tuple[Rung, ...]
+    placements: dict[str, PlacementTable]
+    """By rung."""
+    data: Path
+    """Folder of the token shards."""
+    manifest: Manifest | None
+    """None while the data are not prepared; the ids are provisional then, for a run's id says which tokens it sees."""
+
+    @property
+    def results(self) -> Path:
+        """Folder of what the campaign leaves: plan, tables, report."""
+        return self.root / "results" / self.campaign.name
+
+    @property
+    def file(self) -> Path:
+        """plan.jsonl."""
+        return self.results / "plan.jsonl"
+
+    @property
+    def provisional(self) -> bool:
+        """Whether ids will change once the data are prepared."""
+        return self.manifest is None
+
+    def directory(self, run: PlannedRun) -> RunDirectory:
+        """Where a run lives."""
+        return RunDirectory(self.root / "runs" / run.id)
+
+    def state(self, run: PlannedRun) -> RunState:
+        """What the run's files say now."""
+        return self.directory(run).state()
+
+    def distinct(self) -> list[PlannedRun]:
+        """Runs without repetition: two arms that wish for the same run share it."""
+        return list({run.id: run for run in self.runs}.values())
+
+    def write(self) -> Path:
+        """plan.jsonl, written anew."""
+        write_lines(self.file, self.runs)
+        return self.file
+
+
+def plan(campaign: Campaign, root: Path | str) -> Plan:
+    """The runs that a campaign wishes for.
+
+    Args:
+        campaign: As `load_campaign` gives it.
+        root: Folder for data, runs and results; need not exist.
+
+    Raises:
+        Refusal: A run cannot be as it is wished for; the sentence names file, rung and arm.
+    """
+    root = Path(root).resolve()
+    rungs = rungs_of(campaign)
+    tables = campaign.placement_of([rung.name for rung in rungs])
+    data, manifest = _data(campaign, root, tables)
+    if manifest is not None:
+        _check_data(campaign, manifest, rungs)
+    digest = manifest_hash(manifest) if manifest is not None else None
+    runs = [
+        _run(campaign, arm, rung, seed, tables[rung.name], data, digest)
+        for rung in rungs
+        for seed in rung.seeds
+        for arm in campaign.arms
+    ]
+    return Plan(
+        campaign=campaign,
+        root=root,
+        runs=tuple(runs),
+        rungs=tuple(rungs),
+        placements=tables,
+        data=data,
+        manifest=manifest,
+    )
+
+
+def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementTable]) -> tuple[Path, Manifest | None]:
+    named = {table.data for table in tables.values()}
+    if len(named) > 1:
+        raise Refusal(f"{campaign.file}, [placement.rungs]: data differs between rungs. Name one folder for all.")
+    folder = next(iter(named), None)
+    with located(campaign.file):
+        if folder is None:
+            path = default_folder(campaign.data, root)
+            return path, prepared(campaign.data, path)
+        path = Path(folder).expanduser().resolve()
+        if not path.is_dir():
+            raise Refusal(
+                f"[placement] data {folder}: there is no such folder. Name one with prepared token shards, "
+                "or leave data out and run: scaling data prepare CAMPAIGN."
+            )
+        return path, read_manifest(path)
+
+
+def _check_data(campaign: Campaign, manifest: Manifest, rungs: Iterable[Rung]) -> None:
+    if campaign.model.vocabulary < manifest.vocabulary:
+        raise Refusal(
+            f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
+            f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
+        )
+    held = manifest.validation.tokens - 1
+    if campaign.evaluation.tokens > held:
+        raise Refusal(
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set holds "
+            f"{held:,}. Use fewer, or hold out more with validation_fraction in [data]."
+        )
+    if campaign.data.repeat:
+        return
+    for rung in rungs:
+        if rung.tokens > manifest.train.tokens:
+            raise Refusal(
+                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set holds '
+                f"{manifest.train.tokens:,}. Add text, shorten the run, or set repeat = true in [data]."
+            )
+
+
+def _run(
+    campaign: Campaign,
+    arm: ArmTable,
+    rung: Rung,
+    seed: int,
+    table: PlacementTable,
+    data: Path,
+    manifest: str | None,
+) -> PlannedRun:
+    training, wished = campaign.training, campaign.schedule
+    with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
+        spec = RunSpec(
+            shape=rung.shape,
+            budget=Budget(tokens=rung.tokens, flops=train_flops(rung.shape, rung.tokens)),
+            batch_tokens=rung.batch_tokens,
+            optimizer=complete(
+                OptimizerSpec(
+                    name=arm.optimizer,
+                    peak_lr=peak_lr(campaign, arm, rung),
+                    weight_decay=training.weight_decay if arm.weight_decay is None else arm.weight_decay,
+                    options=arm.options,
+                )
+            ),
+            schedule=Schedule(
+                kind=wished.kind,
+                warmup_tokens=round(wished.warmup * rung.tokens),
+                final_fraction=wished.final_fraction,
+                decay_tokens=None if wished.decay is None else round(wished.decay * rung.tokens),
+            ),
+            data=DataSpec(source=campaign.data.source, manifest=manifest, repeat=campaign.data.repeat),
+            evaluation=campaign.evaluation,
+            seed=seed,
+            precision=training.precision,
+            clip_norm=training.clip_norm or None,
+        )
+    placement = Placement(
+        data=str(data),
+        device=table.device,
+        threads=table.threads,
+        micro_batch=_micro_batch(spec, table.micro_batch),
+        compile=table.compile,
+        checkpoint_seconds=table.checkpoint_seconds,
+    )
+    return PlannedRun(
+        campaign=campaign.name,
+        arm=arm.name,
+        rung=rung.name,
+        cell=f"{rung.name}/{seed}",
+        seed=seed,
+        id=spec.id,
+        spec=spec,
+        placement=placement,
+    )
+
+
+def _micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
+    """The largest part of a batch that is not above `at_most` windows and divides it."""
+    windows = spec.batch_tokens // spec.shape.context
+    if at_most is None or at_most >= windows:
+        return None
+    return max(part for part in range(1, at_most + 1) if windows % part == 0)
+
+
+def with_data(planned: Plan, *, progress: bool | None = None) -> Plan:
+    """The plan with its data prepared, and so with final ids; the same plan where they are.
+
+    Raises:
+        Refusal: The text or the tokenizer cannot be used, or does not hold what the rungs want.
+    """
+    if not planned.provisional:
+        return planned
+    prepare(planned.campaign.data, planned.data, progress=progress)
+    return plan(planned.campaign, planned.root)
+
+
+def count_states(planned: Plan) -> Counter[RunState]:
+    """How many distinct runs are in each state."""
+    return Counter(planned.state(run) for run in planned.distinct())

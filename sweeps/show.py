@@ -1,0 +1,176 @@
+"""A plan for the reader: as rows for machines, and as tables for people."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from scaling.spec import as_dict
+from scaling.units import human, pflops_days
+from sweeps.cost import Cost, assumption, measured_runs, predict
+from sweeps.plan import Plan
+
+
+def plan(planned: Plan) -> None:
+    """Print `plan_table`."""
+    Console().print(plan_table(planned))
+
+
+def groups(planned: Plan) -> None:
+    """Print which parameters each arm's optimizer gets, and by which rule, for every different model and arm.
+
+    The first block stands for the others, which are like it.
+    """
+    import torch
+
+    from scaling.models import build_model
+    from scaling.optim.recipes import assign
+
+    console = Console()
+    run_of_arm = {run.arm: run for run in planned.runs}
+    for arm, run in run_of_arm.items():
+        with torch.device("meta"):
+            model = build_model(run.spec.shape)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        table = Table(
+            title=f"{arm}, rung {run.rung}", title_justify="left", header_style="bold", box=None, pad_edge=False
+        )
+        for column in ("parameter", "shape", "algorithm", "seen as", "rule"):
+            table.add_column(column, no_wrap=column != "rule")
+        for claimed in assign(run.spec.optimizer, shapes):
+            if not re.match(r"blocks\.[1-9]", claimed.name):
+                size = " x ".join(map(str, claimed.shape))
+                table.add_row(claimed.name, size, claimed.algorithm, claimed.view, Text(claimed.rule))
+        console.print(table, Text())
+
+
+def plan_costs(plan: Plan) -> dict[str, Cost]:
+    """Predicted time of every run, by id."""
+    measured = measured_runs(plan.root)
+    return {run.id: predict(run, plan.placements[run.rung], measured) for run in plan.runs}
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The plan as plain values, one row a run; what ``--json`` prints.
+
+    Counts and rates are exact; ``printed`` holds what a paper prints for the rung, as strings.
+    """
+    costs = plan_costs(plan)
+    printed = {rung.name: rung.printed for rung in plan.rungs}
+    rows = []
+    for run in plan.runs:
+        spec, cost = run.spec, costs[run.id]
+        rows.append({
+            "campaign": run.campaign,
+            "arm": run.arm,
+            "rung": run.rung,
+            "cell": run.cell,
+            "seed": run.seed,
+            "run": run.id,
+            "provisional": plan.provisional,
+            "state": plan.state(run),
+            "shape": as_dict(spec.shape) | {"ffn_width": spec.shape.ffn_width, "head_size": spec.shape.head_size},
+            "layers": spec.shape.layers,
+            "width": spec.shape.width,
+            "heads": spec.shape.heads,
+            "parameters": run.parameters,
+            "parameters_text": f"{run.parameters / 1e6:.1f}M",
+            "tokens": spec.budget.tokens,
+            "tokens_per_parameter": spec.budget.tokens / run.parameters,
+            "flops": spec.budget.flops,
+            "pflops_days": pflops_days(spec.budget.flops),
+            "batch_tokens": spec.batch_tokens,
+            "batch_windows": spec.batch_tokens // spec.shape.context,
+            "optimizer": spec.optimizer.name,
+            "peak_lr": spec.optimizer.peak_lr,
+            "weight_decay": spec.optimizer.weight_decay,
+            "steps": spec.steps,
+            "hours": cost.hours,
+            "hours_basis": cost.basis,
+            "hours_explanation": cost.explanation,
+            "printed": printed[run.rung],
+        })  # fmt: skip
+    return rows
+
+
+def plan_totals(plan: Plan) -> dict[str, Any]:
+    """Sums over the campaign's distinct runs: how many, FLOPs, hours, and what is left of them."""
+    costs = plan_costs(plan)
+    runs = plan.distinct()
+    states = {run.id: plan.state(run) for run in runs}
+    left = [run for run in runs if states[run.id] not in ("finished", "diverged")]
+    return {
+        "runs": len(runs),
+        "finished": sum(state == "finished" for state in states.values()),
+        "diverged": sum(state == "diverged" for state in states.values()),
+        "tokens": sum(run.spec.budget.tokens for run in runs),
+        "flops": sum(run.spec.budget.flops for run in runs),
+        "hours": sum(costs[run.id].hours for run in runs),
+        "hours_left": sum(costs[run.id].hours for run in left),
+        "bases": sorted({costs[run.id].basis for run in runs}),
+    }
+
+
+def hours_text(hours: float) -> str:
+    """A length of time in the unit that a person would use."""
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The plan as a table with its totals, and what the hours rest on."""
+    rows = plan_rows(plan)
+    printed = any(row["printed"] for row in rows)
+    title = plan.campaign.title or plan.campaign.name
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for name in ("arm", "rung", "layers x width, heads"):
+        table.add_column(name, no_wrap=True)
+    for name in ("N", "D", "C (6ND)", "batch", "peak LR", "steps", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    seeds = len({row["seed"] for row in rows}) > 1
+    for row in rows:
+        windows = f" ({row['batch_windows']} x {row['shape']['context']})" if printed else ""
+        table.add_row(
+            row["arm"],
+            row["cell"] if seeds else row["rung"],
+            f"{row['layers']} x {row['width']}, {row['heads']}",
+            row["parameters_text"] if row["parameters"] >= 1e8 else human(row["parameters"]),
+            f"{row['tokens'] / 1e9:.2f}B" if row["tokens"] >= 1e9 else human(row["tokens"]),
+            f"{row['flops']:.3g}",
+            f"{human(row['batch_tokens'])}{windows}",
+            f"{row['peak_lr']:.4g}",
+            f"{row['steps']:,}",
+            hours_text(row["hours"]),
+            row["state"],
+        )
+    return Group(table, Text(), *(Text(line) for line in _notes(plan)))
+
+
+def _notes(plan: Plan) -> list[str]:
+    totals = plan_totals(plan)
+    arms = ", ".join(arm.name for arm in plan.campaign.arms)
+    done = f"{totals['finished']} finished" + (f", {totals['diverged']} diverged" if totals["diverged"] else "")
+    lines = [
+        f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
+        f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go."
+    ]
+    if "assumed" in totals["bases"]:
+        kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
+        lines += [f"Hours are {kind}." for kind in kinds]
+    elif totals["bases"] != ["itself"]:
+        lines.append("Hours of runs that are not done come from the speed of finished runs like them.")
+    if plan.provisional:
+        lines.append(
+            f"The data are not prepared yet ({plan.data}); run ids are provisional until they are. "
+            "Submitting prepares them, and so does: scaling data prepare CAMPAIGN."
+        )
+    return lines

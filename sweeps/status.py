@@ -1,0 +1,144 @@
+"""Where a campaign stands, read from the runs' own files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from scaling.errors import Refusal
+from scaling.records import MetricsRow, RunDirectory, RunState
+from scaling.spec import Strict, as_dict
+from scaling.units import human
+from sweeps.plan import Plan, PlannedRun
+from sweeps.show import hours_text
+
+STYLES: dict[str, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "diverged": "yellow",
+    "failed": "red",
+    "preempted": "magenta",
+}
+
+TAIL_BYTES = 4096
+"""More than a line of metrics, torn or not."""
+
+
+class RunStatus(Strict, frozen=True):
+    """One run as `status` shows it."""
+
+    arm: str
+    rung: str
+    cell: str
+    run: str
+    state: RunState
+    share: float
+    """Of the budget's tokens, in [0, 1]."""
+    step: int
+    steps: int
+    loss: float | None
+    """Held-out loss of a finished run; the last training loss of one that is under way, nats per token."""
+    tokens_per_second: float | None
+    seconds_left: float | None
+    """Of a run that is training now, at its present speed."""
+    attempts: int
+    reason: str | None
+    """Why it failed or diverged, in a sentence."""
+
+
+def last_row(directory: RunDirectory) -> MetricsRow | None:
+    """The last whole line of a run's metrics, without reading the others."""
+    try:
+        with directory.metrics_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(line, type=MetricsRow)
+    return None
+
+
+def run_status(plan: Plan, run: PlannedRun) -> RunStatus:
+    """Where one run stands; a directory that cannot be read is a failed run with the reason."""
+    directory = plan.directory(run)
+    budget = run.spec.steps * run.spec.batch_tokens
+    state: RunState
+    unreadable: str | None = None
+    try:
+        state, record = directory.state(), directory.record()
+    except Refusal as refusal:
+        state, record, unreadable = "failed", None, str(refusal)
+    attempts = directory.attempts()
+    row = last_row(directory)
+    tokens = record.tokens if record else row.tokens if row else 0
+    speed = record.tokens_per_second if record else row.tokens_per_second if row else None
+    if record is not None:
+        loss, reason = record.validation_loss, record.reason
+    else:
+        loss = row.train_loss if row else None
+        reason = unreadable or (attempts[-1].reason if attempts and state == "failed" else None)
+    return RunStatus(
+        arm=run.arm,
+        rung=run.rung,
+        cell=run.cell,
+        run=run.id,
+        state=state,
+        share=min(tokens / budget, 1.0),
+        step=tokens // run.spec.batch_tokens,
+        steps=run.spec.steps,
+        loss=loss,
+        tokens_per_second=speed,
+        seconds_left=(budget - tokens) / speed if state == "running" and speed else None,
+        attempts=sum(attempt.event == "start" for attempt in attempts),
+        reason=reason,
+    )
+
+
+def status(plan: Plan) -> list[RunStatus]:
+    """Where every run of the plan stands, in the plan's order."""
+    return [run_status(plan, run) for run in plan.runs]
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """`status` as plain values; what ``--json`` prints."""
+    return [as_dict(row) for row in status(plan)]
+
+
+def show(plan: Plan) -> None:
+    """Print `status_table`."""
+    Console().print(status_table(plan))
+
+
+def status_table(plan: Plan) -> RenderableType:
+    """`status` as a table, with what went wrong below it."""
+    found = status(plan)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("arm", "rung", "run", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("done", "loss", "tokens/s", "left", "tries"):
+        table.add_column(name, justify="right", no_wrap=True)
+    seeds = len({run.seed for run in plan.runs}) > 1
+    for row in found:
+        table.add_row(
+            row.arm,
+            row.cell if seeds else row.rung,
+            row.run,
+            Text(row.state, style=STYLES.get(row.state, "")),
+            f"{row.share:.0%}",
+            "" if row.loss is None else f"{row.loss:.4f}",
+            "" if row.tokens_per_second is None else human(row.tokens_per_second),
+            "" if row.seconds_left is None else hours_text(row.seconds_left / 3600),
+            str(row.attempts or ""),
+        )
+    reasons = dict.fromkeys(f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason)
+    states = {row.run: row.state for row in found}
+    counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in dict.fromkeys(states.values()))
+    return Group(table, Text(), Text(f"{len(states)} runs: {counts}."), *(Text(reason) for reason in reasons))
