@@ -15,7 +15,6 @@ complete, and tensors only, from the constructor: a checkpoint of step 0 has the
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,10 +23,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from scaling.optim.coefficients import polynomials
-from scaling.optim.newton_schulz import Workspace, chunk_length, iterate, normalise, resolve_dtype
-from scaling.optim.views import split
-
-Group = dict[str, Any]
+from scaling.optim.distributed import local
+from scaling.optim.exchange import Batch, Exchange, Group, State, gradient
+from scaling.optim.newton_schulz import Workspace, iterate, normalise
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -37,26 +35,24 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: Parameter groups, complete: `params` (names with parameters), `algorithm`, `lr`, `weight_decay`, and
             for muon `view`, `momentum`, `nesterov`, `ns_steps`, `coefficients`, `ns_dtype`, `rms`, `update_rms`;
             for adamw `betas`, `eps`. `scaling.optim.recipes.build` makes them.
+        exchange: How the matrices are spread over processes; `scaling.optim.distributed.exchange_for` chooses.
 
     A parameter without a gradient is left alone for that step, decay included, as torch's optimizers do.
     """
 
-    def __init__(self, groups: Iterable[Group]) -> None:
+    def __init__(self, groups: Iterable[Group], exchange: Exchange) -> None:
         super().__init__([_with_fused_flag(group) for group in groups], {})
+        self.exchange = exchange
         self.workspace = Workspace()
+        exchange.plan(self.param_groups)
         for group in self.param_groups:
+            fresh = self.fresh_matrix_state if group["algorithm"] != "adamw" else _fresh_adamw_state
             for parameter in group["params"]:
-                self.state[parameter] = self.fresh_state(parameter, group)
+                self.state[parameter] = fresh(parameter)
 
-    def fresh_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
-        """State of one parameter before the first step."""
-        if group["algorithm"] == "muon":
-            return {"momentum": torch.zeros_like(parameter)}
-        return {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    def fresh_matrix_state(self, parameter: Tensor) -> State:
+        """What is kept of one parameter between steps, before the first: the momentum."""
+        return {"momentum": self.exchange.fresh(parameter)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -67,63 +63,59 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["algorithm"] == "muon":
-                self._muon_step(group, present)
-            elif present:
-                self._adamw_step(group, present)
+            if group["algorithm"] == "adamw":
+                if present:
+                    self._adamw_step(group, present)
+            else:
+                for batch in self.exchange.batches(group, present, self.state):
+                    self._matrix_step(group, batch)
         return loss
 
-    def _muon_step(self, group: Group, parameters: list[Tensor]) -> None:
-        """Equal matrices of the whole group go through Newton-Schulz as one stack, a chunk at a time."""
-        stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-        for parameter in parameters:
-            assert parameter.grad is not None
-            trio = (parameter, parameter.grad, self.state[parameter]["momentum"])
-            for weight, gradient, momentum in zip(*(split(tensor, group["view"]) for tensor in trio), strict=True):
-                stacks[weight.shape[0], weight.shape[1]].append((weight, gradient, momentum))
-        for (rows, columns), stack in stacks.items():
-            device = stack[0][0].device.type
-            dtype = resolve_dtype(group["ns_dtype"], device, rows, columns)
-            length = chunk_length(rows, columns, dtype, device)
-            for start in range(0, len(stack), length):
-                weights, gradients, momenta = (list(part) for part in zip(*stack[start : start + length], strict=True))
-                directions = self._directions(group, gradients, momenta)
-                x = self.workspace.take("x", tuple(directions.shape), directions, dtype)
-                updates = iterate(
-                    normalise(directions, x), polynomials(group["coefficients"], group["ns_steps"]), self.workspace
-                )
-                self._apply(group, weights, updates)
-
-    def _directions(self, group: Group, gradients: list[Tensor], momenta: list[Tensor]) -> Tensor:
-        """The momentum after this gradient, or one look further with Nesterov: fp32, shape ``(k, m, n)``."""
-        factor = group["momentum"]
-        stack = self.workspace.take("directions", (len(momenta), *momenta[0].shape), momenta[0])
-        torch._foreach_mul_(momenta, factor)
-        torch._foreach_add_(momenta, gradients)
-        torch.stack(momenta, out=stack)
-        if group["nesterov"]:
-            stack.mul_(factor)
-            torch._foreach_add_(list(stack.unbind()), gradients)
-        return stack
-
-    def _apply(self, group: Group, weights: list[Tensor], updates: Tensor) -> None:
-        """Decay, then the scaled update."""
-        rows, columns = updates.shape[-2:]
-        scale = group["rms"] * max(rows, columns) ** 0.5
+    def _matrix_step(self, group: Group, batch: Batch) -> None:
+        x = batch.collect(self._directions(group, batch))
+        if len(x):
+            iterate(normalise(x), polynomials(group["coefficients"], group["ns_steps"]), self.workspace)
+        self.refine(group, x, batch)
+        rows, columns = x.shape[-2:]
         if group["update_rms"] == "exact":
-            norms = torch.linalg.vector_norm(updates, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-            updates = updates * (min(rows, columns) ** 0.5 / norms.clamp_(min=torch.finfo(torch.float32).tiny))
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
+            norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+            x.mul_(min(rows, columns) ** 0.5 / norms.clamp_(min=torch.finfo(torch.float32).tiny))
+        torch._foreach_mul_(batch.weights, 1 - group["lr"] * group["weight_decay"])
+        scale = group["rms"] * max(rows, columns) ** 0.5
+        torch._foreach_add_(batch.weights, batch.deliver(x), alpha=-group["lr"] * scale)
+
+    def _directions(self, group: Group, batch: Batch) -> Tensor:
+        """The momentum after this gradient, or one look further with Nesterov: one part each, ``(parts, r, n)``."""
+        factor = group["momentum"]
+        parts, gradients = [state["momentum"] for state in batch.states], batch.gradients
+        x = self.workspace.take("x", (len(parts), *batch.part), batch.weights[0], batch.dtype)
+        if x.is_cuda:
+            torch._foreach_mul_(parts, factor)
+            torch._foreach_add_(parts, gradients)
+            ahead = torch._foreach_add(gradients, parts, alpha=factor) if group["nesterov"] else parts
+            torch._foreach_copy_(list(x.unbind()), list(ahead))
+            return x
+        # A CPU is bound by memory and by calls: two fused passes a part, the second straight into the stack.
+        for part, given, place in zip(parts, gradients, x.unbind(), strict=True):
+            torch.add(given, part, alpha=factor, out=part)
+            if group["nesterov"]:
+                torch.add(given, part, alpha=factor, out=place)
+            else:
+                place.copy_(part)
+        return x
+
+    def refine(self, group: Group, x: Tensor, batch: Batch) -> None:
+        """What a relative of Muon does to the orthogonalised matrices ``(k, m, n)``, in place. Muon: nothing."""
 
     def _adamw_step(self, group: Group, parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            # The shards themselves: AdamW is elementwise, and a DTensor would be dispatched call by call.
+            [local(parameter) for parameter in parameters],
+            [local(gradient(parameter)) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -135,6 +127,33 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as one process would have it, whatever the exchange; every process must call it."""
+        saved = super().state_dict()
+        return self._translated(saved, self.exchange.whole)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state over, from a run with any number of processes."""
+        super().load_state_dict(self._translated(state_dict, self.exchange.kept))
+
+    def _translated(self, saved: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """A state dict with the state of every matrix parameter changed; the given one is left as it is."""
+        state = dict(saved["state"])
+        for group, stored in zip(self.param_groups, saved["param_groups"], strict=True):
+            if group["algorithm"] == "adamw":
+                continue
+            for parameter, key in zip(group["params"], stored["params"], strict=True):
+                state[key] = {name: change(parameter, value) for name, value in state[key].items()}
+        return {**saved, "state": state}
+
+
+def _fresh_adamw_state(parameter: Tensor) -> State:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def _with_fused_flag(group: Group) -> Group:

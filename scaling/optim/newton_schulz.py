@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scaling.optim.coefficients import Step
+from scaling.optim.products import by_panels, gram, quadratic
 
 NsDtype = Literal["auto", "bf16", "fp32"]
 
@@ -72,40 +73,44 @@ def orthogonalise(
     Args:
         stack: Matrices, shape ``(..., m, n)``, any floating dtype; left as it is.
         steps: Polynomials in order, from `scaling.optim.coefficients.polynomials`.
-        dtype: Format of the iteration and of the result. The norm is taken in fp32.
+        dtype: Format of the iteration and of the result. The norm is summed in fp32.
         workspace: Reused buffers; without one they are made and dropped.
 
     Returns:
         A new tensor of the same shape. A matrix of zeros stays zero.
     """
+    result = stack.to(dtype, copy=True).contiguous()
     rows, columns = stack.shape[-2:]
-    matrices = stack.reshape(-1, rows, columns)
-    result = torch.empty(matrices.shape, dtype=dtype, device=stack.device)
     length = chunk_length(rows, columns, dtype, stack.device.type)
     workspace = workspace or Workspace()
-    for given, made in zip(torch.split(matrices, length), torch.split(result, length), strict=True):
-        iterate(normalise(given, made), steps, workspace)
-    return result.view(stack.shape)
+    for chunk in torch.split(result.view(-1, rows, columns), length):
+        iterate(normalise(chunk), steps, workspace)
+    return result
 
 
-def normalise(stack: Tensor, out: Tensor) -> Tensor:
-    """Each matrix of ``(k, m, n)`` divided by its Frobenius norm, which bounds its largest singular value by one."""
-    norms = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON)
-    return torch.div(stack, norms, out=out) if stack.dtype == out.dtype else out.copy_(stack / norms)
+def normalise(stack: Tensor) -> Tensor:
+    """Each matrix of ``(k, m, n)`` divided, in place, by its Frobenius norm: no singular value stays above one.
+
+    The stack is in the format of the iteration already, so that a process which was sent it in that format, at half
+    the bytes, computes what its sender would have.
+    """
+    return stack.div_(torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON))
 
 
 def iterate(x: Tensor, steps: tuple[Step, ...], workspace: Workspace) -> Tensor:
     """The iteration on one chunk ``(k, m, n)`` of normalised matrices, in place; returns `x`."""
+    if len(x) > 1 and by_panels(x):  # a large matrix fills the cache alone
+        for position in range(len(x)):
+            iterate(x[position : position + 1], steps, workspace)
+        return x
     count, rows, columns = x.shape
     side = min(rows, columns)
     tall = rows > columns
-    gram = workspace.take("gram", (count, side, side), x)
+    square = workspace.take("gram", (count, side, side), x)
     polynomial = workspace.take("polynomial", (count, side, side), x)
-    other = workspace.take("other", (count, rows, columns), x)
-    here, there = x, other
+    here, there = x, workspace.take("other", (count, rows, columns), x)
     for a, b, c in steps:
-        torch.bmm(here.mT, here, out=gram) if tall else torch.bmm(here, here.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        quadratic(gram(here, square), b, c, polynomial)
         left, right = (here, polynomial) if tall else (polynomial, here)
         torch.baddbmm(here, left, right, beta=a, out=there)
         here, there = there, here

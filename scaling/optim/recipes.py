@@ -139,9 +139,10 @@ def _muon_groups(spec: OptimizerSpec, options: MuonOptions) -> dict[str, dict[st
 
 
 def _muon_adamw(groups: list[dict[str, Any]]) -> Optimizer:
+    from scaling.optim.distributed import exchange_for
     from scaling.optim.muon import MuonAdamW
 
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, exchange_for(parameter for group in groups for _, parameter in group["params"]))
 
 
 OPTIMIZERS: dict[str, OptimizerRecipe] = {

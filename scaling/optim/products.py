@@ -1,0 +1,84 @@
+"""The two symmetric products of Newton-Schulz, ``X X^T`` and ``b A + c A A``, each by the fastest way for its place.
+
+Half of a symmetric product is its mirror image. On a CPU large matrices are computed in panels of rows up to the
+diagonal and mirrored, on a GPU by a Triton kernel (`symmetric.py`); small ones take one batched product. Which way
+depends on the kind of device and the shape alone, so a run repeats itself bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PANEL = 192
+"""Rows of a panel on a CPU."""
+
+PANELS_FROM = 384
+"""Shorter side from which a CPU works in panels.
+
+Measured on one Zen 4 core in bf16, five steps in ms, whole products against panels of 192: 768 x 768, 67 and 56;
+2048 x 768, 145 and 118; 384 x 384, 8.7 and 7.8; 256 x 704, 5.4 and 5.5.
+"""
+
+
+def by_panels(x: Tensor) -> bool:
+    """Whether the symmetric products of ``(..., m, n)`` matrices are worked out in panels."""
+    return x.device.type == "cpu" and min(x.shape[-2:]) >= PANELS_FROM
+
+
+def gram(x: Tensor, out: Tensor) -> Tensor:
+    """``X X^T`` of wide and ``X^T X`` of tall matrices: ``(k, m, n)`` to ``(k, s, s)``, s the shorter side."""
+    factor = x.mT if x.shape[-2] > x.shape[-1] else x  # (k, s, l)
+    if _by_kernel(out):
+        from scaling.optim.symmetric import product_with_own_transpose
+
+        return product_with_own_transpose(factor, out)
+    if by_panels(x):
+        for matrix, result in zip(factor, out, strict=True):
+            _lower_panels(matrix, matrix.T, result)
+        return out
+    return torch.bmm(factor, factor.mT, out=out)
+
+
+def quadratic(a: Tensor, b: float, c: float, out: Tensor) -> Tensor:
+    """``b A + c A A`` of symmetric matrices ``(k, s, s)``."""
+    if _by_kernel(out):
+        from scaling.optim.symmetric import product_with_own_transpose
+
+        return product_with_own_transpose(a, out, add=a, beta=b, alpha=c)
+    if by_panels(a):
+        for matrix, result in zip(a, out, strict=True):
+            _lower_panels(matrix, matrix, result, add=matrix, beta=b, alpha=c)
+        return out
+    return torch.baddbmm(a, a, a, beta=b, alpha=c, out=out)
+
+
+def _lower_panels(
+    left: Tensor, right: Tensor, out: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """``beta * add + alpha * left @ right``, known to be symmetric: the lower triangle by panels, then mirrored."""
+    side = len(out)
+    for start in range(0, side, PANEL):
+        stop = min(start + PANEL, side)
+        panel = out[start:stop, :stop]
+        if add is None:
+            torch.mm(left[start:stop], right[:, :stop], out=panel)
+        else:
+            torch.addmm(add[start:stop, :stop], left[start:stop], right[:, :stop], beta=beta, alpha=alpha, out=panel)
+        out[:start, start:stop].copy_(out[start:stop, :start].T)
+
+
+KERNEL_FROM = 2048
+"""Side from which the Triton kernel is used on a GPU.
+
+Not measured here yet. Published for one H800 in bf16 (flash-muon): 4096, 0.296 ms by cuBLAS and 0.184 by a symmetric
+kernel; 1024, 0.0112 and 0.0124. `tests/bench/bench_optim.py` prints the table that settles it for another device.
+"""
+
+
+def _by_kernel(out: Tensor) -> bool:
+    if out.device.type != "cuda" or out.shape[-1] < KERNEL_FROM or out.dtype == torch.float32:
+        return False
+    from scaling.optim.symmetric import AVAILABLE
+
+    return AVAILABLE
