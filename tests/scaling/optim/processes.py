@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# What a worker would import for seconds: a DistributedDataParallel and the first optimizer step want torch._dynamo.
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "scaling.optim.muon"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "scaling.optim.muon",
+    ]
 )
 SECONDS = 120
 
