@@ -17,7 +17,12 @@ from sweeps.plan import Plan
 
 def plan(planned: Plan) -> None:
     """Print `plan_table`."""
-    Console().print(plan_table(planned))
+    wide_enough(Console()).print(plan_table(planned))
+
+
+def wide_enough(console: Console) -> Console:
+    """The console, or one of 120 columns where the output is no terminal and nothing says how wide it is."""
+    return console if console.is_terminal else Console(width=120)
 
 
 def groups(planned: Plan) -> None:
@@ -115,6 +120,14 @@ def plan_totals(plan: Plan) -> dict[str, Any]:
     }
 
 
+def rate_text(rate: float) -> str:
+    """A learning rate as papers print it: 0.02, 9.503e-4."""
+    if rate >= 1e-3:
+        return f"{rate:.4g}"
+    digits, exponent = f"{rate:.3e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def hours_text(hours: float) -> str:
     """A length of time in the unit that a person would use."""
     seconds = hours * 3600
@@ -131,26 +144,29 @@ def plan_table(plan: Plan) -> RenderableType:
     printed = any(row["printed"] for row in rows)
     title = plan.campaign.title or plan.campaign.name
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in ("arm", "rung", "layers x width, heads"):
+    for name in ("arm", "rung", "shape"):
         table.add_column(name, no_wrap=True)
-    for name in ("N", "D", "C (6ND)", "batch", "peak LR", "steps", "hours"):
+    for name in ("N", "D", "C", "batch", "peak LR", "steps", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    # A fresh plan fits a terminal of 80 columns without a column that says "planned" in every row.
+    states = any(row["state"] != "planned" for row in rows)
+    if states:
+        table.add_column("state", no_wrap=True)
     seeds = len({row["seed"] for row in rows}) > 1
     for row in rows:
-        windows = f" ({row['batch_windows']} x {row['shape']['context']})" if printed else ""
+        windows = f" = {row['batch_windows']}x{row['shape']['context']}" if printed else ""
         table.add_row(
             row["arm"],
             row["cell"] if seeds else row["rung"],
-            f"{row['layers']} x {row['width']}, {row['heads']}",
+            f"{row['layers']}x{row['width']}/{row['heads']}",
             row["parameters_text"] if row["parameters"] >= 1e8 else human(row["parameters"]),
             f"{row['tokens'] / 1e9:.2f}B" if row["tokens"] >= 1e9 else human(row["tokens"]),
-            f"{row['flops']:.3g}",
-            f"{human(row['batch_tokens'])}{windows}",
-            f"{row['peak_lr']:.4g}",
+            f"{row['flops']:.2e}".replace("e+", "e"),
+            f"{row['batch_tokens']:,}{windows}",
+            rate_text(row["peak_lr"]),
             f"{row['steps']:,}",
             hours_text(row["hours"]),
-            row["state"],
+            *([row["state"]] if states else []),
         )
     return Group(table, Text(), *(Text(line) for line in _notes(plan)))
 
@@ -160,6 +176,7 @@ def _notes(plan: Plan) -> list[str]:
     arms = ", ".join(arm.name for arm in plan.campaign.arms)
     done = f"{totals['finished']} finished" + (f", {totals['diverged']} diverged" if totals["diverged"] else "")
     lines = [
+        "shape: layers x width / heads. N: weights of the blocks. D: tokens. C: FLOPs, 6ND.",
         f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go."
     ]

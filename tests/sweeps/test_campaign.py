@@ -1,0 +1,116 @@
+"""Campaign files: what is wrong is named with file, table, field and remedy, before anything is spent."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scaling.errors import Refusal
+from sweeps.campaign import built_in, load_campaign
+from sweeps.plan import plan
+
+GOOD = """
+name = "good"
+[data]
+source = "text"
+path = "text"
+[model]
+vocabulary = 256
+context = 16
+ffn_multiple = 8
+[training]
+tokens_per_parameter = 2
+batch_tokens = 128
+[evaluation]
+tokens = 512
+[[arms]]
+name = "adamw"
+optimizer = "adamw"
+peak_lr = 1e-2
+[[rungs]]
+name = "small"
+layers = 1
+width = 16
+heads = 2
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text" / "a.txt").write_text("words " * 2000)
+    path = folder / "good.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_built_in_campaign_can_be_planned(name: str, tmp_path: Path) -> None:
+    assert plan(load_campaign(name), tmp_path).runs
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("layers = 1", "layerz = 1"), ['[[rungs]] number 1 ("small")', "layerz", 'did you mean "layers"']),
+        (("[training]", "[trainign]"), ['"trainign"', 'did you mean "training"']),
+        (("tokens_per_parameter = 2", "tokens_per_parameter = 'two'"), ["[training]", "tokens_per_parameter", "'two'"]),
+        (("width = 16", "width = 16\ntokens = 1e9"), ["small", "tokens", "1000000000.0", "1_000_000_000"]),
+        (("heads = 2", "heads = 3"), ['rung "small"', "width 16", "heads 3", "Use 2 heads"]),
+        (("heads = 2", ""), ['"heads" is missing', "[[rungs]] number 1"]),
+        (('optimizer = "adamw"', 'optimizer = "adamww"'), ['arm "adamw"', "adamww", 'did you mean "adamw"']),
+        (("peak_lr = 1e-2", "peak_lr = 1e-2\noptions = { beta3 = 0.9 }"), ["beta3", "beta1, beta2, epsilon"]),
+        (("peak_lr = 1e-2", "peak_lr = -1.0"), ['[[arms]] number 1 ("adamw")', "peak_lr", "-1.0"]),
+        (("peak_lr = 1e-2", "peak_lr = { smal = 1e-2 }"), ["smal", 'did you mean "small"']),
+        (("peak_lr = 1e-2", ""), ['arm "adamw"', "no peak_lr"]),
+        (("peak_lr = 1e-2", 'rule = "moonlite"'), ["moonlite", 'did you mean "moonlight"']),
+        (("batch_tokens = 128", "batch_tokens = 100"), ["batch_tokens 100", "context 16", "use 96"]),
+        (("batch_tokens = 128", ""), ['rung "small"', "no batch_tokens"]),
+        (("tokens_per_parameter = 2", ""), ['rung "small"', "how many tokens"]),
+        (('path = "text"', 'path = "txt"'), ["txt", "[data]"]),
+        (('source = "text"', 'source = "txt"'), ["[data]", "txt", 'did you mean "text"']),
+        (('name = "good"', 'name = "../../etc"'), ["name", "../../etc", "letters"]),
+        (('name = "small"', 'name = "a/b"'), ["[[rungs]] number 1", "a/b"]),
+        (('name = "good"', 'name = "good\\n"'), ["name", "letters"]),
+        (("[[rungs]]", '[placement]\ndevise = "cpu"\n[[rungs]]'), ["[placement]", "devise", 'did you mean "device"']),
+        (("[[rungs]]", '[placement]\ndevice = "tpu"\n[[rungs]]'), ["[placement]", "device", "tpu"]),
+        (("[[rungs]]", "[placement.rungs.smell]\nthreads = 2\n[[rungs]]"), ["smell", 'did you mean "small"']),
+        (("[[rungs]]", '[placement]\ndata = "nowhere"\n[[rungs]]'), ["data", "nowhere", "prepared token shards"]),
+        (("[evaluation]", '[schedule]\nkind = "wsd"\n[evaluation]'), ["wsd", "decay"]),
+        (('name = "good"', 'name = "good"\nhyperparameters = "law"'), ["law", 'law = "moonlight"']),
+        (('name = "good"', 'name = "good"\nseeds = []'), ["seeds"]),
+        (('name = "good"', "name = good"), ["not valid TOML", "line 2"]),
+    ],
+    ids=lambda value: value[1].strip().replace("\n", " ")[:40] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_campaign_is_refused_with_place_and_remedy(
+    change: tuple[str, str], said: list[str], tmp_path: Path
+) -> None:
+    assert change[0] in GOOD
+    path = write(tmp_path, GOOD.replace(*change, 1))
+    with pytest.raises(Refusal) as refused:
+        plan(load_campaign(path), tmp_path / "root")
+    sentence = str(refused.value)
+    missing = [word for word in ("good.toml", *said) if word not in sentence]
+    assert not missing, sentence
+
+
+def test_the_unchanged_campaign_is_not_refused(tmp_path: Path) -> None:
+    assert len(plan(load_campaign(write(tmp_path, GOOD)), tmp_path / "root").runs) == 1
+
+
+def test_an_unknown_built_in_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(Refusal, match='did you mean "moonlight"'):
+        load_campaign("monlight")
+
+
+def test_the_file_of_a_built_in_campaign_is_plain_toml_that_a_user_can_copy(tmp_path: Path) -> None:
+    import sweeps
+
+    for name in built_in():
+        source = Path(sweeps.__file__).parent / "campaigns" / f"{name}.toml"
+        copy = tmp_path / source.name
+        copy.write_bytes(source.read_bytes())
+        assert tomllib.loads(copy.read_text())["name"] == name
+        assert load_campaign(copy).rungs == load_campaign(name).rungs

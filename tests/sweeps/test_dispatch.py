@@ -1,0 +1,171 @@
+"""The local executor under what happens to processes: each run is trained once, with an undisturbed run's numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from scaling.records import Attempt, RunDirectory
+from sweeps.collect import collect
+from sweeps.dispatch import run_local
+from sweeps.plan import Plan, PlannedRun, with_data
+from sweeps.status import run_status
+
+LONG = 96_000
+"""Tokens of a run that takes some seconds, so that there is time to disturb it."""
+
+SUBMIT = """
+import sys
+from sweeps.campaign import load_campaign
+from sweeps.dispatch import run_local
+from sweeps.plan import plan
+if __name__ == "__main__":
+    outcome = run_local(plan(load_campaign(sys.argv[1]), sys.argv[2]), workers=2, progress=False)
+    sys.exit(0 if outcome.complete else 3)
+"""
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Iterator[Callable[[Plan], subprocess.Popen[bytes]]]:
+    """Submitters in processes of their own."""
+    script = tmp_path / "submit.py"
+    script.write_text(SUBMIT)
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def start(planned: Plan) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(script), str(tmp_path / "tiny.toml"), str(planned.root)]
+        begun.append(subprocess.Popen(command, start_new_session=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def under_way(planned: Plan, run: PlannedRun) -> bool:
+    """Whether a run has got somewhere and is not done."""
+    now = run_status(planned, run)
+    return now.state == "running" and 0 < now.step < now.steps
+
+
+def numbers(planned: Plan) -> list[tuple[object, ...]]:
+    """What has to be equal, digit for digit, whatever happened."""
+    table = collect(planned)
+    assert set(table["status"]) == {"finished"}
+    return [tuple(row) for row in table[["arm", "cell", "run", "tokens", "flops", "loss", "train_loss"]].to_numpy()]
+
+
+def starts(directory: RunDirectory) -> list[Attempt]:
+    return [attempt for attempt in directory.attempts() if attempt.event == "start"]
+
+
+def test_finished_runs_are_never_trained_again(campaigns: Any, tmp_path: Path) -> None:
+    first = run_local(campaigns.plan(), workers=2, progress=False)
+    assert first.complete
+    assert len(first.trained) == 4
+    before = {file: file.stat().st_mtime_ns for file in (first.plan.root / "runs").glob("*/record.json")}
+    again = run_local(campaigns.plan(), workers=2, progress=False)
+    assert again.trained == ()
+    assert set(again.present) == set(first.trained)
+    assert before == {file: file.stat().st_mtime_ns for file in (first.plan.root / "runs").glob("*/record.json")}
+    # A changed rung is trained, and only that.
+    changed = run_local(campaigns.plan(tokens=12_800), workers=1, progress=False)
+    assert (len(changed.trained), len(changed.present)) == (2, 2)
+
+
+def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any) -> None:
+    whole = run_local(campaigns.plan("whole", tokens=LONG), workers=2, progress=False)
+    planned = with_data(campaigns.plan("killed", tokens=LONG), progress=False)
+    victim, neighbour = (run for run in planned.runs if run.rung == "b")
+
+    def kill() -> None:
+        until(lambda: under_way(planned, victim))
+        os.kill(starts(planned.directory(victim))[-1].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run_local(planned, workers=2, progress=False)
+    killer.join()
+    assert outcome.complete
+    assert [len(starts(planned.directory(run))) for run in (victim, neighbour)] == [2, 1]
+    ends = [attempt for attempt in planned.directory(victim).attempts() if attempt.event == "end"]
+    assert [end.outcome for end in ends] == ["failed", "finished"]
+    assert "SIGKILL" in (ends[0].reason or "")
+    assert numbers(planned) == numbers(whole.plan)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
+    campaigns: Any, submit: Callable[[Plan], subprocess.Popen[bytes]], signum: int
+) -> None:
+    planned = with_data(campaigns.plan(tokens=LONG), progress=False)
+    long = [run for run in planned.runs if run.rung == "b"]
+    process = submit(planned)
+    until(lambda: under_way(planned, long[0]))
+    process.send_signal(signum)
+    assert process.wait(timeout=30) == (3 if signum == signal.SIGINT else -signum)
+    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), seconds=20)
+    assert not all(planned.state(run) == "finished" for run in long)
+    assert run_local(planned, workers=2, progress=False).complete
+    assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a resume point
+
+
+def test_two_submitters_at_once_train_each_run_once(
+    campaigns: Any, submit: Callable[[Plan], subprocess.Popen[bytes]]
+) -> None:
+    planned = with_data(campaigns.plan(), progress=False)
+    other = submit(planned)
+    assert run_local(planned, workers=2, progress=False).complete
+    assert other.wait(timeout=120) == 0
+    assert [len(starts(planned.directory(run))) for run in planned.runs] == [1] * 4
+
+
+def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
+    planned = with_data(campaigns.plan(), progress=False)
+    manifest = planned.data / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content.replace(b'"wish"', b'"wash"'))
+    failing = run_local(planned, workers=2, progress=False)
+    assert len(failing.failed) == 4
+    assert "prepare the data again" in next(iter(failing.failed.values()))
+    manifest.write_bytes(content)
+    assert len(run_local(planned, workers=2, progress=False).failed) == 4
+    assert run_local(planned, workers=2, retry="failed", progress=False).complete
+
+
+def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(campaigns: Any) -> None:
+    outcome = run_local(campaigns.plan(peak_lr=1e20), workers=2, progress=False)
+    table = collect(outcome.plan)
+    assert dict(table.groupby("arm")["status"].first()) == {"adamw": "diverged", "muon": "finished"}
+    assert table.loc[table["arm"] == "adamw", "loss"].isna().all()
+    assert "not finite" in table["reason"][0]
+    assert run_local(outcome.plan, workers=2, progress=False).trained == ()
+    assert len(run_local(outcome.plan, workers=2, retry="diverged", progress=False).trained) == 2
+    assert len(list((outcome.plan.root / "runs").glob("*/diverged-1.json"))) == 2
+
+
+def test_an_unfinished_run_is_in_the_table_with_its_state_and_no_loss(campaigns: Any) -> None:
+    planned = with_data(campaigns.plan(), progress=False)
+    table = collect(planned)
+    assert list(table["status"]) == ["planned"] * 4
+    assert table["loss"].isna().all()
+    assert list(table["tokens"]) == [12_800, 12_800, 25_600, 25_600]
+    assert msgspec.json.decode(planned.write().read_bytes().splitlines()[0])["id"] == planned.runs[0].id
