@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
         rows, columns = x.shape[-2:]
         if group["update_rms"] == "exact":
             norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-            x.mul_(min(rows, columns) ** 0.5 / norms.clamp_(min=torch.finfo(torch.float32).tiny))
+            x.mul_(torch.where(norms > 0, min(rows, columns) ** 0.5 / norms, 0.0))
         torch._foreach_mul_(batch.weights, 1 - group["lr"] * group["weight_decay"])
         scale = group["rms"] * max(rows, columns) ** 0.5
         torch._foreach_add_(batch.weights, batch.deliver(x), alpha=-group["lr"] * scale)

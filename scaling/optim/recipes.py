@@ -35,19 +35,16 @@ class AdamWOptions(Strict, frozen=True):
     epsilon: PositiveFloat = 1e-8
 
 
-class MuonOptions(Strict, frozen=True):
-    """Moonlight's recipe (arXiv:2502.16982, Section 2), and AdamW for what is not a matrix of a block."""
+class MatrixOptions(Strict, frozen=True):
+    """What Muon and its relatives share, and AdamW for what is not a matrix of a block."""
 
     momentum: Beta = 0.95
-    nesterov: bool = True
     ns_steps: Positive = 5
     coefficients: CoefficientSet = "keller"
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`)."""
     rms: PositiveFloat = 0.2
     """Root mean square that an update is scaled to, in units of the learning rate."""
-    update_rms: Literal["nominal", "exact"] = "nominal"
-    """``nominal`` scales by ``rms * sqrt(max side)``, right if all singular values became one; ``exact`` measures."""
     head_blocks: Positive = 1
     """Row blocks that query, key and value are orthogonalised in: 1, or the number of heads."""
     adamw_beta1: Beta = 0.9
@@ -57,6 +54,22 @@ class MuonOptions(Strict, frozen=True):
     """Peak learning rate of the AdamW part, as a multiple of the run's."""
     adamw_decay_factor: Factor = 1.0
     """Weight decay of the AdamW part, as a multiple of the run's."""
+
+
+class MuonOptions(MatrixOptions, frozen=True):
+    """Moonlight's recipe (arXiv:2502.16982, Section 2)."""
+
+    nesterov: bool = True
+    update_rms: Literal["nominal", "exact"] = "nominal"
+    """``nominal`` scales by ``rms * sqrt(max side)``, right if all singular values became one; ``exact`` measures."""
+
+
+class NorMuonOptions(MatrixOptions, frozen=True):
+    """NorMuon (arXiv:2510.05491, Algorithm 1): rows of the update brought to one size, then `rms` exactly."""
+
+    nesterov: bool = False
+    second_moment_beta: Beta = 0.95
+    second_moment_epsilon: PositiveFloat = 1e-8
 
 
 class Rule(Strict, frozen=True):
@@ -96,19 +109,24 @@ def _adamw_rules(options: AdamWOptions) -> tuple[Rule, ...]:
     return (Rule(pattern=r".*", algorithm="adamw"),)
 
 
-def _muon_rules(options: MuonOptions) -> tuple[Rule, ...]:
-    per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
-    feed_forward = r"blocks\.\d+\.feed_forward\."
-    return (
-        Rule(pattern=r"(embedding|head)\.weight", algorithm="adamw"),
-        Rule(pattern=r"(.+[._])?norm\.weight", algorithm="adamw"),
-        Rule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm="muon", view=per_head),
-        Rule(pattern=r"blocks\.\d+\.attention\.\w+\.weight", algorithm="muon"),
-        Rule(pattern=feed_forward + r"(shared\.)?(gate|up|down)\.weight", algorithm="muon"),
-        Rule(pattern=feed_forward + r"experts\.(gate|up|down)", algorithm="muon", view="experts"),
-        # The router is a matrix like any other in Moonlight (its Figure 4).
-        Rule(pattern=feed_forward + r"router\.weight", algorithm="muon"),
-    )
+def _matrix_rules(algorithm: str) -> Callable[[MatrixOptions], tuple[Rule, ...]]:
+    """Moonlight's division: the matrices of the blocks, and AdamW for embedding, head and norms."""
+
+    def rules(options: MatrixOptions) -> tuple[Rule, ...]:
+        per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
+        feed_forward = r"blocks\.\d+\.feed_forward\."
+        return (
+            Rule(pattern=r"(embedding|head)\.weight", algorithm="adamw"),
+            Rule(pattern=r"(.+[._])?norm\.weight", algorithm="adamw"),
+            Rule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm=algorithm, view=per_head),
+            Rule(pattern=r"blocks\.\d+\.attention\.\w+\.weight", algorithm=algorithm),
+            Rule(pattern=feed_forward + r"(shared\.)?(gate|up|down)\.weight", algorithm=algorithm),
+            Rule(pattern=feed_forward + r"experts\.(gate|up|down)", algorithm=algorithm, view="experts"),
+            # The router is a matrix like any other in Moonlight (its Figure 4).
+            Rule(pattern=feed_forward + r"router\.weight", algorithm=algorithm),
+        )
+
+    return rules
 
 
 def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[str, Any]]:
@@ -122,13 +140,16 @@ def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[
     }
 
 
-def _muon_groups(spec: OptimizerSpec, options: MuonOptions) -> dict[str, dict[str, Any]]:
-    muon = {
-        field: getattr(options, field)
-        for field in ("momentum", "nesterov", "ns_steps", "coefficients", "ns_dtype", "rms", "update_rms")
-    }
+def _matrix_groups(spec: OptimizerSpec, options: MatrixOptions) -> dict[str, dict[str, Any]]:
+    elsewhere = {field for field in MatrixOptions.__struct_fields__ if field.startswith("adamw_")} | {"head_blocks"}
     return {
-        "muon": {"lr": spec.peak_lr, "weight_decay": spec.weight_decay, **muon},
+        spec.name: {
+            "lr": spec.peak_lr,
+            "weight_decay": spec.weight_decay,
+            # The rescaling at the end of NorMuon's algorithm is Muon's exact mode.
+            "update_rms": "exact",
+            **{name: value for name, value in msgspec.structs.asdict(options).items() if name not in elsewhere},
+        },
         "adamw": {
             "lr": spec.peak_lr * options.adamw_lr_factor,
             "weight_decay": spec.weight_decay * options.adamw_decay_factor,
@@ -138,19 +159,33 @@ def _muon_groups(spec: OptimizerSpec, options: MuonOptions) -> dict[str, dict[st
     }
 
 
-def _muon_adamw(groups: list[dict[str, Any]]) -> Optimizer:
+def _muon(groups: list[dict[str, Any]]) -> Optimizer:
     from scaling.optim.distributed import exchange_for
     from scaling.optim.muon import MuonAdamW
 
     return MuonAdamW(groups, exchange_for(parameter for group in groups for _, parameter in group["params"]))
 
 
+def _normuon(groups: list[dict[str, Any]]) -> Optimizer:
+    from scaling.optim.distributed import exchange_for
+    from scaling.optim.normuon import NorMuonAdamW
+
+    return NorMuonAdamW(groups, exchange_for(parameter for group in groups for _, parameter in group["params"]))
+
+
 OPTIMIZERS: dict[str, OptimizerRecipe] = {
     "adamw": OptimizerRecipe(
-        label="AdamW", options=AdamWOptions, rules=_adamw_rules, groups=_adamw_groups, optimizer=_muon_adamw
+        label="AdamW", options=AdamWOptions, rules=_adamw_rules, groups=_adamw_groups, optimizer=_muon
     ),
     "muon": OptimizerRecipe(
-        label="Muon", options=MuonOptions, rules=_muon_rules, groups=_muon_groups, optimizer=_muon_adamw
+        label="Muon", options=MuonOptions, rules=_matrix_rules("muon"), groups=_matrix_groups, optimizer=_muon
+    ),
+    "normuon": OptimizerRecipe(
+        label="NorMuon",
+        options=NorMuonOptions,
+        rules=_matrix_rules("normuon"),
+        groups=_matrix_groups,
+        optimizer=_normuon,
     ),
 }
 """Optimizers by the name that a spec writes."""

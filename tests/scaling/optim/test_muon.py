@@ -71,13 +71,13 @@ def test_two_steps_are_the_papers_formula_in_float64(shape, nesterov):
     torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_decay_is_the_plain_learning_rate_times_lambda_on_every_parameter(name):
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OPTIMIZERS), ("muon", {"update_rms": "exact"})])
+def test_decay_is_the_plain_learning_rate_times_lambda_on_every_parameter(name, options):
     model = model_at()
     before = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    build(spec(name, peak_lr=0.5, weight_decay=1.0), model.named_parameters()).step()
+    build(spec(name, peak_lr=0.5, weight_decay=1.0, **options), model.named_parameters()).step()
     for after, start in zip(model.parameters(), before.parameters(), strict=True):  # norms too: Moonlight, App. D
         torch.testing.assert_close(after, 0.5 * start)
 
