@@ -201,7 +201,7 @@ class Shards:
                 if group["algorithm"] != "adamw" and group["view"] != "experts":
                     rows.append(parameter)
         if rows:
-            processes = dist.get_world_size(_process_group(rows[0]))
+            processes = dist.get_world_size(process_group_of(rows[0]))
             owners = deal(_classes([(p.shape[0], p.shape[1]) for p in rows]), processes)
             self._owner = dict(zip(rows, owners, strict=True))
 
@@ -231,7 +231,7 @@ class Shards:
             classes[parameter.shape[0], parameter.shape[1]].append(parameter)
         blocks = row_blocks(group["view"])
         for (rows, columns), members in classes.items():
-            process_group = _process_group(members[0])
+            process_group = process_group_of(members[0])
             dtype, length = iteration(group, rows // blocks, columns, members[0].device)
             length = max(dist.get_world_size(process_group), length // blocks)
             for start in range(0, len(members), length):
@@ -294,7 +294,7 @@ def _sharded_by_rows(parameter: DTensor) -> bool:
     return len(others) == 1 and isinstance(others[0], Shard) and others[0].dim == 0
 
 
-def _process_group(parameter: Tensor) -> dist.ProcessGroup:
+def process_group_of(parameter: Tensor) -> dist.ProcessGroup:
     """The processes that share a sharded parameter; under HSDP each replica has its own."""
     assert isinstance(parameter, DTensor)
     dimension = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))

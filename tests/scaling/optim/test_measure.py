@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from scaling.models.decoder import Decoder
+from scaling.optim.measure import measured_updates, parameter_class
+from scaling.optim.recipes import build
+from scaling.spec import ModelShape, OptimizerSpec
+
+SHAPE = ModelShape(layers=2, width=64, heads=2, vocabulary=64, context=32, ffn_multiple=8)
+
+
+def one_step(optimizer: OptimizerSpec) -> dict[str, float]:
+    model = Decoder(SHAPE)
+    model.initialise(0)
+    built = build(optimizer, model.named_parameters())
+    model.loss(torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))).backward()
+    with measured_updates(built) as sizes:
+        built.step()
+    return sizes
+
+
+def test_layers_share_a_class():
+    assert parameter_class("blocks.11.attention.query.weight") == "attention.query"
+    assert parameter_class("blocks.0.feed_forward.experts.up") == "feed_forward.experts.up"
+    assert parameter_class("embedding.weight") == "embedding"
+
+
+def test_the_first_step_of_adamw_has_size_one_and_decay_is_left_out():
+    sizes = one_step(OptimizerSpec(name="adamw", peak_lr=1e-2, weight_decay=0.5))
+    # Both moments are the gradient itself; entries near epsilon fall short. Rare tokens have no gradient at all.
+    assert {name: size for name, size in sizes.items() if name != "embedding"} == {
+        name: pytest.approx(1.0, abs=0.01) for name in sizes if name != "embedding"
+    }
+
+
+def test_muon_falls_short_of_its_nominal_size_and_exact_mode_does_not():
+    nominal = one_step(OptimizerSpec(name="muon", peak_lr=1e-2))
+    exact = one_step(OptimizerSpec(name="muon", peak_lr=1e-2, options={"update_rms": "exact"}))
+    matrices = [name for name in nominal if name.startswith(("attention.", "feed_forward."))]
+    assert len(matrices) == 7
+    for name in matrices:
+        assert 0.08 < nominal[name] < 0.2
+        assert exact[name] == pytest.approx(0.2, rel=1e-3)
+
+
+def test_a_frozen_group_is_left_out():
+    optimizer = build(OptimizerSpec(name="adamw", peak_lr=1.0), [("norm.weight", nn.Parameter(torch.ones(4)))])
+    optimizer.param_groups[0]["lr"] = 0.0
+    with measured_updates(optimizer) as sizes:
+        optimizer.step()
+    assert sizes == {}

@@ -1,0 +1,46 @@
+import torch
+
+from scaling.models.decoder import Attention, Rotary
+from scaling.optim.qk_clip import clip_heads_, largest_logits
+from scaling.spec import ModelShape
+
+SHAPE = ModelShape(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)
+
+
+def logits_of(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    rotary = Rotary(SHAPE.head_size, SHAPE.context)
+    query, key = (
+        rotary(projection(x).view(*x.shape[:2], 4, -1).transpose(1, 2))
+        for projection in (attention.query, attention.key)
+    )
+    return largest_logits(query, key)
+
+
+def test_the_largest_logit_is_found_below_the_diagonal_only():
+    query = torch.zeros(1, 1, 3, 4)
+    key = torch.zeros(1, 1, 3, 4)
+    query[0, 0, 0, 0], key[0, 0, 2, 0] = 10.0, 10.0  # a token cannot look ahead
+    assert largest_logits(query, key) == 0
+    query[0, 0, 2, 1], key[0, 0, 1, 1] = 4.0, 3.0
+    assert largest_logits(query, key) == 4.0 * 3.0 / 2
+
+
+def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
+    attention = Attention(SHAPE)
+    torch.nn.init.normal_(attention.query.weight)
+    torch.nn.init.normal_(attention.key.weight)
+    x = torch.randn(2, 16, 32)
+    before = logits_of(attention, x)
+    bound = float(before.sort().values[1:3].mean())
+    heads = [weight.view(4, -1, 32) for weight in (attention.query.weight, attention.key.weight)]
+    factors = clip_heads_(before, heads, bound=bound)
+    assert (factors < 1).sum() == 2
+    torch.testing.assert_close(logits_of(attention, x), before.clamp(max=bound))
+
+
+def test_a_key_shared_between_heads_is_made_up_for_by_the_query():
+    query, rotary_query, rotary_key = torch.ones(2, 4, 8), torch.ones(2, 2, 8), torch.ones(2, 8)
+    clip_heads_(torch.tensor([400.0, 50.0]), [query], query_alone=[rotary_query])
+    assert torch.equal(query[:, 0, 0], torch.tensor([0.5, 1.0]))
+    assert torch.equal(rotary_query[:, 0, 0], torch.tensor([0.25, 1.0]))
+    assert torch.equal(rotary_key, torch.ones(2, 8))
