@@ -178,7 +178,7 @@ def _notes(plan: Plan) -> list[str]:
     lines = [
         "shape: layers x width / heads. N: weights of the blocks. D: tokens. C: FLOPs, 6ND.",
         f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
-        f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go."
+        f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
     if "assumed" in totals["bases"]:
         kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
