@@ -116,6 +116,8 @@ class Logbook(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the rows that an earlier attempt wrote after its last resume point."""
         self.row_sum, self.tail_sum = self.row_sum.to(pl_module.device), self.tail_sum.to(pl_module.device)
+        if trainer.global_step <= self.tail_starts:
+            self.tail_sum, self.tail_count = torch.zeros_like(self.tail_sum), 0  # a trunk's tail is not its branch's
         if trainer.is_global_zero:
             kept = [row for row in self.directory.metrics() if row.step <= trainer.global_step]
             write_lines(self.directory.metrics_file, kept)
@@ -169,6 +171,7 @@ class Logbook(Callback):
             tokens_per_second=rate,
             mfu=rate * train_flops_per_token(shape, "attention") / (peak * self.device.count) if peak else None,
             validation_loss=validation if finite else None,
+            load_imbalance=module.model.load_imbalance(),
         )
         if module.trainer.is_global_zero:
             append_line(self.directory.metrics_file, row)

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,15 +79,21 @@ def resume_points(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The optimizer step that a resume point was saved after."""
-    return int(path.name.split(".")[0].removeprefix("step-"))
+    return int(path.name.split(".")[0].rpartition("-")[2])
 
 
 def newest_resume_point(folder: Path) -> Path | None:
     """The newest file whose content still has the checksum in its name; damaged ones are passed over."""
-    for path in resume_points(folder):
-        if path.suffixes[-2:-1] == [f".{_digest(path)}"]:
-            return path
-    return None
+    return next(filter(_whole, resume_points(folder)), None)
+
+
+def branch_point(folder: Path, step: int) -> Path | None:
+    """The point that a trunk kept for branches after `step`, whole; None if there is none."""
+    return next(filter(_whole, sorted(folder.glob(f"branch-{step:08d}.*.ckpt"))), None)
+
+
+def _whole(path: Path) -> bool:
+    return path.suffixes[-2:-1] == [f".{_digest(path)}"]
 
 
 class StopRequest:
@@ -127,13 +133,15 @@ class StopRequest:
 class ResumePoints(Callback):
     """Saves at a step border every `seconds`, and whenever a stop is asked for, which then ends the run.
 
-    All processes of a run take the same decision, so that a collective save cannot hang.
+    All processes of a run take the same decision, so that a collective save cannot hang. At the steps of `keep` it
+    saves a point under another name, which nothing deletes, for the runs that branch off there.
     """
 
-    def __init__(self, folder: Path, *, seconds: float, stop: StopRequest) -> None:
+    def __init__(self, folder: Path, *, seconds: float, stop: StopRequest, keep: Iterable[int] = ()) -> None:
         self.folder = folder
         self.seconds = seconds
         self.stop = stop
+        self.keep = set(keep)
         self.preempted = False
         self._saved_at = time.monotonic()
         self._saved_step = 0
@@ -161,6 +169,8 @@ class ResumePoints(Callback):
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if trainer.global_step in self.keep:
+            trainer.save_checkpoint(self.folder / f"branch-{trainer.global_step:08d}")
         decide = trainer.strategy.reduce_boolean_decision
         stopping = decide(self.stop.due(), all=False)
         if stopping or decide(time.monotonic() - self._saved_at >= self.seconds, all=False):

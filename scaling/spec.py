@@ -36,11 +36,71 @@ def ffn_width(width: int, multiple: int) -> int:
     return -(-8 * width // (3 * multiple)) * multiple
 
 
-class ModelShape(Strict, frozen=True):
-    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, multi-head attention without biases.
+class Mixture(Strict, frozen=True):
+    """Experts in place of the feed-forward: which of them a token meets, with what weight, and how load is balanced.
 
     Raises:
-        Refusal: The heads do not divide the width, or the head size is odd (RoPE turns pairs).
+        Refusal: More experts would be active than there are.
+    """
+
+    experts: Positive
+    """Routed experts of a layer."""
+    active: Positive
+    """Routed experts that a token meets."""
+    shared: NonNegative = 0
+    """Experts that every token meets beside them."""
+    dense_layers: NonNegative = 0
+    """First layers that keep one feed-forward."""
+    granularity: Positive = 1
+    """An expert's hidden units are the shape's `ffn_width` divided by this."""
+    score: Literal["sigmoid", "topk-softmax", "softmax-topk"] = "sigmoid"
+    """``sigmoid``: DeepSeek-V3's, chosen scores made to sum to one; ``topk-softmax``: softmax over the chosen logits,
+    so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
+    gate_scale: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    """What the weights are multiplied by. None: what `scaling.models.gate.gate_scale` computes for sigmoid, else 1."""
+    bias_rate: Annotated[float, msgspec.Meta(ge=0.0)] = 1e-3
+    """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
+    sequence_loss: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    """Weight of DeepSeek-V3's sequence-wise balance loss in what is minimised; never part of a reported loss."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no router can do."""
+        if self.active > self.experts:
+            raise Refusal(
+                f"a token would meet {self.active} of {self.experts} experts. Use active = {self.experts} or fewer."
+            )
+
+
+class LatentAttention(Strict, frozen=True):
+    """Multi-head latent attention with decoupled rotary channels (DeepSeek-V2, arXiv:2405.04434, Section 2.1).
+
+    Raises:
+        Refusal: The rotary channels are odd.
+    """
+
+    kv_rank: Positive
+    """Channels that keys and values are made from."""
+    plain: Positive
+    """Channels of a query or key head without position."""
+    rotary: Positive
+    """Channels of a query head with position; all key heads of a token share theirs."""
+    value: Positive
+    """Channels of a value head."""
+    q_rank: Positive | None = None
+    """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""
+    rope_base: Annotated[float, msgspec.Meta(gt=1.0)] = 50_000.0
+
+    def __post_init__(self) -> None:
+        """Refuse what rotary embedding cannot turn."""
+        if self.rotary % 2:
+            raise Refusal(f"rotary = {self.rotary} is odd, and rotary embedding turns pairs. Use {self.rotary + 1}.")
+
+
+class ModelShape(Strict, frozen=True):
+    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, attention without biases; with experts or latent attention by choice.
+
+    Raises:
+        Refusal: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
     """
 
     layers: Positive
@@ -51,9 +111,17 @@ class ModelShape(Strict, frozen=True):
     ffn_multiple: Positive = 256
     tied: bool = False
     family: str = "decoder"
+    ffn: Positive | None = None
+    """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
+    mixture: Mixture | None = None
+    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
         """Refuse a shape that no model can have."""
+        if self.mixture is not None:
+            self._check_mixture(self.mixture)
+        if self.latent is not None:
+            return  # its heads have sizes of their own
         if self.width % self.heads:
             fitting = (n for n in range(1, self.width + 1) if self.width % n == 0 and self.width // n % 2 == 0)
             best = min(fitting, key=lambda heads: abs(heads - self.heads), default=1)
@@ -75,7 +143,24 @@ class ModelShape(Strict, frozen=True):
     @property
     def ffn_width(self) -> int:
         """Hidden units of the SwiGLU block."""
-        return ffn_width(self.width, self.ffn_multiple)
+        return self.ffn or ffn_width(self.width, self.ffn_multiple)
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden units of one expert."""
+        return self.ffn_width // (self.mixture.granularity if self.mixture else 1)
+
+    def _check_mixture(self, mixture: Mixture) -> None:
+        if self.ffn_width % mixture.granularity:
+            raise Refusal(
+                f"granularity {mixture.granularity} does not divide the {self.ffn_width} hidden units of the feed-forward. "
+                f"Use an ffn_multiple that it divides, such as {mixture.granularity * 8}."
+            )
+        if mixture.dense_layers >= self.layers:
+            raise Refusal(
+                f"dense_layers {mixture.dense_layers} leaves none of the {self.layers} layers to the experts. "
+                "Use fewer dense layers, or the family decoder."
+            )
 
 
 class Budget(Strict, frozen=True):
@@ -140,6 +225,17 @@ class Evaluation(Strict, frozen=True):
     """Measurements at equal distances before the last."""
 
 
+class Initial(Strict, frozen=True):
+    """Weights that a run starts from: those of another finished run, whose directory lies beside its own."""
+
+    run: str
+    """Id of that run, and so everything that it was."""
+    how: Literal["copy", "upcycle"] = "copy"
+    """``copy`` takes the weights over; ``upcycle`` makes every expert a copy of the feed-forward."""
+    charged: bool = True
+    """Whether the record's FLOPs include those of that run; either way it says so."""
+
+
 class RunSpec(Strict, frozen=True):
     """Everything that decides the numbers of one run.
 
@@ -159,6 +255,11 @@ class RunSpec(Strict, frozen=True):
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: Annotated[float, msgspec.Meta(gt=0.0)] | None = 1.0
     """Global norm that gradients are clipped to; None clips nothing."""
+    initial: Initial | None = None
+    """Where the weights come from; None draws them from the seed."""
+    branch_of: str | None = None
+    """Id of a longer ``wsd`` run that this one shares its steps with up to the start of its own decay. It may start
+    from that run's resume point (`scaling.branches`); its numbers are those of the run trained whole."""
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -180,6 +281,11 @@ class RunSpec(Strict, frozen=True):
             raise Refusal(
                 f"warm-up and decay take {ramps:,} tokens, and the budget is {self.budget.tokens:,}; shorten them."
             )
+        if self.branch_of is not None and self.branch_tokens < self.schedule.warmup_tokens:
+            raise Refusal(
+                "branch_of names a trunk, and the run's own decay starts before its warm-up is over, so there is nothing "
+                "to share. Shorten the warm-up, or train the run whole."
+            )
         counted = train_flops(self.shape, self.budget.tokens)
         if counted != self.budget.flops:
             raise Refusal(
@@ -191,6 +297,16 @@ class RunSpec(Strict, frozen=True):
     def steps(self) -> int:
         """Optimizer steps: whole batches in the budget."""
         return self.budget.tokens // self.batch_tokens
+
+    @property
+    def branch_tokens(self) -> int:
+        """Tokens at the last step border before the decay of a ``wsd`` schedule; all tokens for the other kinds.
+
+        Up to here a longer run with the same warm-up has taken the same steps.
+        """
+        # The decay is counted back from the last whole step, as the training loop does.
+        start = self.steps * self.batch_tokens - (self.schedule.decay_tokens or 0)
+        return start // self.batch_tokens * self.batch_tokens
 
     @property
     def id(self) -> str:
@@ -211,11 +327,23 @@ class Placement(Strict, frozen=True):
     compile: bool = False
     checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
     """Seconds between resume points: what a kill can cost."""
+    keep_tokens: tuple[Positive, ...] = ()
+    """Tokens at which a resume point is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
+
+
+ADDED_LATER = frozenset({"ffn", "mixture", "latent", "initial", "branch_of"})
+"""Fields that came after the first runs. Where they are None an id does not see them, so those runs keep theirs."""
 
 
 def canonical_json(value: msgspec.Struct) -> bytes:
     """One spelling for one value: sorted keys, no spaces, defaults included."""
-    return msgspec.json.encode(value, order="sorted")
+    return msgspec.json.encode(_without_absent(msgspec.to_builtins(value)), order="sorted")
+
+
+def _without_absent(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_absent(v) for k, v in value.items() if v is not None or k not in ADDED_LATER}
 
 
 def as_dict(value: msgspec.Struct) -> dict[str, Any]:

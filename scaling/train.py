@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scaling.branches import trunk_point
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
@@ -77,9 +78,7 @@ class TrainingModule(LightningModule):
         self.model = build_model(spec.shape)
         self.model.initialise(spec.seed)
         if compiled:
-            # In place: a wrapped module would put a prefix before every name in the state.
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_parts()
         self.evaluation_windows = max(1, EVALUATION_TOKENS // spec.shape.context)
         self.last_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
@@ -93,7 +92,8 @@ class TrainingModule(LightningModule):
         """Loss of one micro-batch."""
         loss = self.model.loss(batch)
         self.last_loss = loss.detach()
-        return loss
+        auxiliary = self.model.auxiliary_loss()
+        return loss if auxiliary is None else loss + auxiliary
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Set the rate of this step in every group."""
@@ -102,6 +102,7 @@ class TrainingModule(LightningModule):
         self.learning_rate = self.spec.optimizer.peak_lr * fraction
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * fraction
+        self.model.end_of_step(self.total_over_processes)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -109,6 +110,11 @@ class TrainingModule(LightningModule):
         """Clip by global norm, and keep the norm for the metrics."""
         limit = float("inf") if self.spec.clip_norm is None else self.spec.clip_norm
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+
+    def total_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of a tensor that every process has of its own share of the batch."""
+        total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return total
 
     def mean_over_processes(self, value: Tensor) -> float:
         """The mean of a number that every process has of its own share of the batch."""
@@ -133,7 +139,7 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         record = directory.record()
         if record is not None:
             return record
-        resume_point = newest_resume_point(directory.checkpoints)
+        resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
         directory.note("start", step=step_of(resume_point) if resume_point else 0)
         try:
             record, step = _train(directory, resume_point, progress=progress)
@@ -164,11 +170,16 @@ def _train(
     device = _device(placement, spec)
     held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
     logbook = Logbook(directory, spec, device=device, held_out=held)
-    resume = ResumePoints(directory.checkpoints, seconds=placement.checkpoint_seconds, stop=StopRequest())
-    trainer = _trainer(spec, placement, directory, micro_batches=windows // micro_batch, callbacks=[
-        logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
-    ])  # fmt: skip
+    resume = ResumePoints(
+        directory.checkpoints,
+        seconds=placement.checkpoint_seconds,
+        stop=StopRequest(),
+        keep=[tokens // spec.batch_tokens for tokens in placement.keep_tokens],
+    )
     with _expected_warnings():
+        trainer = _trainer(spec, placement, directory, micro_batches=windows // micro_batch, callbacks=[
+            logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
+        ])  # fmt: skip
         trainer.fit(
             module,
             train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
@@ -239,8 +250,10 @@ def _device(placement: Placement, spec: RunSpec) -> Device:
 
 
 def _save_weights(module: TrainingModule, path: Path) -> None:
-    # Parameters and not the state: a tied head is named once.
-    weights = {name: value.detach().cpu().contiguous() for name, value in module.model.named_parameters()}
+    # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
+    state = module.model.state_dict()
+    named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
+    weights = {name: state[name].detach().cpu().contiguous() for name in named}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, temporary, metadata={"format": "pt"})
     temporary.replace(path)
@@ -277,6 +290,7 @@ def _record(
             "head": parameters.head,
             "norms": parameters.norms,
             "total": parameters.total,
+            "activated": parameters.activated,
         },
         groups=groups,
         bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
@@ -307,6 +321,8 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # The trainer is told by `should_stop`; it has no minimum of epochs to insist on.
         warnings.filterwarnings("ignore", message=".*Trainer was signaled to stop but the required.*")
+        # One process, on a machine that happens to have SLURM.
+        warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")
         # Lightning 2.6 on torch 2.14 and later.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         yield
