@@ -90,7 +90,8 @@ def traffic() -> dict[str, float]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_its_traffic_is_one_to_one_and_a_quarter_of_adamws(world):
-    total = {kind: sum(each[kind] for each in run(world, traffic)) for kind in ("reduce", "gather", "weights")}
+    sent = run(world, traffic)
+    total = {kind: sum(each[kind] for each in sent) for kind in ("reduce", "gather", "weights")}
     # ZeRO-1 AdamW reduces the gradients and gathers the weights, four bytes an entry each.
     assert total["reduce"] == total["weights"]
     adamw = total["reduce"] + total["weights"]

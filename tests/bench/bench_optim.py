@@ -1,0 +1,176 @@
+"""How long an optimizer step takes: ours, torch's Muon and AdamW, in one run, so that their ratios mean something.
+
+    make bench                                                            CPU: 12 layers of width 768, and small models
+    OMP_NUM_THREADS=1 .venv/bin/python tests/bench/bench_optim.py --layers 2    the same in seconds, two layers
+    .venv/bin/python tests/bench/bench_optim.py                           on a machine with a GPU: its section as well
+
+On a CPU both wall and CPU seconds are printed: other work on the machine lengthens the first and hardly the second.
+Medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaling.models.decoder import Decoder
+from scaling.optim.muon import MuonAdamW
+from scaling.optim.recipes import build, update_flops
+from scaling.spec import ModelShape, OptimizerSpec, ffn_width
+
+MOONLIGHT = {"339.7M": (12, 1536), "1.59B": (20, 2560)}
+RUNGS = {"0.8M": (4, 128), "1.9M": (6, 160), "5.3M": (8, 256)}
+
+
+def matrices(layers: int, width: int, hidden: int, device: str) -> list[tuple[str, nn.Parameter]]:
+    """The matrices of a decoder's blocks, with gradients."""
+    shapes = {f"attention.{name}": (width, width) for name in ("query", "key", "value", "output")}
+    shapes |= {f"feed_forward.{name}": (hidden, width) for name in ("gate", "up")}
+    shapes["feed_forward.down"] = (width, hidden)
+    named = []
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.randn(shape, device=device) * 0.02)
+            parameter.grad = torch.randn(shape, device=device)
+            named.append((f"blocks.{layer}.{name}.weight", parameter))
+    return named
+
+
+def arms(named: list[tuple[str, nn.Parameter]], **options: str) -> dict[str, torch.optim.Optimizer]:
+    """Ours and torch's over the same parameters."""
+    parameters = [parameter for _, parameter in named]
+    return {
+        "ours": build(OptimizerSpec(name="muon", peak_lr=1e-4, options=dict(options)), named),
+        "torch.optim.Muon": torch.optim.Muon(parameters, lr=1e-4, adjust_lr_fn="match_rms_adamw"),
+        "AdamW, fused": torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+    }
+
+
+def timed(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """Median wall and CPU seconds of each, after one round to warm up."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: (statistics.median(w for w, _ in t), statistics.median(c for _, c in t)) for name, t in taken.items()}
+
+
+def report(title: str, seconds: dict[str, tuple[float, float]], flops: int = 0) -> None:
+    """A line for each arm; ratios against torch's Muon."""
+    print(f"\n{title}")
+    base = seconds.get("torch.optim.Muon", next(iter(seconds.values())))
+    for name, (wall, cpu) in seconds.items():
+        rate = f"{flops / wall / 1e9:8.0f} GFLOP/s of the plain products" if flops and "AdamW" not in name else ""
+        print(f"  {name:18s} {wall * 1e3:10.2f} ms wall {cpu * 1e3:10.2f} ms CPU   "
+              f"{base[0] / wall:5.2f} x wall {base[1] / max(cpu, 1e-9):5.2f} x CPU {rate}")  # fmt: skip
+
+
+def bench_wide(layers: int, rounds: int) -> None:
+    """12 layers of width 768: 84.9M parameters, both in bf16."""
+    named = matrices(layers, 768, 2048, "cpu")
+    optimizers = arms(named, ns_dtype="bf16")
+    seconds = timed({name: optimizer.step for name, optimizer in optimizers.items()}, rounds, "cpu")
+    shapes = {name: tuple(parameter.shape) for name, parameter in named}
+    flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
+    report(f"{layers} layers of width 768, {sum(p.numel() for _, p in named) / 1e6:.1f}M parameters", seconds, flops)
+    ours = optimizers["ours"]
+    assert isinstance(ours, MuonAdamW)
+    state = sum(tensor.nbytes for each in ours.state.values() for tensor in each.values())
+    theirs = sum(t.nbytes for each in optimizers["torch.optim.Muon"].state.values() for t in each.values())
+    print(
+        f"  state {state / 2**20:.0f} MiB (torch's Muon {theirs / 2**20:.0f}), workspace {ours.workspace.bytes / 2**20:.1f} MiB"
+    )
+
+
+def whole_step(model: Decoder, windows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Forward, backward, update."""
+    optimizer.zero_grad()
+    model.loss(windows).backward()
+    optimizer.step()
+
+
+def bench_small(rounds: int) -> None:
+    """Whole training steps of small decoders: what the Muon arm costs beside the AdamW arm."""
+    for (layers, width), tokens in [((2, 32), 2048), ((4, 64), 2048), ((2, 32), 8192), ((4, 64), 8192)]:
+        shape = ModelShape(layers=layers, width=width, heads=width // 16, vocabulary=512, context=128, ffn_multiple=8)
+        model = Decoder(shape)
+        model.initialise(0)
+        windows = torch.randint(512, (tokens // 128, 129))
+        steps: dict[str, Callable[[], object]] = {}
+        for name in ("adamw", "muon"):
+            optimizer = build(OptimizerSpec(name=name, peak_lr=1e-4), model.named_parameters())
+            steps |= {
+                f"{name}: whole": functools.partial(whole_step, model, windows, optimizer),
+                f"{name}: step": optimizer.step,
+            }
+        seconds = timed(steps, rounds, "cpu")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        ratio = seconds["muon: whole"][1] / seconds["adamw: whole"][1]
+        print(f"\n{layers} layers of width {width}, {parameters / 1e3:.0f}k parameters, {tokens:,} tokens a step")
+        for name, (wall, cpu) in seconds.items():
+            print(f"  {name:14s} {wall * 1e3:8.2f} ms wall {cpu * 1e3:8.2f} ms CPU")
+        print(f"  Muon arm / AdamW arm {ratio:.3f} (CPU time)")
+
+
+def bench_cuda(rounds: int) -> None:
+    """Moonlight's smallest and largest shapes, small rungs, and the table that places the symmetric kernel."""
+    print(f"\n{torch.cuda.get_device_name()}")
+    for label, (layers, width) in {**MOONLIGHT, **RUNGS}.items():
+        named = matrices(layers, width, ffn_width(width, 256 if label in MOONLIGHT else 8), "cuda")
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
+        seconds = timed({name: each.step for name, each in arms(named).items()}, rounds, "cuda")
+        report(f"{label}: {layers} layers of width {width}", seconds, flops)
+    from scaling.optim.symmetric import AVAILABLE, product_with_own_transpose
+
+    print("\nX X^T of one (s, 2.75 s) matrix in bf16: cuBLAS and the symmetric kernel, ms")
+    for side in (512, 1024, 1536, 2048, 2560, 4096):
+        x = torch.randn(1, side, side * 11 // 4, device="cuda", dtype=torch.bfloat16)
+        out = x.new_empty(1, side, side)
+        steps: dict[str, Callable[[], object]] = {"cuBLAS": lambda x=x, out=out: torch.bmm(x, x.mT, out=out)}  # type: ignore[misc]
+        if AVAILABLE:
+            steps["kernel"] = lambda x=x, out=out: product_with_own_transpose(x, out)  # type: ignore[misc]
+        each = timed(steps, 20 * rounds, "cuda")
+        print(f"  {side:5d} " + "  ".join(f"{name} {wall * 1e3:.4f}" for name, (wall, _) in each.items()))
+
+
+def check_ledger() -> None:
+    """The ledger's FLOPs of a step are what torch counts of torch's own Muon."""
+    named = matrices(1, 64, 176, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        torch.optim.Muon([parameter for _, parameter in named]).step()
+    shapes = {name: tuple(parameter.shape) for name, parameter in named}
+    assert counter.get_total_flops() == update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}, load {load:.2f}"
+    )
+    check_ledger()
+    bench_wide(chosen.layers, chosen.rounds)
+    bench_small(5 * chosen.rounds)
+    if torch.cuda.is_available():
+        bench_cuda(chosen.rounds)
+    print(f"\nload at the end {os.getloadavg()[0]:.2f}")
