@@ -202,7 +202,13 @@ def _open_data(spec: RunSpec, placement: Placement) -> Batches:
             "this run was planned before its data were prepared, so nobody can say which tokens it would see. "
             "Prepare the data, plan again, and start the run that the new plan names."
         )
-    found = manifest_hash(read_manifest(Path(placement.data)))
+    manifest = read_manifest(Path(placement.data))
+    if manifest.vocabulary > spec.shape.vocabulary:
+        raise Refusal(
+            f"{placement.data}: the tokenizer of these shards has {manifest.vocabulary:,} ids, and the model has rows "
+            f"for {spec.shape.vocabulary:,}. Set vocabulary = {manifest.vocabulary} in [model] and plan again."
+        )
+    found = manifest_hash(manifest)
     if found != spec.data.manifest:
         raise Refusal(
             f"{placement.data}: these shards have the manifest {found[:12]}, and the run was planned for "
