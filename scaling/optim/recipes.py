@@ -15,6 +15,7 @@ import msgspec
 
 from scaling.errors import Refusal, unknown_name
 from scaling.optim.coefficients import CoefficientSet, newton_schulz_flops
+from scaling.optim.search import Search
 from scaling.optim.views import matrices
 from scaling.spec import OptimizerSpec, Positive, Strict
 
@@ -103,6 +104,25 @@ class OptimizerRecipe:
     """Hyper-parameters of a parameter group, by algorithm; from the completed spec and its options."""
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
     """Parameter groups to optimizer."""
+    search: tuple[Search, ...] = ()
+    """What can be tuned, and where a search begins."""
+
+
+RATE = Search(name="peak_lr", scale="log", low=3e-4, high=3e-2, least=1e-6, most=1.0)
+DECAY = Search(name="weight_decay", scale="log", low=0.02, high=0.5, least=1e-4, most=3.0)
+
+
+def _second_moment(name: str) -> Search:
+    return Search(name=name, scale="complement", low=0.8, high=0.99, least=0.5, most=0.9999)
+
+
+MATRIX_SEARCH = (
+    RATE,
+    DECAY,
+    Search(name="momentum", scale="complement", low=0.85, high=0.985, least=0.5, most=0.999),
+    Search(name="adamw_lr_factor", scale="log", low=0.25, high=4.0, least=0.01, most=100.0),
+    _second_moment("adamw_beta2"),
+)
 
 
 def _adamw_rules(options: AdamWOptions) -> tuple[Rule, ...]:
@@ -175,10 +195,20 @@ def _normuon(groups: list[dict[str, Any]]) -> Optimizer:
 
 OPTIMIZERS: dict[str, OptimizerRecipe] = {
     "adamw": OptimizerRecipe(
-        label="AdamW", options=AdamWOptions, rules=_adamw_rules, groups=_adamw_groups, optimizer=_muon
+        label="AdamW",
+        options=AdamWOptions,
+        rules=_adamw_rules,
+        groups=_adamw_groups,
+        optimizer=_muon,
+        search=(RATE, DECAY, _second_moment("beta2")),
     ),
     "muon": OptimizerRecipe(
-        label="Muon", options=MuonOptions, rules=_matrix_rules("muon"), groups=_matrix_groups, optimizer=_muon
+        label="Muon",
+        options=MuonOptions,
+        rules=_matrix_rules("muon"),
+        groups=_matrix_groups,
+        optimizer=_muon,
+        search=MATRIX_SEARCH,
     ),
     "normuon": OptimizerRecipe(
         label="NorMuon",
@@ -186,6 +216,7 @@ OPTIMIZERS: dict[str, OptimizerRecipe] = {
         rules=_matrix_rules("normuon"),
         groups=_matrix_groups,
         optimizer=_normuon,
+        search=MATRIX_SEARCH,
     ),
 }
 """Optimizers by the name that a spec writes."""
