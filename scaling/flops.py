@@ -19,16 +19,23 @@ class ParamCount(Strict, frozen=True):
     embedding: int
     """Rows that are looked up and never multiplied."""
     blocks: int
-    """Matrices of attention and feed-forward: Moonlight's N."""
+    """Matrices of attention and feed-forward, all experts among them: Moonlight's N."""
     head: int
     """The output matrix as it multiplies; the embedding once more where the two are tied."""
     norms: int
     tied: bool
+    idle: int = 0
+    """Weights of the routed experts that a token does not meet."""
+
+    @property
+    def activated(self) -> int:
+        """Matrices of the blocks that one token meets: all of them in a dense model."""
+        return self.blocks - self.idle
 
     @property
     def matmul(self) -> int:
-        """Weights that multiply a token: blocks and head."""
-        return self.blocks + self.head
+        """Weights that multiply a token: activated blocks and head."""
+        return self.activated + self.head
 
     @property
     def without_embedding(self) -> int:
@@ -44,21 +51,51 @@ class ParamCount(Strict, frozen=True):
 def count_parameters(shape: ModelShape) -> ParamCount:
     """Weights of a shape by part.
 
-    Source: blocks are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns Moonlight's five sizes
-    (339.7M, 545.9M, 822.1M, 1146.6M, 1586.0M) from the depths and widths of its Table 2.
+    Source: the blocks of a dense model are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns
+    Moonlight's five sizes (339.7M, 545.9M, 822.1M, 1146.6M, 1586.0M) from the depths and widths of its Table 2; with
+    experts and latent attention the same sum returns its 15.29B and 2.24B activated (Section 3.3).
     """
     vocabulary_matrix = shape.vocabulary * shape.width
+    attention, latent_norms = _attention_weights(shape)
+    feed_forward = 3 * shape.width * shape.ffn_width
+    blocks, idle = shape.layers * (attention + feed_forward), 0
+    if (mixture := shape.mixture) is not None:
+        layers, expert = shape.layers - mixture.dense_layers, 3 * shape.width * shape.expert_width
+        router = shape.width * mixture.experts
+        blocks += layers * ((mixture.experts + mixture.shared) * expert + router - feed_forward)
+        idle = layers * (mixture.experts - mixture.active) * expert
     return ParamCount(
         embedding=vocabulary_matrix,
-        blocks=shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.ffn_width),
+        blocks=blocks,
         head=vocabulary_matrix,
-        norms=(2 * shape.layers + 1) * shape.width,
+        norms=(2 * shape.layers + 1) * shape.width + shape.layers * latent_norms,
         tied=shape.tied,
+        idle=idle,
     )
 
 
+def _attention_weights(shape: ModelShape) -> tuple[int, int]:
+    """Weights of one layer's attention: matrices, and norms inside it."""
+    width, latent = shape.width, shape.latent
+    if latent is None:
+        return 4 * width**2, 0
+    queries = shape.heads * (latent.plain + latent.rotary)
+    from_query = width * queries if latent.q_rank is None else latent.q_rank * (width + queries)
+    from_latent = latent.kv_rank * shape.heads * (latent.plain + latent.value)
+    into_latent = width * (latent.kv_rank + latent.rotary)
+    output = shape.heads * latent.value * width
+    return from_query + into_latent + from_latent + output, latent.kv_rank + (latent.q_rank or 0)
+
+
+def _attention_channels(shape: ModelShape) -> int:
+    """Channels of all heads that scores and mixing multiply: queries' and values'."""
+    if shape.latent is None:
+        return 2 * shape.width
+    return shape.heads * (shape.latent.plain + shape.latent.rotary + shape.latent.value)
+
+
 def _six_nd(shape: ModelShape) -> int:
-    return 6 * count_parameters(shape).blocks
+    return 6 * count_parameters(shape).activated
 
 
 def _matmul(shape: ModelShape) -> int:
@@ -66,21 +103,23 @@ def _matmul(shape: ModelShape) -> int:
 
 
 def _attention_full(shape: ModelShape) -> int:
-    return _matmul(shape) + 12 * shape.layers * shape.width * shape.context
+    return _matmul(shape) + 6 * shape.layers * _attention_channels(shape) * shape.context
 
 
 def _attention(shape: ModelShape) -> int:
-    return _matmul(shape) + 6 * shape.layers * shape.width * shape.context
+    return _matmul(shape) + 3 * shape.layers * _attention_channels(shape) * shape.context
 
 
 CONVENTIONS: dict[str, Callable[[ModelShape], int]] = {
-    # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B).
+    # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B); with
+    # experts, the N that a token meets.
     "6nd": _six_nd,
     # Every weight that multiplies: the head counts, the look-up does not.
     "matmul": _matmul,
     # And scores and mixing of causal attention, half of the full square.
     "attention": _attention,
-    # And the full square, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context.
+    # And the full square, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
+    # queries and values are as wide as the model.
     "attention-full": _attention_full,
 }
 """FLOPs of forward and backward per token in a full context, by the name of the convention."""

@@ -50,6 +50,8 @@ class MetricsRow(Strict, frozen=True):
     mfu: float | None
     """Share of the device's peak, convention ``attention``; null where no peak is known."""
     validation_loss: float | None = None
+    load_imbalance: float | None = None
+    """With experts: load of the busiest over the mean, in the worst layer of this step; no token is ever dropped."""
 
 
 class Attempt(Strict, frozen=True):
@@ -105,7 +107,7 @@ class RunRecord(Strict, frozen=True):
     flops: dict[str, int]
     """Training FLOPs under every convention of ``scaling.flops.CONVENTIONS``."""
     parameters: dict[str, int]
-    """By part: embedding, blocks, head, norms, total."""
+    """By part: embedding, blocks, head, norms, total; and activated, the blocks' matrices that one token meets."""
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float

@@ -8,22 +8,28 @@ Letters in comments: B windows, T tokens of a window, H width, V vocabulary, A h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from scaling.models.cross_entropy import ChunkLoss, loss_and_gradient, next_token_loss
 from scaling.spec import ModelShape
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
+RESIDUAL_WRITERS = ("attention.output.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down")
+"""Ends of the names of matrices that write to the residual stream."""
 
 
 class Rotary(nn.Module):
     """Rotary position embedding in the half-split layout, as Hugging Face's Llama has it."""
 
-    def __init__(self, head_size: int, context: int) -> None:
+    def __init__(self, head_size: int, context: int, base: float = ROPE_BASE) -> None:
         super().__init__()
-        frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
         angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)  # (T, S / 2)
         # Recomputed from the shape, so they stay out of the state.
         self.register_buffer("cosine", angles.cos().float().repeat(1, 2), persistent=False)  # (T, S)
@@ -78,45 +84,92 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and beside a residual."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, width: int, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
-        self.attention = Attention(shape)
-        self.feed_forward_norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
-        self.feed_forward = FeedForward(shape.width, shape.ffn_width)
+        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPSILON)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(width, eps=NORM_EPSILON)
+        self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """``(B, T, H)`` to ``(B, T, H)``."""
         x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        mixed: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return mixed
 
 
 class Decoder(nn.Module):
-    """The whole model. Weights come from `initialise`, not from torch's defaults."""
+    """The whole model. Weights come from `initialise`, not from torch's defaults.
+
+    A family with other parts overrides `make_rotary`, `make_attention` and `make_feed_forward`.
+    """
+
+    recompute = False
+    """Keep no activations inside a block for the backward pass, but compute them again."""
+    chunk_loss: ChunkLoss = staticmethod(loss_and_gradient)
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.rotary = Rotary(shape.head_size, shape.context)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.rotary = self.make_rotary(shape)
+        self.blocks = nn.ModuleList(
+            Block(shape.width, self.make_attention(shape), self.make_feed_forward(shape, layer))
+            for layer in range(shape.layers)
+        )
         self.norm = nn.RMSNorm(shape.width, eps=NORM_EPSILON)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         if shape.tied:  # one parameter, under the name of the embedding
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token: ``(B, T)`` int64 to ``(B, T, V)``."""
+    def make_rotary(self, shape: ModelShape) -> Rotary:
+        """The position embedding that all blocks share."""
+        return Rotary(shape.head_size, shape.context)
+
+    def make_attention(self, shape: ModelShape) -> nn.Module:
+        """Attention of one block."""
+        return Attention(shape)
+
+    def make_feed_forward(self, shape: ModelShape, layer: int) -> nn.Module:
+        """Feed-forward of block `layer`."""
+        return FeedForward(shape.width, shape.ffn_width)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits of the next token, ``(B, T)`` int64 to ``(B, T, V)``; with targets ``(B, T)`` the mean loss instead."""
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, self.rotary)  # (B, T, H)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.rotary, use_reentrant=False)
+            else:
+                x = block(x, self.rotary)  # (B, T, H)
+        x = self.norm(x)
+        if targets is None:
+            logits: Tensor = self.head(x)
+            return logits
+        return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), chunk_loss=self.chunk_loss)
 
     def loss(self, windows: Tensor) -> Tensor:
         """Mean next-token loss in nats of ``(B, T + 1)`` windows; a scalar, in fp32 whatever the autocast."""
-        logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        # Through the call and not beside it: the hooks that gather sharded weights hang on it.
+        loss: Tensor = self(windows[:, :-1], windows[:, 1:])
+        return loss
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What is minimised beside the loss of the last forward pass, and never reported; None in a dense model."""
+        return None
+
+    def end_of_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """What a family does at the border of an optimizer step; `total` sums over processes. Nothing in a dense one."""
+
+    def load_imbalance(self) -> float | None:
+        """Load of the busiest expert over the mean, in the worst layer of the last step; None in a dense model."""
+        return None
+
+    def compile_parts(self) -> None:
+        """Compile blocks and loss in place: a wrapped module would put a prefix before every name in the state."""
+        for block in self.blocks:
+            block.compile()
+        self.chunk_loss = torch.compile(loss_and_gradient)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -131,7 +184,7 @@ class Decoder(nn.Module):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue
-            deviation = 0.02 if name == "embedding.weight" else parameter.shape[1] ** -0.5
-            if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+            deviation = 0.02 if name == "embedding.weight" else parameter.shape[-1] ** -0.5
+            if name.endswith(RESIDUAL_WRITERS):
                 deviation /= (2 * self.shape.layers) ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from scaling.optim.recipes import OPTIMIZERS
+from running import at_step, finish, numbers, place
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
-from scaling.logbook import Logbook
 from scaling.models.decoder import Decoder
-from scaling.records import RunDirectory, RunRecord
+from scaling.optim.recipes import OPTIMIZERS
+from scaling.records import RunDirectory
 from scaling.resume import AtomicCheckpointIO, newest_resume_point, resume_points
-from scaling.spec import Placement, RunSpec
+from scaling.spec import RunSpec
 from scaling.train import train
 
 STEPS = 24
@@ -30,44 +29,6 @@ STEPS = 24
 @pytest.fixture
 def spec(tiny_shards: Path) -> RunSpec:
     return make_spec(steps=STEPS, optimizer="muon", manifest=manifest_hash(read_manifest(tiny_shards)))
-
-
-def place(spec: RunSpec, folder: Path, shards: Path, *, every: float = 0.0, micro_batch: int | None = None) -> Path:
-    """A run directory on the CPU that saves a resume point at every step unless told otherwise."""
-    directory = RunDirectory(folder / spec.id)
-    directory.create(spec, Placement(data=str(shards), device="cpu", checkpoint_seconds=every, micro_batch=micro_batch))
-    return directory.path
-
-
-def numbers(path: Path) -> tuple[object, ...]:
-    """Everything that must be equal, not close: weights, losses, and the metrics without their clocks."""
-    directory = RunDirectory(path)
-    record = directory.record()
-    assert record is not None
-    rows = [
-        (row.step, row.train_loss, row.validation_loss, row.grad_norm, row.learning_rate) for row in directory.metrics()
-    ]
-    weights = {name: value.numpy().tobytes() for name, value in load_file(directory.weights_file).items()}
-    return record.validation_loss, record.train_loss, rows, weights
-
-
-def finish(path: Path) -> RunRecord:
-    record = train(path, progress=False)
-    assert record is not None
-    return record
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
-    """Call `act` once, in the middle of the callbacks that follow optimizer step `step`."""
-    original, done = Logbook.on_train_batch_end, []
-
-    def hooked(self: Logbook, trainer: object, *rest: object) -> None:
-        original(self, trainer, *rest)  # type: ignore[arg-type]
-        if trainer.global_step == step and not done:  # type: ignore[attr-defined]
-            done.append(True)
-            act()  # type: ignore[operator]
-
-    monkeypatch.setattr(Logbook, "on_train_batch_end", hooked)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

@@ -1,0 +1,55 @@
+"""Multi-head latent attention: keys and values from a few channels, position in channels of its own.
+
+Source: DeepSeek-V2 (arXiv:2405.04434, Section 2.1). Every matrix is its own parameter, also those that the published
+checkpoints store as one (latent and position, key and value), because Muon orthogonalises a matrix as a whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.models.decoder import Rotary
+from scaling.spec import LatentAttention, ModelShape
+
+LATENT_NORM_EPSILON = 1e-6
+"""Of the norms inside attention; the published model has another one for its blocks (1e-5)."""
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Causal self-attention. Letters: B windows, T tokens, H width, A heads."""
+
+    def __init__(self, shape: ModelShape, latent: LatentAttention) -> None:
+        super().__init__()
+        self.heads, self.sizes = shape.heads, latent
+        queries = shape.heads * (latent.plain + latent.rotary)
+        if latent.q_rank is None:
+            self.query = nn.Linear(shape.width, queries, bias=False)
+        else:
+            self.query_latent = nn.Linear(shape.width, latent.q_rank, bias=False)
+            self.query_norm = nn.RMSNorm(latent.q_rank, eps=LATENT_NORM_EPSILON)
+            self.query = nn.Linear(latent.q_rank, queries, bias=False)
+        self.latent = nn.Linear(shape.width, latent.kv_rank, bias=False)
+        self.latent_norm = nn.RMSNorm(latent.kv_rank, eps=LATENT_NORM_EPSILON)
+        self.position = nn.Linear(shape.width, latent.rotary, bias=False)
+        self.key = nn.Linear(latent.kv_rank, shape.heads * latent.plain, bias=False)
+        self.value = nn.Linear(latent.kv_rank, shape.heads * latent.value, bias=False)
+        self.output = nn.Linear(shape.heads * latent.value, shape.width, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """``(B, T, H)`` to ``(B, T, H)``."""
+        batch, length, _ = x.shape
+
+        def by_head(projected: Tensor) -> Tensor:
+            return projected.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, A, T, channels)
+
+        base = x if self.sizes.q_rank is None else self.query_norm(self.query_latent(x))
+        plain, turned = torch.split(by_head(self.query(base)), [self.sizes.plain, self.sizes.rotary], dim=-1)
+        query = torch.cat([plain, rotary(turned)], dim=-1)
+        latent = self.latent_norm(self.latent(x))
+        position = rotary(self.position(x).unsqueeze(1)).expand(-1, self.heads, -1, -1)
+        key = torch.cat([by_head(self.key(latent)), position], dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, by_head(self.value(latent)), is_causal=True)
+        projected: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return projected
