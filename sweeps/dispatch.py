@@ -30,7 +30,8 @@ from sweeps.live import Live
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.status import last_row
 
-Retry = Literal["none", "failed", "diverged", "all"]
+Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
+"""Runs that ended badly, or were ended, and are to be tried again."""
 
 TRIES = 3
 """Times that a run which was killed from outside is started in one call, before it counts as failed."""
@@ -42,6 +43,11 @@ POLL_SECONDS = 0.5
 
 LOG = "log.txt"
 """What a run prints, in its directory."""
+
+
+def retries(retry: Retry, what: Literal["failed", "diverged", "cancelled"]) -> bool:
+    """Whether runs of that kind are asked for."""
+    return retry in (what, "all")
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,12 +122,12 @@ class _Campaign:
         self.failed: dict[str, str] = {}
         for run in runs:
             state = plan.state(run)
-            if state == "diverged" and retry in ("diverged", "all"):
-                _forget(plan.directory(run))
+            if state == "diverged" and retries(retry, "diverged"):
+                forget_divergence(plan.directory(run))
                 state = "planned"
             if state in ("finished", "diverged"):
                 self.present.append(run.id)
-            elif state == "failed" and retry not in ("failed", "all"):
+            elif state == "failed" and not retries(retry, "failed"):
                 self.failed[run.id] = _reason(plan.directory(run))
             else:
                 self.waiting.append(run)
@@ -233,7 +239,7 @@ def _reason(directory: RunDirectory) -> str:
     return said or f"it says no reason; see {directory.path / LOG}"
 
 
-def _forget(directory: RunDirectory) -> None:
+def forget_divergence(directory: RunDirectory) -> None:
     """Let a diverged run start anew; what it was stays beside, under another name."""
     with directory.claim() as held:
         if not held or not directory.record_file.exists():

@@ -6,13 +6,15 @@ campaign file can become a shell command or a line of its own in a batch script.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from scaling.errors import Refusal, unknown_name
 from scaling.spec import Positive, Strict
-from sweeps.tomlfile import as_value
+from sweeps.tomlfile import as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 """A name that may become a folder, a job name or an option: it cannot leave the root or end a line."""
@@ -28,6 +30,75 @@ PEAKS: dict[str, float] = {
     "cpu": 60e9,
 }
 """What `accelerator` can name."""
+
+
+SlurmWord = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.@:+-]*[A-Za-z0-9_]\Z", max_length=100)]
+SlurmText = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,:;@%+*&|()\[\]/= -]*\Z", max_length=500)]
+Memory = Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]*[KMGT]?\Z")]
+
+SBATCH_OPTIONS = frozenset({
+    "begin", "clusters", "cores_per_socket", "deadline", "dependency", "distribution", "exclude", "exclusive", "gres",
+    "gpu_bind", "gpu_freq", "hint", "licenses", "mail_type", "mail_user", "mem_bind", "mem_per_cpu", "mem_per_gpu",
+    "network", "nice", "nodelist", "ntasks_per_core", "ntasks_per_socket", "oversubscribe", "power", "prefer",
+    "reservation", "sockets_per_node", "switches", "threads_per_core", "tmp", "wckey",
+})  # fmt: skip
+"""Options of sbatch that ``[placement.slurm.sbatch]`` may set. Those that the harness sets itself, or that would name
+files or commands to run, are not among them."""
+
+
+class SlurmTable(Strict, frozen=True):
+    """``[placement.slurm]``: what a job asks SLURM for. Your own profile file supplies what a campaign leaves out.
+
+    Raises:
+        Refusal: An option of sbatch is not among `SBATCH_OPTIONS`, or a value has a line break.
+    """
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    constraint: SlurmText | None = None
+    nodes: Positive = 1
+    tasks: Positive = 1
+    """Processes on each node; they train one run together."""
+    gpus: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of each node."""
+    cpus: Positive = 1
+    """Of each task."""
+    memory: Memory | None = None
+    """Of each node, as SLURM writes it: ``16G``."""
+    minutes: Positive = 60
+    """Time limit of one attempt; a longer run continues in the next."""
+    signal_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 120
+    """How long before the limit the run is asked to save. SLURM may ask up to a minute early."""
+    parallel: Positive | None = None
+    """Most tasks of an array at the same time."""
+    tries: Positive = 3
+    """Attempts without progress, each ended by a kill, before a run counts as failed."""
+    environment: tuple[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")], ...] = ()
+    """Names of further variables that jobs inherit from you."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before training, as ``module load cuda``. Accepted from your own profile only."""
+    sbatch: dict[str, SlurmText | int | bool] = msgspec.field(default_factory=dict)
+    """Further options, by their names without dashes."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that are not known to be harmless."""
+        for option in self.sbatch:
+            if option.replace("-", "_") not in SBATCH_OPTIONS:
+                raise Refusal(f"[placement.slurm.sbatch] {unknown_name('option', option, SBATCH_OPTIONS)}")
+        for line in self.setup:
+            if "\n" in line or "\0" in line:
+                raise Refusal(f"[placement.slurm] setup has a line break in {line!r}. Write one string a line.")
+
+    @property
+    def devices(self) -> int:
+        """GPUs of one run; 0 where it runs on processors."""
+        return self.nodes * self.gpus
+
+    @property
+    def processes(self) -> int:
+        """Processes of one run."""
+        return self.nodes * self.tasks
 
 
 class PlacementTable(Strict, frozen=True):
@@ -51,6 +122,7 @@ class PlacementTable(Strict, frozen=True):
     """Row of `PEAKS`, for predicting hours before any run was measured."""
     utilisation: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.4
     """Share of that peak you expect to reach."""
+    slurm: SlurmTable = SlurmTable()
 
     def __post_init__(self) -> None:
         """Refuse an accelerator nobody knows the peak of."""
@@ -60,7 +132,7 @@ class PlacementTable(Strict, frozen=True):
     @property
     def peak_flops(self) -> float:
         """FLOP/s of everything one run occupies."""
-        return PEAKS[self.accelerator] * (self.threads if self.accelerator == "cpu" else 1)
+        return PEAKS[self.accelerator] * (self.threads if self.accelerator == "cpu" else max(self.slurm.devices, 1))
 
 
 def placements(table: dict[str, Any], rungs: list[str], *, where: str) -> dict[str, PlacementTable]:
@@ -83,8 +155,65 @@ def placements(table: dict[str, Any], rungs: list[str], *, where: str) -> dict[s
         if name not in rungs:
             raise Refusal(f"{where}, [placement.rungs]: {unknown_name('rung', name, rungs)}")
     return {
-        rung: as_value({**shared, **overrides[rung]}, PlacementTable, where=f'{where}, [placement.rungs."{rung}"]')
+        rung: as_value(_merged(shared, overrides[rung]), PlacementTable, where=f'{where}, [placement.rungs."{rung}"]')
         if rung in overrides
         else base
         for rung in rungs
     }
+
+
+def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `override` in place of the table's, its sub-tables field by field."""
+    both = dict(table)
+    for name, value in override.items():
+        mine = both.get(name)
+        both[name] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return both
+
+
+PROFILE = "SCALING_SLURM_PROFILE"
+"""Environment variable that names another profile file."""
+
+
+def profile_file() -> Path:
+    """The user's own SLURM defaults, a TOML file with the fields of ``[placement.slurm]``."""
+    named = os.environ.get(PROFILE)
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path(named) if named else home / "scaling" / "slurm.toml"
+
+
+def slurm_tables(tables: dict[str, PlacementTable], raw: dict[str, Any], *, where: str) -> dict[str, SlurmTable]:
+    """What each rung asks SLURM for: the user's profile, then the campaign's ``[placement.slurm]``, then the rung's.
+
+    Args:
+        tables: By rung, as `placements` gave them; they have been checked.
+        raw: The campaign's ``[placement]`` as it was read.
+        where: The campaign file, for refusals.
+
+    Raises:
+        Refusal: The campaign brings shell lines of its own, or the profile cannot be used.
+    """
+    shared = raw.get("slurm", {})
+    overrides = {rung: raw.get("rungs", {}).get(rung, {}).get("slurm", {}) for rung in tables}
+    if "setup" in shared or any("setup" in override for override in overrides.values()):
+        raise Refusal(
+            f"{where}, [placement.slurm]: setup holds shell lines, and a campaign file may come from anybody. "
+            f"Move them into your own profile, {profile_file()}, as setup = [...]."
+        )
+    file = profile_file()
+    profile = _profile(file) if file.exists() or os.environ.get(PROFILE) else {}
+    return {
+        rung: as_value(_merged(_merged(profile, shared), overrides[rung]), SlurmTable, where=str(file))
+        for rung in tables
+    }
+
+
+def _profile(file: Path) -> dict[str, Any]:
+    profile = read_toml(file)
+    status = file.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+        raise Refusal(
+            f"{file}: others may write this file, and its setup lines run in your jobs. Run: chmod go-w {file}"
+        )
+    as_value(profile, SlurmTable, where=str(file))
+    return profile

@@ -1,0 +1,126 @@
+"""What was handed to SLURM, written down before it was handed over.
+
+One file for each array, ``<root>/submissions/<token>.json``: which runs it holds, in the order of its tasks, and, once
+SLURM has answered, its job id. A submitter that dies in between leaves a file without a job id, and the next one looks
+for a job of that name. In each run's directory a claim names the token, created exclusively, so that no two arrays hold
+one run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from scaling.records import read_json, write_atomic, write_json
+from scaling.spec import Strict
+
+FOLDER = "submissions"
+CLAIM = "claim"
+
+
+class ArrayRecord(Strict, frozen=True):
+    """One array of runs."""
+
+    token: str
+    name: str
+    """Its job name: campaign and token."""
+    runs: tuple[str, ...]
+    """Run ids; the task's index is the place in this list."""
+    code: str
+    """Digest of the code that its jobs are to run."""
+    host: str
+    pid: int
+    """Of the submitter."""
+    time: float
+    """When it was written, seconds since the epoch."""
+    job: str | None = None
+    """SLURM's id; None until it has answered."""
+
+
+class Location(Strict, frozen=True):
+    """Where a run was last handed to."""
+
+    array: ArrayRecord
+    index: int
+
+    @property
+    def job(self) -> str | None:
+        """The task's id, ``<array job>_<index>``."""
+        return None if self.array.job is None else f"{self.array.job}_{self.index}"
+
+
+def new_array(root: Path, *, token: str, name: str, runs: Iterable[str], code: str) -> ArrayRecord:
+    """A record on disk for an array that is about to be submitted."""
+    array = ArrayRecord(
+        token=token, name=name, runs=tuple(runs), code=code, host=os.uname().nodename, pid=os.getpid(), time=time.time()
+    )
+    save(root, array)
+    return array
+
+
+def path_of(root: Path, array: ArrayRecord) -> Path:
+    """The record's file."""
+    return root / FOLDER / f"{array.token}.json"
+
+
+def save(root: Path, array: ArrayRecord) -> None:
+    """Write or renew a record."""
+    folder = root / FOLDER
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(path_of(root, array), array)
+
+
+def with_job(root: Path, array: ArrayRecord, job: str) -> ArrayRecord:
+    """The record with SLURM's answer, saved."""
+    array = msgspec.structs.replace(array, job=job)
+    save(root, array)
+    return array
+
+
+def drop(root: Path, array: ArrayRecord) -> None:
+    """Forget an array that SLURM never took, and free its runs."""
+    for run in array.runs:
+        claim = root / "runs" / run / CLAIM
+        with contextlib.suppress(FileNotFoundError):
+            if claim.read_text() == array.token:
+                claim.unlink()
+    path_of(root, array).unlink(missing_ok=True)
+
+
+def all_arrays(root: Path) -> list[ArrayRecord]:
+    """Everything that was ever submitted under a root, oldest first."""
+    records = [read_json(file, ArrayRecord) for file in (root / FOLDER).glob("*.json")]
+    return sorted(records, key=lambda array: (array.time, array.token))
+
+
+def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
+    """Where each run was last handed to, by run id."""
+    return {run: Location(array=array, index=index) for array in arrays for index, run in enumerate(array.runs)}
+
+
+def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
+    """Whether this array now owns the run.
+
+    Args:
+        root: The run root.
+        run: Run id; its directory exists.
+        token: The new owner.
+        instead_of: An owner whose job is known to be over.
+    """
+    path = root / "runs" / run / CLAIM
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if instead_of is not None and path.read_text() in (instead_of, ""):
+                write_atomic(path, token.encode())
+                return True
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token)
+    return True

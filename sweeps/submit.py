@@ -1,0 +1,377 @@
+"""The SLURM executor: what is missing of a plan, handed to SLURM as a few arrays, each run at most once.
+
+Before `sbatch` is called, the array is on disk with its runs and each run is claimed; afterwards the array has its job
+id. Whatever interrupts this, the next call repairs it from the queue: it adopts what SLURM took and frees what it did
+not. Nothing is submitted for a run that is done, waiting, running, or whose job cannot be looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+from scaling.errors import Refusal
+from scaling.records import RunDirectory
+from sweeps import arrays
+from sweeps.aftermath import ENDINGS
+from sweeps.arrays import ArrayRecord
+from sweeps.dispatch import Retry, forget_divergence, retries
+from sweeps.placement import SlurmTable, slurm_tables
+from sweeps.plan import Plan, PlannedRun, with_data
+from sweeps.show import plan_costs
+from sweeps.slurm import Answer, Unreachable, clean_environment, largest_array, look_up, named
+from sweeps.snapshot import code_digest, code_root, take_snapshot
+
+IN_FLIGHT_SECONDS = 15.0
+"""How long a call of sbatch whose caller was killed may still reach SLURM."""
+
+INHERITED = (
+    "HOME", "USER", "LOGNAME", "PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "SLURM_CONF", "LD_LIBRARY_PATH",
+    "VIRTUAL_ENV", "CUDA_HOME", "OMP_NUM_THREADS", "HF_HOME", "XDG_CACHE_HOME",
+)  # fmt: skip
+"""Variables that jobs get of the submitter's: tokens and passwords stay behind."""
+
+
+class Class(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs that ask SLURM for the same thing, and so can share arrays."""
+
+    slurm: SlurmTable
+    runs: tuple[PlannedRun, ...]
+
+
+class Submission(msgspec.Struct, kw_only=True):
+    """What one call of `submit_slurm` did or would do, run ids by what became of them."""
+
+    plan: Plan
+    classes: list[Class]
+    """What is missing, by placement, in the order of submission."""
+    done: list[str] = msgspec.field(default_factory=list)
+    joined: list[str] = msgspec.field(default_factory=list)
+    """Waiting or running already."""
+    queued: list[str] = msgspec.field(default_factory=list)
+    """Handed to SLURM by this call."""
+    failed: list[str] = msgspec.field(default_factory=list)
+    """Wait for ``--retry failed``."""
+    cancelled: list[str] = msgspec.field(default_factory=list)
+    """Cancelled by a person; wait for ``--retry cancelled``."""
+    unknown: list[str] = msgspec.field(default_factory=list)
+    """Their jobs could not be looked up, so they are left alone."""
+    left: list[str] = msgspec.field(default_factory=list)
+    """Not accepted by SLURM now; the same command submits them later."""
+    jobs: list[str] = msgspec.field(default_factory=list)
+    """Array job ids of this call."""
+    notes: list[str] = msgspec.field(default_factory=list)
+
+    @property
+    def missing(self) -> list[PlannedRun]:
+        """What would be submitted."""
+        return [run for group in self.classes for run in group.runs]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Predicted for what is missing; 0 where no GPUs are asked for."""
+        costs = plan_costs(self.plan)
+        return sum(costs[run.id].hours * group.slurm.devices for group in self.classes for run in group.runs)
+
+    def scripts(self) -> list[str]:
+        """The batch scripts, one for each placement."""
+        return [
+            batch_script(
+                self.plan, group.slurm, name=f"{self.plan.campaign.name}-TOKEN", token="TOKEN", tasks=len(group.runs)
+            )
+            for group in self.classes
+        ]
+
+
+def submit_slurm(
+    plan: Plan,
+    *,
+    retry: Retry = "none",
+    order: Literal["cheap", "expensive"] = "cheap",
+    dry_run: bool = False,
+    max_gpu_hours: float | None = None,
+    snapshot: bool = True,
+) -> Submission:
+    """Hand to SLURM what is missing of a plan.
+
+    Args:
+        plan: Its data are prepared first if need be, here and not in a job.
+        retry: Which runs that ended badly or were cancelled are submitted again.
+        order: Whether the cheapest runs go first.
+        dry_run: Change and ask nothing; the result says what would be done. Works without SLURM.
+        max_gpu_hours: Refuse to submit more than this, predicted.
+        snapshot: Whether jobs run a copy of the code as it is now; else the working tree, as long as it stays the same.
+
+    Raises:
+        Refusal: SLURM is not reachable, the prediction is above `max_gpu_hours`, or something in the way cannot be used.
+    """
+    if dry_run:
+        submission = _survey(plan, _tables(plan), Answer(), retry=retry, order=order, arrays_known=[])
+        _refuse_cost(submission, max_gpu_hours)
+        return submission
+    limit = largest_array()
+    plan = with_data(plan)
+    plan.write()
+    with _one_submitter(plan.root):
+        _repair(plan.root)
+        known = arrays.all_arrays(plan.root)
+        answer = look_up(array.job for array in known if array.job is not None)
+        submission = _survey(plan, _tables(plan), answer, retry=retry, order=order, arrays_known=known)
+        _refuse_cost(submission, max_gpu_hours)
+        if submission.missing:
+            _create_directories(plan, submission.missing, retry)
+            code = take_snapshot(plan.root / "code") if snapshot else code_root()
+            owners = {run: place.array.token for run, place in arrays.locations(known).items()}
+            for group in submission.classes:
+                for start in range(0, len(group.runs), limit):
+                    _submit(submission, group.slurm, list(group.runs[start : start + limit]), code, owners)
+    return submission
+
+
+def _tables(plan: Plan) -> dict[str, SlurmTable]:
+    return slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
+
+
+def _survey(
+    plan: Plan,
+    tables: dict[str, SlurmTable],
+    answer: Answer,
+    *,
+    retry: Retry,
+    order: str,
+    arrays_known: list[ArrayRecord],
+) -> Submission:
+    """Sort the runs by what is to be done with them; looks and changes nothing."""
+    found = Submission(plan=plan, classes=[], notes=list(answer.notes))
+    places = arrays.locations(arrays_known)
+    groups: dict[bytes, tuple[SlurmTable, list[PlannedRun]]] = {}
+    for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
+        state = plan.state(run)
+        place = places.get(run.id)
+        task = answer.tasks.get(place.job) if place is not None and place.job is not None else None
+        if state in ("finished", "diverged") and not (state == "diverged" and retries(retry, "diverged")):
+            found.done.append(run.id)
+        elif state == "running" or (task is not None and task.verdict in ("pending", "running")):
+            found.joined.append(run.id)
+            if task is not None and task.advice is not None:
+                found.notes.append(task.advice)
+        elif (place is not None and not answer.queue_reached) or (task is not None and task.verdict == "unknown"):
+            found.unknown.append(run.id)
+        elif place is not None and place.job is None:
+            found.joined.append(run.id)  # another submitter is at it; `_repair` has left it alone
+        elif state == "failed" and not retries(retry, "failed"):
+            found.failed.append(run.id)
+        elif task is not None and task.verdict == "cancelled" and not retries(retry, "cancelled"):
+            found.cancelled.append(run.id)
+        else:
+            table = tables[run.rung]
+            groups.setdefault(msgspec.json.encode(table), (table, []))[1].append(run)
+    found.classes = [Class(slurm=table, runs=tuple(runs)) for table, runs in groups.values()]
+    return found
+
+
+def _refuse_cost(submission: Submission, limit: float | None) -> None:
+    if limit is not None and (hours := submission.gpu_hours) > limit:
+        raise Refusal(
+            f"{submission.plan.campaign.file}: the {len(submission.missing)} missing runs are predicted to take "
+            f"{hours:,.1f} GPU-hours, and --max-gpu-hours allows {limit:,.1f}. Nothing was submitted. "
+            "Raise the limit, or shorten the campaign."
+        )
+
+
+@contextlib.contextmanager
+def _one_submitter(root: Path) -> Iterator[None]:
+    folder = root / arrays.FOLDER
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (root / "runs").mkdir(exist_ok=True, mode=0o700)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _repair(root: Path) -> None:
+    """Finish what a killed submitter began: adopt its job, or free its runs when SLURM never got it."""
+    for array in arrays.all_arrays(root):
+        if array.job is not None or (array.host != os.uname().nodename and time.time() - array.time < 600):
+            continue
+        while True:
+            try:
+                job = named(array.name)
+            except Unreachable as error:
+                raise Refusal(
+                    f"an earlier submission was interrupted, and SLURM cannot say whether it got it: {error}. "
+                    "Submit again when it can."
+                ) from None
+            if job is not None:
+                arrays.with_job(root, array, job)
+                break
+            if time.time() - array.time > IN_FLIGHT_SECONDS or array.time > time.time():
+                arrays.drop(root, array)
+                break
+            time.sleep(0.5)
+
+
+def _create_directories(plan: Plan, runs: list[PlannedRun], retry: Retry) -> None:
+    for run in runs:
+        directory = plan.directory(run)
+        directory.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = directory.state()
+        if state == "diverged" and retries(retry, "diverged"):
+            forget_divergence(directory)
+        directory.create(run.spec, run.placement)
+        if state == "failed":
+            (directory.path / ENDINGS).unlink(missing_ok=True)  # what failed before does not count against this try
+
+
+def _submit(
+    submission: Submission, slurm: SlurmTable, runs: list[PlannedRun], code: Path, owners: dict[str, str]
+) -> None:
+    """One array; halves of it where SLURM has no room for the whole."""
+    plan = submission.plan
+    ids = [run.id for run in runs]
+    seed = f"{os.uname().nodename} {os.getpid()} {time.time_ns()} {' '.join(ids)}"
+    token = hashlib.sha256(seed.encode()).hexdigest()[:12]
+    name = f"{plan.campaign.name}-{token}"
+    array = arrays.new_array(plan.root, token=token, name=name, runs=ids, code=code_digest(code))
+    mine = [run for run in ids if arrays.claim(plan.root, run, token, instead_of=owners.get(run))]
+    if mine != ids:
+        submission.joined += [run for run in ids if run not in mine]
+        array = msgspec.structs.replace(array, runs=tuple(mine))
+        arrays.save(plan.root, array)
+    if not mine:
+        arrays.drop(plan.root, array)
+        return
+    script = batch_script(plan, slurm, name=name, token=token, tasks=len(mine), code=code)
+    try:
+        job = _Launcher(plan.root / arrays.FOLDER / "slurm", script).launch()
+    except FailedJobError as error:
+        said = " ".join(str(error).split()).removeprefix("sbatch: error: ") or "sbatch failed"
+        adopted = _adopt_after_error(name)
+        if adopted is not None:
+            job = adopted
+        else:
+            arrays.drop(plan.root, array)
+            if _no_room(said) and len(mine) > 1:
+                half = len(mine) // 2
+                kept = [run for run in runs if run.id in mine]
+                _submit(submission, slurm, kept[:half], code, owners)
+                _submit(submission, slurm, kept[half:], code, owners)
+                return
+            submission.left += mine
+            submission.notes.append(_why_refused(said))
+            return
+    arrays.with_job(plan.root, array, job)
+    submission.jobs.append(job)
+    submission.queued += mine
+
+
+def _no_room(said: str) -> bool:
+    return any(
+        word in said for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index")
+    )
+
+
+def _why_refused(said: str) -> str:
+    if _no_room(said):
+        return f"SLURM takes no more of your jobs now ({said}); the same command submits the rest later."
+    return f"SLURM refused: {said}. See scaling doctor; the same command tries again."
+
+
+def _adopt_after_error(name: str) -> str | None:
+    """Sbatch can fail after SLURM took the job: a lost answer is not a refusal."""
+    try:
+        return named(name)
+    except Unreachable as error:
+        raise Refusal(
+            f"sbatch failed and SLURM cannot say whether it took the job {name}: {error}. "
+            "Submit again when it can; nothing will be submitted twice."
+        ) from None
+
+
+class _Launcher(SlurmExecutor):
+    """submitit's writing, sending and filing of a batch script, without its pickles: the job is a path."""
+
+    def __init__(self, folder: Path, script: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        super().__init__(folder)
+        self.script = script
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.script
+
+    def launch(self) -> str:
+        """The array's job id.
+
+        Raises:
+            FailedJobError: sbatch is missing or refused.
+        """
+        before, clean = dict(os.environ), clean_environment()
+        os.environ.clear()
+        os.environ.update(clean)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what its exception says
+                return str(self._submit_command("").job_id)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def batch_script(plan: Plan, slurm: SlurmTable, *, name: str, token: str, tasks: int, code: Path | None = None) -> str:
+    """The script of an array, as submitit writes it; every value is checked or quoted."""
+    code = plan.root / "code" / code_digest() if code is None else code
+    record = plan.root / arrays.FOLDER / f"{token}.json"
+    python = shlex.quote(sys.executable)
+    options = {option.replace("_", "-"): value for option, value in slurm.sbatch.items() if value is not False}
+    inherited = [name for name in (*INHERITED, *slurm.environment) if name in os.environ]
+    return _make_sbatch_string(
+        command=f"{python} -u -m sweeps.worker {shlex.quote(str(record))}",
+        folder=plan.root / arrays.FOLDER / "slurm",
+        job_name=name,
+        partition=slurm.partition,
+        account=slurm.account,
+        qos=slurm.qos,
+        constraint=slurm.constraint,
+        time=slurm.minutes,
+        nodes=slurm.nodes,
+        ntasks_per_node=slurm.tasks,
+        cpus_per_task=slurm.cpus,
+        gpus_per_node=slurm.gpus or None,
+        mem=slurm.memory,
+        signal_delay_s=slurm.signal_seconds,
+        comment=f"scaling {plan.campaign.name} {token}",
+        map_count=tasks,
+        array_parallelism=slurm.parallel or tasks,
+        stderr_to_stdout=True,
+        wckey=None,  # type: ignore[arg-type]  # submitit's own default would be refused where keys are enforced
+        srun_args=["--kill-on-bad-exit=1"],
+        setup=[
+            "umask 077",
+            "export PYTHONSAFEPATH=1",  # the folder that sbatch was called in is no place to import from
+            f"export PYTHONPATH={shlex.quote(str(code))}",
+            f"export OMP_NUM_THREADS={slurm.cpus}",
+            *slurm.setup,
+        ],
+        teardown=[f'{python} -m sweeps.aftermath {shlex.quote(str(record))} "$?" {slurm.tries}'],
+        additional_parameters={"requeue": True, "export": ",".join(inherited) or "NONE", **options},
+    )
+
+
+def directory_of(plan: Plan, run: str) -> RunDirectory:
+    """A run's directory by its id."""
+    return RunDirectory(plan.root / "runs" / run)
