@@ -94,7 +94,12 @@ def normalise(stack: Tensor) -> Tensor:
     The stack is in the format of the iteration already, so that a process which was sent it in that format, at half
     the bytes, computes what its sender would have.
     """
-    return stack.div_(torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON))
+    norms = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON)
+    if not by_panels(stack):
+        return stack.div_(norms)
+    for matrix, norm in zip(stack, norms.flatten().tolist(), strict=True):
+        matrix.div_(norm)  # large matrices on a CPU: a plain number divides four times faster than a tensor
+    return stack
 
 
 def iterate(x: Tensor, steps: tuple[Step, ...], workspace: Workspace) -> Tensor:

@@ -1,13 +1,20 @@
 import copy
 import io
+import os
+import random
+import signal
+import sys
+from types import FrameType
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.models.decoder import Decoder
 from scaling.optim.coefficients import polynomials, singular_value_after
-from scaling.optim.recipes import OPTIMIZERS, assign, build
+from scaling.optim.recipes import OPTIMIZERS, assign, build, update_flops
+from scaling.resume import StopRequest
 from scaling.spec import ModelShape, OptimizerSpec
 
 SHAPE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
@@ -189,3 +196,59 @@ def test_exact_mode_gives_each_update_the_root_mean_square_it_declares(shape):
     weight.grad = torch.randn(shape)
     optimizer.step()
     assert weight.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize("ns_dtype", ["bf16", "fp32"])
+def test_the_momentum_itself_is_never_normalised(ns_dtype):
+    weight = nn.Parameter(torch.zeros(16, 24))
+    optimizer = build(spec(nesterov=False, ns_dtype=ns_dtype), [("blocks.0.attention.value.weight", weight)])
+    weight.grad = torch.randn(16, 24)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["momentum"], weight.grad)
+
+
+def test_the_ledger_is_what_torch_counts_of_a_step():
+    model = model_at()
+    optimizer = build(spec(head_blocks=2), model.named_parameters())
+    model.loss(torch.randint(64, (2, 17))).backward()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert counter.get_total_flops() == update_flops(spec(head_blocks=2), shapes) > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
+    """The signal only sets a flag; the state is taken at the border that follows, and continues bit for bit."""
+    whole = model_at()
+    train(whole, build(spec(), whole.named_parameters()), range(6))
+
+    model, stop = model_at(), StopRequest()
+    optimizer = build(spec(), model.named_parameters())
+    train(model, optimizer, range(2))
+    seen_inside = []
+    places = random.Random(seed).sample(range(200), 1)
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> object:
+        if event == "line" and frame.f_code.co_filename.endswith(("muon.py", "newton_schulz.py", "exchange.py")):
+            seen_inside.append(frame.f_lineno)
+            if len(seen_inside) - 1 in places:
+                os.kill(os.getpid(), signal.SIGUSR2)
+        return interrupt
+
+    with stop.listening():
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            train(model, optimizer, range(2, 3))
+        finally:
+            sys.settrace(before)
+    assert len(seen_inside) > 200
+    assert stop.reason == "SIGUSR2"
+    point = saved_and_loaded({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed = model_at(seed=1)
+    resumed.load_state_dict(point["model"])
+    continued = build(spec(), resumed.named_parameters())
+    continued.load_state_dict(point["optimizer"])
+    train(resumed, continued, range(3, 6))
+    assert same(resumed, whole)

@@ -1,11 +1,17 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaling.models.decoder import Decoder
 from scaling.optim.coefficients import COEFFICIENTS, newton_schulz_flops, polynomials, singular_value_after
 from scaling.optim.newton_schulz import CHUNK_BYTES, Workspace, orthogonalise, resolve_dtype
+from scaling.optim.recipes import build
+from scaling.spec import ModelShape, OptimizerSpec
 
 STEPS = {"keller": 5, "polar-express": 5, "deepseek": 10}
 
@@ -108,3 +114,42 @@ def test_the_format_follows_the_request_the_device_and_the_shape():
     assert resolve_dtype("auto", "cuda", 8, 8) == torch.bfloat16
     assert resolve_dtype("fp32", "cuda", 8, 8) == torch.float32
     assert resolve_dtype("bf16", "cpu", 8, 8) == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 64)])
+def test_the_same_arithmetic_as_torchs_muon_gives_the_same_bits(shape):
+    # Entries of one and a power of four of them: the norm is exact in any format, the one thing torch takes in bf16.
+    signs = gaussian(*shape).sign()
+    coefficients = polynomials("keller", 5)
+    theirs = _zeropower_via_newtonschulz(signs, coefficients[0], 5, 1e-7)
+    assert torch.equal(orthogonalise(signs, coefficients), theirs)
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_momenta_of_a_real_run_stay_inside_the_band(name, dtype):
+    for momentum in momenta_of_a_run():
+        made = torch.linalg.svdvals(orthogonalise(momentum, polynomials(name, STEPS[name]), dtype=dtype).float())
+        assert made.max() < BANDS[name][1]
+        # Their spectra span six decades, so the smallest values stay small; the larger half must have arrived.
+        assert made.sort().values[len(made) // 2] > BANDS[name][0] * 0.9
+
+
+@functools.cache
+def momenta_of_a_run() -> list[torch.Tensor]:
+    """Momentum of every matrix of a small decoder after 40 steps of AdamW on a periodic text."""
+    shape = ModelShape(layers=2, width=64, heads=2, vocabulary=32, context=32, ffn_multiple=8)
+    model = Decoder(shape)
+    model.initialise(0)
+    optimizer = build(OptimizerSpec(name="adamw", peak_lr=3e-3), model.named_parameters())
+    matrices = {n: p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    momenta = {name: torch.zeros_like(parameter) for name, parameter in matrices.items()}
+    for step in range(40):
+        start = torch.randint(97, (8, 1), generator=torch.Generator().manual_seed(step))
+        windows = (start + torch.arange(33)).square() % 97 % 32
+        optimizer.zero_grad()
+        model.loss(windows).backward()
+        optimizer.step()
+        for name, parameter in matrices.items():
+            momenta[name].mul_(0.95).add_(parameter.grad)
+    return list(momenta.values())
