@@ -19,6 +19,9 @@ from scaling.spec import Evaluation, Fraction, Positive, Strict
 from sweeps.placement import PlacementTable, Word, placements
 from sweeps.rules import rule
 from sweeps.tomlfile import as_value, located, read_toml
+from sweeps.tuning.space import Values
+from sweeps.tuning.table import TuneTable
+from sweeps.tuning.table import check as check_tuning
 
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
@@ -94,6 +97,10 @@ class ArmTable(Strict, frozen=True, kw_only=True):
     weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
     options: dict[str, float | int | bool | str] = msgspec.field(default_factory=dict)
     """Options of the optimizer, as ``scaling.optim.recipes`` names them."""
+    tuned: bool = False
+    """Whether the studies of ``[tune]`` decide its hyper-parameters."""
+    reuse: Word | None = None
+    """Or the tuned arm whose hyper-parameters it takes over."""
 
 
 class ScheduleTable(Strict, frozen=True, kw_only=True):
@@ -105,6 +112,8 @@ class ScheduleTable(Strict, frozen=True, kw_only=True):
     """Share of the final decay; only wsd has it."""
     final_fraction: Fraction = 0.1
     """Share of the peak that is left at the last token."""
+    branches: bool = False
+    """wsd: rungs of one model with several budgets are branches of the longest (`sweeps.branches`)."""
 
 
 class CampaignFile(Strict, frozen=True, kw_only=True):
@@ -127,12 +136,15 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     law: str | None = None
     placement: dict[str, Any] = msgspec.field(default_factory=dict)
     """``[placement]``, read field by field in `sweeps.placement`."""
+    tune: TuneTable | None = None
 
 
 class Campaign(CampaignFile, frozen=True, kw_only=True):
     """A campaign file and where it was read from."""
 
     file: str
+    settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
+    """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.tuning.settings`)."""
 
     def placement_of(self, rungs: list[str]) -> dict[str, PlacementTable]:
         """``[placement]`` for every rung, overrides applied."""
@@ -203,6 +215,9 @@ def _check(campaign: Campaign) -> None:
             for name in arm.peak_lr:
                 if name not in (known := [rung.name for rung in campaign.rungs]):
                     raise Refusal(f'{where}, [[arms]] "{arm.name}", peak_lr: {unknown_name("rung", name, known)}')
+    if campaign.schedule.branches and campaign.schedule.kind != "wsd":
+        raise Refusal(f'{where}, [schedule]: branches need kind = "wsd"; "{campaign.schedule.kind}" has no trunk.')
+    check_tuning(campaign)
 
 
 def _refuse_twice(names: Iterable[str], what: str) -> None:

@@ -55,6 +55,9 @@ def peak_lr(campaign: Campaign, arm: ArmTable, rung: Rung) -> float:
     Raises:
         Refusal: It is said nowhere, or the rule has no law for it.
     """
+    settled = campaign.settings.get(arm.reuse or arm.name, {}).get(rung.name, {}).get("peak_lr")
+    if settled is not None:
+        return settled
     name = arm.rule or (campaign.law if campaign.hyperparameters == "law" else None)
     if name is not None:
         law = rule(name)

@@ -19,10 +19,12 @@ from scaling.flops import count_parameters, train_flops
 from scaling.optim.recipes import complete
 from scaling.records import RunDirectory, RunState, write_lines
 from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict
+from sweeps.branches import branched
 from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
 from sweeps.placement import PlacementTable
 from sweeps.tomlfile import located
+from sweeps.tuning.settings import settled, with_settings
 
 
 class PlannedRun(Strict, frozen=True):
@@ -106,6 +108,7 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
         Refusal: A run cannot be as it is wished for; the sentence names file, rung and arm.
     """
     root = Path(root).resolve()
+    campaign = with_settings(campaign, root)
     rungs = rungs_of(campaign)
     tables = campaign.placement_of([rung.name for rung in rungs])
     data, manifest = _data(campaign, root, tables)
@@ -118,6 +121,8 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
         for seed in rung.seeds
         for arm in campaign.arms
     ]
+    if campaign.schedule.branches:
+        runs = branched(runs)
     return Plan(
         campaign=campaign,
         root=root,
@@ -204,6 +209,7 @@ def _run(
             precision=training.precision,
             clip_norm=training.clip_norm or None,
         )
+        spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
     placement = Placement(
         data=str(data),
         device=table.device,

@@ -1,0 +1,164 @@
+"""tuning.json: what was tuned, with how much, what came out, and what follows. Everything in it comes from records.
+
+Whoever audits or plots reads this file. Losses are held-out, in nats per token, at the end of a complete schedule;
+FLOPs are 6ND; a ``None`` is a number that could not be given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from scaling.spec import Strict
+from sweeps.tuning.bracket import Bracket
+from sweeps.tuning.space import Values
+
+
+class TrialFacts(Strict, frozen=True):
+    """One trial."""
+
+    number: int
+    values: Values
+    run: str
+    """Id of the full run."""
+    state: Literal["running", "finished", "diverged", "pruned", "failed"]
+    loss: float | None
+    short_run: str | None = None
+    """Id of the smaller run that halving begins with."""
+    short_loss: float | None = None
+
+
+class StudyFacts(Strict, frozen=True):
+    """One arm at one rung."""
+
+    arm: str
+    rung: str
+    optimizer: str
+    params: int
+    """Weights of the blocks."""
+    tokens: int
+    flops: int
+    """Of one full run."""
+    wanted: int
+    """Trials."""
+    told: int
+    """Trials that came to an end: finished, diverged or pruned."""
+    failed: int
+    diverged: int
+    pruned: int
+    flops_spent: int
+    """Of all runs of the study, each counted once."""
+    best_loss: float | None
+    best_run: str | None
+    best_values: Values
+    brackets: tuple[Bracket, ...]
+    """Verdict ``bracketed`` for each searched hyper-parameter is what a reader hopes for."""
+    trials: tuple[TrialFacts, ...]
+    manifest: str | None
+    """SHA-256 of the data manifest, and"""
+    data_seed: int
+    """the seed: together they say which tokens came in which order."""
+    schedule: str
+    held_out: bool
+    """Whether the law never saw this rung."""
+
+
+class LawFacts(Strict, frozen=True):
+    """One hyper-parameter of one arm as ``coefficient * C**exponent``, C in FLOPs."""
+
+    name: str
+    coefficient: float
+    exponent: float
+    low: float | None
+    """95 % interval of the exponent."""
+    high: float | None
+    rungs: tuple[str, ...]
+    """Whose optima it was fitted to."""
+    kind: Literal["power", "constant"]
+    note: str = ""
+
+
+class TransferFacts(Strict, frozen=True):
+    """A rung that the law never saw: the loss where the law points, against the best that a study of its own found."""
+
+    arm: str
+    rung: str
+    values: Values
+    """That the law predicts."""
+    run: str
+    predicted_loss: float | None
+    tuned_loss: float | None
+    regret: float | None
+    """Predicted minus tuned, nats per token; what the transfer costs."""
+
+
+class ArmFacts(Strict, frozen=True):
+    """One arm of the campaign."""
+
+    arm: str
+    optimizer: str
+    how: Literal["tuned", "reused", "fixed"]
+    reuses: str | None
+    trials: int
+    """Told, over all its studies."""
+    flops: int
+    """Spent on tuning it."""
+    tuned_from: float | None
+    """Compute of its smallest and largest tuned rung, FLOPs of one run; a rung far outside has an untested setting."""
+    tuned_to: float | None
+
+
+class BudgetRow(Strict, frozen=True):
+    """The match ratio if each arm had had only so many trials."""
+
+    arm: str
+    """The challenger."""
+    baseline: str
+    against: Literal["equal", "full"]
+    """Whether the challenger had as few, or all of its trials while only the baseline had few."""
+    trials: int
+    ratio: float
+    """Challenger compute over baseline compute at equal loss: the median over orders of the trials."""
+    low: float
+    high: float
+    """Where 95 % of the orders lie."""
+
+
+class NoiseRow(Strict, frozen=True):
+    """Spread over seeds of one arm at one rung."""
+
+    arm: str
+    rung: str
+    seeds: int
+    mean_loss: float
+    sd: float
+    """Sample standard deviation, nats per token."""
+
+
+class Tuning(Strict, frozen=True):
+    """The whole file."""
+
+    campaign: str
+    sampler: str
+    sampler_seed: int
+    trials: int
+    """Of each study."""
+    in_flight: int
+    complete: bool
+    studies: tuple[StudyFacts, ...]
+    laws: dict[str, tuple[LawFacts, ...]]
+    """By arm."""
+    transfer: tuple[TransferFacts, ...]
+    settings: dict[str, dict[str, Values]]
+    """By arm and rung; empty until every study is done."""
+    sources: dict[str, dict[str, Literal["best trial", "law"]]]
+    """Where each setting comes from."""
+    arms: tuple[ArmFacts, ...]
+    budget: tuple[BudgetRow, ...]
+    noise: tuple[NoiseRow, ...]
+    """Empty until rungs with several seeds are trained."""
+
+
+def facts_file(root: Path, campaign: str) -> Path:
+    """Where a campaign's tuning.json lies."""
+    return root / "results" / campaign / "tuning.json"
