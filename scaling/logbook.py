@@ -73,8 +73,11 @@ class Logbook(Callback):
     Its running sums are part of the resume point, so a resumed run writes the rows it would have written.
     """
 
-    def __init__(self, directory: RunDirectory, spec: RunSpec, *, device: Device, held_out: np.ndarray) -> None:
+    def __init__(
+        self, directory: RunDirectory, spec: RunSpec, *, device: Device, held_out: np.ndarray, charged: int = 0
+    ) -> None:
         self.directory = directory
+        self.charged = charged
         self.spec = spec
         self.device = device
         self.held_out = torch.from_numpy(held_out)
@@ -158,13 +161,14 @@ class Logbook(Callback):
             )
         elif step == self.spec.steps:
             self.validation_loss = validation
+            self.tail_sum = torch.tensor(module.mean_over_processes(self.tail_sum), dtype=torch.float64)
         rate = (step - self.row_step) * self.spec.batch_tokens / max(self.watch.seconds - self.row_seconds, 1e-9)
         peak = self.device.peak_flops
         norm = float(module.grad_norm)
         row = MetricsRow(
             step=step,
             tokens=tokens,
-            flops=train_flops(shape, tokens),
+            flops=train_flops(shape, tokens) + self.charged,
             train_loss=loss if math.isfinite(loss) else None,
             learning_rate=module.learning_rate,
             grad_norm=norm if math.isfinite(norm) else None,

@@ -124,6 +124,12 @@ class RunRecord(Strict, frozen=True):
     finished_at: float
     reason: str | None = None
     """Why a run ended early: the step and the loss at which it diverged."""
+    initial_flops: dict[str, int] = msgspec.field(default_factory=dict)
+    """What `flops` includes for the run whose weights this one started from; empty where nothing was charged."""
+    peak_memory: int | None = None
+    """Most bytes that the last attempt held in one process: on a GPU of tensors, on a CPU of everything."""
+    optimizer_seconds: float | None = None
+    """Clipping and optimizer step, mean over the steps that were timed in the last attempt."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:

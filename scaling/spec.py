@@ -329,6 +329,19 @@ class Placement(Strict, frozen=True):
     """Seconds between resume points: what a kill can cost."""
     keep_tokens: tuple[Positive, ...] = ()
     """Tokens at which a resume point is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
+    devices: Positive = 1
+    """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
+    nodes: Positive = 1
+    """Machines with so many devices."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """With several devices: every one keeps all weights, or a share of them."""
+    recompute: bool = False
+    """Compute activations inside a block again in the backward pass instead of keeping them."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that share the run."""
+        return self.devices * self.nodes
 
 
 ADDED_LATER = frozenset({"ffn", "mixture", "latent", "initial", "branch_of"})

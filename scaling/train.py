@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -28,15 +30,20 @@ from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.initial import charged_flops, load_initial
 from scaling.logbook import Logbook
+from scaling.memory import is_out_of_memory, out_of_memory, peak_bytes
 from scaling.models import build_model
+from scaling.models.decoder import Decoder
 from scaling.optim import recipes
+from scaling.processes import rank_of, shard, share_of_batch, start, strategy_of, whole
 from scaling.progress import ProgressLine
 from scaling.provenance import describe_code, describe_device
 from scaling.records import Device, RunDirectory, RunRecord, write_json
 from scaling.resume import AtomicCheckpointIO, ResumePoints, StopRequest, newest_resume_point, step_of
 from scaling.schedule import lr_fraction
 from scaling.spec import Placement, RunSpec
+from scaling.stepclock import StepClock
 
 EVALUATION_TOKENS = 16_384
 """Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""
@@ -56,9 +63,10 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Windows of shape ``(micro_batch, context + 1)``, int64."""
-        step = self.module.trainer.global_step
+        trainer = self.module.trainer
+        step, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
         while True:
-            yield from torch.split(torch.from_numpy(self.batches.at(step)), self.micro_batch)
+            yield from torch.split(torch.from_numpy(self.batches.at(step, rank=rank, world=world)), self.micro_batch)
             step += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,17 +80,28 @@ class StepBatches:
 class TrainingModule(LightningModule):
     """A model, its optimizer and its learning rate under Lightning's automatic optimisation."""
 
-    def __init__(self, spec: RunSpec, *, compiled: bool = False) -> None:
+    def __init__(self, spec: RunSpec, placement: Placement, *, load: Callable[[Decoder], None] | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.placement = placement
+        self.load = load
+        self.clock = StepClock()
         self.model = build_model(spec.shape)
         self.model.initialise(spec.seed)
-        if compiled:
-            self.model.compile_parts()
+        self.model.recompute = placement.recompute
         self.evaluation_windows = max(1, EVALUATION_TOKENS // spec.shape.context)
         self.last_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.learning_rate = 0.0
+
+    def configure_model(self) -> None:
+        """Shard the model if it is to be, then fill it with the weights that it starts from, if it has any."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh, precision=self.spec.precision)
+        if self.load is not None:
+            self.load(self.model)
+        if self.placement.compile:
+            self.model.compile_parts()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The one optimizer that the spec's row builds."""
@@ -103,13 +122,18 @@ class TrainingModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * fraction
         self.model.end_of_step(self.total_over_processes)
+        self.clock.start(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The optimizer step, if there was one, is over."""
+        self.clock.stop()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by global norm, and keep the norm for the metrics."""
         limit = float("inf") if self.spec.clip_norm is None else self.spec.clip_norm
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach())
 
     def total_over_processes(self, value: Tensor) -> Tensor:
         """The sum of a tensor that every process has of its own share of the batch."""
@@ -135,6 +159,9 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         Refusal: The directory, the data or the placement cannot be used.
     """
     directory = RunDirectory(run_dir)
+    if directory.placement_file.exists() and rank_of(directory.placement()):
+        # Not the run's first process, which keeps its books.
+        return directory.record() or train_one_process(run_dir)
     with directory.claim():
         record = directory.record()
         if record is not None:
@@ -142,13 +169,29 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
         directory.note("start", step=step_of(resume_point) if resume_point else 0)
         try:
-            record, step = _train(directory, resume_point, progress=progress)
+            if rank_of(directory.placement()) is None:
+                start(directory.path, directory.placement())
+                record, step = directory.record(), _last_step(directory)
+            else:
+                record, step = _train(directory, resume_point, progress=progress)
         except BaseException as error:
             rows = directory.metrics()
             directory.note("end", step=rows[-1].step if rows else 0, outcome="failed", reason=_sentence(error))
             raise
         directory.note("end", step=step, outcome=record.status if record else "preempted")
         return record
+
+
+def train_one_process(run_dir: Path | str) -> RunRecord | None:
+    """The part that one of several processes has in a run; the first of them writes what is written."""
+    directory = RunDirectory(run_dir)
+    resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
+    return _train(directory, resume_point, progress=False)[0]
+
+
+def _last_step(directory: RunDirectory) -> int:
+    rows = directory.metrics()
+    return rows[-1].step if rows else 0
 
 
 def _train(
@@ -159,17 +202,14 @@ def _train(
     torch.set_num_threads(placement.threads)
     _quiet()
 
-    module = TrainingModule(spec, compiled=placement.compile)
-    windows = spec.batch_tokens // spec.shape.context
-    micro_batch = placement.micro_batch or windows
-    if windows % micro_batch:
-        raise Refusal(
-            f"{directory.placement_file}: micro_batch {micro_batch} does not divide the {windows} windows of a batch; "
-            f"use one of {', '.join(str(n) for n in range(1, windows + 1) if windows % n == 0)}."
-        )
+    share, micro_batch = share_of_batch(spec, placement)
+    charged = charged_flops(directory, spec.initial)
+    initial = spec.initial if resume_point is None else None
+    load = None if initial is None else partial(load_initial, directory, initial)
+    module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
     held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
-    logbook = Logbook(directory, spec, device=device, held_out=held)
+    logbook = Logbook(directory, spec, device=device, held_out=held, charged=charged.get("6nd", 0))
     resume = ResumePoints(
         directory.checkpoints,
         seconds=placement.checkpoint_seconds,
@@ -177,20 +217,26 @@ def _train(
         keep=[tokens // spec.batch_tokens for tokens in placement.keep_tokens],
     )
     with _expected_warnings():
-        trainer = _trainer(spec, placement, directory, micro_batches=windows // micro_batch, callbacks=[
+        trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
             logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
-        trainer.fit(
-            module,
-            train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
-            ckpt_path=resume_point,
-        )
+        try:
+            trainer.fit(
+                module,
+                train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
+                ckpt_path=resume_point,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            at = torch.device("cuda" if device.kind == "cuda" else "cpu")
+            raise out_of_memory(placement, share=share, micro_batch=micro_batch, device=at) from error
     step = trainer.global_step
     if resume.preempted:
         return None, step
     if logbook.diverged is None:
-        _save_weights(module, directory.weights_file)
-    record = _record(directory, spec, placement, module, logbook, device=device, steps=step)
+        _save_weights(module, directory.weights_file, first=trainer.is_global_zero)
+    record = _record(directory, spec, placement, module, logbook, device=device, steps=step, charged=charged)
     if trainer.is_global_zero:
         write_json(directory.record_file, record)
     return record, step
@@ -229,16 +275,20 @@ def _trainer(
 ) -> Trainer:
     return Trainer(
         accelerator={"cuda": "gpu"}.get(placement.device, placement.device),
-        devices=1,
+        devices=placement.devices,
+        num_nodes=placement.nodes,
+        strategy=strategy_of(placement),
         max_steps=spec.steps,
         max_epochs=-1,
         accumulate_grad_batches=micro_batches,
-        precision="bf16-mixed" if spec.precision == "bf16" else "32-true",
+        precision=_precision(spec, placement),
         callbacks=callbacks,
         # One requeue, and it is not Lightning's: its handler would save in the middle of a step.
         plugins=[
             AtomicCheckpointIO(),
-            SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment(),
+            SLURMEnvironment(auto_requeue=False)
+            if SLURMEnvironment.detect() and "LOCAL_RANK" not in os.environ
+            else LightningEnvironment(),
         ],
         default_root_dir=directory.path,
         logger=False,
@@ -252,14 +302,22 @@ def _trainer(
 
 def _device(placement: Placement, spec: RunSpec) -> Device:
     cuda = placement.device == "cuda" or (placement.device == "auto" and torch.cuda.is_available())
-    return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision)
+    return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision, count=placement.processes)
 
 
-def _save_weights(module: TrainingModule, path: Path) -> None:
+def _precision(spec: RunSpec, placement: Placement) -> Literal["bf16-mixed", "32-true"]:
+    # Sharded weights are cast where they are gathered (`shard`); autocast on top of that would cast twice.
+    sharded = placement.processes > 1 and placement.strategy == "fsdp2"
+    return "bf16-mixed" if spec.precision == "bf16" and not sharded else "32-true"
+
+
+def _save_weights(module: TrainingModule, path: Path, *, first: bool) -> None:
     # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
     state = module.model.state_dict()
     named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
-    weights = {name: state[name].detach().cpu().contiguous() for name in named}
+    weights = {name: whole(state[name].detach()).cpu().contiguous() for name in named}
+    if not first:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, temporary, metadata={"format": "pt"})
     temporary.replace(path)
@@ -274,6 +332,7 @@ def _record(
     *,
     device: Device,
     steps: int,
+    charged: dict[str, int],
 ) -> RunRecord:
     tokens = steps * spec.batch_tokens
     parameters = count_parameters(spec.shape)
@@ -289,7 +348,10 @@ def _record(
         validation_loss=logbook.validation_loss,
         train_loss=None if logbook.diverged else logbook.train_loss,
         tokens=tokens,
-        flops={name: train_flops(spec.shape, tokens, name) for name in CONVENTIONS},
+        flops={name: train_flops(spec.shape, tokens, name) + charged.get(name, 0) for name in CONVENTIONS},
+        initial_flops=charged,
+        peak_memory=peak_bytes(torch.device("cuda" if device.kind == "cuda" else "cpu")),
+        optimizer_seconds=module.clock.mean,
         parameters={
             "embedding": parameters.embedding,
             "blocks": parameters.blocks,

@@ -1,0 +1,56 @@
+"""Runs that start from the weights of another: where those are, and what they cost.
+
+The other run's directory lies beside this one. Whether its FLOPs are charged is part of the spec; what was charged is
+stated in the record.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scaling.errors import Refusal
+from scaling.records import RunDirectory, RunRecord
+from scaling.spec import Initial
+
+if TYPE_CHECKING:
+    from scaling.models.decoder import Decoder
+
+
+def parent(directory: RunDirectory, initial: Initial) -> tuple[RunDirectory, RunRecord]:
+    """The finished run that another starts from.
+
+    Raises:
+        Refusal: It is not there, not finished, or has lost its weights.
+    """
+    found = RunDirectory(directory.path.parent / initial.run)
+    record = found.record() if found.path.is_dir() else None
+    if record is None or record.status != "finished":
+        state = found.state() if found.path.is_dir() else "nowhere"
+        raise Refusal(
+            f"{directory.path.name} starts from the weights of run {initial.run}, which is {state}. "
+            "Train that run first; a submission of the campaign that wishes for both does so in order."
+        )
+    if not found.weights_file.exists():
+        raise Refusal(
+            f"{found.weights_file}: the weights are gone, and {directory.path.name} starts from them. Put the file back, "
+            "or remove that run's record.json and train it again."
+        )
+    return found, record
+
+
+def charged_flops(directory: RunDirectory, initial: Initial | None) -> dict[str, int]:
+    """What the parent cost under every convention, its own parents included where they were charged; empty if not charged."""
+    if initial is None or not initial.charged:
+        return {}
+    return dict(parent(directory, initial)[1].flops)
+
+
+def load_initial(directory: RunDirectory, initial: Initial, model: Decoder) -> None:
+    """Fill an initialised model with the parent's weights.
+
+    Raises:
+        Refusal: As `parent`, or the weights are of another shape.
+    """
+    from scaling.models.upcycle import load_weights
+
+    load_weights(model, parent(directory, initial)[0].weights_file, how=initial.how)

@@ -1,0 +1,132 @@
+"""A dense model's weights in a model with experts: every expert starts as a copy of the feed-forward.
+
+Weights are read a tensor at a time and straight into the place where they stay, in a sharded model only the rows or
+experts that this process holds, so that no second copy of either model exists.
+
+Source: "Llama 3 Meets MoE", arXiv:2412.09952, Section 3: experts copied without noise, a random router, top-k before
+softmax. Then the weights of a token sum to one and the first forward pass is the dense model's, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from scaling.errors import Refusal
+from scaling.models.decoder import Decoder
+from scaling.spec import ModelShape
+
+EXPERTS, ROUTER = ".experts.", ".router."
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, file: Path, *, how: Literal["copy", "upcycle"]) -> None:
+    """Fill a model, sharded or not, from a run's safetensors.
+
+    Args:
+        model: Initialised; ``upcycle`` leaves its routers as they are.
+        file: Weights of a model of the same shape, or of the dense one that ``upcycle`` starts from.
+        how: Whether experts become copies of the feed-forward.
+
+    Raises:
+        Refusal: The file is no safetensors, or is of a model of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if how == "upcycle":
+        check_upcycled(model.shape)
+    sources = _sources(model, how)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            _check(file, sources, shapes)
+            for tensor, name in sources.values():
+                _fill(tensor, weights.get_slice(name), shapes[name])
+    except SafetensorError as error:
+        raise Refusal(f"{file}: not a whole safetensors file ({error}). Train that run again.") from None
+
+
+def upcycled(dense: Mapping[str, Tensor], shape: ModelShape, *, seed: int) -> dict[str, Tensor]:
+    """The state of an upcycled model from the state of a dense one, both in memory.
+
+    Raises:
+        Refusal: The shape has parts that no dense model can fill.
+    """
+    from scaling.models import build_model
+
+    check_upcycled(shape)
+    model = build_model(shape)
+    model.initialise(seed)
+    with torch.no_grad():
+        for tensor, name in _sources(model, "upcycle").values():
+            tensor.copy_(dense[name].expand_as(tensor))
+    return model.state_dict()
+
+
+def check_upcycled(shape: ModelShape) -> None:
+    """Refuse a shape whose experts are not the size of the feed-forward, or that has more than copies of it.
+
+    Raises:
+        Refusal: As said.
+    """
+    mixture = shape.mixture
+    if mixture is None:
+        raise Refusal("upcycling makes experts, and this shape has none. Give the arm a table mixture.")
+    if mixture.shared or mixture.granularity != 1:
+        raise Refusal(
+            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has shared = "
+            f"{mixture.shared} and granularity = {mixture.granularity}. Set shared = 0 and granularity = 1."
+        )
+
+
+def _sources(model: Decoder, how: str) -> dict[str, tuple[Tensor, str]]:
+    """What is to be filled by our name, each with the name of what fills it."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if how == "copy":
+        state = model.state_dict()
+        named |= {name: buffer for name, buffer in model.named_buffers() if name in state}
+        return {name: (tensor, name) for name, tensor in named.items()}
+    # experts.gate is made from gate.weight beside it.
+    return {
+        name: (tensor, f"{name.replace(EXPERTS, '.')}.weight" if EXPERTS in name else name)
+        for name, tensor in named.items()
+        if ROUTER not in name
+    }
+
+
+def _check(file: Path, sources: dict[str, tuple[Tensor, str]], shapes: dict[str, tuple[int, ...]]) -> None:
+    for tensor, name in sources.values():
+        wanted = tuple(tensor.shape[-len(shapes[name]) :]) if name in shapes else tuple(tensor.shape)
+        if shapes.get(name) != wanted:
+            found = "x".join(map(str, shapes[name])) if name in shapes else "absent"
+            raise Refusal(
+                f"{file}: weight {name} is {found}, and this run's shape makes it {'x'.join(map(str, wanted))}. "
+                "Start from a run of the same layers, width, heads, feed-forward and vocabulary."
+            )
+    extra = sorted(shapes.keys() - {name for _, name in sources.values()})
+    if extra:
+        raise Refusal(
+            f"{file}: weight {extra[0]} has no place in this run's shape. Start from a run of the same layers and family."
+        )
+
+
+def _fill(tensor: Tensor, source: Any, shape: tuple[int, ...]) -> None:
+    """One weight, or what this process holds of it."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(source[:].expand_as(tensor))
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    here = tensor.to_local()
+    if not here.numel():
+        return
+    if here.ndim > len(shape):  # a share of the experts, each of them whole
+        here.copy_(source[:].expand_as(here))
+        return
+    size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    here.copy_(source[offset[0] : offset[0] + size[0]])

@@ -1,0 +1,170 @@
+"""A dense model's weights in a model with experts: what it computes first, how it is loaded, and what it is charged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from running import finish, place
+from safetensors.torch import load_file, save_file
+from tiny import make_spec
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.errors import Refusal
+from scaling.flops import CONVENTIONS, train_flops
+from scaling.models import build_model
+from scaling.models.upcycle import load_weights, upcycled
+from scaling.processes import shard
+from scaling.records import RunDirectory
+from scaling.spec import Initial, Mixture, ModelShape, RunSpec
+from tests.scaling.optim.processes import run
+
+DENSE = ModelShape(layers=2, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
+
+
+def with_experts(experts: int = 8, active: int = 2, **options: object) -> ModelShape:
+    mixture = Mixture(experts=experts, active=active, **{"score": "topk-softmax", **options})  # type: ignore[arg-type]
+    return msgspec.structs.replace(DENSE, family="mixtral-moe", mixture=mixture)
+
+
+def dense_model(seed: int = 0) -> torch.nn.Module:
+    model = build_model(DENSE)
+    model.initialise(seed)
+    return model
+
+
+@pytest.mark.parametrize(("experts", "active"), [(8, 2), (4, 4), (3, 1)])
+def test_the_first_logits_are_the_dense_models(experts: int, active: int) -> None:
+    dense, model = dense_model(), build_model(with_experts(experts, active))
+    model.load_state_dict(upcycled(dense.state_dict(), with_experts(experts, active), seed=1))
+    tokens = torch.randint(0, 256, (4, 16))
+    torch.testing.assert_close(model(tokens), dense(tokens), rtol=0, atol=2e-6)
+
+
+def test_softmax_before_topk_starts_with_a_share_of_the_feed_forward() -> None:
+    dense, model = dense_model(), build_model(with_experts(score="softmax-topk"))
+    model.load_state_dict(upcycled(dense.state_dict(), with_experts(score="softmax-topk"), seed=1))
+    x = torch.randn(1, 64, 16)
+    with torch.no_grad():
+        share = (model.blocks[0].feed_forward(x) / dense.blocks[0].feed_forward(x)).flatten(1)  # type: ignore[operator, index, union-attr]
+    assert 2 / 8 < float(share.median()) < 1
+
+
+def test_loading_from_a_file_is_the_same_as_in_memory(tmp_path: Path) -> None:
+    dense = dense_model()
+    save_file(dict(dense.named_parameters()), tmp_path / "weights.safetensors")
+    model = build_model(with_experts())
+    model.initialise(1)
+    load_weights(model, tmp_path / "weights.safetensors", how="upcycle")
+    expected = upcycled(dense.state_dict(), with_experts(), seed=1)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def _load_sharded(file: str) -> dict[str, torch.Tensor]:
+    model = build_model(with_experts(experts=3))
+    model.initialise(1)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    shard(model, mesh, precision="fp32")
+    load_weights(model, Path(file), how="upcycle")
+    return {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
+
+
+def test_a_sharded_model_takes_only_its_rows_and_is_the_whole_one(tmp_path: Path) -> None:
+    dense = dense_model()
+    save_file(dict(dense.named_parameters()), tmp_path / "weights.safetensors")
+    expected = upcycled(dense.state_dict(), with_experts(experts=3), seed=1)
+    for gathered in run(2, _load_sharded, str(tmp_path / "weights.safetensors")):
+        assert all(torch.equal(value, expected[name]) for name, value in gathered.items())
+
+
+@pytest.fixture
+def parent(tiny_shards: Path, tmp_path: Path) -> Path:
+    manifest = manifest_hash(read_manifest(tiny_shards))
+    path = place(make_spec(shape=DENSE, steps=20, manifest=manifest), tmp_path / "runs", tiny_shards)
+    finish(path)
+    return path
+
+
+def child_of(path: Path, *, charged: bool = True, shape: ModelShape | None = None) -> RunSpec:
+    manifest = RunDirectory(path).spec().data.manifest
+    spec = make_spec(shape=shape or with_experts(), steps=10, manifest=manifest, peak_lr=1e-3)
+    return msgspec.structs.replace(spec, initial=Initial(run=path.name, how="upcycle", charged=charged))
+
+
+@pytest.mark.parametrize("charged", [True, False])
+def test_an_upcycled_run_starts_where_its_parent_ended_and_says_what_that_cost(
+    parent: Path, tiny_shards: Path, charged: bool
+) -> None:
+    before = RunDirectory(parent).record()
+    assert before is not None
+    assert before.validation_loss is not None
+    spec = child_of(parent, charged=charged)
+    record = finish(place(spec, parent.parent, tiny_shards))
+    # Ten steps at a small rate from a trained model, where ten steps from nothing end far above.
+    assert record.validation_loss is not None
+    assert record.validation_loss < before.validation_loss + 0.05
+    for name in CONVENTIONS:
+        own = train_flops(spec.shape, record.tokens, name)
+        assert record.flops[name] == own + (before.flops[name] if charged else 0)
+    assert record.initial_flops == (before.flops if charged else {})
+    assert RunDirectory(parent.parent / spec.id).metrics()[-1].flops == record.flops["6nd"]
+
+
+def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
+    parent: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from running import at_step, numbers
+
+    from scaling.train import train
+
+    spec = child_of(parent)
+    whole = place(spec, parent.parent, tiny_shards)
+    finish(whole)
+    expected = numbers(whole)
+    for file in ("record.json", "weights.safetensors", "metrics.jsonl"):
+        (whole / file).unlink()
+    for point in (whole / "checkpoint").glob("*"):
+        point.unlink()
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(whole, progress=False) is None
+    finish(whole)
+    assert numbers(whole) == expected
+
+
+def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path, tiny_shards: Path) -> None:
+    orphan = msgspec.structs.replace(child_of(parent), initial=Initial(run="0" * 12, how="upcycle"))
+    with pytest.raises(Refusal, match=r"which is nowhere\. Train that run first"):
+        finish(place(orphan, parent.parent, tiny_shards))
+    wider = msgspec.structs.replace(with_experts(), width=32)
+    with pytest.raises(Refusal, match=r"weight embedding.weight is 256x16, and this run's shape makes it 256x32"):
+        finish(place(child_of(parent, shape=wider), parent.parent, tiny_shards))
+    deeper = msgspec.structs.replace(with_experts(), layers=3)
+    with pytest.raises(Refusal, match="is absent, and this run's shape makes it"):
+        finish(place(child_of(parent, shape=deeper), parent.parent, tiny_shards))
+    with pytest.raises(Refusal, match="Set shared = 0 and granularity = 1"):
+        finish(place(child_of(parent, shape=with_experts(shared=1)), parent.parent, tiny_shards))
+
+
+def test_a_parents_weights_are_no_pickle(parent: Path, tiny_shards: Path) -> None:
+    (parent / "weights.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(Refusal, match="not a whole safetensors file"):
+        finish(place(child_of(parent), parent.parent, tiny_shards))
+
+
+def test_a_copy_takes_every_weight_over(parent: Path, tiny_shards: Path) -> None:
+    manifest = RunDirectory(parent).spec().data.manifest
+    spec = make_spec(shape=DENSE, steps=2, manifest=manifest, peak_lr=1e-12)
+    spec = msgspec.structs.replace(spec, initial=Initial(run=parent.name))
+    path = place(spec, parent.parent, tiny_shards)
+    finish(path)
+    before, after = load_file(parent / "weights.safetensors"), load_file(path / "weights.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(before[name], after[name], rtol=0, atol=1e-9)
