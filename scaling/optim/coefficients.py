@@ -12,6 +12,13 @@ from typing import Literal
 
 Step = tuple[float, float, float]
 CoefficientSet = Literal["keller", "polar-express", "deepseek"]
+Form = Literal["standard", "gram"]
+"""``gram`` iterates on the short side's square matrices (`scaling.optim.gram_form`) where a matrix is long enough."""
+
+GRAM_ASPECT = 2
+"""Long side over short side from which the Gram form is used: below it costs more products than it saves."""
+GRAM_RESTART = 2
+"""Steps after which the Gram form first returns to the matrix itself, so that its rounding errors do not grow."""
 
 KELLER: Step = (3.4445, -4.7750, 2.0315)
 
@@ -48,15 +55,31 @@ def polynomials(name: CoefficientSet, steps: int) -> tuple[Step, ...]:
     return tuple(table[min(step, len(table) - 1)] for step in range(steps))
 
 
-def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
+def newton_schulz_flops(rows: int, columns: int, steps: int, form: Form = "standard") -> int:
     """FLOPs of the matrix products that orthogonalise one matrix, two per multiplication and addition.
 
     With ``m`` the shorter and ``n`` the longer side: ``2 m^2 n`` for the Gram matrix, ``2 m^3`` for its square and
-    ``2 m^2 n`` to apply the polynomial, each step. Symmetric kernels do fewer; the count is of the mathematics, so
-    that it does not depend on the machine.
+    ``2 m^2 n`` to apply the polynomial, each step. The Gram form pays the long products once for each of
+    `gram_runs` and up to four of ``2 m^3`` for each step. Symmetric kernels do fewer; the count is of the mathematics, so that it
+    does not depend on the machine.
     """
     short, long = sorted((rows, columns))
-    return steps * (4 * short**2 * long + 2 * short**3)
+    if form == "standard" or long < GRAM_ASPECT * short:
+        return steps * (4 * short**2 * long + 2 * short**3)
+    runs = gram_runs(steps)
+    squares = sum(4 * length - 3 for length in runs)
+    return len(runs) * 4 * short**2 * long + squares * 2 * short**3
+
+
+def gram_runs(steps: int) -> tuple[int, ...]:
+    """How many steps the Gram form takes before each return to the matrix: 2, then 3 at a time.
+
+    The first steps are the steepest and amplify rounding most.
+    """
+    runs = [min(steps, GRAM_RESTART)]
+    while sum(runs) < steps:
+        runs.append(min(steps - sum(runs), GRAM_RESTART + 1))
+    return tuple(runs)
 
 
 def singular_value_after(value: float, steps: Sequence[Step]) -> float:

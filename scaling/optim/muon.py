@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 from scaling.optim.coefficients import polynomials
 from scaling.optim.distributed import local
 from scaling.optim.exchange import Batch, Exchange, Group, State, gradient
-from scaling.optim.newton_schulz import Workspace, iterate, normalise
+from scaling.optim.newton_schulz import Workspace, orthogonalise_
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -33,7 +33,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: Parameter groups, complete: `params` (names with parameters), `algorithm`, `lr`, `weight_decay`, and
-            for muon `view`, `momentum`, `nesterov`, `ns_steps`, `coefficients`, `ns_dtype`, `rms`, `update_rms`;
+            for muon `view`, `momentum`, `nesterov`, `ns_steps`, `coefficients`, `form`, `ns_dtype`, `rms`, `update_rms`;
             for adamw `betas`, `eps`. `scaling.optim.recipes.build` makes them.
         exchange: How the matrices are spread over processes; `scaling.optim.distributed.exchange_for` chooses.
 
@@ -74,7 +74,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _matrix_step(self, group: Group, batch: Batch) -> None:
         x = batch.collect(self._directions(group, batch))
         if len(x):
-            iterate(normalise(x), polynomials(group["coefficients"], group["ns_steps"]), self.workspace)
+            steps = polynomials(group["coefficients"], group["ns_steps"])
+            orthogonalise_(x, steps, group["form"], self.workspace)
         self.refine(group, x, batch)
         rows, columns = x.shape[-2:]
         if group["update_rms"] == "exact":

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scaling.optim.coefficients import Step
+from scaling.optim.coefficients import GRAM_ASPECT, Form, Step
 from scaling.optim.products import by_panels, gram, quadratic
 
 NsDtype = Literal["auto", "bf16", "fp32"]
@@ -66,7 +66,12 @@ def chunk_length(rows: int, columns: int, dtype: torch.dtype, device_type: str) 
 
 
 def orthogonalise(
-    stack: Tensor, steps: tuple[Step, ...], *, dtype: torch.dtype = torch.bfloat16, workspace: Workspace | None = None
+    stack: Tensor,
+    steps: tuple[Step, ...],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    form: Form = "standard",
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of the given ones.
 
@@ -74,6 +79,7 @@ def orthogonalise(
         stack: Matrices, shape ``(..., m, n)``, any floating dtype; left as it is.
         steps: Polynomials in order, from `scaling.optim.coefficients.polynomials`.
         dtype: Format of the iteration and of the result. The norm is summed in fp32.
+        form: How matrices of at least `GRAM_ASPECT` times their shorter side are iterated.
         workspace: Reused buffers; without one they are made and dropped.
 
     Returns:
@@ -84,8 +90,18 @@ def orthogonalise(
     length = chunk_length(rows, columns, dtype, stack.device.type)
     workspace = workspace or Workspace()
     for chunk in torch.split(result.view(-1, rows, columns), length):
-        iterate(normalise(chunk), steps, workspace)
+        orthogonalise_(chunk, steps, form, workspace)
     return result
+
+
+def orthogonalise_(x: Tensor, steps: tuple[Step, ...], form: Form, workspace: Workspace) -> Tensor:
+    """`orthogonalise` of one chunk ``(k, m, n)``, in place and in its own format; returns `x`."""
+    normalise(x)
+    if form == "gram" and max(x.shape[-2:]) >= GRAM_ASPECT * min(x.shape[-2:]):
+        from scaling.optim.gram_form import iterate_gram
+
+        return iterate_gram(x, steps, workspace)
+    return iterate(x, steps, workspace)
 
 
 def normalise(stack: Tensor) -> Tensor:

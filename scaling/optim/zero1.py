@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scaling.optim.coefficients import polynomials
 from scaling.optim.exchange import gradient
-from scaling.optim.newton_schulz import Workspace, iterate, normalise, resolve_dtype
+from scaling.optim.newton_schulz import Workspace, orthogonalise_, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ZeroOneMuon:
 
     Args:
         weights: Matrices, equal in every process.
-        options: `momentum`, `nesterov`, `ns_steps`, `coefficients`, `ns_dtype`, `rms`, `weight_decay`, as in a group of
+        options: `momentum`, `nesterov`, `ns_steps`, `coefficients`, `form`, `ns_dtype`, `rms`, `weight_decay`, as in a group of
             `scaling.optim.muon.MuonAdamW`; `update_rms` is nominal.
     """
 
@@ -116,7 +116,7 @@ class ZeroOneMuon:
         for index, whole in wholes.items():
             matrix = whole.view(1, *self.weights[index].shape)
             mine = next(piece for piece in here[index] if piece.process == self.rank)
-            made = iterate(normalise(matrix), steps, self.workspace).flatten()[mine.start : mine.stop]
+            made = orthogonalise_(matrix, steps, self.options["form"], self.workspace).flatten()[mine.start : mine.stop]
             scale = self.options["rms"] * max(self.weights[index].shape) ** 0.5
             updates.append((self._offset(index, mine), made, scale))
         return updates

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.models.decoder import Decoder
 from scaling.optim.coefficients import COEFFICIENTS, newton_schulz_flops, polynomials, singular_value_after
-from scaling.optim.newton_schulz import CHUNK_BYTES, Workspace, orthogonalise, resolve_dtype
+from scaling.optim.gram_form import iterate_gram
+from scaling.optim.newton_schulz import CHUNK_BYTES, Workspace, normalise, orthogonalise, resolve_dtype
 from scaling.optim.recipes import build
 from scaling.spec import ModelShape, OptimizerSpec
 
@@ -133,6 +134,33 @@ def test_momenta_of_a_real_run_stay_inside_the_band(name, dtype):
         assert made.max() < BANDS[name][1]
         # Their spectra span six decades, so the smallest values stay small; the larger half must have arrived.
         assert made.sort().values[len(made) // 2] > BANDS[name][0] * 0.9
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_gram_form_is_the_standard_form_within_fp32(name):
+    steps = polynomials(name, STEPS[name])
+    for matrix in [gaussian(2, 24, 64), gaussian(2, 64, 24), with_spectrum(24, 64, torch.logspace(0, -3, 24)).float()]:
+        standard = orthogonalise(matrix, steps, dtype=torch.float32)
+        by_gram = orthogonalise(matrix, steps, dtype=torch.float32, form="gram")
+        assert (standard - by_gram).norm() / standard.norm() < 5e-3
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("inside", [torch.float16, torch.float32])
+def test_the_gram_form_stays_in_the_band_where_bf16_inside_would_leave_it(name, inside):
+    low_rank = with_spectrum(64, 176, torch.ones(64).index_fill(0, torch.arange(6, 64), 0.01)).float()
+    for matrix in [low_rank, *(m for m in momenta_of_a_run() if max(m.shape) >= 2 * min(m.shape))]:
+        x = normalise(matrix.bfloat16()[None].contiguous())
+        made = iterate_gram(x, polynomials(name, STEPS[name]), Workspace(), inside)
+        assert torch.linalg.svdvals(made.float()).max() < BANDS[name][1] * 1.1
+
+
+def test_the_gram_forms_counted_flops_are_what_torch_counts():
+    for steps in (1, 2, 5, 10):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalise(gaussian(3, 40, 16), polynomials("keller", steps), dtype=torch.float32, form="gram")
+        assert counter.get_total_flops() == 3 * newton_schulz_flops(40, 16, steps, "gram")
+    assert newton_schulz_flops(40, 40, 5, "gram") == newton_schulz_flops(40, 40, 5)
 
 
 @functools.cache
