@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from scaling.spec import Strict, as_dict
 from scaling.units import human
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import hours_text
+from sweeps.slurm import Task
+from sweeps.survey import Survey, survey
 
 STYLES: dict[str, str] = {
     "finished": "green",
@@ -24,7 +27,11 @@ STYLES: dict[str, str] = {
     "diverged": "yellow",
     "failed": "red",
     "preempted": "magenta",
+    "queued": "blue",
 }
+
+STALLED_SECONDS = 900.0
+"""Without a logged step, after which a run that is said to run may hang."""
 
 TAIL_BYTES = 4096
 """More than a line of metrics, torn or not."""
@@ -49,7 +56,11 @@ class RunStatus(Strict, frozen=True):
     """Of a run that is training now, at its present speed."""
     attempts: int
     reason: str | None
-    """Why it failed or diverged, in a sentence."""
+    """Why it failed or diverged, or why it does not move, in a sentence."""
+    job: str | None = None
+    """SLURM's id of its last job."""
+    gpu_hours: float = 0.0
+    """Spent in SLURM over all attempts."""
 
 
 def last_row(directory: RunDirectory) -> MetricsRow | None:
@@ -66,25 +77,36 @@ def last_row(directory: RunDirectory) -> MetricsRow | None:
     return None
 
 
-def run_status(plan: Plan, run: PlannedRun) -> RunStatus:
-    """Where one run stands; a directory that cannot be read is a failed run with the reason."""
+def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunStatus:
+    """Where one run stands; a directory that cannot be read is a failed run with the reason.
+
+    Args:
+        plan: The run's plan.
+        run: One of its runs.
+        seen: What SLURM says, if it was asked.
+    """
     directory = plan.directory(run)
     budget = run.spec.steps * run.spec.batch_tokens
     state: RunState
-    unreadable: str | None = None
+    reason: str | None = None
     try:
         state, record = directory.state(), directory.record()
     except Refusal as refusal:
-        state, record, unreadable = "failed", None, str(refusal)
+        state, record, reason = "failed", None, str(refusal)
     attempts = directory.attempts()
     row = last_row(directory)
     tokens = record.tokens if record else row.tokens if row else 0
     speed = record.tokens_per_second if record else row.tokens_per_second if row else None
+    task = seen.task(run.id) if seen is not None else None
     if record is not None:
         loss, reason = record.validation_loss, record.reason
     else:
         loss = row.train_loss if row else None
-        reason = unreadable or (attempts[-1].reason if attempts and state == "failed" else None)
+        if reason is None and state == "failed" and attempts:
+            reason = attempts[-1].reason
+        state, reason = _with_scheduler(state, reason, task)
+        if state == "running" and reason is None:
+            reason = _stalled(directory)
     return RunStatus(
         arm=run.arm,
         rung=run.rung,
@@ -99,12 +121,42 @@ def run_status(plan: Plan, run: PlannedRun) -> RunStatus:
         seconds_left=(budget - tokens) / speed if state == "running" and speed else None,
         attempts=sum(attempt.event == "start" for attempt in attempts),
         reason=reason,
+        job=task.job if task else None,
+        gpu_hours=seen.gpu_hours(run.id) if seen is not None else 0.0,
     )
 
 
-def status(plan: Plan) -> list[RunStatus]:
-    """Where every run of the plan stands, in the plan's order."""
-    return [run_status(plan, run) for run in plan.runs]
+def _with_scheduler(state: RunState, reason: str | None, task: Task | None) -> tuple[RunState, str | None]:
+    """The state of a run that is not done, with what SLURM says about its job; its own files come first."""
+    if task is None or state == "running":
+        return state, reason
+    if task.verdict == "pending":
+        return "queued", task.advice
+    if task.verdict == "running":
+        return "running", None
+    if state == "failed":
+        return state, reason
+    if task.verdict == "cancelled":
+        return "preempted", "its job was cancelled; it stays so until it is submitted with --retry cancelled"
+    if task.verdict == "unknown":
+        return state, f"SLURM says {task.state} of its job, which this program does not know; it is left alone"
+    return "preempted", f"its job ended as {task.state} before the run was done; submitting again continues it"
+
+
+def _stalled(directory: RunDirectory) -> str | None:
+    try:
+        quiet = time.time() - directory.metrics_file.stat().st_mtime
+    except OSError:
+        return None
+    if quiet < STALLED_SECONDS:
+        return None
+    return f"it has not logged a step for {hours_text(quiet / 3600)} and may hang; cancel it and submit again"
+
+
+def status(plan: Plan, seen: Survey | None = None) -> list[RunStatus]:
+    """Where every run of the plan stands, in the plan's order; SLURM is asked where runs were submitted to it."""
+    seen = survey(plan.root) if seen is None else seen
+    return [run_status(plan, run, seen) for run in plan.runs]
 
 
 def rows(plan: Plan) -> list[dict[str, Any]]:
@@ -119,7 +171,8 @@ def show(plan: Plan) -> None:
 
 def status_table(plan: Plan) -> RenderableType:
     """`status` as a table, with what went wrong below it."""
-    found = status(plan)
+    seen = survey(plan.root)
+    found = status(plan, seen)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("arm", "rung", "run", "state"):
         table.add_column(name, no_wrap=True)
@@ -138,7 +191,10 @@ def status_table(plan: Plan) -> RenderableType:
             "" if row.seconds_left is None else hours_text(row.seconds_left / 3600),
             str(row.attempts or ""),
         )
-    reasons = dict.fromkeys(f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason)
+    notes = [f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason]
+    if spent := sum({row.run: row.gpu_hours for row in found}.values()):
+        notes.append(f"{spent:,.2f} GPU-hours spent, all attempts counted.")
+    notes += seen.answer.notes
     states = {row.run: row.state for row in found}
     counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in dict.fromkeys(states.values()))
-    return Group(table, Text(), Text(f"{len(states)} runs: {counts}."), *(Text(reason) for reason in reasons))
+    return Group(table, Text(), Text(f"{len(states)} runs: {counts}."), *(Text(note) for note in dict.fromkeys(notes)))

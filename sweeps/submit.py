@@ -27,13 +27,13 @@ from scaling.errors import Refusal
 from scaling.records import RunDirectory
 from sweeps import arrays
 from sweeps.aftermath import ENDINGS
-from sweeps.arrays import ArrayRecord
 from sweeps.dispatch import Retry, forget_divergence, retries
 from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.show import plan_costs
-from sweeps.slurm import Answer, Unreachable, clean_environment, largest_array, look_up, named
+from sweeps.slurm import Unreachable, clean_environment, largest_array, named
 from sweeps.snapshot import code_digest, code_root, take_snapshot
+from sweeps.survey import Survey, survey
 
 IN_FLIGHT_SECONDS = 15.0
 """How long a call of sbatch whose caller was killed may still reach SLURM."""
@@ -119,7 +119,7 @@ def submit_slurm(
         Refusal: SLURM is not reachable, the prediction is above `max_gpu_hours`, or something in the way cannot be used.
     """
     if dry_run:
-        submission = _survey(plan, _tables(plan), Answer(), retry=retry, order=order, arrays_known=[])
+        submission = _sort(plan, _tables(plan), Survey(), retry=retry, order=order)
         _refuse_cost(submission, max_gpu_hours)
         return submission
     limit = largest_array()
@@ -127,14 +127,13 @@ def submit_slurm(
     plan.write()
     with _one_submitter(plan.root):
         _repair(plan.root)
-        known = arrays.all_arrays(plan.root)
-        answer = look_up(array.job for array in known if array.job is not None)
-        submission = _survey(plan, _tables(plan), answer, retry=retry, order=order, arrays_known=known)
+        seen = survey(plan.root)
+        submission = _sort(plan, _tables(plan), seen, retry=retry, order=order)
         _refuse_cost(submission, max_gpu_hours)
         if submission.missing:
             _create_directories(plan, submission.missing, retry)
             code = take_snapshot(plan.root / "code") if snapshot else code_root()
-            owners = {run: place.array.token for run, place in arrays.locations(known).items()}
+            owners = {run: place.array.token for run, place in seen.places.items()}
             for group in submission.classes:
                 for start in range(0, len(group.runs), limit):
                     _submit(submission, group.slurm, list(group.runs[start : start + limit]), code, owners)
@@ -145,30 +144,20 @@ def _tables(plan: Plan) -> dict[str, SlurmTable]:
     return slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
 
 
-def _survey(
-    plan: Plan,
-    tables: dict[str, SlurmTable],
-    answer: Answer,
-    *,
-    retry: Retry,
-    order: str,
-    arrays_known: list[ArrayRecord],
-) -> Submission:
-    """Sort the runs by what is to be done with them; looks and changes nothing."""
-    found = Submission(plan=plan, classes=[], notes=list(answer.notes))
-    places = arrays.locations(arrays_known)
+def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Retry, order: str) -> Submission:
+    """The runs by what is to be done with them; looks and changes nothing."""
+    found = Submission(plan=plan, classes=[], notes=list(seen.answer.notes))
     groups: dict[bytes, tuple[SlurmTable, list[PlannedRun]]] = {}
     for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
         state = plan.state(run)
-        place = places.get(run.id)
-        task = answer.tasks.get(place.job) if place is not None and place.job is not None else None
+        place, task = seen.places.get(run.id), seen.task(run.id)
         if state in ("finished", "diverged") and not (state == "diverged" and retries(retry, "diverged")):
             found.done.append(run.id)
         elif state == "running" or (task is not None and task.verdict in ("pending", "running")):
             found.joined.append(run.id)
             if task is not None and task.advice is not None:
                 found.notes.append(task.advice)
-        elif (place is not None and not answer.queue_reached) or (task is not None and task.verdict == "unknown"):
+        elif (place is not None and not seen.answer.queue_reached) or (task is not None and task.verdict == "unknown"):
             found.unknown.append(run.id)
         elif place is not None and place.job is None:
             found.joined.append(run.id)  # another submitter is at it; `_repair` has left it alone
@@ -362,6 +351,7 @@ def batch_script(plan: Plan, slurm: SlurmTable, *, name: str, token: str, tasks:
         srun_args=["--kill-on-bad-exit=1"],
         setup=[
             "umask 077",
+            "export SLURM_EXPORT_ENV=ALL",  # else srun passes on what sbatch inherited, and not what is set here
             "export PYTHONSAFEPATH=1",  # the folder that sbatch was called in is no place to import from
             f"export PYTHONPATH={shlex.quote(str(code))}",
             f"export OMP_NUM_THREADS={slurm.cpus}",

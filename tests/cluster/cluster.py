@@ -32,14 +32,14 @@ PACKAGES = {
 """Packages by a command of theirs; the two cores bring no service and no user."""
 
 CONFIGURATION = """
-ClusterName=testing
+ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # cred_expire is also how long a requeued job waits: two minutes unless it is set
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -119,15 +119,20 @@ class Cluster:
         gpus: Simulated GPUs on each.
         cpus: Processors that each claims, whatever the machine has.
         port: First of the TCP ports on the loopback.
+        name: Of the cluster; two on one machine tell their processes apart by it.
     """
 
-    def __init__(self, folder: Path, *, nodes: int = 2, gpus: int = 4, cpus: int = 8, port: int = 17600) -> None:
+    def __init__(
+        self, folder: Path, *, nodes: int = 2, gpus: int = 4, cpus: int = 8, port: int = 17600, name: str = "testing"
+    ) -> None:
         self.folder = folder
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.gpus = gpus
         self.cpus = cpus
         self.port = port
+        self.name = name
         self.host = socket.gethostname().split(".")[0]
+        self._database: subprocess.Popen[bytes] | None = None
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     # -- life
@@ -151,6 +156,8 @@ class Cluster:
             end(pid, signal.SIGKILL)
         for name in [*(f"slurmd-{node}" for node in self.nodes), "slurmctld", "slurmdbd", "mariadbd", "munged"]:
             self._halt(name)
+        if self._database is not None:
+            self._database.wait()
         for pid in self.processes():
             end(pid, signal.SIGKILL)
         self._name_nodes(remove=True)
@@ -164,7 +171,7 @@ class Cluster:
             device = self.folder / f"gpu{number}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")
-        values = {"folder": self.folder, "host": self.host}
+        values = {"folder": self.folder, "host": self.host, "name": self.name}
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={self.host} NodeAddr=127.0.0.1 Port={self.port + 10 + number} "
             f"CPUs={self.cpus} RealMemory=4000 Gres=gpu:{self.gpus}"
@@ -212,7 +219,7 @@ class Cluster:
         if not self._runs("slurmdbd"):
             self._launch(["slurmdbd"], MYSQL_UNIX_PORT=str(self.folder / "mysql.socket"))
         until(lambda: port_is_open(self.port + 1), 30, "slurmdbd does not listen")
-        run(["sacctmgr", "-i", "add", "cluster", "testing"], self.environment, check=False)
+        run(["sacctmgr", "-i", "add", "cluster", self.name], self.environment, check=False)
 
     def ask(self, *command: str, check: bool = True) -> str:
         """What a SLURM command prints."""
@@ -233,7 +240,7 @@ class Cluster:
                 environment = (process / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"SLURM_CLUSTER_NAME=testing" in environment and (
+            if f"SLURM_CLUSTER_NAME={self.name}".encode() in environment and (
                 node is None or f"SLURMD_NODENAME={node}".encode() in environment
             ):
                 found.append(int(process.name))
@@ -265,7 +272,7 @@ class Cluster:
                     {},
                 )  # fmt: skip
             sock.unlink(missing_ok=True)
-            subprocess.Popen(
+            self._database = subprocess.Popen(
                 [
                     "mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-networking",
                     f"--socket={sock}", f"--pid-file={self.folder}/mariadbd.pid",

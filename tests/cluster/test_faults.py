@@ -1,0 +1,225 @@
+"""Faults on a real SLURM, injected while a campaign runs: every run ends once, with an undisturbed run's numbers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, until
+from conftest import (
+    Counting,
+    assert_finished_once,
+    of,
+    starts,
+    task_of,
+    under_way,
+    wait_for_steps,
+    wait_until_done,
+)
+
+from scaling.errors import Refusal
+from sweeps import arrays
+from sweeps.status import status
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_campaign_is_one_array_and_a_second_submission_does_nothing(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=20)
+    first = counting.submit(planned)
+    assert len(first.jobs) == 1
+    assert len(first.queued) == 4
+    joined = counting.submit(planned)
+    assert (len(joined.joined), joined.jobs) == (4, [])
+    wait_until_done(planned)
+    assert len(counting.submit(planned).done) == 4
+    assert_finished_once(planned, redone=0)
+    assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
+
+
+def test_a_killed_task_is_retried_from_its_last_resume_point(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan()
+    victim = planned.runs[1]
+    counting.submit(planned)
+    wait_for_steps(planned, victim, step=15)
+    os.kill(starts(planned.directory(victim))[-1].pid, signal.SIGKILL)
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=10)
+    assert [attempt.step for attempt in starts(planned.directory(victim))] == [0, 10]
+
+
+def test_a_run_that_is_always_killed_is_given_up_and_says_why(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(slurm="minutes = 5\ntries = 2")
+    victim = planned.runs[0]
+    directory = planned.directory(victim)
+    directory.create(victim.spec, victim.placement)
+    (directory.path / "fault-kill").write_text("3")
+    counting.submit(planned)
+    until(lambda: of(planned, victim).state == "failed", 60, "it was not given up")
+    reason = of(planned, victim).reason or ""
+    assert "2 attempts were killed without a step of progress" in reason
+    assert "its log ends" in reason
+    until(lambda: sum(run.state == "finished" for run in status(planned)) == 3, 60, "the others did not finish")
+    assert counting.submit(planned).failed == [victim.id]
+    (directory.path / "fault-kill").unlink()
+    assert counting.submit(planned, retry="failed").queued == [victim.id]
+    wait_until_done(planned)
+    assert_finished_once(planned)
+
+
+def test_a_run_that_fails_by_itself_is_not_started_again_until_asked(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=20)
+    victim = planned.runs[0]
+    directory = planned.directory(victim)
+    directory.create(victim.spec, victim.placement)
+    (directory.path / "fault-raise").write_text("3")
+    counting.submit(planned)
+    until(lambda: of(planned, victim).state == "failed", 60, "it did not fail")
+    assert len(starts(directory)) == 1
+    assert of(planned, victim).reason == "the test asked for it"
+
+
+def test_a_crashed_node_costs_the_steps_since_the_last_resume_point(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=60, step_seconds=0.1, slurm="minutes = 5\ncpus = 5")  # one run on each node
+    counting.submit(planned)
+    wait_for_steps(planned, planned.runs[0], planned.runs[1], step=12)
+    cluster.crash_node("node2")
+    wait_until_done(planned, seconds=120)
+    assert_finished_once(planned, redone=12)
+    assert counting.submit(planned).jobs == []
+
+
+def test_a_crashed_controller_is_named_and_does_no_harm(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=150)
+    counting.submit(planned)
+    wait_for_steps(planned, *planned.runs, step=10)
+    time.sleep(3)
+    cluster.crash_controller()
+    from sweeps.survey import survey
+
+    assert any("queue could not be asked" in note for note in survey(planned.root).answer.notes)
+    with pytest.raises(Refusal, match="SLURM cannot be asked"):
+        counting.submit(planned)
+    cluster.start_controller()
+    wait_until_done(planned)
+    assert_finished_once(planned)
+    assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
+
+
+def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=60, slurm="minutes = 5\nparallel = 2")
+    counting.submit(planned)
+    running, waiting = planned.runs[0], planned.runs[-1]
+    wait_for_steps(planned, running, step=5)
+    for run in (running, waiting):
+        cluster.ask("scancel", task_of(planned, run))
+    until(lambda: sum(row.state == "finished" for row in status(planned)) == 2, 60, "the others did not finish")
+    until(lambda: sorted(counting.submit(planned).cancelled) == sorted([running.id, waiting.id]), 20, "not cancelled")
+    assert "--retry cancelled" in (of(planned, waiting).reason or "")
+    assert len(counting.submit(planned, retry="cancelled").queued) == 2
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)  # the running one had saved when it was asked to end
+
+
+def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=60)
+    counting.submit(planned)
+    moments = random.Random(5)
+    sent = 0
+    until(lambda: any(under_way(planned, run) for run in planned.runs), 60, "nothing started")
+    while sent < 8 and not all(planned.directory(run).record_file.exists() for run in planned.runs):
+        time.sleep(moments.uniform(0.1, 0.6))
+        run = moments.choice(planned.runs)
+        # A second one may fall into the save that the first asked for, or into the start of the next attempt.
+        cluster.ask("scancel", "--signal=USR2", task_of(planned, run), check=False)
+        sent += 1
+    wait_until_done(planned, seconds=120)
+    assert_finished_once(planned, redone=0)
+    assert sum(len(starts(planned.directory(run))) for run in planned.runs) > 4
+
+
+def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=80, slurm='minutes = 5\npartition = "low"\ncpus = 4')
+    counting.submit(planned)
+    wait_for_steps(planned, *planned.runs, step=5)
+    urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
+    cluster.ask(*urgent)
+    wait_until_done(planned, seconds=120)
+    assert_finished_once(planned, redone=0)
+    assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
+
+
+def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, counting: Counting) -> None:
+    # SLURM counts in minutes and may ask up to a minute early, so a run of 70 s is asked at once or at 40 s.
+    planned = counting.plan(steps=70, step_seconds=1.0, slurm="minutes = 1\nsignal_seconds = 20")
+    counting.submit(planned)
+    wait_until_done(planned, seconds=240)
+    assert_finished_once(planned, redone=0)
+    assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
+
+
+SUBMIT = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import conftest
+from sweeps import submit
+from sweeps.campaign import load_campaign
+from sweeps.plan import plan
+submit.take_snapshot = conftest.counting_snapshot
+{fault}
+print(submit.submit_slurm(plan(load_campaign({file!r}), {root!r})).queued)
+"""
+
+KILLED_AFTER_SBATCH = """
+import os, signal
+from sweeps import arrays
+arrays.with_job = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+KILLED_BEFORE_SBATCH = """
+import os, signal
+submit._Launcher.launch = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def submitter(counting: Counting, fault: str = "") -> subprocess.Popen[bytes]:
+    """A submitter in a process of its own."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    text = SUBMIT.format(
+        paths=paths, file=str(counting.folder / "count.toml"), root=str(counting.folder / "root"), fault=fault
+    )
+    return subprocess.Popen([sys.executable, "-c", text])
+
+
+def test_two_submitters_at_once_submit_each_run_once(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=20)
+    both = [submitter(counting), submitter(counting)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert sum(len(array.runs) for array in arrays.all_arrays(planned.root)) == 4
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)
+    assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
+
+
+@pytest.mark.parametrize("fault", [KILLED_AFTER_SBATCH, KILLED_BEFORE_SBATCH], ids=["after sbatch", "before sbatch"])
+def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
+    cluster: Cluster, counting: Counting, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = counting.plan(steps=20)
+    assert submitter(counting, fault).wait(60) == -signal.SIGKILL
+    (begun,) = arrays.all_arrays(planned.root)
+    assert begun.job is None
+    monkeypatch.setattr("sweeps.submit.IN_FLIGHT_SECONDS", 2.0)
+    again = counting.submit(planned)
+    adopted = fault == KILLED_AFTER_SBATCH
+    assert (len(again.joined) + len(again.done), len(again.queued)) == ((4, 0) if adopted else (0, 4))
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)
+    assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
