@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory, RunRecord
-from scaling.spec import Initial
+from scaling.spec import Initial, ModelShape
 
 if TYPE_CHECKING:
     from scaling.models.decoder import Decoder
@@ -54,3 +54,19 @@ def load_initial(directory: RunDirectory, initial: Initial, model: Decoder) -> N
     from scaling.models.upcycle import load_weights
 
     load_weights(model, parent(directory, initial)[0].weights_file, how=initial.how)
+
+
+def check_upcycled(shape: ModelShape) -> None:
+    """Refuse a shape whose experts are not the size of the feed-forward, or that has more than copies of it.
+
+    Raises:
+        Refusal: As said.
+    """
+    mixture = shape.mixture
+    if mixture is None:
+        raise Refusal("upcycling makes experts, and this shape has none. Give the arm a table mixture.")
+    if mixture.shared or mixture.granularity != 1:
+        raise Refusal(
+            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has shared = "
+            f"{mixture.shared} and granularity = {mixture.granularity}. Set shared = 0 and granularity = 1."
+        )

@@ -15,7 +15,7 @@ import msgspec
 
 from scaling.data.sources import DataConfig
 from scaling.errors import Refusal, unknown_name
-from scaling.spec import Evaluation, Fraction, Positive, Strict
+from scaling.spec import Evaluation, Fraction, LatentAttention, Mixture, ModelShape, Positive, Strict
 from sweeps.placement import PlacementTable, Word, placements
 from sweeps.rules import rule
 from sweeps.tomlfile import as_value, located, read_toml
@@ -35,6 +35,9 @@ class ModelTable(Strict, frozen=True, kw_only=True):
     """The hidden width of SwiGLU is 8/3 of the width, rounded up to a multiple of this."""
     tied: bool = False
     family: str = "decoder"
+    """Row of ``scaling.models.FAMILIES``; an arm may have another."""
+    mixture: Mixture | None = None
+    latent: LatentAttention | None = None
 
 
 class TrainingTable(Strict, frozen=True, kw_only=True):
@@ -57,6 +60,8 @@ class RungTable(Strict, frozen=True, kw_only=True):
     layers: Positive
     width: Positive
     heads: Positive
+    ffn: Positive | None = None
+    """Hidden units of the feed-forward, where they are not what `ffn_multiple` gives."""
     tokens: Positive | None = None
     tokens_per_parameter: PositiveFloat | None = None
     batch_tokens: Positive | None = None
@@ -86,6 +91,15 @@ class LadderTable(Strict, frozen=True, kw_only=True):
     """Proportion that models are made to; Moonlight's is 128."""
 
 
+class InitialTable(Strict, frozen=True, kw_only=True):
+    """``initial`` of an arm: its runs start from the weights of another arm's runs of the same rung and seed."""
+
+    arm: Word
+    how: Literal["copy", "upcycle"] = "copy"
+    charged: bool
+    """Whether the FLOPs of those runs are part of this arm's compute. Without a default: it decides the answer."""
+
+
 class ArmTable(Strict, frozen=True, kw_only=True):
     """One ``[[arms]]``: a way of training. `peak_lr` is one rate, or a table of rates by rung."""
 
@@ -101,6 +115,17 @@ class ArmTable(Strict, frozen=True, kw_only=True):
     """Whether the studies of ``[tune]`` decide its hyper-parameters."""
     reuse: Word | None = None
     """Or the tuned arm whose hyper-parameters it takes over."""
+    family: str | None = None
+    """Row of FAMILIES, where the arm's models are of another than ``[model]`` says; then the next two count alone."""
+    mixture: Mixture | None = None
+    latent: LatentAttention | None = None
+    initial: InitialTable | None = None
+
+    def shape_of(self, shape: ModelShape) -> ModelShape:
+        """A rung's shape as this arm has it."""
+        if self.family is None:
+            return shape
+        return msgspec.structs.replace(shape, family=self.family, mixture=self.mixture, latent=self.latent)
 
 
 class ScheduleTable(Strict, frozen=True, kw_only=True):
@@ -208,7 +233,17 @@ def _check(campaign: Campaign) -> None:
         if name is not None:
             with located(f"{where}{place}"):
                 rule(name)
-    for arm in campaign.arms:
+    for index, arm in enumerate(campaign.arms):
+        if arm.initial is not None and arm.initial.arm not in (before := [a.name for a in campaign.arms[:index]]):
+            raise Refusal(
+                f'{where}, [[arms]] "{arm.name}": starts from arm "{arm.initial.arm}", and the arms before it are '
+                f"{', '.join(before) or 'none'}. Name one of them, or move this arm down."
+            )
+        if arm.family is None and (arm.mixture is not None or arm.latent is not None):
+            raise Refusal(
+                f'{where}, [[arms]] "{arm.name}": has a table mixture or latent and no family. '
+                'Add family = "mixtral-moe" or "moonlight-moe", or put the table into [model].'
+            )
         if arm.rule is not None and arm.peak_lr is not None:
             raise Refusal(f'{where}, [[arms]] "{arm.name}": has both peak_lr and rule. Keep one of them.')
         if isinstance(arm.peak_lr, dict) and campaign.rungs:

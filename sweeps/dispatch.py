@@ -26,6 +26,7 @@ import msgspec
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
+from scaling.spec import Initial
 from sweeps.live import Live
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.status import last_row
@@ -165,10 +166,16 @@ class _Campaign:
             if state in ("finished", "diverged"):
                 self.waiting.remove(run)
                 self.present.append(run.id)
-            elif state != "running":
+            elif state != "running" and not self._is_to_come(run.spec.initial):
                 self.waiting.remove(run)
                 return run
         return None
+
+    def _is_to_come(self, initial: Initial | None) -> bool:
+        """Whether the run that another starts from waits or trains now."""
+        if initial is None:
+            return False
+        return initial.run in self.active or any(run.id == initial.run for run in self.waiting)
 
     def _ended(self, run: PlannedRun, exit_code: int) -> None:
         directory = self.plan.directory(run)

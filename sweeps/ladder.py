@@ -89,6 +89,9 @@ def _listed(campaign: Campaign, table: RungTable) -> Rung:
             ffn_multiple=model.ffn_multiple,
             tied=model.tied,
             family=model.family,
+            ffn=table.ffn,
+            mixture=model.mixture,
+            latent=model.latent,
         )
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise Refusal("has both tokens and tokens_per_parameter. Keep one of them.")
@@ -222,4 +225,6 @@ def shape_near(parameters: float, campaign: Campaign, table: LadderTable) -> Mod
         ffn_multiple=model.ffn_multiple,
         tied=model.tied,
         family=model.family,
+        mixture=model.mixture,
+        latent=model.latent,
     )

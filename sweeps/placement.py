@@ -116,6 +116,12 @@ class PlacementTable(Strict, frozen=True):
     micro_batch: Positive | None = None
     """Most windows of one forward pass: the plan takes the largest part of a batch that divides it; else all at once."""
     compile: bool = False
+    devices: Positive = 1
+    """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """With several devices: every one keeps all weights, or a share of them."""
+    recompute: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
     """Seconds between resume points: what a kill can cost."""
     accelerator: str = "cpu"

@@ -16,9 +16,11 @@ from scaling.data.prepare import default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import Refusal
 from scaling.flops import count_parameters, train_flops
+from scaling.initial import check_upcycled
+from scaling.models import check_family
 from scaling.optim.recipes import complete
 from scaling.records import RunDirectory, RunState, write_lines
-from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict
+from scaling.spec import Budget, DataSpec, Initial, OptimizerSpec, Placement, RunSpec, Schedule, Strict
 from sweeps.branches import branched
 from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
@@ -115,12 +117,13 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
     if manifest is not None:
         _check_data(campaign, manifest, rungs)
     digest = manifest_hash(manifest) if manifest is not None else None
-    runs = [
-        _run(campaign, arm, rung, seed, tables[rung.name], data, digest)
-        for rung in rungs
-        for seed in rung.seeds
-        for arm in campaign.arms
-    ]
+    runs: list[PlannedRun] = []
+    for rung in rungs:
+        for seed in rung.seeds:
+            cell: dict[str, str] = {}
+            for arm in campaign.arms:
+                runs.append(_run(campaign, arm, rung, seed, tables[rung.name], data, digest, cell))
+                cell[arm.name] = runs[-1].id
     if campaign.schedule.branches:
         runs = branched(runs)
     return Plan(
@@ -182,12 +185,17 @@ def _run(
     table: PlacementTable,
     data: Path,
     manifest: str | None,
+    cell: dict[str, str],
 ) -> PlannedRun:
     training, wished = campaign.training, campaign.schedule
     with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
+        shape = arm.shape_of(rung.shape)
+        check_family(shape)
+        if arm.initial is not None and arm.initial.how == "upcycle":
+            check_upcycled(shape)
         spec = RunSpec(
-            shape=rung.shape,
-            budget=Budget(tokens=rung.tokens, flops=train_flops(rung.shape, rung.tokens)),
+            shape=shape,
+            budget=Budget(tokens=rung.tokens, flops=train_flops(shape, rung.tokens)),
             batch_tokens=rung.batch_tokens,
             optimizer=complete(
                 OptimizerSpec(
@@ -208,15 +216,22 @@ def _run(
             seed=seed,
             precision=training.precision,
             clip_norm=training.clip_norm or None,
+            initial=None
+            if arm.initial is None
+            else Initial(run=cell[arm.initial.arm], how=arm.initial.how, charged=arm.initial.charged),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
     placement = Placement(
         data=str(data),
         device=table.device,
         threads=table.threads,
-        micro_batch=_micro_batch(spec, table.micro_batch),
+        micro_batch=micro_batch(spec, table.micro_batch),
         compile=table.compile,
         checkpoint_seconds=table.checkpoint_seconds,
+        devices=max(table.devices, table.slurm.tasks),
+        nodes=table.slurm.nodes,
+        strategy=table.strategy,
+        recompute=table.recompute,
     )
     return PlannedRun(
         campaign=campaign.name,
@@ -230,7 +245,7 @@ def _run(
     )
 
 
-def _micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
+def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     """The largest part of a batch that is not above `at_most` windows and divides it."""
     windows = spec.batch_tokens // spec.shape.context
     if at_most is None or at_most >= windows:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scaling.errors import Refusal
+from scaling.initial import check_upcycled
 from scaling.models.decoder import Decoder
 from scaling.spec import ModelShape
 
@@ -66,22 +67,6 @@ def upcycled(dense: Mapping[str, Tensor], shape: ModelShape, *, seed: int) -> di
         for tensor, name in _sources(model, "upcycle").values():
             tensor.copy_(dense[name].expand_as(tensor))
     return model.state_dict()
-
-
-def check_upcycled(shape: ModelShape) -> None:
-    """Refuse a shape whose experts are not the size of the feed-forward, or that has more than copies of it.
-
-    Raises:
-        Refusal: As said.
-    """
-    mixture = shape.mixture
-    if mixture is None:
-        raise Refusal("upcycling makes experts, and this shape has none. Give the arm a table mixture.")
-    if mixture.shared or mixture.granularity != 1:
-        raise Refusal(
-            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has shared = "
-            f"{mixture.shared} and granularity = {mixture.granularity}. Set shared = 0 and granularity = 1."
-        )
 
 
 def _sources(model: Decoder, how: str) -> dict[str, tuple[Tensor, str]]:
