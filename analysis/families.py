@@ -1,0 +1,136 @@
+"""Laws over several arms at once, from one multiplier for everything to nothing in common.
+
+Separate laws for each optimizer are ill-conditioned (Volkova et al. 2026, arXiv:2602.07712): floor and exponents trade
+against each other, and where two frontiers cross far outside the data is noise. The floor belongs to data, tokenizer
+and evaluation set, so arms share it first, exponents second.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.cells import Cells
+from analysis.design import Rows, Sharing
+from analysis.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve
+from analysis.match import compute_law, log_ratio
+from analysis.solve import Array, minimise, predict
+from scaling.spec import Strict
+
+
+class Family(NamedTuple):
+    """A row of `FAMILIES`."""
+
+    label: str
+    form: str
+    """Row of ``analysis.laws.LAWS``."""
+    sharing: Sharing
+    design: str
+    """``ladder`` for laws of compute, ``grid`` for surfaces over parameters and tokens."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the family minimises unless told otherwise."""
+        return HUBER if self.form == "surface" else LEAST_SQUARES
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a constant term is fitted."""
+        return () in form_named(self.form).terms
+
+    def size(self, arms: int) -> int:
+        """Number of free parameters over so many arms."""
+        shared = [*self.sharing.constants, *self.sharing.exponents]
+        return sum(1 if common else arms for common in shared)
+
+
+FAMILIES: dict[str, Family] = {
+    "lines": Family("a_arm C^-b_arm", "power", Sharing((False,), (False,)), "ladder"),
+    "parallel-lines": Family("a_arm C^-b", "power", Sharing((False,), (True,)), "ladder"),
+    "shared-floor": Family("E + a_arm C^-b_arm", "power-floor", Sharing((True, False), (False,)), "ladder"),
+    "one-multiplier": Family("E + a_arm C^-b", "power-floor", Sharing((True, False), (True,)), "ladder"),
+    "separate-floors": Family("E_arm + a_arm C^-b_arm", "power-floor", Sharing((False, False), (False,)), "ladder"),
+    "factors": Family(
+        "E + A (f_arm N)^-alpha + B (g_arm D)^-beta",
+        "surface",
+        Sharing((True, False, False), (True, True)),
+        "grid",
+    ),
+    "token-factor": Family(
+        "E + A N^-alpha + B (g_arm D)^-beta", "surface", Sharing((True, True, False), (True, True)), "grid"
+    ),
+    "shared-floor-surfaces": Family(
+        "E + A_arm N^-alpha_arm + B_arm D^-beta_arm",
+        "surface",
+        Sharing((True, False, False), (False, False)),
+        "grid",
+    ),
+    "separate-surfaces": Family(
+        "E_arm + A_arm N^-alpha_arm + B_arm D^-beta_arm",
+        "surface",
+        Sharing((False, False, False), (False, False)),
+        "grid",
+    ),
+}
+"""Ways for arms to share a law, by the name that results carry."""
+
+
+class Factors(Strict, frozen=True):
+    """What an arm's parameters and tokens are worth under shared exponents, relative to the first arm's."""
+
+    arm: str
+    params: float
+    """One parameter of this arm counts as so many of the first arm's."""
+    tokens: float
+    """One token of this arm counts as so many of the first arm's."""
+
+
+def fit_family(family: Family, rows: Rows, arms: int, *, best_of: int | None = None) -> Fitted:
+    """The family's global minimum over the rows of `arms` arms."""
+    return solve(form_named(family.form), rows, family.objective, arms=arms, sharing=family.sharing, best_of=best_of)
+
+
+def ratio_of(fitted: Fitted, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
+    """Log match ratio of two arms at each loss under one vector of parameters; NaN where undefined."""
+    try:
+        laws = [compute_law(fitted.law(arm, theta)) for arm in (baseline, challenger)]
+    except Exception:  # a drawn surface without a best split has no ratio; that is what NaN says
+        return np.full(len(losses), np.nan)
+    if min(law.exponent for law in laws) <= 0.0:
+        return np.full(len(losses), np.nan)
+    return log_ratio(laws[0], laws[1], losses)
+
+
+def factors(fitted: Fitted, theta: Array, arm: int) -> tuple[float, float]:
+    """The worth of one parameter and of one token of an arm, relative to the first arm's, under shared exponents."""
+    plan = fitted.design
+    worth = []
+    for term, column in ((1, "params"), (2, "tokens")):
+        exponent = theta[plan.position(term, 0, column)]
+        first, own = theta[plan.position(term, 0, None)], theta[plan.position(term, arm, None)]
+        worth.append(float(np.exp((first - own) / exponent)))
+    return worth[0], worth[1]
+
+
+def left_out_error(family: Family, cells: Cells, fitted: Fitted) -> float | None:
+    """Root mean square of the log errors at rungs that the fit has not seen, each rung left out in turn.
+
+    None where a rung cannot be left out: too few runs would remain.
+    """
+    rungs = np.unique(cells.rung)
+    weights = (cells.rung != rungs[:, None]).astype(np.float64)
+    arms = len(cells.arms)
+    for arm in range(arms):
+        own = cells.rows.arm == arm
+        per_arm = family.size(arms) / arms if arms > 1 else family.size(1)
+        if np.any(weights[:, own].sum(axis=1) < max(2.0, per_arm)):
+            return None
+    if len(rungs) - 1 < 2 + family.has_floor:
+        return None
+    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-11)
+    errors = []
+    for row, rung in enumerate(rungs):
+        log_prediction = predict(fitted.problem, found.theta[row][None])[0][0]
+        errors.append((np.log(cells.rows.loss) - log_prediction)[cells.rung == rung])
+    return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))

@@ -1,0 +1,74 @@
+"""Training curves: loss against tokens, one panel a rung, all arms over each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures.style import look, new_figure, plain_log_axis, styled
+from analysis.solve import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = 6
+
+
+def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
+    """Training loss as thin lines, held-out loss as points, for the largest rungs.
+
+    Args:
+        curves: Columns arm, rung, run, tokens, train_loss, validation_loss; loss in nats per token.
+        arms: The study's arms, which give the looks.
+    """
+    curves = curves[curves["arm"].isin(arms)]
+    longest = curves.groupby("rung", sort=False)["flops" if "flops" in curves else "tokens"].max()
+    rungs = list(longest.sort_values(kind="stable").index[-PANELS:])
+    columns = min(len(rungs), 3)
+    lines = -(-len(rungs) // columns)
+    with styled():
+        figure = new_figure(2.5 * columns + 0.5, 2.1 * lines + 0.3)
+        grid = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+        for axes, rung in zip(grid, rungs, strict=False):
+            part = curves[curves["rung"] == rung]
+            values = []
+            for arm in arms:
+                dress = look(arms, arm)
+                for at, (_, run) in enumerate(part[part["arm"] == arm].groupby("run", sort=True)):
+                    run = run.sort_values("tokens", kind="stable")
+                    train = run[run["train_loss"].notna()]
+                    axes.plot(train["tokens"], train["train_loss"], color=dress.colour, linewidth=0.7, alpha=0.7)
+                    held = run[run["validation_loss"].notna()]
+                    axes.plot(
+                        held["tokens"],
+                        held["validation_loss"],
+                        linestyle="",
+                        marker=dress.marker,
+                        markersize=3.5,
+                        color=dress.colour,
+                        label=arm if at == 0 else None,
+                    )
+                    values += [train["train_loss"].to_numpy(), held["validation_loss"].to_numpy()]
+            _scale(axes, part, np.concatenate([*values, np.array([])]))
+            axes.set_title(str(rung), loc="left")
+        for axes in grid[len(rungs) :]:
+            axes.set_visible(False)
+        grid[0].legend(loc="upper right")
+        figure.supxlabel("tokens", fontsize=9)
+        figure.supylabel("loss (nats per token)", fontsize=9)
+    return figure
+
+
+def _scale(axes: Axes, part: pd.DataFrame, values: Array) -> None:
+    tokens = part["tokens"].to_numpy(dtype=np.float64)
+    tokens = tokens[tokens > 0]
+    if len(tokens) and len(values):
+        right, left = tokens.max() * 1.1, max(tokens.min(), tokens.max() / 50) * 0.9
+        axes.set_xlim(left, right)
+        top = float(np.quantile(values, 0.98))
+        bottom = float(values.min())
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
+        plain_log_axis(axes, "x", span=right / left, small=True)

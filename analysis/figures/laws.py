@@ -1,0 +1,134 @@
+"""Loss against compute: the runs, their laws, and what the laws leave over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.match import compute_law
+from analysis.study import Comparison, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparison | None = None) -> Figure:
+    """Runs of a comparison's two arms with their laws, and the residuals below.
+
+    Args:
+        study: Gives every arm its look.
+        frame: The checked table; only rows that the fits used are drawn.
+        comparison: Which pair; the first when not given.
+    """
+    comparison = comparison or study.comparisons[0]
+    with styled():
+        figure = new_figure(5.6, 4.6)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
+        label, factor = compute_label(max(fit.compute_range[1] for fit in comparison.fits.values()))
+        for arm in comparison.fits:
+            _draw_arm(study, frame, comparison, arm, upper, lower, factor)
+        _arrow(comparison, upper, factor)
+        lows = [min(fit.compute_range[0] for fit in comparison.fits.values())]
+        highs = [fit.compute_range[1] for fit in comparison.fits.values()]
+        highs += [comparison.rungs[-1].baseline_compute] if comparison.rungs else []
+        left, right = lows[0] / 1.5 * factor, min(max(highs), 6 * max(highs[:2])) * 1.6 * factor
+        upper.set_xlim(left, right)
+        losses = [value for fit in comparison.fits.values() for value in fit.loss_range]
+        laws = [compute_law(fit.law).loss(right / factor) for fit in comparison.fits.values()]
+        bottom, top = min([*losses, *laws]) * 0.99, max(losses) * 1.015
+        upper.set_ylim(bottom, top)
+        plain_log_axis(upper, "x", span=right / left)
+        plain_log_axis(upper, "y", span=top / bottom)
+        upper.set_ylabel("loss (nats per token)")
+        upper.legend(loc="upper right")
+        lower.axhline(0.0, color=MUTED, linewidth=0.7)
+        lower.set_ylabel("residual (%)")
+        lower.set_xlabel(label)
+        plain_log_axis(lower, "x", span=right / left)
+    return figure
+
+
+def _draw_arm(
+    study: Study, frame: pd.DataFrame, comparison: Comparison, arm: str, upper: Axes, lower: Axes, factor: float
+) -> None:
+    from analysis.summary import law_math
+
+    fit, band, dress = comparison.fits[arm], comparison.bands[arm], look(study.arms, arm)
+    used = frame.loc[[row - 1 for row in fit.rows]]
+    compute = used["flops"].to_numpy(dtype=np.float64) / 8.64e19
+    many = len(used) > 60
+    size = 3.0 if many else 5.0
+    upper.plot(
+        compute * factor,
+        used["loss"],
+        linestyle="",
+        marker=dress.marker,
+        markersize=size,
+        color=dress.colour,
+        alpha=0.5 if many else 1.0,
+        markeredgewidth=0.0 if many else 0.5,
+        markeredgecolor="white",
+        zorder=3,
+        rasterized=len(used) > 2000,
+    )
+    x = np.array(band.compute)
+    upper.fill_between(x * factor, band.low, band.high, color=dress.colour, alpha=0.13, linewidth=0.0)
+    low, high = fit.compute_range
+    dense = np.geomspace(low, high, 60)
+    upper.plot(
+        dense * factor,
+        compute_law(fit.law).loss(dense),
+        color=dress.colour,
+        linewidth=1.4,
+    )
+    upper.plot(
+        [],
+        [],
+        color=dress.colour,
+        linewidth=1.4,
+        marker=dress.marker,
+        markersize=5.0,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        label=f"{arm}: {law_math(compute_law(fit.law))}",
+    )
+    for side in (x[x <= low], x[x >= high]):
+        edge = np.sort(np.append(side, low if len(side) and side[0] < low else high))
+        upper.plot(edge * factor, compute_law(fit.law).loss(edge), color=dress.colour, linewidth=1.1, dashes=BEYOND)
+    lower.plot(
+        compute * factor,
+        100.0 * (np.exp(fit.residuals) - 1.0),
+        linestyle="" if many else ":",
+        linewidth=0.8,
+        marker=dress.marker,
+        markersize=size - 1.0,
+        color=dress.colour,
+        alpha=0.5 if many else 1.0,
+        rasterized=len(used) > 2000,
+    )
+
+
+def _arrow(comparison: Comparison, axes: Axes, factor: float) -> None:
+    point = comparison.headline
+    ends = [point.challenger_compute * factor, point.baseline_compute * factor]
+    axes.annotate(
+        "",
+        xy=(ends[0], point.loss),
+        xytext=(ends[1], point.loss),
+        arrowprops={"arrowstyle": "-|>", "color": "#222222", "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
+        zorder=4,
+    )
+    interval = "" if point.low is None or point.high is None else f" [{point.low:.3g}, {point.high:.3g}]"
+    axes.annotate(
+        f"×{point.ratio:.3g}{interval} FLOPs",
+        xy=(min(ends), point.loss),
+        xytext=(-4, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8.0,
+    )

@@ -1,0 +1,82 @@
+"""The match ratio as a curve, greyed where a law is beyond its runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.study import Comparison, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def ratio_curve(study: Study) -> Figure:
+    """Challenger over baseline compute at equal loss against the baseline's compute, one curve a challenger."""
+    with styled():
+        figure = new_figure(5.6, 3.4)
+        axes = figure.subplots()
+        largest = max(comparison.headline.baseline_compute for comparison in study.comparisons)
+        label, factor = compute_label(largest)
+        shown = [_draw(study, comparison, axes, factor) for comparison in study.comparisons]
+        left, right = min(s[0] for s in shown), max(s[1] for s in shown)
+        bottom, top = min(s[2] for s in shown), max(s[3] for s in shown)
+        axes.axhline(1.0, color=MUTED, linewidth=0.8)
+        axes.set_xlim(left, right)
+        bottom, top = min(bottom / 1.06, 0.97), max(top * 1.06, 1.03)
+        axes.set_ylim(bottom, top)
+        plain_log_axis(axes, "x", span=right / left)
+        plain_log_axis(axes, "y", span=top / bottom)
+        axes.set_xlabel(f"{study.baseline}'s {label}")
+        axes.set_ylabel("FLOPs to match the loss,\nrelative to " + study.baseline)
+        axes.legend(loc="best")
+    return figure
+
+
+def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tuple[float, float, float, float]:
+    dress = look(study.arms, comparison.challenger)
+    points = comparison.curve
+    x = np.array([point.baseline_compute for point in points]) * factor
+    ratio = np.array([point.ratio for point in points])
+    low = np.array([np.nan if point.low is None else point.low for point in points])
+    high = np.array([np.nan if point.high is None else point.high for point in points])
+    inside = np.array([point.support == "interpolated" for point in points])
+    edges = inside | np.roll(inside, 1) | np.roll(inside, -1)
+    axes.fill_between(x, low, high, where=np.isfinite(low), color=MUTED, alpha=0.13, linewidth=0.0)
+    axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
+    axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=BEYOND)
+    axes.plot(
+        x[inside],
+        ratio[inside],
+        color=dress.colour,
+        linewidth=1.8,
+        label=f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)",
+    )
+    head = comparison.headline
+    axes.plot(
+        [head.baseline_compute * factor],
+        [head.ratio],
+        linestyle="",
+        marker=dress.marker,
+        color=dress.colour,
+        markersize=6,
+        markeredgecolor="white",
+        zorder=4,
+    )
+    axes.annotate(
+        f"{head.ratio:.3g}",
+        xy=(head.baseline_compute * factor, head.ratio),
+        xytext=(5, -11),
+        textcoords="offset points",
+        color=dress.colour,
+        fontsize=8.5,
+        fontweight="bold",
+    )
+    near = ratio[inside] if inside.any() else np.array([head.ratio])
+    band = np.concatenate([low[inside], high[inside]]) if inside.any() else np.array([])
+    band = band[np.isfinite(band)]
+    ends = np.concatenate([near, band.clip(near.min() / 4, near.max() * 4), [head.ratio]])
+    return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()

@@ -1,0 +1,290 @@
+"""A law fitted to runs: the value, what it was fitted to, and a certificate that it is the minimum.
+
+Peers report success on answers that are not minima (the residual error of default tolerances, one start, a mean in
+place of a sum). A fit here says how it was made, how many starts agree, and how far from stationary the answer is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from analysis.design import Design, Rows, Sharing, design
+from analysis.laws import LAWS, Law, LawForm
+from analysis.solve import Array, Problem, Solution, Space, minimise, objective, predict, residuals
+from scaling.errors import Refusal, unknown_name
+from scaling.spec import Strict
+
+Status = Literal["converged", "at_bound", "not_identified", "failed"]
+LossFunction = Literal["least-squares", "huber", "absolute"]
+
+HUBER_DELTA = 1e-3
+"""On log loss: the field's convention for surfaces (Hoffmann et al. 2022, sec. D.2)."""
+
+
+class Objective(Strict, frozen=True):
+    """What a fit minimises, summed over rows."""
+
+    function: LossFunction = "least-squares"
+    space: Space = "log"
+    """Residuals of ln loss, or of the loss itself in nats."""
+    delta: float | None = None
+    """Huber's threshold in units of the residual."""
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold without Huber and Huber without a threshold."""
+        if (self.function == "huber") != (self.delta is not None):
+            raise Refusal(
+                f'the loss function "{self.function}" {"needs" if self.function == "huber" else "does not take"} a '
+                f"delta; give one with huber alone, {HUBER_DELTA:g} on log loss being the field's."
+            )
+
+    def describe(self) -> str:
+        """The words a caption uses."""
+        names = {"least-squares": "least squares", "absolute": "least absolute deviations"}
+        name = names.get(self.function, f"Huber, delta {self.delta:g}," if self.delta else "")
+        return f"{name} on {'log loss' if self.space == 'log' else 'loss'}"
+
+
+LEAST_SQUARES = Objective(function="least-squares", space="loss")
+"""Unweighted, in loss space: what Moonlight's drawn lines are."""
+HUBER = Objective(function="huber", space="log", delta=HUBER_DELTA)
+
+
+class Certificate(Strict, frozen=True):
+    """Evidence that an answer is the minimum."""
+
+    objective: float
+    """Sum over rows."""
+    gradient: float
+    """Largest component in centred parameters, per row and relative to the root of the objective."""
+    gap: float
+    """What one more Newton step promises to gain, relative to the objective."""
+    starts: int
+    agreeing: float
+    """Share of the starts that ended within 1e-6 of the lowest objective."""
+    iterations: int
+
+
+class LeftOut(Strict, frozen=True):
+    """A row that a fit did not use."""
+
+    row: int
+    """First data row of the table is 1."""
+    arm: str
+    reason: str
+
+
+class Fit(Strict, frozen=True):
+    """A law fitted to one arm."""
+
+    arm: str
+    form: str
+    """Row of ``analysis.laws.LAWS``."""
+    law: Law
+    objective: Objective
+    status: Status
+    remark: str
+    """Why the status is what it is, in a sentence; empty where it converged."""
+    certificate: Certificate
+    points: int
+    rows: list[int]
+    """Rows of the table that were used; the first data row is 1."""
+    residuals: list[float]
+    """ln(observed / fitted), in the order of `rows`."""
+    compute_range: tuple[float, float]
+    """Least and greatest compute of the points, PFLOP/s-days."""
+    loss_range: tuple[float, float]
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the log residuals: a typical relative error of the loss."""
+        return float(np.sqrt(np.mean(np.square(self.residuals))))
+
+
+class Fitted(NamedTuple):
+    """The inside of a fit, for intervals: design, problem, minimum."""
+
+    design: Design
+    problem: Problem
+    theta: Array
+    certificate: Certificate
+
+    def law(self, arm: int = 0, theta: Array | None = None) -> Law:
+        """The law of one arm."""
+        return self.design.law(self.theta if theta is None else theta, arm)
+
+    def log_residuals(self) -> Array:
+        """ln(observed / fitted) of every row."""
+        return np.asarray(np.log(self.problem.loss) - predict(self.problem, self.theta[None])[0][0])
+
+
+def form_named(name: str) -> LawForm:
+    """The row of `LAWS`.
+
+    Raises:
+        Refusal: There is none.
+    """
+    if name not in LAWS:
+        raise Refusal(unknown_name("law", name, LAWS))
+    return LAWS[name]
+
+
+def solve(
+    form: LawForm,
+    rows: Rows,
+    objective_: Objective,
+    *,
+    arms: int = 1,
+    sharing: Sharing | None = None,
+    best_of: int | None = None,
+) -> Fitted:
+    """The global minimum of a form, or of a family over arms.
+
+    Args:
+        form: Terms of the law.
+        rows: What is fitted.
+        objective_: Loss function and space.
+        arms: How many arms the rows number.
+        sharing: What the arms share; nothing when not given.
+        best_of: Follow only so many of the starts, the lowest; all when not given.
+    """
+    plan = design(form, rows, arms=arms, sharing=sharing)
+    delta = {"huber": objective_.delta, "least-squares": None, "absolute": HUBER_DELTA}[objective_.function]
+    problem = plan.problem(rows, space=objective_.space, delta=delta)
+    starts = plan.starts(rows)
+    if best_of is not None and best_of < len(starts):
+        starts = starts[np.argsort(objective(problem, starts), kind="stable")[:best_of]]
+    found = minimise(problem, starts)
+    best = int(np.nanargmin(found.objective))
+    theta, certificate = found.theta[best], _certificate(found, best)
+    if objective_.function == "absolute":
+        from analysis.absolute import least_absolute
+
+        theta, certificate = least_absolute(problem, theta, certificate)
+    return Fitted(plan, problem, theta, certificate)
+
+
+def _certificate(found: Solution, best: int) -> Certificate:
+    lowest = float(found.objective[best])
+    agreeing = np.mean(found.objective <= lowest * (1.0 + 1e-6) + 1e-18)
+    return Certificate(
+        objective=lowest,
+        gradient=float(found.gradient[best]),
+        gap=float(found.gap[best]),
+        starts=len(found.objective),
+        agreeing=float(agreeing),
+        iterations=found.iterations,
+    )
+
+
+def fit_law(
+    name: str,
+    rows: Rows,
+    *,
+    arm: str,
+    numbers: list[int] | None = None,
+    objective: Objective | None = None,
+    best_of: int | None = None,
+) -> Fit:
+    """A form of `LAWS` fitted to the runs of one arm.
+
+    Args:
+        name: Row of `LAWS`.
+        rows: Runs of one arm.
+        arm: Its name, for the answer.
+        numbers: Row numbers in the table; 1, 2, ... when not given.
+        objective: Least squares in loss space for laws of compute, Huber on log loss for the surface.
+        best_of: Follow only so many starts.
+
+    Raises:
+        Refusal: There is no such form, or there are fewer runs than parameters.
+    """
+    form = form_named(name)
+    rows = rows._replace(arm=np.zeros(len(rows.loss), dtype=np.intp))
+    if len(rows.loss) < form.size:
+        raise Refusal(
+            f"{arm}: {len(rows.loss)} runs, and {form.label} has {form.size} parameters. Fit a law with fewer "
+            "(power has 2), or finish more runs."
+        )
+    objective = objective or (HUBER if name == "surface" else LEAST_SQUARES)
+    fitted = solve(form, rows, objective, best_of=best_of)
+    return describe(fitted, name, rows, arm=arm, numbers=numbers, objective=objective)
+
+
+def describe(
+    fitted: Fitted,
+    name: str,
+    rows: Rows,
+    *,
+    arm: str,
+    number: int = 0,
+    numbers: list[int] | None = None,
+    objective: Objective,
+) -> Fit:
+    """The public value of one arm of a fitted design."""
+    from scaling.units import pflops_days
+
+    own = np.flatnonzero(rows.arm == number)
+    numbers = numbers if numbers is not None else [int(row) + 1 for row in own]
+    status, remark = judge(fitted, name)
+    flops, loss = rows.columns["flops"][own], rows.loss[own]
+    return Fit(
+        arm=arm,
+        form=name,
+        law=fitted.law(number),
+        objective=objective,
+        status=status,
+        remark=f"{arm}: {remark}" if remark else "",
+        certificate=fitted.certificate,
+        points=len(own),
+        rows=numbers,
+        residuals=[float(value) for value in fitted.log_residuals()[own]],
+        compute_range=(pflops_days(float(flops.min())), pflops_days(float(flops.max()))),
+        loss_range=(float(loss.min()), float(loss.max())),
+    )
+
+
+def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
+    """Whether an answer is one, and a sentence where it is not."""
+    plan, problem, theta = fitted.design, fitted.problem, fitted.theta
+    exponents = np.array([value for slot, value in zip(plan.slots, theta, strict=True) if slot.column])
+    if not np.all(np.isfinite(theta)):
+        return "failed", "the search left the numbers that can be represented; no law of this form fits."
+    if fitted.certificate.gap > 1e-6:
+        return "failed", f"the search stopped {fitted.certificate.gap:.1g} of the objective above a minimum."
+    if np.any(exponents <= 0.0):
+        worst = float(exponents.min())
+        return "at_bound", f"an exponent is {worst:.3g}: loss does not fall with it, so the law predicts nothing."
+    floor = [j for j, slot in enumerate(plan.slots) if slot.column is None and not plan.form.terms[slot.term]]
+    if any(np.exp(theta[j]) < 1e-4 * problem.loss.min() for j in floor):
+        return "at_bound", "the floor ends at 0: these runs ask for none. Use the law without a floor."
+    if floor:
+        from analysis.identify import floor_range
+
+        low, high = floor_range(fitted, floor[0])
+        if low <= 0.0 and name == "power-floor":
+            return "not_identified", (
+                f"floors from 0 to {high:.2f} nats fit these {len(problem.loss)} runs equally well "
+                "(95 %); neither floor nor exponent is identified."
+            )
+    return "converged", ""
+
+
+__all__ = [
+    "HUBER",
+    "LEAST_SQUARES",
+    "Certificate",
+    "Fit",
+    "Fitted",
+    "LeftOut",
+    "Objective",
+    "Status",
+    "describe",
+    "fit_law",
+    "form_named",
+    "judge",
+    "residuals",
+    "solve",
+]

@@ -1,0 +1,195 @@
+"""A study as text for the terminal: laws, ratio with its interval, the paper's arrow, and plain sentences."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from analysis.definitions import ARROW
+from analysis.fit import Fit
+from analysis.laws import Law, LossSurface, PowerLaw
+from analysis.match import MatchRatio
+from analysis.reference import MOONLIGHT_ARROW
+from analysis.study import Comparison, Study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PAPER = 0.52
+"""Moonlight's "about 52 %" of the FLOPs (arXiv:2502.16982, sec. 3.2)."""
+
+
+def law_text(law: Law) -> str:
+    """A law as a formula with four to five digits."""
+    if isinstance(law, LossSurface):
+        return f"{law.E:.4g} + {law.A:.5g} N^-{law.alpha:.4f} + {law.B:.5g} D^-{law.beta:.4f}"
+    power = f"{law.scale:.4g} C^-{law.exponent:.5f}"
+    return f"{law.floor:.4g} + {power}" if law.floor else power
+
+
+def law_math(law: PowerLaw) -> str:
+    """A law of compute for a figure's legend."""
+    power = rf"{law.scale:.4g}\,C^{{-{law.exponent:.4f}}}"
+    return f"${law.floor:.3g} + {power}$" if law.floor else f"${power}$"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """``0.45 to 0.55``, or why there is none."""
+    return "no interval" if low is None or high is None else f"{ratio_text(low)} to {ratio_text(high)}"
+
+
+def ratio_text(value: float) -> str:
+    """A ratio with three digits, whatever its size."""
+    if not math.isfinite(value):
+        return "unbounded"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 0.0995 <= value < 10 else f"{value:.3g}"
+
+
+def show(study: Study, console: Console | None = None) -> None:
+    """Print the study."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{study.table}[/bold]", markup=True)
+    table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
+    for title in ("arm", "law (C in PFLOP/s-days)", "runs", "error", "fit"):
+        table.add_column(title, justify="right" if title in ("runs", "error") else "left")
+    for fit in study.fits.values():
+        table.add_row(fit.arm, law_text(fit.law), str(fit.points), f"{fit.rms:.2%}", fit.status.replace("_", " "))
+    console.print(table)
+    for comparison in study.comparisons:
+        _show_comparison(study, comparison, console)
+    for line in left_out_text(study):
+        console.print(line, markup=False)
+
+
+def _show_comparison(study: Study, comparison: Comparison, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console.print(headline_text(comparison), style="bold", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in (
+        "loss",
+        f"C {comparison.baseline}",
+        f"C {comparison.challenger}",
+        "ratio",
+        "95 % interval",
+        "support",
+    ):
+        table.add_column(title, justify="left" if title in ("support", "95 % interval") else "right")
+    for point in sorted([*comparison.rungs, comparison.headline], key=lambda point: -point.loss):
+        style = None if point.support == "interpolated" else "dim"
+        table.add_row(*_cells_of(point), style=style)
+    console.print(table)
+    for line in explanation(study, comparison):
+        console.print(line, markup=False)
+    console.print()
+
+
+def _cells_of(point: MatchRatio) -> tuple[str, ...]:
+    return (
+        f"{point.loss:.4f}",
+        f"{point.baseline_compute:.4g}",
+        f"{point.challenger_compute:.4g}",
+        ratio_text(point.ratio),
+        interval_text(point.low, point.high),
+        point.support,
+    )
+
+
+def headline_text(comparison: Comparison) -> str:
+    """The answer in one sentence."""
+    point = comparison.headline
+    interval = "" if point.low is None else f" (95 % interval {interval_text(point.low, point.high)})"
+    where = {
+        "interpolated": "the lowest loss that the runs of both arms reach",
+        "half-extrapolated": "a loss that one arm's runs do not reach: half-extrapolated",
+        "extrapolated": "a loss that neither arm's runs reach: extrapolated",
+    }[point.support]
+    return (
+        f"{comparison.challenger} needs {ratio_text(point.ratio)} times the FLOPs of {comparison.baseline}{interval} "
+        f"at loss {point.loss:.3f}, {where}."
+    )
+
+
+def explanation(study: Study, comparison: Comparison) -> list[str]:
+    """What a reader must know beside the headline, a sentence or two each."""
+    lines = [f"Law: {comparison.family}, {_label(comparison)}; {comparison.reason}."]
+    lines.append(f"Interval: {comparison.interval}.")
+    if any(point.support != "interpolated" for point in comparison.rungs):
+        lines.append(
+            "Values marked extrapolated rest on a law beyond the runs it was fitted to: nobody has trained there, and "
+            "laws that agree inside the data part outside."
+        )
+    spread = [model for model in comparison.models if model.ratio is not None]
+    if len(spread) > 1:
+        low, high = min(spread, key=lambda m: m.ratio or 0.0), max(spread, key=lambda m: m.ratio or 0.0)
+        lines.append(
+            f"Other laws at the same loss: {ratio_text(low.ratio or 0.0)} ({low.family}) to "
+            f"{ratio_text(high.ratio or 0.0)} ({high.family}); this spread is not in the interval."
+        )
+    line = comparison.difference
+    if line is not None and line.p < 0.05 and study.design == "ladder":
+        trend = "shrinks" if line.slope * line.level < 0 else "grows"
+        lines.append(
+            f"The advantage {trend} with compute inside these runs (p = {line.p:.2g}, paired t test on "
+            f"{line.cells} cells); one number hides that."
+        )
+    for found in comparison.definitions:
+        if found.name == ARROW:
+            published = f" Moonlight prints {MOONLIGHT_ARROW}." if study.table.startswith("Moonlight") else ""
+            lines.append(
+                f"The paper's arrow (one pair of runs at the largest compute, {comparison.baseline}'s exponent): "
+                f"{found.ratio:.5f}, {found.support}.{published}"
+            )
+    lines += unlike_the_paper(comparison)
+    return lines + comparison.remarks
+
+
+def unlike_the_paper(comparison: Comparison) -> list[str]:
+    """A plain sentence when Muon against AdamW comes out nothing like the published 0.52."""
+    ratio = comparison.headline.ratio
+    names = {comparison.baseline.lower(), comparison.challenger.lower()}
+    published = PAPER if comparison.baseline.lower() == "adamw" else 1.0 / PAPER
+    if not ({"adamw", "muon"} <= names) or 0.8 < ratio / published < 1.25:
+        return []
+    compute = max(comparison.headline.baseline_compute, comparison.headline.challenger_compute)
+    text = f"This is not Moonlight's {published:.2f}, and was not expected to be"
+    if compute < 1e-2:
+        return [
+            f"{text}: these runs spend at most {compute * 8.64e19:.2g} FLOPs where the paper's spend 1.8e19 to 3.5e20. "
+            "With few steps and narrow layers the ratio measures how fast an optimizer gets started; it says nothing "
+            "about the scale at which models are trained."
+        ]
+    return [f"{text} unless model, data and tuning are the paper's: the ratio belongs to the set-up, not to the name."]
+
+
+def left_out_text(study: Study) -> list[str]:
+    """The rows that were not used, with the reasons."""
+    if not study.left_out:
+        return []
+    lines = [f"Left out of the fits: {len(study.left_out)} entries."]
+    lines += [f"  row {out.row} ({out.arm}): {out.reason}" for out in study.left_out[:10]]
+    return lines + ([f"  and {len(study.left_out) - 10} more in fits.json"] if len(study.left_out) > 10 else [])
+
+
+def _label(comparison: Comparison) -> str:
+    from analysis.families import FAMILIES
+
+    return FAMILIES[comparison.family].label
+
+
+def fit_text(fit: Fit) -> str:
+    """One arm's law in two lines."""
+    certificate = fit.certificate
+    return (
+        f"{fit.arm}: L = {law_text(fit.law)}\n"
+        f"  {fit.points} runs, {fit.objective.describe()}, {fit.status.replace('_', ' ')}; "
+        f"{certificate.agreeing:.0%} of {certificate.starts} starts agree, gap {certificate.gap:.1g}, "
+        f"root mean square error {fit.rms:.2%}." + (f"\n  {fit.remark}" if fit.remark else "")
+    )

@@ -1,0 +1,137 @@
+"""Tables that cannot carry a fit are refused in one sentence that names table, column, row and remedy."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import ADAMW, MUON, ladder
+
+from analysis.load import TableError, check_table, read_table
+from analysis.study import fit_table
+from scaling.errors import Refusal
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return ladder({"adamw": ADAMW, "muon": MUON})
+
+
+def refusal(frame: pd.DataFrame, **options: object) -> str:
+    with pytest.raises(Refusal) as caught:
+        fit_table(check_table(frame, "runs.csv", **options))  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_a_missing_column_names_it_and_what_looks_like_it(table: pd.DataFrame) -> None:
+    text = refusal(table.rename(columns={"arm": "optimizer"}))
+    assert "column arm is missing" in text
+    assert '"optimizer" looks like arm' in text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite(table: pd.DataFrame, value: float) -> None:
+    table.loc[3, "loss"] = value
+    assert "runs.csv, column loss, row 4" in refusal(table)
+
+
+def test_ten_thousand_nan() -> None:
+    many = ladder({"adamw": ADAMW, "muon": MUON}, rungs=5000).assign(loss=np.nan)
+    assert "9,999 more rows" in refusal(many)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e18])
+def test_compute_that_is_not_positive(table: pd.DataFrame, value: float) -> None:
+    table.loc[2, "flops"] = value
+    assert "column flops, row 3: found" in refusal(table)
+
+
+def test_text_in_place_of_a_number(table: pd.DataFrame) -> None:
+    frame = table.astype({"params": object})
+    frame.loc[0, "params"] = "125M"
+    assert "column params, row 1: found '125M'" in refusal(frame)
+
+
+def test_flops_that_contradict_a_label(table: pd.DataFrame) -> None:
+    table.loc[0, "params"] *= 399 / 339
+    text = refusal(table)
+    assert "column flops, row 1 of arm adamw" in text
+    assert "label" in text
+
+
+def test_a_strict_convention_refuses_another_count(table: pd.DataFrame) -> None:
+    assert "6 * params * tokens" in refusal(table.assign(flops=table["flops"] * 1.3), convention="6nd")
+
+
+def test_a_consistent_other_count_is_taken_as_it_is(table: pd.DataFrame) -> None:
+    counted = table.assign(flops=table["flops"] * (1.0 + 0.5 * (table["params"] / 1e7) ** -0.2))
+    assert fit_table(check_table(counted)).comparisons[0].headline.ratio < 1.0
+
+
+def test_two_rungs(table: pd.DataFrame) -> None:
+    assert "2 distinct computes" in refusal(table.iloc[:4])
+
+
+def test_one_arm(table: pd.DataFrame) -> None:
+    assert "one arm alone" in refusal(table[table["arm"] == "muon"])
+
+
+def test_equal_losses(table: pd.DataFrame) -> None:
+    assert "a loss that falls with compute" in refusal(table.assign(loss=2.5))
+
+
+def test_rising_loss(table: pd.DataFrame) -> None:
+    assert "does not fall with compute" in refusal(table.assign(loss=table["loss"].to_numpy()[::-1]))
+
+
+def test_arms_without_a_common_loss(table: pd.DataFrame) -> None:
+    table.loc[table["arm"] == "muon", "loss"] *= 0.3
+    assert "no loss in common" in refusal(table)
+    assert fit_table(check_table(table), extrapolate=True).comparisons[0].headline.support != "interpolated"
+
+
+def test_an_unnamed_baseline(table: pd.DataFrame) -> None:
+    assert "--baseline sgd" in refusal(table.replace({"arm": {"adamw": "sgd"}}))
+
+
+def test_a_misspelt_baseline(table: pd.DataFrame) -> None:
+    with pytest.raises(Refusal, match='did you mean "adamw"'):
+        fit_table(table, baseline="adam")
+
+
+def test_a_diverged_run_is_left_out_by_name(table: pd.DataFrame) -> None:
+    table["status"] = "finished"
+    table["reason"] = ""
+    table.loc[0, ["status", "reason"]] = ["diverged", "loss not finite at step 40"]
+    table.loc[0, "loss"] = np.nan
+    study = fit_table(check_table(table))
+    assert [(out.row, out.reason) for out in study.left_out] == [(1, "diverged: loss not finite at step 40")]
+    assert study.fits["adamw"].points == 4
+
+
+def test_a_row_that_stands_twice_counts_once(table: pd.DataFrame) -> None:
+    twice = pd.concat([table, table], ignore_index=True)
+    assert fit_table(check_table(twice)).comparisons == fit_table(check_table(table)).comparisons
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "tsv"])
+def test_what_is_written_is_read(table: pd.DataFrame, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"runs.{suffix}"
+    if suffix == "parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    assert fit_table(read_table(path)).comparisons == fit_table(check_table(table)).comparisons
+
+
+@pytest.mark.parametrize("content", ["", "arm;params\n", "\x00\x01binary"])
+def test_a_file_that_is_no_table(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(content)
+    with pytest.raises(TableError, match=r"runs\.csv"):
+        read_table(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no such file"):
+        read_table(tmp_path / "nowhere.csv")

@@ -1,0 +1,104 @@
+"""The published study from its ten points: what a fit must give back before it is believed on anything else."""
+
+import numpy as np
+import pytest
+
+from analysis.definitions import ARROW
+from analysis.match import at_loss
+from analysis.reference import (
+    MOONLIGHT_BATCH,
+    MOONLIGHT_LINES,
+    MOONLIGHT_LOSSES,
+    MOONLIGHT_PARAMS,
+    MOONLIGHT_READ,
+    moonlight_table,
+)
+from analysis.study import Study, fit_table, read_study, write_study
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return fit_table(moonlight_table())
+
+
+@pytest.mark.parametrize("arm", MOONLIGHT_LINES)
+def test_lines_are_the_drawn_ones(study: Study, arm: str) -> None:
+    assert study.fits[arm].law.scale == pytest.approx(MOONLIGHT_LINES[arm].scale, rel=1e-5)
+    assert study.fits[arm].law.exponent == pytest.approx(MOONLIGHT_LINES[arm].exponent, rel=1e-5)
+
+
+@pytest.mark.parametrize("arm", MOONLIGHT_READ)
+def test_reconciled_losses_round_to_the_readings(arm: str) -> None:
+    assert np.round(MOONLIGHT_LOSSES[arm], 5).tolist() == list(MOONLIGHT_READ[arm])
+
+
+def test_readings_alone_give_the_lines_as_far_as_five_decimals_carry() -> None:
+    study = fit_table(moonlight_table(reconciled=False))
+    for arm, line in MOONLIGHT_LINES.items():
+        assert study.fits[arm].law.exponent == pytest.approx(line.exponent, rel=2.5e-5)
+
+
+def test_the_arrow_has_its_own_name(study: Study) -> None:
+    found = {definition.name: definition for definition in study.comparisons[0].definitions}
+    assert found[ARROW].ratio == pytest.approx(0.51878, abs=1e-4)
+    assert found[ARROW].support == "half-extrapolated"
+
+
+def test_ratio_at_the_challengers_runs(study: Study) -> None:
+    # Lines at C_muon = 0.21, 0.53, 1.18, 2.17, 4.04 PFLOP/s-days.
+    ratios = [point.ratio for point in study.comparisons[0].rungs]
+    assert ratios == pytest.approx([0.441, 0.464, 0.484, 0.500, 0.517], abs=1e-3)
+
+
+def test_headline_is_the_last_interpolated_point(study: Study) -> None:
+    headline = study.comparisons[0].headline
+    assert headline.support == "interpolated"
+    assert headline.baseline_compute == pytest.approx(4.0378, rel=1e-4)
+    assert headline.ratio == pytest.approx(0.498, abs=1e-3)
+
+
+def test_paired_interval_at_the_largest_muon_run(study: Study) -> None:
+    found = {definition.name: definition for definition in study.comparisons[0].definitions}
+    point = found["laws at the challenger's largest run"]
+    assert (point.low, point.high) == pytest.approx((0.498, 0.533), abs=3e-3)
+
+
+def test_one_shared_exponent(study: Study) -> None:
+    ratios = {model.family: model.ratio for model in study.comparisons[0].models}
+    assert ratios["parallel-lines"] == pytest.approx(0.468, abs=2e-3)
+    assert ratios["one-multiplier"] == pytest.approx(0.467, abs=2e-3)
+
+
+def test_advantage_shrinks_inside_the_data(study: Study) -> None:
+    line = study.comparisons[0].difference
+    assert line is not None
+    assert line.slope == pytest.approx(-0.0029, abs=1e-4)
+    assert (line.slope_high - line.slope_low) / 2 == pytest.approx(0.0011, abs=1e-4)
+    assert line.p == pytest.approx(0.004, abs=1e-3)
+    assert line.correlation == pytest.approx(0.996, abs=1e-3)
+
+
+def test_five_points_cannot_choose_a_floor() -> None:
+    from analysis.cells import select
+    from analysis.fit import fit_law
+
+    cells = select(moonlight_table(), ("muon",))
+    assert fit_law("power-floor", cells.rows, arm="muon").status == "not_identified"
+
+
+def test_tokens_are_whole_batches_up_to_the_middle_of_the_last_80_steps() -> None:
+    table = moonlight_table()
+    assert table["flops"].max() / 8.64e19 == pytest.approx(4.03777, rel=1e-5)
+    assert sorted(set(table["params"])) == sorted(MOONLIGHT_PARAMS)
+    assert len(MOONLIGHT_BATCH) == 5
+
+
+def test_a_study_is_read_back_as_it_was_written(study: Study, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    write_study(study, tmp_path / "fits.json")
+    assert read_study(tmp_path / "fits.json") == study
+
+
+def test_one_loss_gives_one_ratio(study: Study) -> None:
+    comparison = study.comparisons[0]
+    point = at_loss(comparison.fits["adamw"], comparison.fits["muon"], comparison.headline.loss)
+    assert point.ratio == comparison.headline.ratio
