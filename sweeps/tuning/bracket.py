@@ -98,14 +98,19 @@ def brackets(
                 optimum=value(float(optimum)),
                 low=None if interval[0] is None else value(interval[0]),
                 high=None if interval[1] is None else value(interval[1]),
-                range_low=value(low),
-                range_high=value(high),
-                searched_low=value(float(here.min())),
-                searched_high=value(float(here.max())),
+                range_low=_tidy(value(low)),
+                range_high=_tidy(value(high)),
+                searched_low=_tidy(value(float(here.min()))),
+                searched_high=_tidy(value(float(here.max()))),
                 curvature=curvature,
             )
         )
     return tuple(found)
+
+
+def _tidy(value: float) -> float:
+    """Without the last digits that going to a scale and back has changed."""
+    return float(f"{value:.10g}")
 
 
 def _edge(position: float, low: float, high: float) -> Verdict | None:
@@ -156,11 +161,11 @@ def _vertices(positions: Array, losses: Array, spans: Array, rng: np.random.Gene
 
 def _huber(design: Array, y: Array, rounds: int = 30) -> tuple[Array, Array]:
     """Coefficients and final weights of an iteratively reweighted fit."""
-    weights = np.ones(len(y))
-    fit = np.zeros(design.shape[1])
+    weights: Array = np.ones(len(y))
+    fit: Array = np.zeros(design.shape[1])
     for _ in range(rounds):
         root = np.sqrt(weights)
-        fit = np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]
+        fit = np.asarray(np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0], dtype=np.float64)
         residuals = y - design @ fit
         scale = max(float(np.median(np.abs(residuals))) / 0.6745, 1e-12)
         weights = np.minimum(1.0, HUBER * scale / np.maximum(np.abs(residuals), 1e-300))

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 class Journal:
@@ -53,18 +52,18 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         return optuna.create_study(study_name=name, storage=self._open(), load_if_exists=True, direction="minimize")
 
-    def names(self) -> list[str]:
-        """Studies that are there."""
-        import optuna
-
-        return optuna.get_all_study_names(self._open()) if self.path.exists() else []
+    def set_aside(self) -> None:
+        """Keep the file under another name and begin a new one; call it while the journal is `held`."""
+        number = sum(1 for _ in self.path.parent.glob(f"{self.path.name}.aside-*")) + 1
+        self.path.rename(self.path.with_name(f"{self.path.name}.aside-{number}"))
+        self._storage = None
 
     def _open(self) -> JournalStorage:
         if self._storage is None:
             from optuna.storages import JournalStorage
-            from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+            from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-            class HeldAlready(BaseJournalFileLock):
+            class HeldAlready(JournalFileOpenLock):
                 """Optuna's own lock is a file that a killed process leaves behind; ours is held around it."""
 
                 def acquire(self) -> bool:
@@ -73,7 +72,7 @@ class Journal:
                 def release(self) -> None:
                     return None
 
-            self._storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=HeldAlready()))
+            self._storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=HeldAlready(str(self.path))))
         return self._storage
 
 
@@ -108,11 +107,22 @@ def add_running(study: Study, values: dict[str, float], distributions: dict[str,
     return number
 
 
-def tell(study: Study, trial: FrozenTrial, loss: float | None) -> None:
-    """Tell a running trial its loss; None fails it, so that another is asked in its place."""
+def tell(study: Study, number: int, loss: float | None, *, pruned_at: int | None = None) -> None:
+    """Tell a running trial its loss; None fails it, so that another is asked in its place.
+
+    Args:
+        study: The study.
+        number: The trial's.
+        loss: Held-out loss, nats per token.
+        pruned_at: Tokens of the smaller budget that it was left at; the loss is the one there.
+    """
     from optuna.trial import TrialState
 
     if loss is None:
-        study.tell(trial.number, state=TrialState.FAIL)
+        study.tell(number, state=TrialState.FAIL)
+    elif pruned_at is None:
+        study.tell(number, loss)
     else:
-        study.tell(trial.number, loss)
+        # One record, so that a kill cannot leave half of it: Optuna's own way writes the loss and the state apart.
+        trial = study.get_trials(deepcopy=False)[number]
+        study._storage.set_trial_state_values(trial._trial_id, state=TrialState.PRUNED, values=[loss])

@@ -26,6 +26,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     values: Values
     loss: float | None
+    """Of a pruned trial: at the budget where it was left."""
+    pruned: bool = False
 
 
 def _tpe(seed: int, startup: int) -> BaseSampler:
@@ -123,12 +125,15 @@ def _sampled(
         study = optuna.create_study(sampler=make(sampling.seed * 100_003 + index, 0))
         for trial in seen:
             shares: dict[str, Any] = {d.name: _place(d, trial.values[d.name]) for d in dimensions}
+            pruned = trial.pruned and trial.loss is not None
+            state = TrialState.PRUNED if pruned else TrialState.RUNNING if trial.loss is None else TrialState.COMPLETE
             study.add_trial(
                 create_trial(
-                    state=TrialState.RUNNING if trial.loss is None else TrialState.COMPLETE,
+                    state=state,
                     value=trial.loss,
                     params=shares,
                     distributions=space,
+                    intermediate_values={0: float(trial.loss)} if pruned and trial.loss is not None else None,
                 )
             )
         asked = study.ask(space).params

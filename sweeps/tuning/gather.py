@@ -1,0 +1,242 @@
+"""Studies and records -> tuning.json: settings, laws, transfer, and who spent what."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scaling.flops import count_parameters, train_flops
+from scaling.spec import RunSpec
+from sweeps.campaign import Campaign
+from sweeps.ladder import Rung
+from sweeps.plan import Plan
+from sweeps.tuning.budget import budget_rows
+from sweeps.tuning.facts import (
+    ArmFacts,
+    BudgetRow,
+    LawFacts,
+    NoiseRow,
+    StudyFacts,
+    TransferFacts,
+    TrialFacts,
+    Tuning,
+)
+from sweeps.tuning.space import Values
+from sweeps.tuning.study import RecordsOf, Study, Trial
+from sweeps.tuning.table import TuneTable
+from sweeps.tuning.transfer import Optimum, law, predict
+
+Told = list[tuple[Study, list[Trial]]]
+
+
+def study_facts(study: Study, trials: Sequence[Trial], *, wanted: int) -> StudyFacts:
+    """What one study did."""
+    rows, runs = [], {}
+    for trial in trials:
+        short = study.short_spec(trial.values)
+        small = study.records.of(short.id) if short else None
+        record = study.records.of(trial.run) if trial.state == "complete" else None
+        for found in (small, record):
+            if found is not None:
+                runs[found.spec.id] = train_flops(found.spec.shape, found.tokens)
+        diverged = trial.state == "complete" and record is not None and record.validation_loss is None
+        rows.append(
+            TrialFacts(
+                number=trial.number,
+                values=trial.values,
+                run=trial.run,
+                state={"complete": "diverged" if diverged else "finished"}.get(trial.state, trial.state),  # type: ignore[arg-type]
+                loss=record.validation_loss if record else None,
+                short_run=short.id if short else None,
+                short_loss=small.validation_loss if small else None,
+            )
+        )
+    finished = [row for row in rows if row.state == "finished" and row.loss is not None]
+    best = min(finished, key=lambda row: (row.loss or 0.0, row.number), default=None)
+    spec = study.template
+    count = {state: sum(row.state == state for row in rows) for state in ("diverged", "pruned", "failed")}
+    return StudyFacts(
+        arm=study.arm,
+        rung=study.rung,
+        optimizer=spec.optimizer.name,
+        params=count_parameters(spec.shape).blocks,
+        tokens=spec.budget.tokens,
+        flops=spec.budget.flops,
+        wanted=wanted,
+        told=sum(row.state in ("finished", "diverged", "pruned") for row in rows),
+        failed=count["failed"],
+        diverged=count["diverged"],
+        pruned=count["pruned"],
+        flops_spent=sum(runs.values()),
+        best_loss=best.loss if best else None,
+        best_run=best.run if best else None,
+        best_values=best.values if best else {},
+        brackets=study.brackets(trials),
+        trials=tuple(rows),
+        manifest=spec.data.manifest,
+        data_seed=spec.seed,
+        schedule=spec.schedule.kind,
+        held_out=study.held_out,
+    )
+
+
+def laws_of(told: Told, table: TuneTable) -> dict[str, tuple[LawFacts, ...]]:
+    """Of every arm, from its rungs that are not held out."""
+    found: dict[str, tuple[LawFacts, ...]] = {}
+    for arm in dict.fromkeys(study.arm for study, _ in told):
+        own = [(study, study.brackets(trials)) for study, trials in told if study.arm == arm and not study.held_out]
+        if not own or not all(judged for _, judged in own):
+            continue
+        found[arm] = tuple(
+            law(
+                dimension.name,
+                [
+                    Optimum(rung=study.rung, compute=float(study.template.budget.flops), bracket=judged[number])
+                    for study, judged in own
+                ],
+                seed=table.seed,
+                constant=table.law == "constant",
+            )
+            for number, dimension in enumerate(own[0][0].dimensions)
+        )
+    return found
+
+
+def predicted(laws: Sequence[LawFacts], study: Study, compute: float) -> Values:
+    """A setting by the arm's laws."""
+    return predict(laws, compute, study.dimensions, study.template.shape.context)
+
+
+def transfer_specs(told: Told, laws: dict[str, tuple[LawFacts, ...]]) -> list[tuple[Study, Values, RunSpec]]:
+    """At every held-out rung, the run where the law points."""
+    found = []
+    for study, _ in told:
+        if study.held_out and study.arm in laws:
+            values = predicted(laws[study.arm], study, float(study.template.budget.flops))
+            found.append((study, values, study.spec(values)))
+    return found
+
+
+def gather(campaign: Campaign, rungs: Sequence[Rung], told: Told, records: RecordsOf, *, final: Plan | None) -> Tuning:
+    """Everything that tuning.json says.
+
+    Args:
+        campaign: With its ``[tune]`` table.
+        rungs: All of the campaign.
+        told: Studies with their trials.
+        records: Of all runs.
+        final: The campaign's own plan where settings are known, for the noise over seeds.
+    """
+    table = campaign.tune
+    assert table is not None
+    facts = [study_facts(study, trials, wanted=study.trials) for study, trials in told]
+    done = bool(facts) and all(fact.told >= fact.wanted and fact.best_run is not None for fact in facts)
+    laws = laws_of(told, table) if done else {}
+    transfer = _transfer(told, laws, facts, records)
+    complete = done and all(row.predicted_loss is not None or records.of(row.run) is not None for row in transfer)
+    settings, sources = _settings(rungs, told, facts, laws) if done else ({}, {})
+    return Tuning(
+        campaign=campaign.name,
+        sampler=table.sampler,
+        sampler_seed=table.seed,
+        trials=max((study.trials for study, _ in told), default=table.trials),
+        in_flight=table.in_flight,
+        complete=complete,
+        studies=tuple(facts),
+        laws=laws,
+        transfer=tuple(transfer),
+        settings=settings if complete else {},
+        sources=sources if complete else {},  # type: ignore[arg-type]
+        arms=tuple(_arms(campaign, facts)),
+        budget=_budget(campaign, facts) if done else (),
+        noise=tuple(_noise(final, records)) if final is not None else (),
+    )
+
+
+def _transfer(
+    told: Told, laws: dict[str, tuple[LawFacts, ...]], facts: Sequence[StudyFacts], records: RecordsOf
+) -> list[TransferFacts]:
+    best = {(fact.arm, fact.rung): fact.best_loss for fact in facts}
+    rows = []
+    for study, values, spec in transfer_specs(told, laws):
+        record = records.of(spec.id)
+        loss, tuned = record.validation_loss if record else None, best[study.arm, study.rung]
+        regret = None if loss is None or tuned is None else loss - tuned
+        rows.append(
+            TransferFacts(
+                arm=study.arm,
+                rung=study.rung,
+                values=values,
+                run=spec.id,
+                predicted_loss=loss,
+                tuned_loss=tuned,
+                regret=regret,
+            )
+        )
+    return rows
+
+
+def _settings(
+    rungs: Sequence[Rung], told: Told, facts: Sequence[StudyFacts], laws: dict[str, tuple[LawFacts, ...]]
+) -> tuple[dict[str, dict[str, Values]], dict[str, dict[str, str]]]:
+    best = {(fact.arm, fact.rung): fact.best_values for fact in facts}
+    settings: dict[str, dict[str, Values]] = {}
+    sources: dict[str, dict[str, str]] = {}
+    for arm in dict.fromkeys(study.arm for study, _ in told):
+        study = next(study for study, _ in told if study.arm == arm)
+        for rung in rungs:
+            own = best.get((arm, rung.name))
+            compute = float(train_flops(rung.shape, rung.tokens))
+            values = own if own else predicted(laws[arm], study, compute) if arm in laws else None
+            if values is not None:
+                settings.setdefault(arm, {})[rung.name] = values
+                sources.setdefault(arm, {})[rung.name] = "best trial" if own else "law"
+    return settings, sources
+
+
+def _arms(campaign: Campaign, facts: Sequence[StudyFacts]) -> list[ArmFacts]:
+    rows = []
+    for arm in campaign.arms:
+        own = [fact for fact in facts if fact.arm == arm.name]
+        from_studies = [fact for fact in facts if fact.arm == (arm.reuse or arm.name)]
+        rows.append(
+            ArmFacts(
+                arm=arm.name,
+                optimizer=arm.optimizer,
+                how="tuned" if arm.tuned else "reused" if arm.reuse else "fixed",
+                reuses=arm.reuse,
+                trials=sum(fact.told for fact in own),
+                flops=sum(fact.flops_spent for fact in own),
+                tuned_from=min((float(fact.flops) for fact in from_studies), default=None),
+                tuned_to=max((float(fact.flops) for fact in from_studies), default=None),
+            )
+        )
+    return rows
+
+
+def _budget(campaign: Campaign, facts: Sequence[StudyFacts]) -> tuple[BudgetRow, ...]:
+    tuned = [arm for arm in campaign.arms if arm.tuned]
+    # The baseline is the arm called or optimised as one, else the first that is tuned.
+    baseline = next((arm for arm in tuned if "adamw" in (arm.name, arm.optimizer)), tuned[0]).name
+    losses: dict[str, dict[str, list[float]]] = {}
+    for fact in facts:
+        told = [row for row in fact.trials if row.state in ("finished", "diverged", "pruned")]
+        losses.setdefault(fact.arm, {})[fact.rung] = [
+            row.loss if row.state == "finished" and row.loss is not None else math.inf for row in told
+        ]
+    computes = {fact.rung: float(fact.flops) for fact in facts if fact.arm == baseline}
+    return budget_rows(losses, computes, baseline=baseline)
+
+
+def _noise(final: Plan, records: RecordsOf) -> list[NoiseRow]:
+    losses: dict[tuple[str, str], list[float]] = {}
+    for run in final.runs:
+        record = records.of(run.id)
+        if record is not None and record.validation_loss is not None:
+            losses.setdefault((run.arm, run.rung), []).append(record.validation_loss)
+    return [
+        NoiseRow(arm=arm, rung=rung, seeds=len(found), mean_loss=statistics.fmean(found), sd=statistics.stdev(found))
+        for (arm, rung), found in losses.items()
+        if len(found) > 1
+    ]

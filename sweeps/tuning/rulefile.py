@@ -1,0 +1,116 @@
+"""A fitted law as a TOML file that campaigns name where they would name a published rule: ``rule = "FILE.toml"``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from scaling.errors import Refusal
+from scaling.records import write_atomic
+from scaling.spec import Strict
+from sweeps.tuning.facts import LawFacts, Tuning
+
+
+class RulePower(Strict, frozen=True):
+    """``coefficient * C**exponent`` with C in FLOPs, and what it is worth."""
+
+    coefficient: float
+    exponent: float
+    low: float | None = None
+    """95 % interval of the exponent."""
+    high: float | None = None
+    rungs: tuple[str, ...] = ()
+    note: str = ""
+
+
+class RuleFile(Strict, frozen=True):
+    """The whole file."""
+
+    label: str
+    source: str
+    arm: str
+    optimizer: str
+    computes: tuple[float, ...]
+    """FLOPs of one run at each rung that was tuned; far outside, the law is a guess."""
+    laws: dict[str, RulePower]
+    """By hyper-parameter."""
+
+
+def rule_of(tuning: Tuning, arm: str) -> RuleFile:
+    """What tuning found for an arm.
+
+    Raises:
+        Refusal: The arm was not tuned, or not to the end.
+    """
+    laws = tuning.laws.get(arm)
+    if not laws:
+        raise Refusal(
+            f"{tuning.campaign}: there is no law for arm {arm}; those with one: {', '.join(tuning.laws) or 'none yet'}. "
+            f"Run: scaling tune {tuning.campaign}"
+        )
+    studies = [study for study in tuning.studies if study.arm == arm and not study.held_out]
+    return RuleFile(
+        label=f"{arm} of {tuning.campaign}",
+        source=f"fitted to the tuned rungs of campaign {tuning.campaign}: {', '.join(s.rung for s in studies)}",
+        arm=arm,
+        optimizer=studies[0].optimizer,
+        computes=tuple(float(study.flops) for study in studies),
+        laws={found.name: _power(found) for found in laws},
+    )
+
+
+def _power(found: LawFacts) -> RulePower:
+    return RulePower(
+        coefficient=found.coefficient,
+        exponent=found.exponent,
+        low=found.low,
+        high=found.high,
+        rungs=found.rungs,
+        note=found.note,
+    )
+
+
+def write_rule_file(tuning: Tuning, arm: str, path: Path) -> Path:
+    """The rule file of an arm, written with all digits; its path.
+
+    Raises:
+        Refusal: As `rule_of`.
+    """
+    rule = rule_of(tuning, arm)
+    head = msgspec.structs.replace(rule, laws={})
+    lines = [
+        f"# {rule.label}. Each law is coefficient * C**exponent, C in FLOPs (6ND); low and high: 95 % of the exponent."
+    ]
+    for name in ("label", "source", "arm", "optimizer", "computes"):
+        lines.append(f"{name} = {_toml(getattr(head, name))}")
+    for name, law in rule.laws.items():
+        lines += ["", f"[laws.{name}]"]
+        for field in law.__struct_fields__:
+            value = getattr(law, field)
+            if value is not None:
+                lines.append(f"{field} = {_toml(value)}")
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    # JSON's strings and numbers are TOML's.
+    return msgspec.json.encode(value).decode()
+
+
+def read_rule_file(path: Path) -> RuleFile:
+    """A rule file, strictly.
+
+    Raises:
+        Refusal: It is missing or is not one.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), type=RuleFile)
+    except FileNotFoundError:
+        raise Refusal(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.") from None
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path}: not a rule file: {error}. Write it again: scaling tune CAMPAIGN.") from None
