@@ -17,12 +17,11 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from scaling.errors import Refusal
-from scaling.records import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
-    from analysis.study import Study
 
+    from analysis.study import Study
     from sweeps.dispatch import Outcome
     from sweeps.plan import Plan as CampaignPlan
 
@@ -164,7 +163,9 @@ class _OnTable:
             return read_table(Path(self.table))
         collected = self.results() / "runs.csv"
         if collected.exists():
-            return read_table(collected)
+            frame = read_table(collected)
+            frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
+            return frame
         if self.table == "moonlight":
             return moonlight_table()
         raise Refusal(
@@ -172,11 +173,12 @@ class _OnTable:
             "or give the path of a CSV or Parquet file."
         )
 
-    def study(self) -> Study:
-        """The table's fits and ratios."""
+    def fitted(self) -> tuple[Study, pd.DataFrame]:
+        """The table's fits and ratios, and the table."""
         from analysis.study import fit_table
 
-        return fit_table(self.read(), baseline=self.baseline, challenger=self.challenger)
+        frame = self.read()
+        return fit_table(frame, baseline=self.baseline, challenger=self.challenger), frame
 
 
 @dataclass(frozen=True)
@@ -187,17 +189,18 @@ class Fit(_OnTable):
     """Print everything with full precision."""
 
     def run(self) -> None:
-        """Print the fits and write fits.json."""
+        """Print the fits; for a campaign, write fits.json too."""
         from analysis import summary
+        from analysis.study import write_study
 
-        study = self.study()
+        study, _ = self.fitted()
+        if (self.results() / "runs.csv").exists():
+            write_study(study, self.results() / "fits.json")
         if self.json:
             _print_json(study)
-            return
-        summary.show(study)
-        if not self.is_file:
-            write_json(self.results() / "fits.json", study)
-        _next(f"scaling report {self.table}")
+        else:
+            summary.show(study)
+            _next(f"scaling report {self.table}")
 
 
 @dataclass(frozen=True)
@@ -206,19 +209,19 @@ class Report(_OnTable):
 
     def run(self) -> None:
         """Write the page and say where it is."""
-        print(f"Report: {self.write()}")
+        print(f"Report: {self.write()[0]}")
 
-    def write(self) -> Path:
-        """Fit, draw, and write."""
+    def write(self) -> tuple[Path, Study]:
+        """Fit, draw, write; the page and what it shows."""
         import pandas as pd
+
         from analysis.report import write_report
 
-        study, folder = self.study(), self.results()
-        write_json(folder / "fits.json", study)
+        study, frame = self.fitted()
+        folder = self.results()
         curves = folder / "curves.parquet"
-        return write_report(
-            study, self.read(), folder, curves=pd.read_parquet(curves) if curves.exists() else None, title=self.table
-        )
+        steps = pd.read_parquet(curves) if curves.exists() else None
+        return write_report(study, frame, folder, curves=steps, title=Path(self.table).stem), study
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,8 @@ class Demo:
         if outcome.stopped:
             return
         collect(outcome.plan)
-        report = Report("quick", root=self.root)
-        page = report.write()
-        summary.show(report.study())
+        page, study = Report("quick", root=self.root).write()
+        summary.show(study)
         print(f"Report: {page}")
 
 
@@ -349,7 +351,7 @@ def _next(command: str) -> None:
 def main() -> None:
     """Entry point of the console script."""
     verb = tyro.cli(
-        VERBS,  # type: ignore[arg-type]
+        VERBS,
         prog="scaling",
         description="How much training compute does one way of training save over another at the same loss?",
         config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
