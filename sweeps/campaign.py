@@ -170,6 +170,8 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
     file: str
     settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
     """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.tuning.settings`)."""
+    untuned: bool = False
+    """Whether the settings are only the middles of what tuning would search."""
 
     def placement_of(self, rungs: list[str]) -> dict[str, PlacementTable]:
         """``[placement]`` for every rung, overrides applied."""
@@ -206,9 +208,20 @@ def load_campaign(name_or_path: str | Path, *, hyperparameters: str | None = Non
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
     campaign = Campaign(**{**{f: getattr(content, f) for f in content.__struct_fields__}, "file": path.name})
-    campaign = msgspec.structs.replace(campaign, data=campaign.data.resolved(path.parent))
+    campaign = msgspec.structs.replace(
+        campaign,
+        data=campaign.data.resolved(path.parent),
+        arms=tuple(_beside(arm, path.parent) for arm in campaign.arms),
+    )
     _check(campaign)
     return campaign
+
+
+def _beside(arm: ArmTable, folder: Path) -> ArmTable:
+    """The arm, its rule file looked for beside the campaign's."""
+    if arm.rule is None or not arm.rule.endswith(".toml"):
+        return arm
+    return msgspec.structs.replace(arm, rule=str(folder.resolve() / Path(arm.rule).expanduser()))
 
 
 def _check(campaign: Campaign) -> None:

@@ -26,7 +26,7 @@ from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
 from sweeps.placement import PlacementTable
 from sweeps.tomlfile import located
-from sweeps.tuning.settings import settled, with_settings
+from sweeps.tuning.settings import refuse_untuned, settled, with_settings
 
 
 class PlannedRun(Strict, frozen=True):
@@ -259,6 +259,7 @@ def with_data(planned: Plan, *, progress: bool | None = None) -> Plan:
     Raises:
         Refusal: The text or the tokenizer cannot be used, or does not hold what the rungs want.
     """
+    refuse_untuned(planned.campaign)
     if not planned.provisional:
         return planned
     prepare(planned.campaign.data, planned.data, progress=progress)

@@ -6,6 +6,8 @@ holds for others is assumed, and a plan that uses one says which. To add a rule,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from scaling.errors import Refusal, unknown_name
 from scaling.spec import Strict
 
@@ -40,6 +42,7 @@ class Rule(Strict, frozen=True):
     """Peak learning rate of AdamW."""
     batch_tokens: Power | None = None
     """Batch in tokens."""
+    weight_decay: Power | None = None
 
     def optimal_parameters(self, compute: float) -> float:
         """N that the rule spends `compute` FLOPs on.
@@ -119,11 +122,15 @@ RULES: dict[str, Rule] = {
 
 
 def rule(name: str) -> Rule:
-    """The row of a rule.
+    """The row of a rule, or what a rule file says (`sweeps.tuning.rulefile`), which is named by its path.
 
     Raises:
-        Refusal: There is none of that name.
+        Refusal: There is none of that name, or the file cannot be used.
     """
+    if name.endswith(".toml"):
+        from sweeps.tuning.rulefile import read_rule_file
+
+        return read_rule_file(Path(name)).rule()
     if name not in RULES:
         raise Refusal(unknown_name("rule", name, RULES))
     return RULES[name]

@@ -20,14 +20,12 @@ from scaling.spec import RunSpec
 from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, rungs_of
 from sweeps.plan import Plan, PlannedRun, micro_batch, plan, with_data
-from sweeps.rules import rule
 from sweeps.tuning.facts import Tuning, facts_file
 from sweeps.tuning.gather import Told, gather, laws_of, transfer_specs
 from sweeps.tuning.journal import Journal
+from sweeps.tuning.ranges import dimensions_of, middles
 from sweeps.tuning.sampling import Sampling, grid
-from sweeps.tuning.space import Dimension, Values, centred, known_searches
 from sweeps.tuning.study import Asked, RecordsOf, Study, rebuild
-from sweeps.tuning.table import TuneTable
 
 TRIES = 3
 """Attempts of a run under SLURM that may fail before its trial counts as failed."""
@@ -67,13 +65,9 @@ class Tuner:
             )
         self.table = campaign.tune
         self.rungs = rungs_of(campaign)
-        self.campaign = msgspec.structs.replace(campaign, settings={})
-        priors = {
-            arm.name: {rung.name: _middle(dimensions_of(campaign, arm, rung), rung) for rung in self.rungs}
-            for arm in campaign.arms
-            if arm.tuned
-        }
-        wished = plan(msgspec.structs.replace(campaign, settings=priors), root)
+        self.campaign = msgspec.structs.replace(campaign, settings={}, untuned=False)
+        # Settings that are known, so that the plan does not ask for those that are to be found.
+        wished = plan(msgspec.structs.replace(campaign, settings=middles(campaign, self.rungs), untuned=False), root)
         self.template = with_data(wished, progress=progress) if prepare else wished
         self.records = RecordsOf(self.template.root / "runs")
         self.studies = [self._study(arm, rung) for rung in self._tuned_rungs() for arm in campaign.arms if arm.tuned]
@@ -192,45 +186,6 @@ class Tuner:
             held_out=rung.name in table.held_out,
             records=self.records,
         )
-
-
-def dimensions_of(campaign: Campaign, arm: ArmTable, rung: Rung) -> tuple[Dimension, ...]:
-    """What is searched for an arm at a rung: the optimizer's rows, with what ``[tune.search]`` says instead.
-
-    Raises:
-        Refusal: A range is not in order, or nothing is left to search.
-    """
-    table = campaign.tune or TuneTable()
-    rows = known_searches(arm.optimizer)
-    found = []
-    for name, row in rows.items():
-        wished = table.search.get(name)
-        if table.search and wished is None:
-            continue
-        if name == "batch_tokens":
-            # The row's range is for large models; the campaign's own batch says more.
-            least, most = float(rung.shape.context), rung.tokens / 8
-            low, high = max(rung.batch_tokens / 4, least), min(rung.batch_tokens * 4.0, most)
-            row = msgspec.structs.replace(
-                row, low=low, high=max(high, low * 1.01), least=least, most=max(most, low * 1.01)
-            )
-        values: tuple[float, ...] = ()
-        if wished is not None and wished.low is not None and wished.high is not None:
-            least, most = min(row.least, wished.low), max(row.most, wished.high)
-            row = msgspec.structs.replace(row, low=wished.low, high=wished.high, least=least, most=most)
-        elif wished is not None and wished.values:
-            values = wished.values
-        elif wished is not None and wished.rule is not None:
-            law = getattr(rule(wished.rule), name)
-            row = centred(row, law.at(compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens))
-        found.append(Dimension(search=row, values=values))
-    if not found:
-        raise Refusal(f'{campaign.file}, [tune.search]: names nothing that {arm.optimizer} of arm "{arm.name}" has.')
-    return tuple(found)
-
-
-def _middle(dimensions: tuple[Dimension, ...], rung: Rung) -> Values:
-    return {dimension.name: dimension.at(0.5, rung.shape.context) for dimension in dimensions}
 
 
 def tune(

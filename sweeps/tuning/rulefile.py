@@ -7,10 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.errors import Refusal
+from scaling.errors import Refusal, unknown_name
 from scaling.records import write_atomic
 from scaling.spec import Strict
+from sweeps.rules import Power, Rule
 from sweeps.tuning.facts import LawFacts, Tuning
+from sweeps.tuning.space import Dimension, Values, known_searches
 
 
 class RulePower(Strict, frozen=True):
@@ -36,6 +38,30 @@ class RuleFile(Strict, frozen=True):
     """FLOPs of one run at each rung that was tuned; far outside, the law is a guess."""
     laws: dict[str, RulePower]
     """By hyper-parameter."""
+
+    def rule(self) -> Rule:
+        """The laws that a published rule can have, as one."""
+        powers = {
+            name: Power(coefficient=law.coefficient, compute=law.exponent)
+            for name, law in self.laws.items()
+            if name in ("peak_lr", "batch_tokens", "weight_decay")
+        }
+        return Rule(label=self.label, source=self.source, **powers)
+
+    def values(self, compute: float, *, optimizer: str, context: int) -> Values:
+        """Every hyper-parameter at a run of so many FLOPs, within the limits of the optimizer's row.
+
+        Raises:
+            Refusal: The optimizer has no hyper-parameter of a law's name.
+        """
+        rows = known_searches(optimizer)
+        values = {}
+        for name, law in self.laws.items():
+            if name not in rows:
+                raise Refusal(f"{self.label}: {unknown_name(f'hyper-parameter of {optimizer}', name, rows)}")
+            value = min(max(law.coefficient * compute**law.exponent, rows[name].least), rows[name].most)
+            values[name] = Dimension(search=rows[name]).rounded(value, context)
+        return values
 
 
 def rule_of(tuning: Tuning, arm: str) -> RuleFile:

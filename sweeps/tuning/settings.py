@@ -10,7 +10,10 @@ import msgspec
 from scaling.errors import Refusal
 from scaling.records import read_json
 from scaling.spec import RunSpec
+from sweeps.ladder import rungs_of
 from sweeps.tuning.facts import Tuning, facts_file
+from sweeps.tuning.ranges import middles
+from sweeps.tuning.rulefile import read_rule_file
 from sweeps.tuning.space import with_values
 
 if TYPE_CHECKING:
@@ -20,22 +23,45 @@ if TYPE_CHECKING:
 def with_settings(campaign: Campaign, root: Path) -> Campaign:
     """The campaign with what its tuning settled on, read from ``results/<campaign>/tuning.json``.
 
-    A campaign without tuned arms, or one that has settings already, comes back as it is.
-
-    Raises:
-        Refusal: It has tuned arms and was not tuned to the end.
+    One that was not tuned to the end takes the middle of every range and is marked `untuned`: it can be planned, and
+    `refuse_untuned` keeps it from being trained. An arm whose rule is a file takes every hyper-parameter from there.
     """
-    if campaign.settings or not any(arm.tuned for arm in campaign.arms):
+    campaign = _with_rule_files(campaign)
+    tuned = [arm.name for arm in campaign.arms if arm.tuned]
+    if not campaign.untuned and all(arm in campaign.settings for arm in tuned):
         return campaign
     file = facts_file(root, campaign.name)
     found = read_json(file, Tuning) if file.exists() else None
-    if found is None or not found.settings:
+    if found is not None and found.settings:
+        return msgspec.structs.replace(campaign, settings={**campaign.settings, **found.settings}, untuned=False)
+    middle = middles(campaign, rungs_of(campaign))
+    return msgspec.structs.replace(campaign, settings={**campaign.settings, **middle}, untuned=True)
+
+
+def _with_rule_files(campaign: Campaign) -> Campaign:
+    settings = dict(campaign.settings)
+    for arm in campaign.arms:
+        if arm.rule is not None and arm.rule.endswith(".toml") and arm.name not in settings:
+            file = read_rule_file(Path(arm.rule))
+            settings[arm.name] = {
+                rung.name: file.values(rung.compute, optimizer=arm.optimizer, context=rung.shape.context)
+                for rung in rungs_of(campaign)
+            }
+    return msgspec.structs.replace(campaign, settings=settings) if settings != campaign.settings else campaign
+
+
+def refuse_untuned(campaign: Campaign) -> None:
+    """Refuse to train arms whose settings are still to be found.
+
+    Raises:
+        Refusal: The campaign has tuned arms and was not tuned to the end.
+    """
+    if campaign.untuned:
         tuned = ", ".join(arm.name for arm in campaign.arms if arm.tuned)
         raise Refusal(
-            f"{campaign.file}: {tuned} takes its settings from tuning, and {file} "
-            f"{'says that it is not finished' if found else 'is not there'}. Run: scaling tune {campaign.name}"
+            f"{campaign.file}: {tuned} takes its settings from tuning, which has not come to its end; the plan shows the "
+            f"middle of each range. Run: scaling tune {campaign.name}"
         )
-    return msgspec.structs.replace(campaign, settings=found.settings)
 
 
 def settled(spec: RunSpec, campaign: Campaign, arm: str, rung: str) -> RunSpec:
