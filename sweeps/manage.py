@@ -1,0 +1,108 @@
+"""What a person does to runs that were submitted: cancel them, read their logs, clear their resume points away.
+
+Each takes a selection of a campaign's runs; what it does not name is not touched.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from scaling.errors import Refusal, unknown_name
+from sweeps.dispatch import LOG
+from sweeps.plan import Plan, PlannedRun
+from sweeps.slurm import Unreachable, ask
+from sweeps.survey import survey
+
+FOLLOW_SECONDS = 1.0
+
+
+def select(plan: Plan, *, arm: str | None = None, rung: str | None = None, run: str | None = None) -> list[PlannedRun]:
+    """The runs of an arm, a rung, both, or one run by the start of its id.
+
+    Raises:
+        Refusal: A name is not in the plan, or the start of an id is not one run's.
+    """
+    for what, name, known in (
+        ("arm", arm, {planned.arm for planned in plan.runs}),
+        ("rung", rung, {planned.rung for planned in plan.runs}),
+    ):
+        if name is not None and name not in known:
+            raise Refusal(f"{plan.campaign.file}: {unknown_name(what, name, known)}")
+    chosen = [
+        planned
+        for planned in plan.distinct()
+        if (arm is None or planned.arm == arm)
+        and (rung is None or planned.rung == rung)
+        and (run is None or planned.id.startswith(run))
+    ]
+    if run is not None and len(chosen) != 1:
+        found = "no run" if not chosen else f"{len(chosen)} runs"
+        raise Refusal(
+            f'{plan.campaign.file}: {found} of this plan begins with "{run}". Give more of an id, as scaling status '
+            "shows it."
+        )
+    return chosen
+
+
+def cancel(plan: Plan, runs: list[PlannedRun]) -> list[str]:
+    """Jobs that were asked to end; each saves a resume point first and stays cancelled until it is asked for again.
+
+    Raises:
+        Refusal: SLURM cannot be asked; then nothing was cancelled.
+    """
+    seen = survey(plan.root)
+    if not seen.answer.queue_reached:
+        raise Refusal(f"{' '.join(seen.answer.notes)} Nothing was cancelled; try again.")
+    jobs = [
+        task.job for run in runs if (task := seen.task(run.id)) is not None and task.verdict in ("pending", "running")
+    ]
+    try:
+        for start in range(0, len(jobs), 200):
+            ask("scancel", *jobs[start : start + 200])
+    except Unreachable as error:
+        raise Refusal(
+            f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
+        ) from None
+    return jobs
+
+
+def clean(plan: Plan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:
+    """Resume points of runs that are done, and their bytes; deleted unless `dry_run`.
+
+    Only files that a run of this plan wrote, by their names and places; links are not followed, runs that are not done
+    keep everything, and so do weights, metrics and records.
+    """
+    files = []
+    for run in runs:
+        directory = plan.directory(run)
+        if plan.state(run) not in ("finished", "diverged") or directory.checkpoints.is_symlink():
+            continue
+        directory.spec()  # refuses a directory that is not this run's
+        files += [file for file in sorted(directory.checkpoints.glob("step-*.ckpt")) if not file.is_symlink()]
+    size = sum(file.stat().st_size for file in files)
+    if not dry_run:
+        for file in files:
+            file.unlink(missing_ok=True)
+    return files, size
+
+
+def show_log(
+    plan: Plan, run: PlannedRun, *, follow: bool = False, write: Callable[[str], object] = sys.stdout.write
+) -> None:
+    """Print what a run has printed, and go on as it prints more until it is done.
+
+    Raises:
+        Refusal: It has printed nothing yet.
+    """
+    log = plan.directory(run).path / LOG
+    if not log.exists():
+        raise Refusal(f"{log}: the run {run.id} has printed nothing yet. Its state is {plan.state(run)}.")
+    with log.open(errors="replace") as file:
+        write(file.read())
+        while follow and plan.state(run) in ("running", "queued", "preempted"):
+            time.sleep(FOLLOW_SECONDS)
+            write(file.read())
+        write(file.read())

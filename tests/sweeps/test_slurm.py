@@ -1,0 +1,379 @@
+"""What is said to SLURM and heard from it, without a SLURM: quoting, parsing, leases, giving up, and asking in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from scaling.errors import Refusal
+from scaling.records import RunDirectory
+from sweeps import arrays, lease, worker
+from sweeps.aftermath import Ending, fruitless
+from sweeps.campaign import load_campaign
+from sweeps.lease import Lease, hold, is_held
+from sweeps.placement import SlurmTable
+from sweeps.plan import Plan, plan, with_data
+from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
+from sweeps.snapshot import code_digest, take_snapshot
+from sweeps.submit import batch_script, submit_slurm
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stand-ins for SLURM's commands, ahead of the real ones."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("bash", "cat", "dirname", "git", "ls", "sed", "seq", "sleep", "touch", "wc"):
+        (folder / tool).symlink_to(str(shutil.which(tool)))
+    monkeypatch.setenv("PATH", str(folder))
+
+    def write(**scripts: str) -> None:
+        for name, body in scripts.items():
+            file = folder / name
+            file.write_text(f"#!{folder}/bash\n{textwrap.dedent(body)}\n")
+            file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    return write
+
+
+@pytest.fixture
+def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty profile of the user's."""
+    file = tmp_path / "slurm.toml"
+    file.write_text("")
+    file.chmod(0o600)
+    monkeypatch.setenv("SCALING_SLURM_PROFILE", str(file))
+    return file
+
+
+# -- what SLURM says
+
+
+@pytest.mark.parametrize(
+    ("job", "tasks"),
+    [
+        ("12_3", ["12_3"]),
+        ("12", ["12"]),
+        ("12_[1-3,7%2]", ["12_1", "12_2", "12_3", "12_7"]),
+        ("12_[0-1]", ["12_0", "12_1"]),
+        ("12_[4,6-", ["12_4", "12_6"]),  # cut short by a narrow column
+    ],
+)
+def test_array_ids_are_read_as_accounting_writes_them(job: str, tasks: list[str]) -> None:
+    assert expand(job) == tasks
+
+
+def test_a_state_that_is_not_known_is_not_over() -> None:
+    assert verdict("CANCELLED by 0") == "cancelled"
+    assert verdict("NODE_FAIL") == "over"
+    assert verdict("SUSPENDED") == "running"
+    assert verdict("LAUNCHED_TO_THE_MOON") == "unknown"
+    assert verdict("") == "unknown"
+
+
+def test_cost_is_summed_over_all_attempts_and_the_last_one_decides() -> None:
+    text = (
+        "7_0|NODE_FAIL|100|cpu=1,gres/gpu=4,node=1\n7_0|COMPLETED|50|cpu=1,gres/gpu=4\n7_1|RUNNING|10|cpu=1\nrubbish\n"
+    )
+    tasks = accounted(text)
+    assert (tasks["7_0"].verdict, tasks["7_0"].seconds, tasks["7_0"].gpu_seconds) == ("over", 150, 600)
+    assert tasks["7_1"].gpu_seconds == 0
+
+
+def test_the_queue_is_believed_before_the_accounting(commands: Any) -> None:
+    commands(
+        squeue="echo '7_0|PENDING|BeginTime'; echo '9_0|RUNNING|None'",
+        sacct="printf '7_0|NODE_FAIL|100|\\n7_[1-2]|PENDING|0|\\n7_3|CANCELLED by 0|5|\\n'",
+    )
+    answer = look_up(["7"])
+    assert {job: task.verdict for job, task in answer.tasks.items()} == {
+        "7_0": "pending",  # requeued after its node failed
+        "7_1": "cancelled",  # the accounting forgot that it was cancelled before it began
+        "7_2": "cancelled",
+        "7_3": "cancelled",
+    }
+    assert answer.notes == ()
+
+
+def test_commands_that_are_missing_failing_or_silent_are_named(commands: Any) -> None:
+    commands(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", scontrol="sleep 60")
+    answer = look_up(["7"])
+    assert not answer.queue_reached
+    assert "no command sacct" in answer.notes[0]
+    assert "Unable to contact slurm controller" in answer.notes[1]
+    with pytest.raises(Unreachable, match=r"did not answer within 0\.2 s"):
+        ask("scontrol", "ping", timeout=0.2)
+
+
+def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SBATCH_EXPORT",
+        "PMIX_RANK",
+        "SUBMITIT_EXECUTOR",
+        "SLURM_CONF",
+    ):
+        monkeypatch.setenv(name, "7")
+    kept = clean_environment()
+    assert kept["SLURM_CONF"] == "7"
+    assert not [
+        name for name in kept if name.startswith(("SLURM_", "SBATCH_", "PMIX_", "SUBMITIT_")) and name != "SLURM_CONF"
+    ]
+
+
+# -- what is said to SLURM
+
+
+def planned(campaigns: Any) -> Plan:
+    return with_data(campaigns.plan(), progress=False)
+
+
+def test_a_dry_run_shows_scripts_and_cost_without_slurm(campaigns: Any, commands: Any, no_profile: Path) -> None:
+    submission = submit_slurm(campaigns.plan(), dry_run=True)
+    assert len(submission.missing) == 4
+    (script,) = submission.scripts()
+    assert "#SBATCH --array=0-3%4" in script
+    assert not (campaigns.folder / "root" / "submissions").exists()
+
+
+def test_more_gpu_hours_than_allowed_are_refused_before_anything_is_queued(
+    campaigns: Any, commands: Any, no_profile: Path
+) -> None:
+    no_profile.write_text("gpus = 8\n")
+    with pytest.raises(Refusal, match=re.escape("--max-gpu-hours allows 0.0. Nothing was submitted")):
+        submit_slurm(campaigns.plan(), dry_run=True, max_gpu_hours=0.0)
+
+
+HOSTILE = [
+    "$(touch {mark})",
+    "`touch {mark}`",
+    "a; touch {mark}",
+    "a' ; touch {mark} '",
+    'a" ; touch {mark} "',
+    "a\n#SBATCH --wrap=x\ntouch {mark}",
+]
+SLURM_FIELDS = [field.name for field in msgspec.structs.fields(SlurmTable) if "str" in str(field.type)]
+
+
+@pytest.mark.parametrize("payload", HOSTILE)
+@pytest.mark.parametrize(
+    "field", [*SLURM_FIELDS, "name", "title", "sbatch option", "sbatch value", "rung", "arm", "data"]
+)
+def test_no_text_of_a_campaign_file_is_executed(
+    field: str, payload: str, campaigns: Any, commands: Any, no_profile: Path, tmp_path: Path
+) -> None:
+    commands(srun="exit 0")
+    mark = tmp_path / "executed"
+    text = msgspec.json.encode(payload.format(mark=mark)).decode()  # a JSON string is a TOML string
+    campaigns.plan()
+    file = campaigns.folder / "tiny.toml"
+    content = file.read_text()
+    match field:
+        case "name":
+            content = content.replace('name = "tiny"', f"name = {text}")
+        case "title":
+            content = f"title = {text}\n{content}"
+        case "rung":
+            content = content.replace('name = "a"', f"name = {text}")
+        case "arm":
+            content = content.replace('name = "muon"', f"name = {text}")
+        case "data":
+            content = content.replace(f'path = "{campaigns.text}"', f"path = {text}")
+        case "sbatch option":
+            content += f"[placement.slurm.sbatch]\n{text} = 1\n"
+        case "sbatch value":
+            content += f"[placement.slurm.sbatch]\nreservation = {text}\n"
+        case "setup" | "environment":
+            content += f"[placement.slurm]\n{field} = [{text}]\n"
+        case "sbatch":
+            content += f"[placement.slurm]\nsbatch = {text}\n"
+        case _:
+            content += f"[placement.slurm]\n{field} = {text}\n"
+    file.write_text(content)
+    scripts = []
+    with contextlib.suppress(Refusal):
+        scripts = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True).scripts()
+    for script in scripts:
+        subprocess.run(["bash", "-c", script], capture_output=True, check=False)
+        directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+        assert not any("--wrap" in line for line in directives)
+    assert not mark.exists()
+
+
+def test_setup_lines_come_from_the_users_own_profile_only(campaigns: Any, no_profile: Path) -> None:
+    no_profile.write_text('partition = "gpu"\nsetup = ["module load cuda"]\n')
+    submission = submit_slurm(campaigns.plan(), dry_run=True)
+    assert "\nmodule load cuda\n" in submission.scripts()[0]
+    assert "--partition=gpu" in submission.scripts()[0]
+    no_profile.chmod(0o666)
+    with pytest.raises(Refusal, match="chmod go-w"):
+        submit_slurm(campaigns.plan(), dry_run=True)
+
+
+def test_an_array_that_has_no_room_is_submitted_in_parts_and_the_rest_later(
+    campaigns: Any, commands: Any, no_profile: Path
+) -> None:
+    ready = planned(campaigns)
+    commands(
+        scontrol="echo 'MaxArraySize = 1001'",
+        squeue='[[ "$*" == *" -n "* ]] || cat "$(dirname "$0")/queue" 2>/dev/null; exit 0',
+        sacct="exit 0",
+        srun="exit 0",
+        # takes two jobs in all
+        sbatch="""
+        taken=$(ls $(dirname $0)/taken-* 2>/dev/null | wc -l)
+        wanted=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
+        if [ $((taken + wanted + 1)) -gt 2 ]; then
+            echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; echo 'Batch job submission failed' >&2; exit 1
+        fi
+        for task in $(seq 0 "$wanted"); do
+            touch $(dirname $0)/taken-$taken-$task; echo "$((50 + taken))_$task|PENDING|None" >> $(dirname $0)/queue
+        done
+        echo "Submitted batch job $((50 + taken))"
+        """,
+    )
+    first = submit_slurm(ready)
+    assert (len(first.queued), len(first.left)) == (2, 2)
+    assert any("the same command submits the rest later" in note for note in first.notes)
+    again = submit_slurm(ready)
+    assert (len(again.joined), len(again.queued), len(again.left)) == (2, 0, 2)
+    assert sum(len(array.runs) for array in arrays.all_arrays(ready.root)) == 2
+
+
+def test_nothing_is_submitted_for_a_run_whose_job_cannot_be_looked_up(
+    campaigns: Any, commands: Any, no_profile: Path
+) -> None:
+    ready = planned(campaigns)
+    commands(
+        scontrol="echo 'MaxArraySize = 1001'",
+        squeue="exit 0",
+        sacct="exit 0",
+        srun="exit 0",
+        sbatch="echo Submitted batch job 5",
+    )
+    assert len(submit_slurm(ready).queued) == 4
+    commands(squeue="exit 1", sbatch="touch $(dirname $0)/called; exit 1")
+    blind = submit_slurm(ready)
+    assert (len(blind.unknown), blind.queued) == (4, [])
+    assert not (campaigns.folder / "bin" / "called").exists()
+
+
+# -- what a job does
+
+
+def test_code_that_changed_after_submission_is_not_run(campaigns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = planned(campaigns)
+    run = ready.runs[0]
+    ready.directory(run).create(run.spec, run.placement)
+    array = arrays.new_array(ready.root, token="0" * 12, name="tiny-0", runs=[run.id], code="another code")
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "1"}
+    command = [sys.executable, "-m", "sweeps.worker", str(arrays.path_of(ready.root, array))]
+    done = subprocess.run(command, env=environment, check=False)
+    assert done.returncode == worker.REFUSED
+    assert ready.state(run) == "failed"
+    assert "submitted with another code" in (ready.directory(run).attempts()[-1].reason or "")
+
+
+def test_a_snapshot_is_named_by_its_content_and_taken_once(tmp_path: Path) -> None:
+    first = take_snapshot(tmp_path)
+    before = (first / "sweeps" / "plan.py").stat().st_mtime_ns
+    assert take_snapshot(tmp_path) == first
+    assert (first / "sweeps" / "plan.py").stat().st_mtime_ns == before
+    assert code_digest(first) == first.name == code_digest()
+    (first / "sweeps" / "plan.py").write_text("# edited\n")
+    assert code_digest(first) != first.name
+
+
+def test_kills_without_progress_are_counted_and_progress_forgives_them() -> None:
+    def endings(*pairs: tuple[int, int]) -> list[Ending]:
+        return [Ending(job="1", status=status, step=step, time=0.0) for status, step in pairs]
+
+    assert fruitless(endings((137, 0), (137, 0))) == (2, 2)
+    assert fruitless(endings((137, 0), (137, 0), (137, 40))) == (1, 1)
+    assert fruitless(endings((137, 0), (75, 0), (0, 0))) == (1, 3)
+
+
+# -- leases
+
+
+def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
+    with hold(tmp_path, beat_seconds=0.05) as held:
+        assert held
+        time.sleep(0.2)
+        with hold(tmp_path, beat_seconds=0.05) as second:
+            assert not second
+    assert not is_held(tmp_path, beat_seconds=0.05)
+    assert not (tmp_path / lease.FILE).exists()
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_a_lease_whose_owner_is_silent_is_taken_over_whatever_the_clocks_say(tmp_path: Path, skew: float) -> None:
+    elsewhere = Lease(owner="gone", host="another-node", pid=1, beat=7)
+    (tmp_path / lease.FILE).write_bytes(msgspec.json.encode(elsewhere))
+    os.utime(tmp_path / lease.FILE, (time.time() + skew,) * 2)
+    with hold(tmp_path, beat_seconds=0.05) as held:
+        assert held
+
+
+def test_a_lease_on_another_node_that_still_beats_is_respected(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not stop.wait(0.02):
+            number += 1
+            content = msgspec.json.encode(Lease(owner="alive", host="another-node", pid=1, beat=number))
+            (tmp_path / "new").write_bytes(content)
+            (tmp_path / "new").rename(tmp_path / lease.FILE)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        time.sleep(0.1)
+        assert is_held(tmp_path, beat_seconds=0.1)
+    finally:
+        stop.set()
+        beating.join()
+
+
+def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from sweeps.lease import hold\n"
+        "with hold(Path(sys.argv[1]), beat_seconds=0.05) as held:\n"
+        "    print(held, flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"True\n"
+        thief = msgspec.json.encode(Lease(owner="thief", host="another-node", pid=1))
+        (tmp_path / "new").write_bytes(thief)
+        (tmp_path / "new").rename(tmp_path / lease.FILE)
+        assert process.wait(10) == lease.LOST_LEASE
+    assert msgspec.json.decode((tmp_path / lease.FILE).read_bytes(), type=Lease).owner == "thief"
+
+
+def test_a_claim_is_given_once_and_moves_only_from_its_owner(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "runs" / "r").path.mkdir(parents=True)
+    assert arrays.claim(tmp_path, "r", "first")
+    assert not arrays.claim(tmp_path, "r", "second")
+    assert not arrays.claim(tmp_path, "r", "second", instead_of="somebody else")
+    assert arrays.claim(tmp_path, "r", "second", instead_of="first")
+
+
+def test_the_script_is_valid_bash(campaigns: Any, no_profile: Path, tmp_path: Path) -> None:
+    script = batch_script(campaigns.plan(), SlurmTable(gpus=2, memory="16G"), name="n", token="t", tasks=3)
+    assert subprocess.run(["bash", "-n", "-c", script], check=True)
