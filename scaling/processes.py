@@ -6,6 +6,7 @@ them from a server that has imported the training code once. Only the first proc
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -140,17 +141,18 @@ def start(path: Path, placement: Placement) -> None:
                 worker.kill()
             worker.join()
     failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
-    said = [reader.recv() for reader in reasons if _can_read(reader)]
+    said = [reason for reason in map(_reason, reasons) if reason is not None]
     if failed:
         fallback = f"process {failed[0]} of {placement.devices} ended with code {workers[failed[0]].exitcode}"
         raise Refusal(next(iter(said), fallback))
 
 
-def _can_read(reader: Connection[Any, Any]) -> bool:
-    try:
-        return reader.poll() and not reader.closed
-    except (EOFError, OSError):
-        return False
+def _reason(reader: Connection[Any, Any]) -> str | None:
+    """What a process said before it failed; None where it ended without a word."""
+    with contextlib.suppress(EOFError, OSError):
+        if reader.poll():
+            return str(reader.recv())
+    return None
 
 
 def _work(path: str, rank: int, processes: int, port: int, said: Connection[Any, Any]) -> None:

@@ -1,0 +1,158 @@
+"""One run on several processes is the run on one, and what goes wrong there is one sentence with the remedy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from running import finish
+from safetensors.torch import load_file
+from tiny import make_spec
+
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.errors import Refusal
+from scaling.models.decoder import Decoder
+from scaling.processes import share_of_batch
+from scaling.records import RunDirectory, RunRecord
+from scaling.spec import LatentAttention, Mixture, ModelShape, Placement, RunSpec
+
+MIXTURE = ModelShape(
+    layers=2,
+    width=16,
+    heads=2,
+    vocabulary=256,
+    context=16,
+    ffn_multiple=16,
+    family="moonlight-moe",
+    mixture=Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.01),
+    latent=LatentAttention(kv_rank=8, plain=4, rotary=4, value=8),
+)
+
+
+@pytest.fixture
+def spec(tiny_shards: Path) -> RunSpec:
+    manifest = manifest_hash(read_manifest(tiny_shards))
+    return make_spec(shape=MIXTURE, steps=10, optimizer="muon", manifest=manifest)
+
+
+def directory_for(spec: RunSpec, folder: Path, shards: Path, **placement: object) -> Path:
+    directory = RunDirectory(folder / spec.id)
+    placed = Placement(data=str(shards), device="cpu", **{"checkpoint_seconds": 1e9, **placement})  # type: ignore[arg-type]
+    directory.create(spec, placed)
+    return directory.path
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "weights.safetensors")
+
+
+def same(several: Path, one: Path, record: RunRecord, reference: RunRecord) -> None:
+    """Equal within another order of summation: a router's choice between near equals may tip, so losses are compared."""
+    assert record.tokens == reference.tokens
+    assert record.validation_loss == pytest.approx(reference.validation_loss, abs=2e-3)
+    assert record.train_loss == pytest.approx(reference.train_loss, abs=2e-3)
+    ours, theirs = weights(several), weights(one)
+    assert ours.keys() == theirs.keys()
+    first = RunDirectory(several).metrics()[0], RunDirectory(one).metrics()[0]
+    assert first[0].train_loss == pytest.approx(first[1].train_loss, abs=1e-5)
+    assert first[0].grad_norm == pytest.approx(first[1].grad_norm, rel=1e-4)
+    assert first[0].load_imbalance == first[1].load_imbalance  # counted over all processes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
+    one = directory_for(spec, tmp_path / "one", tiny_shards)
+    four = directory_for(spec, tmp_path / "four", tiny_shards, devices=4, strategy=strategy)
+    reference = finish(one)
+    record = finish(four)
+    same(four, one, record, reference)
+    assert record.device.count == 4
+    assert [attempt.event for attempt in RunDirectory(four).attempts()] == ["start", "end"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_that_are_stopped_together_continue_together(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    from scaling.resume import newest_resume_point
+
+    whole = directory_for(spec, tmp_path / "whole", tiny_shards, devices=2, strategy=strategy, checkpoint_seconds=0.0)
+    stopped = directory_for(
+        spec, tmp_path / "stopped", tiny_shards, devices=2, strategy=strategy, checkpoint_seconds=0.0
+    )
+    reference = finish(whole)
+    killer = threading.Thread(target=_kill_a_worker, args=(stopped,), daemon=True)
+    killer.start()
+    with pytest.raises(Refusal, match=r"process \d of 2 ended with code -9|process \d"):
+        finish(stopped)
+    killer.join()
+    assert newest_resume_point(RunDirectory(stopped).checkpoints) is not None
+    assert RunDirectory(stopped).state() == "failed"
+    record = finish(stopped)
+    assert record.attempts == 2
+    assert record.validation_loss == reference.validation_loss
+    ours, theirs = weights(stopped), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _kill_a_worker(path: Path) -> None:
+    """As soon as there is a resume point, kill one of the processes that train."""
+    import multiprocessing
+    import os
+    import signal
+
+    from scaling.resume import resume_points
+
+    while len(resume_points(RunDirectory(path).checkpoints)) < 2:
+        time.sleep(0.005)
+    pid = multiprocessing.active_children()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_what_would() -> None:
+    with pytest.raises(Refusal, match=r"3 processes do not divide the 8 windows .* Use 2 of them, or a batch of 144\."):
+        share_of_batch(make_spec(windows=8), Placement(data="x", devices=3))
+    with pytest.raises(Refusal, match=r"share of the 8 windows is 4: use one of 1, 2, 4"):
+        share_of_batch(make_spec(windows=8), Placement(data="x", devices=2, micro_batch=3))
+    assert share_of_batch(make_spec(windows=8), Placement(data="x", devices=4, micro_batch=1)) == (2, 1)
+
+
+def test_several_nodes_are_not_started_from_one_process(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="Start one process a device with srun or torchrun"):
+        finish(directory_for(spec, tmp_path, tiny_shards, devices=2, nodes=2))
+
+
+def test_too_little_memory_fails_the_run_with_the_micro_batch_that_fits(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Decoder.loss
+
+    def hungry(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
+        if len(windows) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return loss(self, windows)
+
+    monkeypatch.setattr(Decoder, "loss", hungry)
+    path = directory_for(spec, tmp_path, tiny_shards)
+    for micro_batch, remedy in ((None, 4), (4, 2)):
+        placed = msgspec.structs.replace(RunDirectory(path).placement(), micro_batch=micro_batch)
+        RunDirectory(path).create(spec, placed)
+        with pytest.raises(Refusal, match=rf"Set micro_batch = {remedy} in \[placement\]"):
+            finish(path)
+        assert RunDirectory(path).state() == "failed"
+        assert "out of memory" in str(RunDirectory(path).attempts()[-1].reason)
+    RunDirectory(path).create(spec, msgspec.structs.replace(placed, micro_batch=2))
+    assert finish(path).status == "finished"
+
+
+def test_recomputed_activations_change_no_number(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+    kept = directory_for(spec, tmp_path / "kept", tiny_shards)
+    again = directory_for(spec, tmp_path / "again", tiny_shards, recompute=True)
+    assert finish(kept).validation_loss == finish(again).validation_loss
+    ours, theirs = weights(again), weights(kept)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
