@@ -1,0 +1,85 @@
+"""The number that a text gets is the number that the run measured itself, and does not depend on how it is cut."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import finish, place
+from safetensors.torch import load_file
+from tiny import make_spec
+
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.data.sources import DataConfig
+from scaling.errors import Refusal
+from scaling.evaluate import evaluate
+from scaling.models import build_model
+from scaling.records import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    manifest = manifest_hash(read_manifest(tiny_shards))
+    path = place(make_spec(steps=30, manifest=manifest), tmp_path_factory.mktemp("runs"), tiny_shards)
+    finish(path)
+    return path
+
+
+def test_the_held_out_loss_is_the_one_in_the_record(run: Path) -> None:
+    record = RunDirectory(run).record()
+    assert record is not None
+    result = evaluate(run, tokens=record.spec.evaluation.tokens)
+    assert result.loss == pytest.approx(record.validation_loss, abs=1e-6)
+    assert result.bytes_per_token == record.bytes_per_token
+    assert result.tokens == record.spec.evaluation.tokens
+
+
+def test_a_text_is_scored_token_by_token_up_to_its_last(run: Path, tmp_path: Path) -> None:
+    texts = ["7 plus 3 is 10, and so on.\n", "é and 5 plus"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    result = evaluate(run, DataConfig(source="text", path=str(tmp_path)))
+    # By hand: one stream of bytes with a zero after each document, windows of 16 inputs.
+    record = RunDirectory(run).record()
+    assert record is not None
+    model = build_model(record.spec.shape)
+    model.load_state_dict(load_file(run / "weights.safetensors"))
+    stream = torch.tensor(list(b"".join(text.encode() + b"\0" for text in texts)))
+    losses = []
+    for start in range(0, len(stream) - 1, 16):
+        window = stream[start : start + 17]
+        with torch.no_grad():
+            losses += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none").tolist()
+    assert len(losses) == len(stream) - 1 == result.tokens
+    assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    in_bytes = sum(len(text.encode()) for text in texts)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * len(stream) / in_bytes)
+    assert result.documents == 2
+
+
+def test_a_limit_scores_the_beginning(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("1 plus 1 is 2, and so on.\n" * 50)
+    config = DataConfig(source="text", path=str(tmp_path))
+    limited = evaluate(run, config, tokens=100)
+    assert limited.tokens == 100
+    assert limited.bytes_per_token == pytest.approx(1.0, abs=0.02)
+    assert evaluate(run, config).tokens == 26 * 50
+
+
+def test_unlike_text_is_harder_than_the_text_it_learned(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 20)
+    other = evaluate(run, DataConfig(source="text", path=str(tmp_path)))
+    assert other.bits_per_byte > evaluate(run).bits_per_byte + 1
+
+
+def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="there is no such directory"):
+        evaluate(tmp_path / "nowhere")
+    unfinished = place(make_spec(seed=5, manifest=manifest_hash(read_manifest(tiny_shards))), tmp_path, tiny_shards)
+    with pytest.raises(Refusal, match="it is planned, and only a finished run"):
+        evaluate(unfinished)
+    with pytest.raises(Refusal, match="holds no manifest"):
+        evaluate(run, data=tmp_path)
