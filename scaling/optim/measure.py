@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from scaling.optim.distributed import local, process_group_of
+from scaling.optim.shards import local, process_group_of
 
 
 def parameter_class(name: str) -> str:

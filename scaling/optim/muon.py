@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from scaling.errors import Refusal
 from scaling.optim.coefficients import polynomials
-from scaling.optim.distributed import local
 from scaling.optim.exchange import Batch, Exchange, Group, State, gradient
 from scaling.optim.newton_schulz import Workspace, orthogonalise_
+from scaling.optim.shards import local
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -38,6 +39,9 @@ class MuonAdamW(torch.optim.Optimizer):
         exchange: How the matrices are spread over processes; `scaling.optim.distributed.exchange_for` chooses.
 
     A parameter without a gradient is left alone for that step, decay included, as torch's optimizers do.
+
+    Raises:
+        Refusal: A parameter is not stored in float32.
     """
 
     def __init__(self, groups: Iterable[Group], exchange: Exchange) -> None:
@@ -46,6 +50,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.workspace = Workspace()
         exchange.plan(self.param_groups)
         for group in self.param_groups:
+            _refuse_rounded_weights(group)
             fresh = self.fresh_matrix_state if group["algorithm"] != "adamw" else _fresh_adamw_state
             for parameter in group["params"]:
                 self.state[parameter] = fresh(parameter)
@@ -155,6 +160,15 @@ def _fresh_adamw_state(parameter: Tensor) -> State:
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
+
+
+def _refuse_rounded_weights(group: Group) -> None:
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        if parameter.dtype != torch.float32:
+            raise Refusal(
+                f"{name} is stored in {parameter.dtype}; its small updates would be rounded away (a third of the movement "
+                'is left at a learning rate of 2e-5). Keep weights in float32 and compute in bf16: precision = "bf16".'
+            )
 
 
 def _with_fused_flag(group: Group) -> Group:

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling.errors import Refusal
 from scaling.models.decoder import Decoder
-from scaling.optim.distributed import deal
+from scaling.optim.coefficients import newton_schulz_flops
+from scaling.optim.dealing import deal
 from scaling.optim.recipes import OPTIMIZERS, build
 from scaling.spec import ModelShape, OptimizerSpec
 from tests.scaling.optim.processes import run
@@ -154,13 +155,14 @@ def test_owners_share_the_momentum_evenly():
     assert max(shares) - min(shares) <= 32 * 86
 
 
-def test_matrices_are_dealt_to_within_one_of_each_class():
-    owners = deal([(5, 0)] * 7 + [(3, 1)] * 6, 4)
-    counts = [[owners[:7].count(process), owners[7:].count(process)] for process in range(4)]
+def test_matrices_are_dealt_to_within_one_of_each_shape_and_of_the_dearest_in_all():
+    large, small = (64, 96), (32, 32)
+    owners = deal([small] * 3 + [large] * 7 + [small] * 3, 4)
+    counts = [(owners[3:10].count(process), (owners[:3] + owners[10:]).count(process)) for process in range(4)]
     assert max(a for a, _ in counts) - min(a for a, _ in counts) == 1
     assert max(b for _, b in counts) - min(b for _, b in counts) == 1
-    loads = [5 * a + 3 * b for a, b in counts]
-    assert max(loads) - min(loads) <= 5
+    costs = [a * newton_schulz_flops(*large, 1) + b * newton_schulz_flops(*small, 1) for a, b in counts]
+    assert max(costs) - min(costs) <= newton_schulz_flops(*large, 1)
 
 
 NAMES = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaling.errors import Refusal
 from scaling.models.decoder import Decoder
 from scaling.optim.coefficients import polynomials, singular_value_after
 from scaling.optim.recipes import OPTIMIZERS, assign, build, update_flops
@@ -252,3 +253,9 @@ def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
     continued.load_state_dict(point["optimizer"])
     train(resumed, continued, range(3, 6))
     assert same(resumed, whole)
+
+
+def test_weights_stored_in_bf16_are_refused_by_name():
+    weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    with pytest.raises(Refusal, match=r"blocks\.0\.attention\.key\.weight is stored in torch\.bfloat16"):
+        build(spec(), [("blocks.0.attention.key.weight", weight)])
