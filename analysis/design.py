@@ -82,15 +82,24 @@ class Design(NamedTuple):
         return Problem(z=z, term=term, loss=rows.loss, space=space, delta=delta)
 
     def parameters(self, theta: Array, arm: int) -> tuple[Array, Array]:
-        """Constants in the table's units and exponents of one arm."""
-        own = [(slot, value) for slot, value in zip(self.slots, theta, strict=True) if slot.arm in (None, arm)]
+        """Constants in the table's units and exponents of one arm, last axis over terms and over powers.
+
+        Args:
+            theta: Shape ``(parameters,)`` or ``(draws, parameters)``.
+            arm: Number of the arm.
+        """
         exponents, constants = [], []
-        for term in range(len(self.form.terms)):
-            inside = {slot.column: value for slot, value in own if slot.term == term}
-            powers = [(name, inside[name]) for name in self.form.terms[term]]
-            exponents += [value for _, value in powers]
-            constants.append(np.exp(inside[None] + sum(value * self.centres[name] for name, value in powers)))
-        return np.array(constants), np.array(exponents)
+        for term, names in enumerate(self.form.terms):
+            log = theta[..., self.position(term, arm, None)]
+            for name in names:
+                power = theta[..., self.position(term, arm, name)]
+                exponents.append(power)
+                log = log + power * self.centres[name]
+            with np.errstate(over="ignore"):
+                constants.append(np.exp(log))
+        return np.stack(constants, axis=-1), np.stack(exponents, axis=-1) if exponents else np.empty(
+            (*theta.shape[:-1], 0)
+        )
 
     def law(self, theta: Array, arm: int = 0) -> Law:
         """The value of one arm."""

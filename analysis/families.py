@@ -14,9 +14,9 @@ import numpy as np
 from analysis.cells import Cells
 from analysis.design import Rows, Sharing
 from analysis.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve
-from analysis.match import compute_law, log_ratio
 from analysis.solve import Array, minimise, predict
 from scaling.spec import Strict
+from scaling.units import FLOPS_PER_PFLOPS_DAY
 
 
 class Family(NamedTuple):
@@ -91,15 +91,57 @@ def fit_family(family: Family, rows: Rows, arms: int, *, best_of: int | None = N
     return solve(form_named(family.form), rows, family.objective, arms=arms, sharing=family.sharing, best_of=best_of)
 
 
+def frontiers(fitted: Fitted, theta: Array, arm: int) -> tuple[Array, Array, Array]:
+    """Log scale (PFLOP/s-days), exponent and floor of an arm's law of compute, one for each vector of parameters.
+
+    NaN where there is no such law: an exponent that is not positive.
+    """
+    constants, exponents = fitted.design.parameters(np.atleast_2d(theta), arm)
+    days = np.log(FLOPS_PER_PFLOPS_DAY)
+    with np.errstate(all="ignore"):
+        if exponents.shape[1] == 1:
+            floor = constants[:, 0] if constants.shape[1] == 2 else np.zeros(len(constants))
+            power = exponents[:, 0]
+            log_scale = np.log(constants[:, -1]) - power * days
+        else:
+            # The best split of C = 6 N D under E + A N^-alpha + B D^-beta is a power law of C with floor E.
+            floor, alpha, beta = constants[:, 0], exponents[:, 0], exponents[:, 1]
+            power = alpha * beta / (alpha + beta)
+            lean = (np.log(alpha * constants[:, 1]) - np.log(beta * constants[:, 2])) / (alpha + beta)
+            shortage = np.logaddexp(np.log(constants[:, 1]) - alpha * lean, np.log(constants[:, 2]) + beta * lean)
+            log_scale = shortage - power * (days - np.log(6.0))
+        bad = (exponents <= 0.0).any(axis=1)
+        return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
+
+
 def ratio_of(fitted: Fitted, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
-    """Log match ratio of two arms at each loss under one vector of parameters; NaN where undefined."""
-    try:
-        laws = [compute_law(fitted.law(arm, theta)) for arm in (baseline, challenger)]
-    except Exception:  # a drawn surface without a best split has no ratio; that is what NaN says
-        return np.full(len(losses), np.nan)
-    if min(law.exponent for law in laws) <= 0.0:
-        return np.full(len(losses), np.nan)
-    return log_ratio(laws[0], laws[1], losses)
+    """Log match ratio of two arms at each loss; NaN where undefined.
+
+    Args:
+        fitted: The family.
+        theta: Parameters, shape ``(parameters,)`` or ``(draws, parameters)``.
+        losses: Shape ``(losses,)``.
+        baseline: Number of the arm compared against.
+        challenger: Number of the arm compared.
+
+    Returns:
+        Shape ``(losses,)`` or ``(draws, losses)``.
+    """
+    logs = []
+    for arm in (challenger, baseline):
+        log_scale, power, floor = frontiers(fitted, theta, arm)
+        above = losses - floor[:, None]
+        with np.errstate(all="ignore"):
+            logs.append((log_scale[:, None] - np.log(np.where(above > 0.0, above, np.nan))) / power[:, None])
+    return (logs[0] - logs[1]).reshape(*theta.shape[:-1], len(losses))
+
+
+def log_loss_of(fitted: Fitted, theta: Array, compute: Array, arm: int) -> Array:
+    """Log loss of an arm's law at each compute in PFLOP/s-days, shaped as in `ratio_of`."""
+    log_scale, power, floor = frontiers(fitted, theta, arm)
+    with np.errstate(all="ignore"):
+        values = np.log(floor[:, None] + np.exp(log_scale[:, None] - power[:, None] * np.log(compute)))
+    return values.reshape(*theta.shape[:-1], len(compute))
 
 
 def factors(fitted: Fitted, theta: Array, arm: int) -> tuple[float, float]:
@@ -128,7 +170,7 @@ def left_out_error(family: Family, cells: Cells, fitted: Fitted) -> float | None
             return None
     if len(rungs) - 1 < 2 + family.has_floor:
         return None
-    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-11)
+    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150)
     errors = []
     for row, rung in enumerate(rungs):
         log_prediction = predict(fitted.problem, found.theta[row][None])[0][0]

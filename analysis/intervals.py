@@ -68,24 +68,29 @@ def linear(fitted: Fitted, cells: Cells) -> Linear:
     count = len(cells.arms)
     freedom = np.array([max(np.sum(arm == a) - leverage[arm == a].sum(), 0.0) for a in range(count)])
     sigma = np.array([np.sqrt(np.sum(r[arm == a] ** 2) / max(freedom[a], 1e-9)) for a in range(count)])
-    noise = np.diag(sigma[arm] ** 2)
+    covariance = (response * sigma[arm] ** 2) @ response.T
     correlation = None
     for i in range(count):
         for j in range(i + 1, count):
             found = _correlation(r, arm == i, arm == j, cell)
             correlation = found if correlation is None else correlation
             if found is not None:
-                block = (cell[:, None] == cell) & (arm[:, None] == i) & (arm == j)
-                noise += np.where(block | block.T, found * sigma[i] * sigma[j], 0.0)
-    return Linear(response @ noise @ response.T, float(freedom.min()), sigma, correlation)
+                one, two = (_by_cell(response * (arm == a), cell) for a in (i, j))
+                covariance += found * sigma[i] * sigma[j] * (one @ two.T + two @ one.T)
+    return Linear(covariance, float(freedom.min()), sigma, correlation)
+
+
+def _by_cell(values: Array, cell: Numbers) -> Array:
+    """Sums over the rows of each cell, shape ``(..., cells)``."""
+    return np.stack([np.bincount(cell, weights=row, minlength=int(cell.max()) + 1) for row in values])
 
 
 def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float | None:
-    means = [{int(c): float(r[own & (cell == c)].mean()) for c in np.unique(cell[own])} for own in (first, second)]
-    shared = sorted(means[0].keys() & means[1].keys())
-    if len(shared) < 3:
+    counts = _by_cell(np.stack([first, second]).astype(np.float64), cell)
+    shared = (counts > 0).all(axis=0)
+    if shared.sum() < 3:
         return None
-    one, two = (np.array([side[c] for c in shared]) for side in means)
+    one, two = _by_cell(np.stack([r * first, r * second]), cell)[:, shared] / counts[:, shared]
     size = float(np.sqrt(np.sum(one**2) * np.sum(two**2)))
     return float(np.clip(np.sum(one * two) / size, -1.0, 1.0)) if size > 0 else None
 

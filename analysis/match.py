@@ -12,7 +12,6 @@ import numpy as np
 
 from analysis.fit import Fit
 from analysis.laws import LossSurface, PowerLaw, UnreachableLoss
-from analysis.solve import Array
 from scaling.errors import Refusal
 from scaling.spec import Strict
 
@@ -55,16 +54,6 @@ def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_
         for fit, compute in ((baseline, baseline_compute), (challenger, challenger_compute))
     ]
     return ("extrapolated", "half-extrapolated", "interpolated")[sum(inside)]
-
-
-def log_ratio(baseline: PowerLaw, challenger: PowerLaw, losses: Array) -> Array:
-    """ln(challenger compute / baseline compute) at each loss; NaN where a law never gets there."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        logs = [
-            np.log(np.where(losses > law.floor, losses - law.floor, np.nan) / law.scale) / -law.exponent
-            for law in (baseline, challenger)
-        ]
-    return np.asarray(logs[1] - logs[0])
 
 
 def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.compare import Comparison
 from analysis.figures.style import as_bytes, save
-from analysis.study import Comparison, Study, write_study
+from analysis.study import Study, write_study
 from analysis.summary import explanation, fit_text, headline_text, interval_text, left_out_text, ratio_text
 from scaling.records import write_atomic
 from scaling.units import human

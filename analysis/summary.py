@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from analysis.compare import Comparison
 from analysis.definitions import ARROW
 from analysis.fit import Fit
 from analysis.laws import Law, LossSurface, PowerLaw
 from analysis.match import MatchRatio
 from analysis.reference import MOONLIGHT_ARROW
-from analysis.study import Comparison, Study
+from analysis.study import Study
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
 from analysis.match import compute_law
-from analysis.study import Comparison, Study
+from analysis.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
-from analysis.study import Comparison, Study
+from analysis.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

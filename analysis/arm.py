@@ -1,0 +1,248 @@
+"""One arm's law alone, with what a reviewer asks beside it: errors, influence, and what the choices moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.cells import run_of, select
+from analysis.design import Rows
+from analysis.fit import HUBER, LEAST_SQUARES, Fit, Fitted, LeftOut, Objective, describe, form_named, solve
+from analysis.intervals import bootstrap
+from analysis.laws import Law, LossSurface
+from analysis.load import check_table
+from analysis.solve import Array, minimise
+from scaling.errors import Refusal, unknown_name
+from scaling.spec import Strict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DELTAS = (1e-1, 1e-2, 1e-3, 1e-4)
+"""Huber thresholds of the sweep: from nearly least squares to nearly least absolute deviations."""
+
+MOST_INFLUENCE = 400
+"""Points up to which the influence of each is worked out."""
+
+
+class Parameter(Strict, frozen=True):
+    """A derived value with its interval over resamples."""
+
+    name: str
+    value: float
+    error: float
+    """Standard deviation over resamples."""
+    low: float
+    high: float
+
+
+class Influence(Strict, frozen=True):
+    """What leaving one point out does."""
+
+    row: int
+    residual: float
+    """ln(observed / fitted)."""
+    moves: dict[str, float]
+    """Change of each parameter when the fit is made without the point."""
+
+
+class Variant(Strict, frozen=True):
+    """The same form under another loss function."""
+
+    objective: str
+    law: Law
+
+
+class ArmFit(Strict, frozen=True):
+    """One arm's law with its errors."""
+
+    fit: Fit
+    parameters: list[Parameter]
+    resamples: int
+    unit: str
+    """What was resampled: rows, cells or runs."""
+    units: int
+    effective: float
+    """Rows that would carry as much if they were independent; less than the rows where checkpoints repeat a run."""
+    variants: list[Variant]
+    influence: list[Influence]
+    """Largest first; empty where there are too many points to try each."""
+    left_out: list[LeftOut]
+
+
+def fit_arm(
+    frame: pd.DataFrame,
+    law: str,
+    arm: str | None = None,
+    *,
+    objective: Objective | None = None,
+    checkpoints: bool | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> ArmFit:
+    """A form of ``analysis.laws.LAWS`` fitted to one arm of a table.
+
+    Args:
+        frame: A table of runs, checked or not.
+        law: ``power``, ``power-floor``, ``surface``, ...
+        arm: Which; not needed where the table has one.
+        objective: Least squares in loss space for laws of compute, Huber (1e-3 on log loss) for the surface.
+        checkpoints: Use every row of runs that stand in the table with their checkpoints; resampling then takes whole
+            runs. By default for the surface alone.
+        resamples: Of the bootstrap; 0 for none.
+        seed: Of its draws.
+
+    Raises:
+        Refusal: The arm or the law is not known, or the runs are too few.
+    """
+    form = form_named(law)
+    name = str(frame.attrs.get("name", "table"))
+    if "left_out" not in frame:
+        frame = check_table(frame, name)
+    arm = _only_arm(frame, name, arm)
+    checkpoints = law == "surface" if checkpoints is None else checkpoints
+    cells = select(frame, (arm,), ends_only=not checkpoints)
+    rows = cells.rows
+    if len(rows.loss) < max(form.size, 3):
+        raise Refusal(
+            f"{name}: arm {arm} has {len(rows.loss)} usable runs, and {form.label} has {form.size} parameters. Fit a law "
+            "with fewer (power has 2), or finish more runs."
+        )
+    objective = objective or (HUBER if law == "surface" else LEAST_SQUARES)
+    fitted = solve(form, rows, objective)
+    fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
+    used = frame.loc[cells.numbers - 1]
+    run = np.unique(run_of(used).to_numpy(dtype=str), return_inverse=True)[1]
+    clustered = run.max() + 1 < len(rows.loss)
+    groups = run if clustered else cells.cell
+    unit = "runs, each with all its checkpoints" if clustered else "cells"
+    draws = bootstrap(fitted, groups, resamples=resamples, seed=seed) if resamples else fitted.theta[None]
+    return ArmFit(
+        fit=fit,
+        parameters=_parameters(fitted, draws),
+        resamples=resamples,
+        unit=unit,
+        units=len(np.unique(groups)),
+        effective=effective_size(fitted.log_residuals(), groups),
+        variants=_variants(fitted, rows, objective),
+        influence=_influence(fitted, cells.numbers, groups if clustered else np.arange(len(rows.loss))),
+        left_out=cells.left_out,
+    )
+
+
+def _only_arm(frame: pd.DataFrame, name: str, arm: str | None) -> str:
+    known = list(dict.fromkeys(frame["arm"]))
+    if arm is None and len(known) == 1:
+        return str(known[0])
+    if arm is None:
+        raise Refusal(
+            f"{name}, column arm: found {', '.join(known)}. Say which arm's law to fit, as in --arm {known[0]}."
+        )
+    if arm not in known:
+        raise Refusal(f"{name}: {unknown_name('arm', arm, known)}")
+    return arm
+
+
+def quantities(law: Law) -> dict[str, float]:
+    """The numbers of a law by name, and those derived from them that papers quote."""
+    if isinstance(law, LossSurface):
+        share = law.beta / (law.alpha + law.beta)
+        return {
+            "A": law.A,
+            "B": law.B,
+            "E": law.E,
+            "alpha": law.alpha,
+            "beta": law.beta,
+            "a = beta/(alpha+beta)": share,
+        }
+    found = {"scale": law.scale, "exponent": law.exponent}
+    return found | {"floor": law.floor} if law.floor else found
+
+
+def parameter_draws(fitted: Fitted, draws: Array, arm: int = 0) -> dict[str, Array]:
+    """Whole resampled laws as columns: one array for each number of the law."""
+    constants, exponents = fitted.design.parameters(draws, arm)
+    if exponents.shape[1] == 2:
+        E, A, B = constants.T
+        alpha, beta = exponents.T
+        with np.errstate(all="ignore"):
+            share = beta / (alpha + beta)
+        return {"A": A, "B": B, "E": E, "alpha": alpha, "beta": beta, "a = beta/(alpha+beta)": share}
+    from scaling.units import FLOPS_PER_PFLOPS_DAY
+
+    scale = constants[:, -1] * FLOPS_PER_PFLOPS_DAY ** -exponents[:, 0]
+    found = {"scale": scale, "exponent": exponents[:, 0]}
+    return found | {"floor": constants[:, 0]} if constants.shape[1] == 2 else found
+
+
+def _parameters(fitted: Fitted, draws: Array) -> list[Parameter]:
+    values = quantities(fitted.law())
+    columns = parameter_draws(fitted, draws)
+    return [
+        Parameter(
+            name=name,
+            value=value,
+            error=float(np.std(columns[name])),
+            low=float(np.quantile(columns[name], 0.025)),
+            high=float(np.quantile(columns[name], 0.975)),
+        )
+        for name, value in values.items()
+        if name in columns
+    ]
+
+
+def _variants(fitted: Fitted, rows: Rows, used: Objective) -> list[Variant]:
+    if len(rows.loss) > 5000:
+        return []
+    form = fitted.design.form
+    tried = [Objective(function="huber", delta=delta) for delta in DELTAS]
+    tried += [Objective(space="log"), Objective(space="loss"), Objective(function="huber", delta=1e-3, space="loss")]
+    tried += [Objective(function="absolute")] if len(rows.loss) <= 500 else []
+    return [
+        Variant(objective=other.describe(), law=solve(form, rows, other, best_of=4).law())
+        for other in tried
+        if other != used
+    ]
+
+
+def _influence(fitted: Fitted, numbers: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Influence]:
+    names = np.unique(groups)
+    if len(names) > MOST_INFLUENCE or len(names) <= fitted.design.size:
+        return []
+    weights = (groups != names[:, None]).astype(np.float64)
+    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-9, limit=60)
+    columns = parameter_draws(fitted, found.theta)
+    whole = quantities(fitted.law())
+    r = fitted.log_residuals()
+    moves = {key: columns[key] - whole[key] for key in whole if key in columns}
+    # Ordered by the parameter that moves most in units of its own spread over the points.
+    size = np.max([np.abs(move) / (np.std(move) + 1e-300) for move in moves.values()], axis=0)
+    order = np.argsort(-size, kind="stable")
+    first = np.array([np.flatnonzero(groups == name)[0] for name in names])
+    return [
+        Influence(
+            row=int(numbers[first[at]]),
+            residual=float(r[first[at]]),
+            moves={key: float(move[at]) for key, move in moves.items()},
+        )
+        for at in order
+    ]
+
+
+def effective_size(residuals: Array, groups: NDArray[np.intp]) -> float:
+    """Independent rows that would carry as much: rows over the design effect of their correlation within groups."""
+    counts = np.bincount(groups).astype(np.float64)
+    rows = len(residuals)
+    if counts.max() <= 1 or len(counts) < 2:
+        return float(rows)
+    centred = residuals - residuals.mean()
+    total = float(np.mean(centred**2))
+    if total <= 0.0:
+        return float(rows)
+    sums = np.bincount(groups, weights=centred)
+    squares = np.bincount(groups, weights=centred**2)
+    pairs = float(np.sum(counts * (counts - 1)))
+    within = float(np.clip(np.sum(sums**2 - squares) / pairs / total, 0.0, 1.0))
+    return float(rows / (1.0 + within * (np.sum(counts**2) / rows - 1.0)))
