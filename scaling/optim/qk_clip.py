@@ -6,10 +6,14 @@ These are plain functions on views of weights: who owns a model knows where its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from scaling.models.decoder import Attention
 
 
 @torch.no_grad()
@@ -45,9 +49,51 @@ def clip_heads_(
     Returns:
         The factors, ``min(1, bound / largest)``.
     """
-    factors = (bound / largest.clamp(min=bound)).view(-1, 1, 1)
+    factors = torch.where(largest > bound, bound / largest, 1.0).view(-1, 1, 1)
     for weight in both:
         weight.mul_(factors.sqrt().to(weight.dtype))
     for weight in query_alone:
         weight.mul_(factors.to(weight.dtype))
     return factors.flatten()
+
+
+@contextlib.contextmanager
+def observed_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The largest logit of each head, by the name of its attention, over the forward passes inside the block.
+
+    It recomputes query and key of every `scaling.models.decoder.Attention` and costs about as much as the attention,
+    so it belongs at chosen steps. Over processes, reduce with the maximum.
+    """
+    largest: dict[str, Tensor] = {}
+
+    def before(name: str, attention: Attention, inputs: tuple[Any, ...]) -> None:
+        x, rotary = inputs
+        with torch.no_grad():
+            query, key = (
+                rotary(projection(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2))
+                for projection in (attention.query, attention.key)
+            )
+            found = largest_logits(query, key)
+            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, Attention):
+                hook = module.register_forward_pre_hook(
+                    lambda attention, inputs, name=name: before(name, attention, inputs)
+                )
+                stack.callback(hook.remove)
+        yield largest
+
+
+def clip_attention_(model: nn.Module, largest: dict[str, Tensor], *, bound: float = 100.0) -> int:
+    """QK-clip of a model after a step, from what `observed_logits` saw; returns how many heads were clipped."""
+    clipped = 0
+    for name, seen in largest.items():
+        attention = model.get_submodule(name)
+        assert isinstance(attention, Attention)
+        heads = [
+            projection.weight.unflatten(0, (attention.heads, -1)) for projection in (attention.query, attention.key)
+        ]
+        clipped += int((clip_heads_(seen, heads, bound=bound) < 1).sum())
+    return clipped

@@ -1,7 +1,7 @@
 import torch
 
-from scaling.models.decoder import Attention, Rotary
-from scaling.optim.qk_clip import clip_heads_, largest_logits
+from scaling.models.decoder import Attention, Decoder, Rotary
+from scaling.optim.qk_clip import clip_attention_, clip_heads_, largest_logits, observed_logits
 from scaling.spec import ModelShape
 
 SHAPE = ModelShape(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)
@@ -44,3 +44,19 @@ def test_a_key_shared_between_heads_is_made_up_for_by_the_query():
     assert torch.equal(query[:, 0, 0], torch.tensor([0.5, 1.0]))
     assert torch.equal(rotary_query[:, 0, 0], torch.tensor([0.25, 1.0]))
     assert torch.equal(rotary_key, torch.ones(2, 8))
+
+
+def test_a_model_is_watched_clipped_and_left_without_hooks():
+    model = Decoder(SHAPE)
+    model.initialise(0)
+    with torch.no_grad():
+        model.blocks[0].attention.query.weight.mul_(100)
+    windows = torch.randint(8, (2, 17), generator=torch.Generator().manual_seed(0))
+    with observed_logits(model) as before:
+        model.loss(windows)
+    bound = float(before["blocks.0.attention"].median()) + 1e-3
+    assert clip_attention_(model, before, bound=bound) == 2
+    with observed_logits(model) as after:
+        model.loss(windows)
+    torch.testing.assert_close(after["blocks.0.attention"], before["blocks.0.attention"].clamp(max=bound))
+    assert not any(module._forward_pre_hooks for module in model.modules())
