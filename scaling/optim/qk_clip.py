@@ -92,8 +92,7 @@ def clip_attention_(model: nn.Module, largest: dict[str, Tensor], *, bound: floa
     for name, seen in largest.items():
         attention = model.get_submodule(name)
         assert isinstance(attention, Attention)
-        heads = [
-            projection.weight.unflatten(0, (attention.heads, -1)) for projection in (attention.query, attention.key)
-        ]
+        weights = (attention.query.weight, attention.key.weight)
+        heads = [weight.view(attention.heads, -1, weight.shape[1]) for weight in weights]
         clipped += int((clip_heads_(seen, heads, bound=bound) < 1).sum())
     return clipped

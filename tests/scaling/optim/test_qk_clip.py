@@ -26,6 +26,7 @@ def test_the_largest_logit_is_found_below_the_diagonal_only():
 
 
 def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
+    torch.manual_seed(0)
     attention = Attention(SHAPE)
     torch.nn.init.normal_(attention.query.weight)
     torch.nn.init.normal_(attention.key.weight)
@@ -35,7 +36,7 @@ def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
     heads = [weight.view(4, -1, 32) for weight in (attention.query.weight, attention.key.weight)]
     factors = clip_heads_(before, heads, bound=bound)
     assert (factors < 1).sum() == 2
-    torch.testing.assert_close(logits_of(attention, x), before.clamp(max=bound))
+    torch.testing.assert_close(logits_of(attention, x), before.clamp(max=bound), rtol=1e-4, atol=0)
 
 
 def test_a_key_shared_between_heads_is_made_up_for_by_the_query():
@@ -58,5 +59,7 @@ def test_a_model_is_watched_clipped_and_left_without_hooks():
     assert clip_attention_(model, before, bound=bound) == 2
     with observed_logits(model) as after:
         model.loss(windows)
-    torch.testing.assert_close(after["blocks.0.attention"], before["blocks.0.attention"].clamp(max=bound))
+    torch.testing.assert_close(
+        after["blocks.0.attention"], before["blocks.0.attention"].clamp(max=bound), rtol=1e-4, atol=0
+    )
     assert not any(module._forward_pre_hooks for module in model.modules())
