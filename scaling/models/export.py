@@ -15,6 +15,8 @@ import msgspec
 
 from scaling.data.shards import MANIFEST, Manifest, manifest_hash, read_manifest
 from scaling.errors import Refusal
+from scaling.models.hub_mixtures import deepseek_config, deepseek_weights, mixtral_config, mixtral_weights
+from scaling.models.hub_weights import HubWeight, outside_blocks
 from scaling.models.model_card import model_card
 from scaling.models.tokenizer_files import tokenizer_files
 from scaling.records import RunDirectory, RunRecord, read_json, write_atomic
@@ -28,12 +30,12 @@ SHARD_BYTES = 5_000_000_000
 class HubFamily:
     """How one family of ours is called on the other side."""
 
-    names: Callable[[ModelShape], dict[str, str]]
-    """Their name of each weight by ours."""
+    weights: Callable[[ModelShape], list[HubWeight]]
+    """Their weights, in the order of the model."""
     shapes: Callable[[ModelShape], dict[str, tuple[int, ...]]]
     """Shape of each weight by our name."""
     config: Callable[[ModelShape], dict[str, Any]]
-    """Their config.json, without the ids of special tokens and the dtype."""
+    """Their config.json, without the ids of special tokens and the dtype. Refuses what that side cannot say."""
 
 
 def export_hf(
@@ -66,6 +68,7 @@ def export_hf(
             f"run {directory.path}: no export is written for the family {shape.family!r}; "
             f"there is one for {', '.join(HUB_FAMILIES)}."
         )
+    config = family.config(shape)
     manifest, data_folder = _data(directory, record, data)
     weights = _Weights(directory.weights_file, family.shapes(shape))
     files = {} if manifest is None else tokenizer_files(data_folder, manifest, context=shape.context)
@@ -73,11 +76,11 @@ def export_hf(
 
     separator = None if manifest is None else manifest.tokenizer.separator
     special = {"bos_token_id": separator, "eos_token_id": separator}
-    written = list(weights.write(folder, family.names(shape), shard_bytes))
+    written = list(weights.write(folder, family.weights(shape), shard_bytes))
     files["generation_config.json"] = _json({**special, "pad_token_id": separator})
     files["README.md"] = model_card(record, directory.path.name, has_tokenizer=manifest is not None).encode()
     # Last, since it is what makes a folder a model.
-    files["config.json"] = _json({**family.config(shape), **special, "torch_dtype": weights.dtype})
+    files["config.json"] = _json({**config, **special, "torch_dtype": weights.dtype})
     for name, content in files.items():
         write_atomic(folder / name, content)
         written.append(folder / name)
@@ -162,47 +165,49 @@ class _Weights:
                     f"{path}: weight {name} is {_size(found.get(name))} and the run's shape makes it "
                     f"{_size(shapes.get(name))}. The file is of another run; put back the right one."
                 )
-        self.names = list(shapes)
-        self.bytes = {name: _elements(shapes[name]) * (4 if kinds == {"F32"} else 2) for name in shapes}
+        self.shapes = shapes
+        self.bytes_each = 4 if kinds == {"F32"} else 2
         if len(kinds) != 1 or not kinds <= DTYPES.keys():
             raise Refusal(
                 f"{path}: weights of type {', '.join(sorted(kinds))}; known are {', '.join(DTYPES)}, one a file."
             )
         self.dtype = DTYPES[kinds.pop()]
 
-    def write(self, folder: Path, names: dict[str, str], shard_bytes: int) -> Iterator[Path]:
+    def write(self, folder: Path, weights: list[HubWeight], shard_bytes: int) -> Iterator[Path]:
         """Weights under their new names, a file at a time; an index where there are several."""
         from safetensors import safe_open
         from safetensors.torch import save_file
 
-        shards = self._shards(shard_bytes)
+        sizes = {weight.name: weight.elements(self.shapes) * self.bytes_each for weight in weights}
+        shards = _shards(weights, sizes, shard_bytes)
         index: dict[str, str] = {}
         with safe_open(self.path, framework="pt") as source:
             for number, members in enumerate(shards, start=1):
                 of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
                 path = folder / f"model{of}.safetensors"
                 temporary = path.with_name(f"{path.name}.tmp")
-                save_file({names[name]: source.get_tensor(name) for name in members}, temporary, {"format": "pt"})
+                save_file({weight.name: weight.read(source) for weight in members}, temporary, {"format": "pt"})
                 temporary.replace(path)
-                index |= {names[name]: path.name for name in members}
+                index |= {weight.name: path.name for weight in members}
                 yield path
         if len(shards) > 1:
             path = folder / "model.safetensors.index.json"
-            content = {"metadata": {"total_size": sum(self.bytes.values())}, "weight_map": index}
+            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
             write_atomic(path, _json(content))
             yield path
 
-    def _shards(self, shard_bytes: int) -> list[list[str]]:
-        """Names in order, cut where the next weight would not fit; a weight that never fits is alone in its file."""
-        shards: list[list[str]] = [[]]
-        size = 0
-        for name in self.names:
-            if shards[-1] and size + self.bytes[name] > shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += self.bytes[name]
-        return shards
+
+def _shards(weights: list[HubWeight], sizes: dict[str, int], shard_bytes: int) -> list[list[HubWeight]]:
+    """Weights in order, cut where the next would not fit; one that never fits is alone in its file."""
+    shards: list[list[HubWeight]] = [[]]
+    size = 0
+    for weight in weights:
+        if shards[-1] and size + sizes[weight.name] > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += sizes[weight.name]
+    return shards
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -213,34 +218,32 @@ def _size(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape))
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
-
-
 def _json(content: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
-def _llama_names(shape: ModelShape) -> dict[str, str]:
-    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    for layer in range(shape.layers):
-        for ours, theirs in LLAMA_BLOCK.items():
-            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
-    if not shape.tied:
-        names["head.weight"] = "lm_head.weight"
-    return names
+def _llama_weights(shape: ModelShape) -> list[HubWeight]:
+    return [
+        *outside_blocks(shape),
+        *(
+            HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
+            for layer in range(shape.layers)
+            for ours, theirs in LLAMA_BLOCK.items()
+        ),
+    ]
 
 
-def _decoder_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight in the run's file: parameters, and buffers that are part of the state."""
     import torch
 
     from scaling.models import build_model
 
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in build_model(shape).named_parameters()}
+        model = build_model(shape)
+    state = model.state_dict()
+    named = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in state]
+    return {name: tuple(state[name].shape) for name in named}
 
 
 def _llama_config(shape: ModelShape) -> dict[str, Any]:
@@ -283,5 +286,7 @@ LLAMA_BLOCK = {
 """Modules of a block by our name; rotary halves lie alike on both sides, so no weight is permuted."""
 
 HUB_FAMILIES: dict[str, HubFamily] = {
-    "decoder": HubFamily(names=_llama_names, shapes=_decoder_shapes, config=_llama_config),
+    "decoder": HubFamily(weights=_llama_weights, shapes=_shapes, config=_llama_config),
+    "moonlight-moe": HubFamily(weights=deepseek_weights, shapes=_shapes, config=deepseek_config),
+    "mixtral-moe": HubFamily(weights=mixtral_weights, shapes=_shapes, config=mixtral_config),
 }
