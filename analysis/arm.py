@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from analysis.cells import run_of, select
 from analysis.design import Rows
 from analysis.fit import HUBER, LEAST_SQUARES, Fit, Fitted, LeftOut, Objective, describe, form_named, solve
-from analysis.intervals import bootstrap
+from analysis.intervals import bootstrap, refit
 from analysis.laws import Law, LossSurface
 from analysis.load import check_table
-from analysis.solve import Array, minimise
+from analysis.solve import Array
 from scaling.errors import Refusal, unknown_name
 from scaling.spec import Strict
 
 if TYPE_CHECKING:
     import pandas as pd
+
+MOST_SWEPT = 5000
+"""Rows beyond which the sweep over loss functions is left out."""
 
 DELTAS = (1e-1, 1e-2, 1e-3, 1e-4)
 """Huber thresholds of the sweep: from nearly least squares to nearly least absolute deviations."""
@@ -194,7 +197,7 @@ def _parameters(fitted: Fitted, draws: Array) -> list[Parameter]:
 
 
 def _variants(fitted: Fitted, rows: Rows, used: Objective) -> list[Variant]:
-    if len(rows.loss) > 5000:
+    if len(rows.loss) > MOST_SWEPT:
         return []
     form = fitted.design.form
     tried = [Objective(function="huber", delta=delta) for delta in DELTAS]
@@ -208,12 +211,10 @@ def _variants(fitted: Fitted, rows: Rows, used: Objective) -> list[Variant]:
 
 
 def _influence(fitted: Fitted, numbers: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Influence]:
-    names = np.unique(groups)
+    names, inverse = np.unique(groups, return_inverse=True)
     if len(names) > MOST_INFLUENCE or len(names) <= fitted.design.size:
         return []
-    weights = (groups != names[:, None]).astype(np.float64)
-    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-9, limit=60)
-    columns = parameter_draws(fitted, found.theta)
+    columns = parameter_draws(fitted, refit(fitted, inverse, 1.0 - np.eye(len(names))))
     whole = quantities(fitted.law())
     r = fitted.log_residuals()
     moves = {key: columns[key] - whole[key] for key in whole if key in columns}

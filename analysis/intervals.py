@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 
 from analysis.cells import Cells
 from analysis.fit import Fitted
-from analysis.solve import Array, minimise, predict
+from analysis.solve import Array, group_steps, minimise, predict
 
 FEW = 10
 """Cells up to which the t interval is used: percentile bootstraps of fewer under-cover and drop degenerate draws."""
+
+MOST_WORK = 4e6
+"""Rows times resamples up to which every resample is refitted to its minimum."""
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.intp]
@@ -117,25 +120,26 @@ def t_interval(fitted: Fitted, cells: Cells, quantity: Quantity, *, level: float
     return centre - half, centre + half
 
 
-def case_weights(groups: Numbers, resamples: int, seed: int) -> Array:
-    """How often each row counts in each resample of whole groups, shape ``(resamples, rows)``."""
-    names, inverse = np.unique(groups, return_inverse=True)
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=resamples)
-    return np.asarray(counts[:, inverse], dtype=np.float64)
-
-
 def bootstrap(fitted: Fitted, groups: Numbers, *, resamples: int, seed: int = 0) -> Array:
     """Parameters refitted to resamples of whole groups (cells, or runs with their checkpoints).
 
-    Each refit starts from the minimum of all data and keeps the best of that and of where it leads; resamples whose
-    minimum is not reached are not dropped, they are returned as they are.
+    Each refit starts from the minimum of all data; resamples that end somewhere odd are kept, not dropped. Where rows
+    times resamples pass `MOST_WORK`, a refit is one Newton step from the minimum, for which the groups' sums suffice.
 
     Returns:
         Shape ``(resamples, parameters)``.
     """
-    weights = case_weights(groups, resamples, seed)
-    return minimise(fitted.problem, fitted.theta, weights, tolerance=1e-9, limit=60).theta
+    names, inverse = np.unique(groups, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=resamples).astype(np.float64)
+    return refit(fitted, inverse, counts)
+
+
+def refit(fitted: Fitted, groups: Numbers, counts: Array) -> Array:
+    """Parameters under each row of `counts`: how often each group ``0 .. groups - 1`` is taken."""
+    if len(groups) * len(counts) > MOST_WORK:
+        return group_steps(fitted.problem, fitted.theta, groups, counts)
+    return minimise(fitted.problem, fitted.theta, counts[:, groups], tolerance=1e-7, limit=60).theta
 
 
 def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Array, Array]:
