@@ -21,6 +21,8 @@ from scaling.spec import Strict
 
 FOLDER = "submissions"
 CLAIM = "claim"
+CANCELLED = "cancelled"
+"""Empty file in the directory of a run that a person cancelled through `sweeps.manage`: SLURM forgets, the run does not."""
 
 
 class ArrayRecord(Strict, frozen=True):
@@ -118,7 +120,7 @@ def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) ->
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
             if instead_of is not None and path.read_text() in (instead_of, ""):
-                write_atomic(path, token.encode())
+                write_atomic(path, token.encode(), durable=False)
                 return True
         return False
     with os.fdopen(descriptor, "w") as file:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scaling.errors import Refusal, unknown_name
+from sweeps.arrays import CANCELLED
 from sweeps.dispatch import LOG
 from sweeps.plan import Plan, PlannedRun
 from sweeps.slurm import Unreachable, ask
@@ -56,9 +57,14 @@ def cancel(plan: Plan, runs: list[PlannedRun]) -> list[str]:
     seen = survey(plan.root)
     if not seen.answer.queue_reached:
         raise Refusal(f"{' '.join(seen.answer.notes)} Nothing was cancelled; try again.")
-    jobs = [
-        task.job for run in runs if (task := seen.task(run.id)) is not None and task.verdict in ("pending", "running")
-    ]
+    alive = {
+        run.id: task.job
+        for run in runs
+        if (task := seen.task(run.id)) is not None and task.verdict in ("pending", "running")
+    }
+    jobs = list(alive.values())
+    for run in alive:
+        (plan.root / "runs" / run / CANCELLED).touch()
     try:
         for start in range(0, len(jobs), 200):
             ask("scancel", *jobs[start : start + 200])

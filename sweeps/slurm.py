@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scaling.errors import Refusal
@@ -154,22 +154,48 @@ def look_up(jobs: Iterable[str]) -> Answer:
         queued = {}
     for job, task in queued.items():
         spent = tasks.get(job)
-        tasks[job] = Task(
-            job=job,
-            state=task.state,
-            verdict=task.verdict,
-            reason=task.reason,
-            seconds=spent.seconds if spent else 0.0,
-            gpu_seconds=spent.gpu_seconds if spent else 0.0,
-        )
+        tasks[job] = replace(task, seconds=spent.seconds, gpu_seconds=spent.gpu_seconds) if spent else task
     if reached:
-        # The accounting keeps tasks as pending that were cancelled before they started; the queue knows better.
-        for job, task in tasks.items():
-            if job not in queued and task.verdict == "pending":
-                tasks[job] = Task(job=job, state="CANCELLED", verdict="cancelled")
-            elif job not in queued and task.verdict == "running":
-                tasks[job] = Task(job, task.state, "over", seconds=task.seconds, gpu_seconds=task.gpu_seconds)
+        _settle(jobs, tasks, queued)
     return Answer(tasks=tasks, notes=tuple(notes), queue_reached=reached)
+
+
+def _settle(jobs: Iterable[str], tasks: dict[str, Task], queued: dict[str, Task]) -> None:
+    """Find out how tasks ended that have left the queue, where the accounting is silent or behind.
+
+    The controller remembers jobs for some minutes. A task that nobody remembers is over; one that the accounting still
+    calls pending was cancelled before it began.
+    """
+    open_ended = {
+        job.split("_")[0] for job, task in tasks.items() if job not in queued and task.verdict in ("pending", "running")
+    }
+    silent = {job for job in jobs if not any(task.startswith(f"{job}_") for task in tasks)}
+    for array in sorted(open_ended | silent):
+        try:
+            remembered = controlled(ask("scontrol", "-o", "show", "job", array))
+        except Unreachable:
+            remembered = {}
+        for job, state in remembered.items():
+            if job not in queued and (job not in tasks or tasks[job].verdict in ("pending", "running")):
+                before = tasks.get(job, Task(job, state, "unknown"))
+                tasks[job] = replace(before, state=state, verdict=verdict(state))
+        for job, task in tasks.items():
+            if job.split("_")[0] == array and job not in queued and job not in remembered:
+                if task.verdict == "pending":
+                    tasks[job] = replace(task, state="CANCELLED", verdict="cancelled")
+                elif task.verdict == "running":
+                    tasks[job] = replace(task, verdict="over")
+
+
+def controlled(text: str) -> dict[str, str]:
+    """States by task from ``scontrol -o show job``."""
+    states: dict[str, str] = {}
+    for line in text.splitlines():
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        array, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
+        if array and index and state:
+            states.update((task, state) for task in expand(f"{array}_[{index}]"))
+    return states
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Task]:

@@ -31,7 +31,7 @@ from sweeps.dispatch import Retry, forget_divergence, retries
 from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.show import plan_costs
-from sweeps.slurm import Unreachable, clean_environment, largest_array, named
+from sweeps.slurm import Task, Unreachable, clean_environment, largest_array, named
 from sweeps.snapshot import code_digest, code_root, take_snapshot
 from sweeps.survey import Survey, survey
 
@@ -163,13 +163,18 @@ def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Ret
             found.joined.append(run.id)  # another submitter is at it; `_repair` has left it alone
         elif state == "failed" and not retries(retry, "failed"):
             found.failed.append(run.id)
-        elif task is not None and task.verdict == "cancelled" and not retries(retry, "cancelled"):
+        elif _was_cancelled(plan, run, task) and not retries(retry, "cancelled"):
             found.cancelled.append(run.id)
         else:
             table = tables[run.rung]
             groups.setdefault(msgspec.json.encode(table), (table, []))[1].append(run)
     found.classes = [Class(slurm=table, runs=tuple(runs)) for table, runs in groups.values()]
     return found
+
+
+def _was_cancelled(plan: Plan, run: PlannedRun, task: Task | None) -> bool:
+    marked = (plan.directory(run).path / arrays.CANCELLED).exists()
+    return marked or (task is not None and task.verdict == "cancelled")
 
 
 def _refuse_cost(submission: Submission, limit: float | None) -> None:
@@ -223,7 +228,8 @@ def _create_directories(plan: Plan, runs: list[PlannedRun], retry: Retry) -> Non
         state = directory.state()
         if state == "diverged" and retries(retry, "diverged"):
             forget_divergence(directory)
-        directory.create(run.spec, run.placement)
+        directory.create(run.spec, run.placement, durable=False)
+        (directory.path / arrays.CANCELLED).unlink(missing_ok=True)
         if state == "failed":
             (directory.path / ENDINGS).unlink(missing_ok=True)  # what failed before does not count against this try
 

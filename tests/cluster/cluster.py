@@ -151,7 +151,8 @@ class Cluster:
 
     def stop(self) -> None:
         """End every daemon and every job; leave no process behind."""
-        run(["scancel", "--me"], self.environment, check=False)
+        if self._runs("slurmctld"):
+            run(["scancel", "--me"], self.environment, check=False)
         for pid in self.processes():
             end(pid, signal.SIGKILL)
         for name in [*(f"slurmd-{node}" for node in self.nodes), "slurmctld", "slurmdbd", "mariadbd", "munged"]:
