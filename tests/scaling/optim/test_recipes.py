@@ -1,20 +1,23 @@
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import torch
 
 from scaling.errors import Refusal
+from scaling.models import FAMILIES
 from scaling.models.decoder import Decoder
 from scaling.optim.recipes import OPTIMIZERS, assign, build, complete, update_flops
-from scaling.spec import ModelShape, OptimizerSpec
+from scaling.spec import LatentAttention, Mixture, ModelShape, OptimizerSpec
 
 SHAPE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
 
 def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Decoder(shape).named_parameters()}
+        model = FAMILIES[shape.family].build(shape)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def spec(name: str, **options: float | int | bool | str) -> OptimizerSpec:
@@ -50,11 +53,19 @@ def test_an_option_that_cannot_be_used_is_refused_by_name(wrong, sentence):
         complete(wrong)
 
 
+PARTS = {
+    "mixture": Mixture(experts=4, active=2, shared=1, dense_layers=1),
+    "latent": LatentAttention(kv_rank=8, plain=4, rotary=4, value=8, q_rank=12),
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied):
-    shapes = shapes_of(ModelShape(**{**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__}, "tied": tied}))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_muon_takes_the_matrices_of_the_blocks_of_every_family_and_nothing_else(family, tied):
+    parts = {part: value for part, value in PARTS.items() if getattr(FAMILIES[family], part)}
+    shapes = shapes_of(msgspec.structs.replace(SHAPE, family=family, tied=tied, **parts))
     muon = {a.name for a in assign(spec("muon"), shapes) if a.algorithm == "muon"}
-    assert muon == {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
+    assert muon == {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) > 1}
 
 
 def test_expert_stacks_and_latent_attention_are_matrices_and_their_norms_are_not():
