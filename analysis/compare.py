@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.cells import Cells
+from analysis.conventions import ConventionRatio, convention_ratios
 from analysis.definitions import Definition, arrow, at_largest
-from analysis.families import FAMILIES, fit_family, left_out_error, log_loss_of, ratio_of
+from analysis.families import FAMILIES, Factors, factors, fit_family, left_out_error, log_loss_of, ratio_of
 from analysis.fit import Fit, Fitted, describe
 from analysis.intervals import FEW, bootstrap, linear, percentile, t_interval
 from analysis.laws import Law
@@ -16,6 +20,9 @@ from analysis.solve import Array
 from scaling.errors import Refusal
 from scaling.spec import Strict
 from scaling.units import pflops_days
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BEYOND = 10.0
 """How far past the data the curve is carried, as a factor of compute; it is marked there."""
@@ -74,6 +81,10 @@ class Comparison(Strict, frozen=True):
     curve: list[MatchRatio]
     """From the smallest run to ten times beyond the largest, in order of rising compute."""
     definitions: list[Definition]
+    conventions: list[ConventionRatio]
+    """The ratio in other prices: other counts of FLOPs, wall-clock."""
+    factors: list[Factors]
+    """On a grid with shared exponents: what a parameter and a token are worth in the challenger."""
     models: list[ModelRatio]
     difference: Difference | None
     bands: dict[str, Band]
@@ -82,6 +93,7 @@ class Comparison(Strict, frozen=True):
 
 def compare(
     cells: Cells,
+    frame: pd.DataFrame,
     name: str,
     alone: dict[str, Fit],
     *,
@@ -131,6 +143,8 @@ def compare(
         rungs=points[1 : 1 + places],
         curve=points[1 + places :],
         definitions=named,
+        conventions=convention_ratios(frame, cells, kind, fitted, float(losses[0])),
+        factors=_factors(chosen, fitted, cells, resamples, seed),
         models=[_model(key, found, error, cells, losses[:1]) for key, (found, error) in candidates.items()],
         difference=line,
         bands={arm: _band(fitted, cells, number, fits[arm]) for number, arm in enumerate(cells.arms)},
@@ -238,11 +252,22 @@ def _intervals(fitted: Fitted, cells: Cells, losses: Array, resamples: int, seed
         if np.isnan(low).all():
             how = "none: as many parameters as cells leave nothing to estimate the noise from"
     else:
-        groups = cells.cell if shared >= 3 else cells.cell + (cells.rows.arm * (cells.cell.max() + 1))
-        draws = quantity(bootstrap(fitted, groups, resamples=resamples, seed=seed))
+        draws = quantity(bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed))
         low, high = percentile(draws, centre)
         how = f"95 % percentile interval of {resamples:,} case resamples of {count} cells, all laws refitted, {paired}"
     return np.exp(low), np.exp(high), how
+
+
+def _groups(cells: Cells) -> NDArray[np.intp]:
+    """What is resampled: whole cells where the arms share them, else each arm's own."""
+    return cells.cell if len(cells.paired) >= 3 else cells.cell + cells.rows.arm * (cells.cell.max() + 1)
+
+
+def _factors(chosen: str, fitted: Fitted, cells: Cells, resamples: int, seed: int) -> list[Factors]:
+    if chosen not in ("factors", "token-factor"):
+        return []
+    draws = bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed)
+    return [factors(fitted, draws, number, arm) for number, arm in enumerate(cells.arms) if number]
 
 
 def _model(key: str, fitted: Fitted, error: float | None, cells: Cells, losses: Array) -> ModelRatio:

@@ -76,13 +76,21 @@ FAMILIES: dict[str, Family] = {
 """Ways for arms to share a law, by the name that results carry."""
 
 
+class Worth(Strict, frozen=True):
+    """A factor with its 95 % interval over resamples."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Factors(Strict, frozen=True):
     """What an arm's parameters and tokens are worth under shared exponents, relative to the first arm's."""
 
     arm: str
-    params: float
+    params: Worth
     """One parameter of this arm counts as so many of the first arm's."""
-    tokens: float
+    tokens: Worth
     """One token of this arm counts as so many of the first arm's."""
 
 
@@ -144,15 +152,28 @@ def log_loss_of(fitted: Fitted, theta: Array, compute: Array, arm: int) -> Array
     return values.reshape(*theta.shape[:-1], len(compute))
 
 
-def factors(fitted: Fitted, theta: Array, arm: int) -> tuple[float, float]:
-    """The worth of one parameter and of one token of an arm, relative to the first arm's, under shared exponents."""
+def factors(fitted: Fitted, draws: Array, arm: int, name: str) -> Factors:
+    """The worth of one parameter and of one token of an arm, relative to the first arm's, under shared exponents.
+
+    Args:
+        fitted: A family over surfaces that shares its exponents.
+        draws: Resampled parameters, shape ``(draws, parameters)``.
+        arm: Number of the arm.
+        name: Its name.
+    """
     plan = fitted.design
-    worth = []
+    found = []
     for term, column in ((1, "params"), (2, "tokens")):
-        exponent = theta[plan.position(term, 0, column)]
-        first, own = theta[plan.position(term, 0, None)], theta[plan.position(term, arm, None)]
-        worth.append(float(np.exp((first - own) / exponent)))
-    return worth[0], worth[1]
+        places = [plan.position(term, who, None) for who in (0, arm)], plan.position(term, 0, column)
+
+        def worth(theta: Array, places: tuple[list[int], int] = places) -> Array:
+            (first, own), exponent = places
+            with np.errstate(all="ignore"):
+                return np.asarray(np.exp((theta[..., first] - theta[..., own]) / theta[..., exponent]))
+
+        low, high = np.nanquantile(worth(draws), [0.025, 0.975])
+        found.append(Worth(value=float(worth(fitted.theta)), low=float(low), high=float(high)))
+    return Factors(arm=name, params=found[0], tokens=found[1])
 
 
 def left_out_error(family: Family, cells: Cells, fitted: Fitted) -> float | None:

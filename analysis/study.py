@@ -90,6 +90,7 @@ def fit_table(
         comparisons=[
             compare(
                 cells,
+                frame,
                 name,
                 alone,
                 ladder=ladder,

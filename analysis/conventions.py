@@ -1,0 +1,115 @@
+"""The same ratio under other counts: FLOPs with the head, with attention; wall-clock; GPU-hours.
+
+FLOPs of a model do not see what an optimizer itself costs. A ratio in measured time does, and belongs beside the
+other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.cells import Cells
+from analysis.families import Family, fit_family, ratio_of
+from analysis.fit import Fitted
+from analysis.intervals import t_interval
+from analysis.solve import Array
+from scaling.spec import Strict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LABELS = {
+    "flops_matmul": "FLOPs with the head",
+    "flops_attention": "FLOPs with head and causal attention",
+    "flops_attention_full": "FLOPs with head and full attention",
+    "tokens": "tokens",
+    "seconds": "wall-clock",
+    "gpu_hours": "GPU-hours",
+}
+"""Columns that can stand for the price of a run, and what they are called. Other ``flops_*`` columns keep their name."""
+
+
+class ConventionRatio(Strict, frozen=True):
+    """The ratio of another price at the headline's loss."""
+
+    column: str
+    label: str
+    ratio: float
+    low: float | None
+    high: float | None
+    how: str
+
+
+def convention_ratios(
+    frame: pd.DataFrame, cells: Cells, family: Family, fitted: Fitted, loss: float
+) -> list[ConventionRatio]:
+    """The ratio in every price that the table has for all used rows, besides `flops`.
+
+    On a ladder each price gets its own laws of the same family. On a grid the surface stays, and the ratio is scaled
+    by what a FLOP of the challenger costs relative to one of the baseline.
+    """
+    used = frame.loc[cells.numbers - 1]
+    columns = [name for name in LABELS if name in used and (name != "tokens" or family.design == "ladder")]
+    columns += [str(name) for name in used.columns if str(name).startswith("flops_") and name not in LABELS]
+    found = []
+    for column in columns:
+        price = _numbers(used, column)
+        if price is None:
+            continue
+        made = (
+            _on_ladder(cells, family, price, loss)
+            if family.design == "ladder"
+            else _on_grid(cells, fitted, price, loss)
+        )
+        if made is not None:
+            ratio, low, high, how = made
+            found.append(
+                ConventionRatio(
+                    column=column, label=LABELS.get(column, column), ratio=ratio, low=low, high=high, how=how
+                )
+            )
+    return found
+
+
+def _numbers(used: pd.DataFrame, column: str) -> Array | None:
+    import pandas as pd
+
+    values = pd.to_numeric(used[column], errors="coerce").to_numpy(dtype=np.float64)
+    return values if np.all(np.isfinite(values) & (values > 0)) else None
+
+
+Made = tuple[float, float | None, float | None, str]
+
+
+def _on_ladder(cells: Cells, family: Family, price: Array, loss: float) -> Made | None:
+    priced = cells._replace(rows=cells.rows._replace(columns={**cells.rows.columns, "flops": price}))
+    if any(len(np.unique(price[cells.rows.arm == arm])) < 3 for arm in range(len(cells.arms))):
+        return None
+    fitted = fit_family(family, priced.rows, len(cells.arms), best_of=4)
+    losses = np.array([loss])
+
+    def quantity(theta: Array) -> Array:
+        return ratio_of(fitted, theta, losses)
+
+    value = float(quantity(fitted.theta)[0])
+    if not np.isfinite(value):
+        return None
+    low, high = (float(end[0]) for end in t_interval(fitted, priced, quantity))
+    sure = np.isfinite(low) and np.isfinite(high)
+    return (
+        float(np.exp(value)),
+        float(np.exp(low)) if sure else None,
+        float(np.exp(high)) if sure else None,
+        "laws of the same family fitted to this price",
+    )
+
+
+def _on_grid(cells: Cells, fitted: Fitted, price: Array, loss: float) -> Made | None:
+    value = float(ratio_of(fitted, fitted.theta, np.array([loss]))[0])
+    if not np.isfinite(value):
+        return None
+    per_flop = np.log(price / cells.rows.columns["flops"])
+    first, second = (float(per_flop[cells.rows.arm == arm].mean()) for arm in (0, 1))
+    return float(np.exp(value + second - first)), None, None, "the FLOPs ratio times the mean price of a FLOP"
