@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from scaling.records import read_json, write_atomic, write_json
-from scaling.spec import Strict
+from scaling.records import RunDirectory, read_json, write_atomic, write_json
+from scaling.spec import Placement, RunSpec, Strict
 
 FOLDER = "submissions"
 CLAIM = "claim"
@@ -91,6 +92,8 @@ def drop(root: Path, array: ArrayRecord) -> None:
         with contextlib.suppress(FileNotFoundError):
             if claim.read_text() == array.token:
                 claim.unlink()
+    for unfinished in (root / "runs").glob(f".{array.token}-*"):
+        shutil.rmtree(unfinished)
     path_of(root, array).unlink(missing_ok=True)
 
 
@@ -103,6 +106,26 @@ def all_arrays(root: Path) -> list[ArrayRecord]:
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
     """Where each run was last handed to, by run id."""
     return {run: Location(array=array, index=index) for array in arrays for index, run in enumerate(array.runs)}
+
+
+def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement: Placement) -> bool:
+    """Whether this array made the run's directory and so owns it; False if the directory is there.
+
+    The directory gets its name when it is complete: a reader sees a whole run or none, and of two submitters one wins.
+    Nothing is flushed to disk, for a thousand runs are made at once; submitting again writes what a power cut took.
+    """
+    new = root / "runs" / f".{token}-{run}"
+    new.mkdir(mode=0o700)
+    directory = RunDirectory(new)
+    for file, value in ((directory.spec_file, spec), (directory.placement_file, placement)):
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    (new / CLAIM).write_text(token)
+    try:
+        new.rename(root / "runs" / run)
+    except OSError:
+        shutil.rmtree(new)
+        return False
+    return True
 
 
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
@@ -119,7 +142,9 @@ def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) ->
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            if instead_of is not None and path.read_text() in (instead_of, ""):
+            owner = path.read_text()
+            # An array is on disk before its claims, so a claim without one is left over from an array that was dropped.
+            if owner == instead_of or not (root / FOLDER / f"{owner}.json").exists():
                 write_atomic(path, token.encode(), durable=False)
                 return True
         return False

@@ -131,12 +131,12 @@ def submit_slurm(
         submission = _sort(plan, _tables(plan), seen, retry=retry, order=order)
         _refuse_cost(submission, max_gpu_hours)
         if submission.missing:
-            _create_directories(plan, submission.missing, retry)
             code = take_snapshot(plan.root / "code") if snapshot else code_root()
             owners = {run: place.array.token for run, place in seen.places.items()}
             for group in submission.classes:
                 for start in range(0, len(group.runs), limit):
-                    _submit(submission, group.slurm, list(group.runs[start : start + limit]), code, owners)
+                    runs = list(group.runs[start : start + limit])
+                    _submit(submission, group.slurm, runs, code=code, owners=owners, retry=retry)
     return submission
 
 
@@ -148,7 +148,12 @@ def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Ret
     """The runs by what is to be done with them; looks and changes nothing."""
     found = Submission(plan=plan, classes=[], notes=list(seen.answer.notes))
     groups: dict[bytes, tuple[SlurmTable, list[PlannedRun]]] = {}
+    folder = plan.root / "runs"
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
+        if run.id not in present:
+            groups.setdefault(msgspec.json.encode(tables[run.rung]), (tables[run.rung], []))[1].append(run)
+            continue
         state = plan.state(run)
         place, task = seen.places.get(run.id), seen.task(run.id)
         if state in ("finished", "diverged") and not (state == "diverged" and retries(retry, "diverged")):
@@ -221,21 +226,14 @@ def _repair(root: Path) -> None:
             time.sleep(0.5)
 
 
-def _create_directories(plan: Plan, runs: list[PlannedRun], retry: Retry) -> None:
-    for run in runs:
-        directory = plan.directory(run)
-        directory.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = directory.state()
-        if state == "diverged" and retries(retry, "diverged"):
-            forget_divergence(directory)
-        directory.create(run.spec, run.placement, durable=False)
-        (directory.path / arrays.CANCELLED).unlink(missing_ok=True)
-        if state == "failed":
-            (directory.path / ENDINGS).unlink(missing_ok=True)  # what failed before does not count against this try
-
-
 def _submit(
-    submission: Submission, slurm: SlurmTable, runs: list[PlannedRun], code: Path, owners: dict[str, str]
+    submission: Submission,
+    slurm: SlurmTable,
+    runs: list[PlannedRun],
+    *,
+    code: Path,
+    owners: dict[str, str],
+    retry: Retry,
 ) -> None:
     """One array; halves of it where SLURM has no room for the whole."""
     plan = submission.plan
@@ -244,7 +242,8 @@ def _submit(
     token = hashlib.sha256(seed.encode()).hexdigest()[:12]
     name = f"{plan.campaign.name}-{token}"
     array = arrays.new_array(plan.root, token=token, name=name, runs=ids, code=code_digest(code))
-    mine = [run for run in ids if arrays.claim(plan.root, run, token, instead_of=owners.get(run))]
+    present = {path.name for path in (plan.root / "runs").iterdir()}
+    mine = [run.id for run in runs if _own(plan, run, token, present, owners.get(run.id), retry)]
     if mine != ids:
         submission.joined += [run for run in ids if run not in mine]
         array = msgspec.structs.replace(array, runs=tuple(mine))
@@ -265,8 +264,8 @@ def _submit(
             if _no_room(said) and len(mine) > 1:
                 half = len(mine) // 2
                 kept = [run for run in runs if run.id in mine]
-                _submit(submission, slurm, kept[:half], code, owners)
-                _submit(submission, slurm, kept[half:], code, owners)
+                for part in (kept[:half], kept[half:]):
+                    _submit(submission, slurm, part, code=code, owners=owners, retry=retry)
                 return
             submission.left += mine
             submission.notes.append(_why_refused(said))
@@ -274,6 +273,23 @@ def _submit(
     arrays.with_job(plan.root, array, job)
     submission.jobs.append(job)
     submission.queued += mine
+
+
+def _own(plan: Plan, run: PlannedRun, token: str, present: set[str], owner: str | None, retry: Retry) -> bool:
+    """Whether the array now owns the run, whose directory is made or made ready."""
+    if run.id not in present and arrays.create_and_claim(plan.root, run.id, token, run.spec, run.placement):
+        return True
+    if not arrays.claim(plan.root, run.id, token, instead_of=owner):
+        return False
+    directory = plan.directory(run)
+    state = directory.state()
+    if state == "diverged" and retries(retry, "diverged"):
+        forget_divergence(directory)
+    directory.create(run.spec, run.placement, durable=False)
+    (directory.path / arrays.CANCELLED).unlink(missing_ok=True)
+    if state == "failed":
+        (directory.path / ENDINGS).unlink(missing_ok=True)  # what failed before does not count against this try
+    return True
 
 
 def _no_room(said: str) -> bool:

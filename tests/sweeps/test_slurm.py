@@ -366,12 +366,18 @@ def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
     assert msgspec.json.decode((tmp_path / lease.FILE).read_bytes(), type=Lease).owner == "thief"
 
 
-def test_a_claim_is_given_once_and_moves_only_from_its_owner(tmp_path: Path) -> None:
+def test_a_claim_is_given_once_and_moves_only_from_its_owner_or_from_a_dropped_array(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "runs" / "r").path.mkdir(parents=True)
+    first = arrays.new_array(tmp_path, token="first", name="n", runs=["r"], code="c")
+    arrays.new_array(tmp_path, token="third", name="n", runs=["r"], code="c")
     assert arrays.claim(tmp_path, "r", "first")
     assert not arrays.claim(tmp_path, "r", "second")
     assert not arrays.claim(tmp_path, "r", "second", instead_of="somebody else")
-    assert arrays.claim(tmp_path, "r", "second", instead_of="first")
+    assert arrays.claim(tmp_path, "r", "third", instead_of="first")
+    arrays.drop(tmp_path, first)
+    assert not arrays.claim(tmp_path, "r", "second")
+    (tmp_path / arrays.FOLDER / "third.json").unlink()
+    assert arrays.claim(tmp_path, "r", "second")
 
 
 def test_the_script_is_valid_bash(campaigns: Any, no_profile: Path, tmp_path: Path) -> None:
