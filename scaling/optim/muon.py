@@ -92,22 +92,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _directions(self, group: Group, batch: Batch) -> Tensor:
         """The momentum after this gradient, or one look further with Nesterov: one part each, ``(parts, r, n)``."""
-        factor = group["momentum"]
-        parts, gradients = [state["momentum"] for state in batch.states], batch.gradients
+        parts = [state["momentum"] for state in batch.states]
         x = self.workspace.take("x", (len(parts), *batch.part), batch.weights[0], batch.dtype)
-        if x.is_cuda:
-            torch._foreach_mul_(parts, factor)
-            torch._foreach_add_(parts, gradients)
-            ahead = torch._foreach_add(gradients, parts, alpha=factor) if group["nesterov"] else parts
-            torch._foreach_copy_(list(x.unbind()), list(ahead))
-            return x
-        # A CPU is bound by memory and by calls: two fused passes a part, the second straight into the stack.
-        for part, given, place in zip(parts, gradients, x.unbind(), strict=True):
-            torch.add(given, part, alpha=factor, out=part)
-            if group["nesterov"]:
-                torch.add(given, part, alpha=factor, out=place)
-            else:
-                place.copy_(part)
+        accumulate = accumulate_in_few_launches if x.is_cuda else accumulate_in_few_passes
+        if parts:  # a process may own no matrix of a batch
+            accumulate(parts, batch.gradients, x, group["momentum"], group["nesterov"])
         return x
 
     def refine(self, group: Group, x: Tensor, batch: Batch) -> None:
@@ -152,6 +141,31 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter, key in zip(group["params"], stored["params"], strict=True):
                 state[key] = {name: change(parameter, value) for name, value in state[key].items()}
         return {**saved, "state": state}
+
+
+def accumulate_in_few_passes(
+    momenta: list[Tensor], gradients: list[Tensor], x: Tensor, factor: float, nesterov: bool
+) -> None:
+    """Add gradients to momenta and put the directions into the stack `x`, for a CPU.
+
+    It is bound by memory and calls: two fused passes a matrix, the second straight into the stack.
+    """
+    for momentum, given, place in zip(momenta, gradients, x.unbind(), strict=True):
+        torch.add(given, momentum, alpha=factor, out=momentum)
+        if nesterov:
+            torch.add(given, momentum, alpha=factor, out=place)
+        else:
+            place.copy_(momentum)
+
+
+def accumulate_in_few_launches(
+    momenta: list[Tensor], gradients: list[Tensor], x: Tensor, factor: float, nesterov: bool
+) -> None:
+    """The same for a GPU, which is bound by launches while matrices are small."""
+    torch._foreach_mul_(momenta, factor)
+    torch._foreach_add_(momenta, gradients)
+    ahead = torch._foreach_add(gradients, momenta, alpha=factor) if nesterov else momenta
+    torch._foreach_copy_(list(x.unbind()), list(ahead))
 
 
 def _fresh_adamw_state(parameter: Tensor) -> State:

@@ -81,6 +81,18 @@ def report(title: str, seconds: dict[str, tuple[float, float]], flops: int = 0) 
               f"{base[0] / wall:5.2f} x wall {base[1] / max(cpu, 1e-9):5.2f} x CPU {rate}")  # fmt: skip
 
 
+def ceiling() -> float:
+    """FLOP/s, by CPU time, of the best of several large bf16 products."""
+    x = torch.randn(2048, 2048).bfloat16()
+    out = torch.empty_like(x)
+    best = float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        torch.mm(x, x, out=out)
+        best = min(best, time.process_time() - start)
+    return 2 * 2048**3 / best
+
+
 def bench_wide(layers: int, rounds: int) -> None:
     """12 layers of width 768: 84.9M parameters, both in bf16."""
     named = matrices(layers, 768, 2048, "cpu")
@@ -89,6 +101,11 @@ def bench_wide(layers: int, rounds: int) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
     flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
     report(f"{layers} layers of width 768, {sum(p.numel() for _, p in named) / 1e6:.1f}M parameters", seconds, flops)
+    rate = ceiling()
+    halved = sum(5 * (3 * min(shape) ** 2 * max(shape) + min(shape) ** 3) for shape in shapes.values())
+    print(f"  one bf16 product of side 2048 runs at {rate / 1e9:.0f} GFLOP/s here: whole products cannot take less than "
+          f"{flops / rate * 1e3:.0f} ms,\n  and with symmetric ones halved to the entry {halved / rate * 1e3:.0f} ms: "
+          f"at most {seconds['torch.optim.Muon'][1] * rate / halved:.2f} x torch's Muon on this CPU")  # fmt: skip
     ours = optimizers["ours"]
     assert isinstance(ours, MuonAdamW)
     state = sum(tensor.nbytes for each in ours.state.values() for tensor in each.values())

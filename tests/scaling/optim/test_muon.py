@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaling.errors import Refusal
 from scaling.models.decoder import Decoder
 from scaling.optim.coefficients import polynomials, singular_value_after
+from scaling.optim.muon import accumulate_in_few_launches, accumulate_in_few_passes
 from scaling.optim.recipes import OPTIMIZERS, assign, build, update_flops
 from scaling.resume import StopRequest
 from scaling.spec import ModelShape, OptimizerSpec
@@ -259,3 +260,18 @@ def test_weights_stored_in_bf16_are_refused_by_name():
     weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     with pytest.raises(Refusal, match=r"blocks\.0\.attention\.key\.weight is stored in torch\.bfloat16"):
         build(spec(), [("blocks.0.attention.key.weight", weight)])
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpus_way_to_accumulate_is_the_cpus(nesterov, dtype):
+    gradients = list(torch.randn(3, 8, 12))
+    ways = []
+    for accumulate in (accumulate_in_few_passes, accumulate_in_few_launches):
+        momenta = [gradient.flip(0).clone() for gradient in gradients]
+        x = torch.empty(3, 8, 12, dtype=dtype)
+        accumulate(momenta, gradients, x, 0.95, nesterov)
+        ways.append((torch.stack(momenta), x))
+    torch.testing.assert_close(ways[0][0], ways[1][0])
+    torch.testing.assert_close(ways[0][1], ways[1][1])
+    torch.testing.assert_close(ways[0][0], torch.stack([0.95 * g.flip(0) + g for g in gradients]))
