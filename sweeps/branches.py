@@ -66,10 +66,3 @@ def saved_flops(plan: Plan) -> int:
     return sum(
         train_flops(run.spec.shape, run.spec.branch_tokens) for run in plan.distinct() if run.spec.branch_of is not None
     )
-
-
-def trunks_first(plan: Plan) -> tuple[Plan, Plan]:
-    """The plan in two: everything but branches, and the branches, which need points that their trunks keep."""
-    trunks = tuple(run for run in plan.runs if run.spec.branch_of is None)
-    branches = tuple(run for run in plan.runs if run.spec.branch_of is not None)
-    return msgspec.structs.replace(plan, runs=trunks), msgspec.structs.replace(plan, runs=branches)

@@ -26,7 +26,7 @@ import msgspec
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
-from scaling.spec import Initial
+from scaling.spec import RunSpec
 from sweeps.live import Live
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.status import last_row
@@ -166,16 +166,15 @@ class _Campaign:
             if state in ("finished", "diverged"):
                 self.waiting.remove(run)
                 self.present.append(run.id)
-            elif state != "running" and not self._is_to_come(run.spec.initial):
+            elif state != "running" and not self._is_to_come(run.spec):
                 self.waiting.remove(run)
                 return run
         return None
 
-    def _is_to_come(self, initial: Initial | None) -> bool:
-        """Whether the run that another starts from waits or trains now."""
-        if initial is None:
-            return False
-        return initial.run in self.active or any(run.id == initial.run for run in self.waiting)
+    def _is_to_come(self, spec: RunSpec) -> bool:
+        """Whether a run that this one starts from, by its weights or as a branch, waits or trains now."""
+        before = {spec.initial.run if spec.initial else None, spec.branch_of} - {None}
+        return any(run in self.active for run in before) or any(run.id in before for run in self.waiting)
 
     def _ended(self, run: PlannedRun, exit_code: int) -> None:
         directory = self.plan.directory(run)

@@ -112,10 +112,12 @@ class Tuner:
         return msgspec.structs.replace(self.template, campaign=campaign, runs=tuple(wanted))
 
     def told(self) -> Told:
-        """Studies with their trials as they stand; empty where nothing was asked yet."""
-        with self.journal.held():
-            self._restore(read_lines(self.ledger, Asked))
-            return self._told()
+        """Studies with their trials as they stand, those that the next step will tell included; nothing is written."""
+        names = self.journal.names()
+        return [
+            (study, study.seen(study.read(self.journal.study(study.name)))) if study.name in names else (study, [])
+            for study in self.studies
+        ]
 
     def gather(self) -> Tuning:
         """What tuning.json would say now."""
@@ -256,6 +258,11 @@ def _slurm() -> Execute:
         return Executed(failed=failed, waiting=not all(done))
 
     return execute
+
+
+def tuning_status(campaign: Campaign, root: Path | str) -> Tuning:
+    """How far the studies are, from the journal and the records; nothing is written and no data are prepared."""
+    return Tuner(campaign, root, prepare=False).gather()
 
 
 def read_tuning(root: Path | str, campaign: str) -> Tuning:

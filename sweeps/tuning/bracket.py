@@ -23,7 +23,7 @@ EDGE = 0.08
 
 DRAWS = 400
 HUBER = 1.5
-KEPT_SHARE = 0.6
+KEPT_SHARE = 0.8
 """Of the trials, the better ones that the parabola is fitted to, if they are enough."""
 
 Array = npt.NDArray[np.float64]
@@ -148,11 +148,12 @@ def _vertices(positions: Array, losses: Array, spans: Array, rng: np.random.Gene
     y = losses[kept] - losses[kept].min()
     design = np.concatenate([np.ones((len(x), 1)), x, x**2], axis=1)
     fit, weights = _huber(design, y)
-    residuals = y - design @ fit
-    # Leverage and degrees of freedom: a small fit follows its own noise.
-    residuals *= np.sqrt(len(y) / max(len(y) - needed, 1))
-    hat = np.linalg.pinv(design * np.sqrt(weights)[:, None]) * np.sqrt(weights)
-    draws = fit + (residuals * rng.choice([-1.0, 1.0], size=(DRAWS, len(y)))) @ hat.T
+    # Coefficients as the fit's own covariance has them, with Student's tails: a small fit follows its own noise.
+    freedom = max(len(y) - needed, 1)
+    variance = float(np.sum(weights * (y - design @ fit) ** 2)) / freedom / float(np.mean(weights))
+    covariance = variance * np.linalg.pinv(design.T @ (design * weights[:, None]))
+    student = np.sqrt(freedom / rng.chisquare(freedom, size=(DRAWS, 1)))
+    draws = fit + student * rng.multivariate_normal(np.zeros(len(fit)), covariance, size=DRAWS, method="eigh")
     every = np.vstack([fit, draws])
     slope, curve = every[:, 1 : 1 + dimensions], every[:, 1 + dimensions :]
     safe = np.where(curve > 0, curve, np.nan)

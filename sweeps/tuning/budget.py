@@ -59,8 +59,9 @@ def budget_rows(
             for trials in range(1, most + 1):
                 challenger = [table[:, trials - 1 if against == "equal" else -1] for table in own]
                 base = [table[:, trials - 1] for table in running[baseline]]
-                gap = np.mean([np.log(b) - np.log(c) for b, c in zip(base, challenger, strict=True)], axis=0)
-                ratios = np.exp(-gap[np.isfinite(gap)] / exponent)
+                known = np.all([np.isfinite(table) for table in (*base, *challenger)], axis=0)
+                gap = np.mean([np.log(b[known] / c[known]) for b, c in zip(base, challenger, strict=True)], axis=0)
+                ratios = np.exp(-gap / exponent)
                 if len(ratios) < ORDERS // 2:
                     continue  # with so few trials, most orders have nothing but diverged runs at some rung
                 low, middle, high = (float(q) for q in np.quantile(ratios, [0.025, 0.5, 0.975]))

@@ -52,6 +52,12 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         return optuna.create_study(study_name=name, storage=self._open(), load_if_exists=True, direction="minimize")
 
+    def names(self) -> list[str]:
+        """Studies that are there."""
+        import optuna
+
+        return optuna.get_all_study_names(self._open()) if self.path.exists() else []
+
     def set_aside(self) -> None:
         """Keep the file under another name and begin a new one; call it while the journal is `held`."""
         number = sum(1 for _ in self.path.parent.glob(f"{self.path.name}.aside-*")) + 1

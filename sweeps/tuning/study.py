@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -76,6 +76,8 @@ class Study:
     halving: HalvingTable | None = None
     held_out: bool = False
     records: RecordsOf = field(compare=False)
+    _judged: dict[Any, tuple[Bracket, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Brackets by the trials behind them: a step asks for the same ones again and again."""
 
     def __post_init__(self) -> None:
         """Refuse a grid of another size than is wanted."""
@@ -110,6 +112,14 @@ class Study:
     def read(self, study: OptunaStudy) -> list[Trial]:
         """All trials by number."""
         return [_trial(trial) for trial in study.get_trials(deepcopy=False)]
+
+    def seen(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The trials, those whose run is done as if they had been told."""
+        done = [self.records.of(trial.run) if trial.state == "running" else None for trial in trials]
+        return [
+            msgspec.structs.replace(trial, state="complete", loss=self.loss(record)) if record else trial
+            for trial, record in zip(trials, done, strict=True)
+        ]
 
     def step(self, study: OptunaStudy, *, failed: Iterable[str] = ()) -> None:
         """Tell what has ended and ask what is missing; call it while the journal is held.
@@ -274,7 +284,13 @@ class Study:
             for trial in trials
             if trial.state == "complete" and trial.loss is not None and trial.loss < self.guess
         ]
-        return brackets(finished, dimensions, seed=self.sampling.seed)
+        key = (
+            tuple((tuple(values.items()), loss) for values, loss in finished),
+            tuple((d.search.low, d.search.high) for d in dimensions),
+        )
+        if key not in self._judged:
+            self._judged[key] = brackets(finished, dimensions, seed=self.sampling.seed)
+        return self._judged[key]
 
     def _refuse_foreign(self, trials: Sequence[Trial]) -> None:
         names = {dimension.name for dimension in self.dimensions}

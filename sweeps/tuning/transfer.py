@@ -74,22 +74,26 @@ def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool =
     if constant or name not in SCALED or len(computes) < 2:
         if not constant and name in SCALED:
             note = "; ".join(filter(None, [note, "one compute gives no exponent"]))
-        middle = _constant(name, inside)
+        value = _constant(name, inside)
         return LawFacts(
-            name=name, coefficient=middle, exponent=0.0, low=None, high=None, rungs=rungs, kind="constant", note=note
+            name=name, coefficient=value, exponent=0.0, low=None, high=None, rungs=rungs, kind="constant", note=note
         )
     x = np.log([optimum.compute for optimum in inside])
     y = np.log([optimum.value for optimum in inside])
     sd = np.array([optimum.sd for optimum in inside])
-    exponent, intercept = _line(x, y, sd)
+    # The exponent is a weighted sum of the logs, so resampled ones are one product.
+    weights = sd**-2
+    middle = np.average(x, weights=weights)
+    slope_of = weights * (x - middle) / np.sum(weights * (x - middle) ** 2)
+    exponent = float(slope_of @ y)
+    intercept = float(np.average(y, weights=weights) - exponent * middle)
     scatter = 0.0
     if len(inside) > 2:
         # Optima may scatter by more than their own intervals say.
         scatter = float(np.sqrt(np.sum((y - intercept - exponent * x) ** 2) / (len(inside) - 2)))
     rng = np.random.default_rng(seed)
     drawn = y + rng.normal(size=(DRAWS, len(y))) * np.hypot(sd, scatter)
-    slopes = np.array([_line(x, row, sd)[0] for row in drawn])
-    low, high = (float(q) for q in np.quantile(slopes, [0.025, 0.975]))
+    low, high = (float(q) for q in np.quantile(drawn @ slope_of, [0.025, 0.975]))
     return LawFacts(
         name=name,
         coefficient=math.exp(intercept),
@@ -111,13 +115,6 @@ def predict(laws: Sequence[LawFacts], compute: float, dimensions: Sequence[Dimen
         raw = found.coefficient * compute**found.exponent
         values[found.name] = row.rounded(min(max(raw, row.search.least), row.search.most), context)
     return values
-
-
-def _line(x: Array, y: Array, sd: Array) -> tuple[float, float]:
-    weights = sd**-2
-    middle_x, middle_y = np.average(x, weights=weights), np.average(y, weights=weights)
-    slope = np.sum(weights * (x - middle_x) * (y - middle_y)) / np.sum(weights * (x - middle_x) ** 2)
-    return float(slope), float(middle_y - slope * middle_x)
 
 
 def _constant(name: str, optima: Sequence[Optimum]) -> float:

@@ -1,0 +1,105 @@
+"""A campaign of trunk and branches: the plan says who branches off where, and what is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scaling.errors import Refusal
+from scaling.flops import train_flops
+from scaling.records import RunDirectory
+from sweeps.branches import saved_flops
+from sweeps.campaign import load_campaign
+from sweeps.dispatch import run_local
+from sweeps.plan import Plan, plan
+
+CAMPAIGN = """
+name = "branched"
+[data]
+source = "text"
+path = "{text}"
+repeat = true
+[model]
+vocabulary = 256
+context = 16
+ffn_multiple = 8
+[training]
+batch_tokens = 128
+peak_lr = 1e-2
+[schedule]
+kind = "{kind}"
+warmup = 0.1
+{schedule}
+[evaluation]
+tokens = 512
+times = 0
+[[arms]]
+name = "adamw"
+optimizer = "adamw"
+[[arms]]
+name = "muon"
+optimizer = "muon"
+[[rungs]]
+name = "a-20"
+layers = 1
+width = 16
+heads = 2
+tokens = 2_560
+[[rungs]]
+name = "a-40"
+layers = 1
+width = 16
+heads = 2
+tokens = 5_120
+[[rungs]]
+name = "a-80"
+layers = 1
+width = 16
+heads = 2
+tokens = 10_240
+[[rungs]]
+name = "b"
+layers = 2
+width = 16
+heads = 2
+tokens = 2_560
+[placement]
+device = "cpu"
+"""
+
+
+def planned(text: Path, folder: Path, *, kind: str = "wsd", schedule: str = "decay = 0.2\nbranches = true") -> Plan:
+    file = folder / "branched.toml"
+    file.write_text(CAMPAIGN.format(text=text, kind=kind, schedule=schedule))
+    return plan(load_campaign(file), folder / "root")
+
+
+def test_shorter_budgets_of_one_model_branch_off_the_longest(tiny_text: Path, tmp_path: Path) -> None:
+    made = planned(tiny_text, tmp_path)
+    runs = {(run.arm, run.rung): run for run in made.runs}
+    for arm in ("adamw", "muon"):
+        trunk = runs[arm, "a-80"]
+        assert trunk.spec.branch_of is None
+        assert trunk.placement.keep_tokens == (16 * 128, 32 * 128)  # four fifths of 20 and of 40 steps
+        assert {runs[arm, rung].spec.branch_of for rung in ("a-20", "a-40")} == {trunk.id}
+        assert runs[arm, "b"].spec.branch_of is None
+        # One warm-up for all: a tenth of the shortest.
+        assert {runs[arm, rung].spec.schedule.warmup_tokens for rung in ("a-20", "a-40", "a-80")} == {256}
+    shape = runs["adamw", "a-20"].spec.shape
+    assert saved_flops(made) == 2 * train_flops(shape, (16 + 32) * 128)
+
+
+def test_a_branched_campaign_trains_only_the_decays_of_its_branches(tiny_text: Path, tmp_path: Path) -> None:
+    made = planned(tiny_text, tmp_path)
+    made = run_local(made, workers=2, progress=False).plan
+    for run in made.runs:
+        starts = [a.step for a in RunDirectory(made.directory(run).path).attempts() if a.event == "start"]
+        expected = run.spec.branch_tokens // run.spec.batch_tokens if run.spec.branch_of else 0
+        assert starts == [expected], (run.arm, run.rung)
+        assert made.state(run) == "finished"
+
+
+def test_branches_without_a_stable_phase_are_refused(tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match='branches need kind = "wsd"; "cosine" has no trunk'):
+        planned(tiny_text, tmp_path, kind="cosine", schedule="branches = true")
