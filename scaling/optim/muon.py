@@ -86,9 +86,14 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["update_rms"] == "exact":
             norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
             x.mul_(torch.where(norms > 0, min(rows, columns) ** 0.5 / norms, 0.0))
-        torch._foreach_mul_(batch.weights, 1 - group["lr"] * group["weight_decay"])
+        updates = batch.deliver(x)
+        if x.is_cuda:  # equal formats take one launch for all, mixed ones a launch each
+            wide = self.workspace.take("updates", (len(updates), *updates[0].shape), batch.weights[0])
+            torch._foreach_copy_(list(wide.unbind()), updates)
+            updates = list(wide.unbind())
         scale = group["rms"] * max(rows, columns) ** 0.5
-        torch._foreach_add_(batch.weights, batch.deliver(x), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(batch.weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(batch.weights, updates, alpha=-group["lr"] * scale)
 
     def _directions(self, group: Group, batch: Batch) -> Tensor:
         """The momentum after this gradient, or one look further with Nesterov: one part each, ``(parts, r, n)``."""

@@ -61,7 +61,7 @@ class Workspace:
 
 def chunk_length(rows: int, columns: int, dtype: torch.dtype, device_type: str) -> int:
     """Matrices that are iterated together; on a GPU the kernels want as many as fit a generous bound."""
-    bound = CHUNK_BYTES if device_type == "cpu" else 64 * CHUNK_BYTES
+    bound = CHUNK_BYTES if device_type == "cpu" else 16 * CHUNK_BYTES
     return max(1, bound // (rows * columns * dtype.itemsize))
 
 
