@@ -104,7 +104,7 @@ def fit_arm(
     name = str(frame.attrs.get("name", "table"))
     if "left_out" not in frame:
         frame = check_table(frame, name)
-    arm = _only_arm(frame, name, arm)
+    arm = only_arm(frame, name, arm)
     checkpoints = law == "surface" if checkpoints is None else checkpoints
     cells = select(frame, (arm,), ends_only=not checkpoints)
     rows = cells.rows
@@ -135,7 +135,8 @@ def fit_arm(
     )
 
 
-def _only_arm(frame: pd.DataFrame, name: str, arm: str | None) -> str:
+def only_arm(frame: pd.DataFrame, name: str, arm: str | None) -> str:
+    """The arm that was named, or the only one there is."""
     known = list(dict.fromkeys(frame["arm"]))
     if arm is None and len(known) == 1:
         return str(known[0])
@@ -178,6 +179,17 @@ def parameter_draws(fitted: Fitted, draws: Array, arm: int = 0) -> dict[str, Arr
     scale = constants[:, -1] * FLOPS_PER_PFLOPS_DAY ** -exponents[:, 0]
     found = {"scale": scale, "exponent": exponents[:, 0]}
     return found | {"floor": constants[:, 0]} if constants.shape[1] == 2 else found
+
+
+def resampled_laws(
+    frame: pd.DataFrame, law: str, arm: str, *, resamples: int = 4000, seed: int = 0
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Whole resampled laws as columns, and the numbers of the fit itself: what a scatter of pairs shows."""
+    cells = select(frame, (arm,), ends_only=law != "surface")
+    fitted = solve(form_named(law), cells.rows, HUBER if law == "surface" else LEAST_SQUARES)
+    run = np.unique(run_of(frame.loc[cells.numbers - 1]).to_numpy(dtype=str), return_inverse=True)[1]
+    groups = run if run.max() + 1 < len(run) else cells.cell
+    return parameter_draws(fitted, bootstrap(fitted, groups, resamples=resamples, seed=seed)), quantities(fitted.law())
 
 
 def _parameters(fitted: Fitted, draws: Array) -> list[Parameter]:

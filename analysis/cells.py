@@ -81,6 +81,8 @@ def select(frame: pd.DataFrame, arms: tuple[str, ...], *, ends_only: bool = True
                 reason = f"one of {len(group):,} checkpoints of this arm before the end of their runs"
                 left_out.append(LeftOut(row=int(group.index[0]) + 1, arm=str(arm), reason=reason))
         used = used.loc[last.index.sort_values()]
+    used, worse = _best_settings(used)
+    left_out += worse
     columns = {name: used[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")}
     places = {name: number for number, name in enumerate(arms)}
     numbers = np.array([places[name] for name in used["arm"]], dtype=np.intp)
@@ -94,6 +96,26 @@ def select(frame: pd.DataFrame, arms: tuple[str, ...], *, ends_only: bool = True
         arms=arms,
         left_out=sorted(left_out, key=lambda out: out.row),
     )
+
+
+def _best_settings(used: pd.DataFrame) -> tuple[pd.DataFrame, list[LeftOut]]:
+    """The rows at the best learning rate of each arm and point, by the mean over seeds; and the others, named."""
+    if "peak_lr" not in used or not used["peak_lr"].notna().all():
+        return used, []
+    point = ["arm", "params", "tokens", "flops"]
+    if not (used.groupby(point)["peak_lr"].nunique() > 1).any():
+        return used, []
+    mean = used.groupby([*point, "peak_lr"])["loss"].transform("mean")
+    best = mean <= mean.groupby([used[name] for name in point]).transform("min")
+    # Two rates with one mean: the lower stays.
+    lowest = used["peak_lr"].where(best).groupby([used[name] for name in point]).transform("min")
+    keep = used["peak_lr"] == lowest
+    lost = used[~keep].assign(best_=lowest[~keep])
+    worse = [
+        LeftOut(row=int(at) + 1, arm=str(arm), reason=f"peak_lr {rate:.4g} did worse at this size than {best:.4g}")
+        for at, arm, rate, best in zip(lost.index, lost["arm"], lost["peak_lr"], lost["best_"], strict=True)
+    ]
+    return used[keep], worse
 
 
 def rungs(flops: NDArray[np.float64]) -> NDArray[np.intp]:

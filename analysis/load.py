@@ -146,8 +146,8 @@ def _left_out(frame: pd.DataFrame) -> Any:
 
     reasons = np.full(len(frame), "", dtype=object)
     if "status" in frame:
-        status = frame["status"].fillna("").astype(str).str.strip().str.lower()
-        given = frame["reason"].fillna("").astype(str) if "reason" in frame else pd.Series("", index=frame.index)
+        status = frame["status"].astype(object).fillna("").astype(str).str.strip().str.lower()
+        given = frame["reason"].astype(object).fillna("").astype(str) if "reason" in frame else pd.Series("", index=frame.index)
         for row in np.flatnonzero(~status.isin(FINISHED).to_numpy()):
             detail = f": {given.iloc[row]}" if given.iloc[row] else ""
             reasons[row] = f"{status.iloc[row]}{detail}"
@@ -198,7 +198,7 @@ def _check_flops(frame: pd.DataFrame, name: str, used: Any, convention: str | No
         raise TableError(
             f'{name}: convention "{convention}" cannot be checked from params and tokens. Use 6nd, any, or none.'
         )
-    named = frame["convention"].fillna("").astype(str).str.lower() if "convention" in frame else None
+    named = frame["convention"].astype(object).fillna("").astype(str).str.lower() if "convention" in frame else None
     for arm, group in frame[used].groupby("arm", sort=True):
         ratio = (group["flops"] / (6.0 * group["params"] * group["tokens"])).to_numpy()
         off = np.abs(ratio - 1.0) > TOLERANCE

@@ -1,0 +1,68 @@
+"""Learning-rate bowls: loss against peak learning rate, one panel a size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures.style import look, new_figure, plain_log_axis, styled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PANELS = 6
+
+
+def has_bowls(frame: pd.DataFrame) -> bool:
+    """Whether some size was tried with three or more learning rates."""
+    if "peak_lr" not in frame or not frame["peak_lr"].notna().any():
+        return False
+    usable = frame[frame["loss"].notna()]
+    return bool((usable.groupby(["arm", "params"])["peak_lr"].nunique() >= 3).any())
+
+
+def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
+    """Points are the best run of a rate; the best rate is filled if others stand on both sides, hollow if not."""
+    from scaling.units import human
+
+    frame = frame[frame["arm"].isin(arms) & frame["loss"].notna() & frame["peak_lr"].notna()]
+    tried = frame.groupby(["arm", "params"])["peak_lr"].nunique()
+    sizes = sorted({float(str(params)) for (_, params), count in tried.items() if count >= 3})[-PANELS:]
+    columns = min(len(sizes), 3)
+    lines = -(-len(sizes) // columns)
+    with styled():
+        figure = new_figure(2.4 * columns + 0.6, 2.1 * lines + 0.4)
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, size in zip(grid, sizes, strict=False):
+            for arm in arms:
+                part = frame[(frame["arm"] == arm) & (frame["params"] == size)]
+                if part["peak_lr"].nunique() < 2:
+                    continue
+                best = part.groupby("peak_lr")["loss"].min()
+                rates, losses = best.index.to_numpy(dtype=np.float64), best.to_numpy(dtype=np.float64)
+                dress = look(arms, arm)
+                axes.plot(
+                    rates, losses, color=dress.colour, linewidth=1.0, marker=dress.marker, markersize=3.5, label=arm
+                )
+                low = int(np.argmin(losses))
+                edge = low in (0, len(losses) - 1)
+                axes.plot(
+                    [rates[low]],
+                    [losses[low]],
+                    marker=dress.marker,
+                    markersize=8,
+                    markerfacecolor="white" if edge else dress.colour,
+                    markeredgecolor=dress.colour if edge else "black",
+                    markeredgewidth=1.0,
+                )
+            rates = frame.loc[frame["params"] == size, "peak_lr"].to_numpy(dtype=np.float64)
+            plain_log_axis(axes, "x", span=max(rates.max() / rates.min(), 1.5), small=True)
+            axes.set_title(f"N = {human(size)}", loc="left")
+        for axes in grid[len(sizes) :]:
+            axes.set_visible(False)
+        grid[0].legend(loc="best")
+        figure.supxlabel("peak learning rate", fontsize=9)
+        figure.supylabel("loss (nats per token)", fontsize=9)
+    return figure
