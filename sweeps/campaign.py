@@ -6,7 +6,7 @@ them); `sweeps.plan` turns it into runs. The built-in campaigns are examples of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from scaling.errors import Refusal, unknown_name
 from scaling.spec import Evaluation, Fraction, LatentAttention, Mixture, ModelShape, Positive, Strict
 from sweeps.placement import PlacementTable, Word, placements
 from sweeps.rules import rule
-from sweeps.tomlfile import as_value, located, read_toml
+from sweeps.tomlfile import as_value, located, override, read_toml
 from sweeps.tuning.space import Values
 from sweeps.tuning.table import TuneTable
 from sweeps.tuning.table import check as check_tuning
@@ -184,7 +184,9 @@ def built_in() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def load_campaign(name_or_path: str | Path, *, hyperparameters: str | None = None) -> Campaign:
+def load_campaign(
+    name_or_path: str | Path, *, hyperparameters: str | None = None, settings: Sequence[str] = ()
+) -> Campaign:
     """A campaign by the name of a built-in one, or from a file.
 
     Relative paths in ``[data]`` are taken from the file's folder.
@@ -192,6 +194,7 @@ def load_campaign(name_or_path: str | Path, *, hyperparameters: str | None = Non
     Args:
         name_or_path: ``quick``, ``moonlight``, ..., or the path of a TOML file.
         hyperparameters: ``listed`` or ``law``, in place of what the file says.
+        settings: ``table.key=value`` in place of what the file says, as in ``placement.slurm.partition=short``.
 
     Raises:
         Refusal: There is no such campaign, or the file says something that cannot be; the sentence names file, table,
@@ -204,6 +207,8 @@ def load_campaign(name_or_path: str | Path, *, hyperparameters: str | None = Non
             raise Refusal(f"{unknown_name('campaign', text, built_in())} Or give the path of a campaign file.")
         path = Path(str(resources.files("sweeps") / "campaigns" / f"{text}.toml"))
     tables = read_toml(path)
+    for setting in settings:
+        override(tables, setting)
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)

@@ -44,6 +44,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def override(tables: dict[str, Any], setting: str) -> None:
+    """Put ``table.key=value`` in place of what the tables say; the value is TOML, or a word that stands for itself.
+
+    Raises:
+        Refusal: It is not of that form, or leads through a value that is no table.
+    """
+    key, equals, text = (part.strip() for part in setting.partition("="))
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
+        raise Refusal(f'"{setting}" sets nothing. Write TABLE.KEY=VALUE, such as placement.threads=2.')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.split(".")
+    here = tables
+    for step in path:
+        here = here.setdefault(step, {})
+        if not isinstance(here, dict):
+            raise Refusal(f'"{setting}": {step} is no table of the campaign, so nothing in it can be set.')
+    here[last] = value
+
+
 def as_value(tables: Any, kind: type[T], *, where: str) -> T:
     """Tables as a strict value.
 

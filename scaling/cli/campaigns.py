@@ -1,0 +1,233 @@
+"""Verbs from a campaign to its table of runs: plan, tune, submit, status, collect, and all of them for the demo."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from scaling.cli.common import OnCampaign, default_root, next_step, print_json
+from scaling.cli.tables import Report
+
+if TYPE_CHECKING:
+    from sweeps.dispatch import Outcome
+    from sweeps.submit import Submission
+
+WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Plan(OnCampaign):
+    """Show a campaign's runs and what they will cost; train nothing."""
+
+    hyperparameters: Literal["listed", "law"] | None = None
+    """Take tokens, batch and learning rate as the file lists them, or from the law that it names."""
+    groups: bool = False
+    """Show which parameters each arm's optimizer gets, and by which rule."""
+    json: bool = False
+    """Print rows for machines instead of the table."""
+
+    def run(self) -> None:
+        """Print the plan and write plan.jsonl."""
+        from sweeps import show
+
+        plan = self.planned(hyperparameters=self.hyperparameters)
+        plan.write()
+        if self.json:
+            print_json({"runs": show.plan_rows(plan), "totals": show.plan_totals(plan)})
+        elif self.groups:
+            show.groups(plan)
+        else:
+            show.plan(plan)
+            next_step(f"scaling submit {self.campaign}")
+
+
+@dataclass(frozen=True)
+class Tune(OnCampaign):
+    """Search hyper-parameters as the campaign's [tune] says; each trial is an ordinary run, and nothing runs twice."""
+
+    executor: Literal["local", "slurm"] = "local"
+    """Where trials train."""
+    workers: int | None = None
+    """local: trials at once on this machine; by default as many as the processors allow."""
+    no_wait: bool = False
+    """slurm: hand over what is to be trained now and return; the same command goes on later."""
+    status: bool = False
+    """Show how far the studies are and train nothing."""
+    json: bool = False
+    """Print the studies for machines."""
+
+    def run(self) -> None:
+        """Tune to the end, or as far as it goes now."""
+        from rich.console import Console
+
+        from sweeps.tune import tune, tuning_status
+        from sweeps.tuning.show import study_rows, study_table
+
+        if self.status:
+            tuning = tuning_status(self.loaded(), self.root)
+        else:
+            tuning = tune(self.loaded(), self.root, executor=self.executor, workers=self.workers, wait=not self.no_wait)
+        if self.json:
+            print_json(study_rows(tuning))
+            return
+        Console().print(study_table(tuning))
+        next_step(f"scaling submit {self.campaign}" if tuning.complete else f"scaling tune {self.campaign}")
+
+
+@dataclass(frozen=True)
+class Submit(OnCampaign):
+    """Train what is missing of a campaign; finished runs stay as they are."""
+
+    executor: Literal["local", "slurm"] = "local"
+    """This machine, or the cluster that [placement.slurm] describes."""
+    workers: int | None = None
+    """local: runs at once; by default as many as the processors allow at each run's threads."""
+    retry: Literal["none", "failed", "diverged", "cancelled", "all"] = "none"
+    """Which runs that ended badly, or that a person cancelled, are tried again."""
+    order: Literal["cheap", "expensive"] = "cheap"
+    """Which rungs go first."""
+    dry_run: bool = False
+    """slurm: show the table, the batch scripts and the cost, and submit nothing; works without SLURM."""
+    max_gpu_hours: float | None = None
+    """slurm: refuse to submit more than this, as predicted."""
+    working_tree: bool = False
+    """slurm: jobs run the working tree, and not a copy of the code as it is now."""
+
+    def run(self) -> None:
+        """Prepare the data if need be, then train here or hand over."""
+        if self.executor == "slurm":
+            self._slurm()
+            return
+        from sweeps.dispatch import run_local
+
+        outcome = run_local(self.planned(), workers=self.workers, retry=self.retry, order=self.order)
+        report_outcome(outcome)
+        next_step(f"scaling {'collect' if outcome.complete else 'status'} {self.campaign}")
+        if not outcome.complete:
+            sys.exit(1)
+
+    def _slurm(self) -> None:
+        from sweeps import show
+        from sweeps.submit import submit_slurm
+
+        submission = submit_slurm(
+            self.planned(),
+            retry=self.retry,
+            order=self.order,
+            dry_run=self.dry_run,
+            max_gpu_hours=self.max_gpu_hours,
+            snapshot=not self.working_tree,
+        )
+        if self.dry_run:
+            show.plan(submission.plan)
+            for script in submission.scripts():
+                print(f"\n{script}")
+        report_submission(submission, dry_run=self.dry_run)
+        next_step(f"scaling {'submit' if self.dry_run else 'status'} {self.campaign}")
+
+
+@dataclass(frozen=True)
+class Status(OnCampaign):
+    """Show how far a campaign is, from the files of its runs and, where it was submitted, from SLURM."""
+
+    watch: bool = False
+    """Show it again every few seconds until Ctrl-C."""
+    json: bool = False
+    """Print rows for machines instead of the table."""
+
+    def run(self) -> None:
+        """Print the table, once or again and again."""
+        from rich.live import Live
+
+        from sweeps import status
+
+        plan = self.planned()
+        if self.json:
+            print_json(status.rows(plan))
+        elif not self.watch:
+            status.show(plan)
+        else:
+            with Live(status.status_table(plan), auto_refresh=False) as live:
+                while True:
+                    time.sleep(WATCH_SECONDS)
+                    live.update(status.status_table(plan), refresh=True)
+
+
+@dataclass(frozen=True)
+class Collect(OnCampaign):
+    """Gather the records of a campaign into runs.csv and curves.parquet."""
+
+    def run(self) -> None:
+        """Write both files."""
+        from sweeps.collect import collect
+
+        plan = self.planned()
+        table = collect(plan)
+        finished = int((table["status"] == "finished").sum())
+        print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
+        next_step(f"scaling fit {self.campaign}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the built-in campaign quick from plan to report; minutes on two cores, and nothing twice."""
+
+    root: Path = field(default_factory=default_root)
+    """Folder that holds data/, runs/ and results/."""
+    workers: int | None = None
+    """Runs at once; by default as many as the processors allow."""
+
+    def run(self) -> None:
+        """Plan, train what is missing, collect, fit, report."""
+        from analysis import summary
+        from sweeps import show
+        from sweeps.collect import collect
+        from sweeps.dispatch import run_local
+
+        planned = OnCampaign("quick", self.root).planned()
+        show.plan(planned)
+        # A demo that was killed is started again to be finished, so what failed is tried again too.
+        outcome = run_local(planned, workers=self.workers, retry="failed")
+        report_outcome(outcome)
+        if outcome.stopped:
+            next_step("scaling demo")
+            sys.exit(1)
+        collect(outcome.plan)
+        page, study = Report("quick", root=self.root).write()
+        summary.show(study)
+        print(f"Report: {page}")
+
+
+def report_outcome(outcome: Outcome) -> None:
+    """Say what one call on this machine did."""
+    parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were there"]
+    parts += [f"{len(outcome.failed)} failed"] if outcome.failed else []
+    parts += [f"{len(outcome.stopped)} interrupted"] if outcome.stopped else []
+    print(f"{outcome.plan.campaign.name}: {', '.join(parts)}.")
+    for run, reason in outcome.failed.items():
+        print(f"  {run} failed: {reason}")
+
+
+def report_submission(submission: Submission, *, dry_run: bool) -> None:
+    """Say what one submission did, or would do."""
+    queued = len(submission.missing) if dry_run else len(submission.queued)
+    counts = {
+        "would be submitted" if dry_run else "submitted": queued,
+        "done": len(submission.done),
+        "waiting or running": len(submission.joined),
+        "failed (--retry failed)": len(submission.failed),
+        "cancelled (--retry cancelled)": len(submission.cancelled),
+        "not looked up": len(submission.unknown),
+        "not accepted now": len(submission.left),
+    }
+    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")
+    if submission.gpu_hours:
+        print(f"Predicted: {submission.gpu_hours:,.1f} GPU-hours.")
+    if submission.jobs:
+        print(f"Jobs: {', '.join(submission.jobs)}.")
+    for note in submission.notes:
+        print(f"  {note}")

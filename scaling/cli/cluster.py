@@ -1,0 +1,94 @@
+"""Verbs about runs that were submitted: is the cluster fit, what does a run say, end it, clear up after it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from scaling.cli.common import OnCampaign
+
+if TYPE_CHECKING:
+    from sweeps.plan import Plan, PlannedRun
+
+
+@dataclass(frozen=True)
+class Doctor(OnCampaign):
+    """Check the cluster before money is spent: partitions, limits, GPUs, the shared root, the environment."""
+
+    probe: bool = False
+    """Submit a job of at most a minute for each kind of placement, and wait for it."""
+
+    def run(self) -> None:
+        """Print the checks; status 1 if one fails."""
+        from sweeps.doctor import examine, show
+
+        checks = examine(self.planned(), probe=self.probe)
+        show(checks)
+        if any(check.verdict == "fail" for check in checks):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class _OnRuns(OnCampaign):
+    arm: str | None = None
+    """Only runs of this arm."""
+    rung: str | None = None
+    """Only runs of this rung."""
+    only: str | None = None
+    """Only the run whose id begins so."""
+
+    def chosen(self, plan: Plan) -> list[PlannedRun]:
+        """The runs that the options name; all without any."""
+        from sweeps.manage import select
+
+        return select(plan, arm=self.arm, rung=self.rung, run=self.only)
+
+
+@dataclass(frozen=True)
+class Logs(OnCampaign):
+    """Print what a run has printed."""
+
+    run_id: Positional[Annotated[str, arg(metavar="RUN")]] = field(kw_only=True)
+    """The start of a run's id, as `status` shows it."""
+    follow: Annotated[bool, arg(aliases=["-f"])] = False
+    """Go on as it prints more, until it is done."""
+
+    def run(self) -> None:
+        """Print the log."""
+        from sweeps.manage import select, show_log
+
+        plan = self.planned()
+        show_log(plan, select(plan, run=self.run_id)[0], follow=self.follow)
+
+
+@dataclass(frozen=True)
+class Cancel(_OnRuns):
+    """End runs on SLURM, each at a resume point; they stay cancelled until they are asked for again."""
+
+    def run(self) -> None:
+        """Cancel the jobs of the runs chosen."""
+        from sweeps.manage import cancel
+
+        plan = self.planned()
+        jobs = cancel(plan, self.chosen(plan))
+        print(f"{plan.campaign.name}: {len(jobs)} jobs were asked to end{': ' if jobs else ''}{', '.join(jobs)}.")
+
+
+@dataclass(frozen=True)
+class Clean(_OnRuns):
+    """Delete the resume points of runs that are done; weights, metrics and records stay."""
+
+    dry_run: bool = False
+    """Only say what would go."""
+
+    def run(self) -> None:
+        """Delete, and say how much."""
+        from sweeps.manage import clean
+
+        plan = self.planned()
+        files, size = clean(plan, self.chosen(plan), dry_run=self.dry_run)
+        done = "would be deleted" if self.dry_run else "deleted"
+        print(f"{plan.campaign.name}: {len(files)} resume points, {size / 1e6:,.1f} MB {done}.")

@@ -1,0 +1,130 @@
+"""Verbs about one run and its data: prepare shards, train, evaluate, export."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, subcommand
+
+from scaling.cli.common import OnCampaign, RunDir, next_step, print_json
+
+STOPPED = 75
+"""Exit status of a run that was asked to stop and can continue: EX_TEMPFAIL."""
+
+
+@dataclass(frozen=True)
+class Prepare(OnCampaign):
+    """Write the token shards of a campaign's [data]; goes on where it was stopped."""
+
+    def run(self) -> None:
+        """Prepare, and say what there is."""
+        from scaling.units import human
+        from sweeps.plan import with_data
+
+        plan = with_data(self.planned())
+        manifest = plan.manifest
+        assert manifest is not None
+        print(
+            f"{plan.data}: {human(manifest.train.tokens)} training and {human(manifest.validation.tokens)} validation "
+            f"tokens, vocabulary {manifest.vocabulary:,}."
+        )
+        next_step(f"scaling submit {self.campaign}")
+
+
+@dataclass(frozen=True)
+class Verify(OnCampaign):
+    """Check every shard of a campaign against the SHA-256 in its manifest."""
+
+    def run(self) -> None:
+        """Read all shards once."""
+        from scaling.data.shards import verify
+
+        plan = self.planned()
+        verify(plan.data)
+        print(f"{plan.data}: every shard is what its manifest says.")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepare or verify the token shards of a campaign."""
+
+    verb: Annotated[Prepare, subcommand("prepare")] | Annotated[Verify, subcommand("verify")]
+
+    def run(self) -> None:
+        """Run the verb below."""
+        self.verb.run()
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one run directory, from its last resume point if there is one."""
+
+    run_dir: Positional[RunDir]
+    """Directory with spec.json and placement.json, as `submit` writes it."""
+
+    def run(self) -> None:
+        """Train, and say what came out."""
+        from scaling.train import train
+
+        record = train(self.run_dir)
+        if record is None:
+            print("Stopped at a resume point; the same command continues.")
+            sys.exit(STOPPED)
+        print(f"{record.status}, held-out loss {record.validation_loss} nats per token")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss and bits per byte of a finished run on its held-out text, or on any other."""
+
+    run_dir: Positional[RunDir]
+    """Directory of a finished run."""
+    text: str | None = None
+    """A file, folder or glob of text; without it the run's own held-out text."""
+    data: Path | None = None
+    """The run's data folder, where it was moved."""
+    tokens: int | None = None
+    """Score no more than so many."""
+    device: str = "cpu"
+    """Where to compute, in torch's words."""
+    json: bool = False
+    """Print all digits."""
+
+    def run(self) -> None:
+        """Score and print."""
+        from scaling.data.sources import DataConfig
+        from scaling.evaluate import evaluate
+
+        text = None if self.text is None else DataConfig(source="text", path=self.text)
+        found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device)
+        if self.json:
+            print_json(found)
+        else:
+            print(
+                f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
+                f"over {found.tokens:,} tokens of {found.documents:,} documents"
+            )
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a finished run as a model that other tools load: safetensors, configuration, tokenizer, model card."""
+
+    run_dir: Positional[RunDir]
+    """Directory of a finished run."""
+    folder: Positional[Path]
+    """Where to write."""
+    to: Literal["hf"] = "hf"
+    """The layout of Hugging Face transformers."""
+    data: Path | None = None
+    """The run's data folder, where it was moved; the tokenizer comes from it."""
+
+    def run(self) -> None:
+        """Write, and name the files."""
+        from scaling.models.export import export_hf
+
+        for file in export_hf(self.run_dir, self.folder, data=self.data):
+            print(file)

@@ -1,0 +1,173 @@
+"""Verbs about a table of runs, whoever made it: fit, audit, report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from scaling.cli.common import TableName, default_root, next_step, print_json
+from scaling.errors import Refusal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.study import Study
+
+
+@dataclass(frozen=True)
+class OnTable:
+    """A verb about a table of runs."""
+
+    table: Positional[TableName]
+    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a campaign that was collected; or
+    "moonlight" for the ten points of the paper."""
+    baseline: str | None = None
+    """Arm that is compared against; "adamw" where there is one."""
+    challenger: str | None = None
+    """Arm that is compared; every other one by default."""
+    root: Path = field(default_factory=default_root)
+    """Folder that holds results/ of campaigns."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the table is named by its path, and not by a campaign."""
+        return bool(Path(self.table).suffix) and not self.table.endswith(".toml")
+
+    def results(self) -> Path:
+        """Where fits, figures and report of this table go: the campaign's folder, or one named after the file."""
+        if self.is_file:
+            return Path(self.table).with_suffix("")
+        if self.table.endswith(".toml"):
+            from sweeps.campaign import load_campaign
+
+            return self.root / "results" / load_campaign(self.table).name
+        return self.root / "results" / self.table
+
+    def read(self) -> pd.DataFrame:
+        """The table of runs, its columns checked."""
+        from analysis.load import read_table
+        from analysis.reference import moonlight_table
+
+        if self.is_file:
+            return read_table(Path(self.table))
+        collected = self.results() / "runs.csv"
+        if collected.exists():
+            frame = read_table(collected)
+            frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
+            return frame
+        if self.table == "moonlight":
+            return moonlight_table()
+        raise Refusal(
+            f"{collected}: there is no such table. Collect the campaign first (scaling collect {self.table}), "
+            "or give the path of a CSV or Parquet file."
+        )
+
+    def fitted(self) -> tuple[Study, pd.DataFrame]:
+        """The table's fits and ratios, and the table."""
+        from analysis.study import fit_table
+
+        frame = self.read()
+        return fit_table(frame, baseline=self.baseline, challenger=self.challenger), frame
+
+
+@dataclass(frozen=True)
+class Fit(OnTable):
+    """Fit a law to each arm and give the FLOPs-to-match ratio with its interval."""
+
+    law: str | None = None
+    """Fit this law alone to one arm: power, power-floor, surface, ..."""
+    arm: str | None = None
+    """The arm of --law; not needed where the table has one."""
+    holdout: int | None = None
+    """Leave out so many of the largest rungs, predict them from the rest, and score the prediction."""
+    json: bool = False
+    """Print everything with full precision."""
+
+    def run(self) -> None:
+        """Print the fits; for a campaign, write fits.json too."""
+        if self.law is not None:
+            self._one_law(self.law)
+        elif self.holdout is not None:
+            self._hold_out(self.holdout)
+        else:
+            self._ratio()
+
+    def _ratio(self) -> None:
+        from analysis import summary
+        from analysis.study import write_study
+
+        study, _ = self.fitted()
+        if (self.results() / "runs.csv").exists():
+            write_study(study, self.results() / "fits.json")
+        if self.json:
+            print_json(study)
+        else:
+            summary.show(study)
+            next_step(f"scaling report {self.table}")
+
+    def _one_law(self, law: str) -> None:
+        from analysis import summary
+        from analysis.arm import fit_arm
+
+        found = fit_arm(self.read(), law, self.arm)
+        if self.json:
+            print_json(found)
+        else:
+            summary.show_arm(found)
+
+    def _hold_out(self, rungs: int) -> None:
+        from analysis.holdout import hold_out, holdout_text
+
+        found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
+        if self.json:
+            print_json(found)
+        else:
+            print(holdout_text(found))
+
+
+@dataclass(frozen=True)
+class Audit(OnTable):
+    """Run the checks that a sceptic would: each passes, warns or fails, with its evidence and the remedy."""
+
+    json: bool = False
+    """Print the checks for machines."""
+
+    def run(self) -> None:
+        """Print the checks; status 1 if one fails."""
+        from analysis import summary
+        from analysis.audit import audit
+
+        study, frame = self.fitted()
+        checks = audit(frame, study)
+        if self.json:
+            print_json(checks)
+        else:
+            summary.show_audit(checks)
+        if any(check.verdict == "fail" for check in checks):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Report(OnTable):
+    """Write the report: one HTML page that needs no network, and the figures as SVG, PDF and PNG."""
+
+    def run(self) -> None:
+        """Write the page and say where it is."""
+        page, _ = self.write()
+        print(f"Report: {page}")
+
+    def write(self) -> tuple[Path, Study]:
+        """Fit, draw, write; the page and what it shows."""
+        import pandas as pd
+
+        from analysis.report import write_report
+
+        study, frame = self.fitted()
+        folder = self.results()
+        curves = folder / "curves.parquet"
+        steps = pd.read_parquet(curves) if curves.exists() else None
+        return write_report(study, frame, folder, curves=steps, title=Path(self.table).stem), study
