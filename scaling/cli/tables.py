@@ -117,7 +117,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            summary.show_arm(found)
+            print(summary.arm_text(found))
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.holdout import hold_out, holdout_text
@@ -138,15 +138,14 @@ class Audit(OnTable):
 
     def run(self) -> None:
         """Print the checks; status 1 if one fails."""
-        from analysis import summary
-        from analysis.audit import audit
+        from analysis.audit import audit, audit_text
 
         study, frame = self.fitted()
         checks = audit(frame, study)
         if self.json:
             print_json(checks)
         else:
-            summary.show_audit(checks)
+            print(audit_text(checks))
         if any(check.verdict == "fail" for check in checks):
             sys.exit(1)
 
