@@ -228,8 +228,7 @@ def _run(
         micro_batch=micro_batch(spec, table.micro_batch),
         compile=table.compile,
         checkpoint_seconds=table.checkpoint_seconds,
-        devices=max(table.devices, table.slurm.tasks),
-        nodes=table.slurm.nodes,
+        devices=table.devices,  # in a SLURM job as many as its tasks: `sweeps.submit.job_placement`
         strategy=table.strategy,
         recompute=table.recompute,
     )

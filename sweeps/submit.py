@@ -25,6 +25,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
+from scaling.spec import Placement
 from sweeps import arrays
 from sweeps.aftermath import ENDINGS
 from sweeps.dispatch import Retry, forget_divergence, retries
@@ -173,6 +174,9 @@ def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Ret
         else:
             table = tables[run.rung]
             groups.setdefault(msgspec.json.encode(table), (table, []))[1].append(run)
+    for table, runs in groups.values():
+        for run in runs:
+            job_placement(plan, run, table)  # refuses before anything is submitted
     found.classes = [Class(slurm=table, runs=tuple(runs)) for table, runs in groups.values()]
     return found
 
@@ -243,7 +247,11 @@ def _submit(
     name = f"{plan.campaign.name}-{token}"
     array = arrays.new_array(plan.root, token=token, name=name, runs=ids, code=code_digest(code))
     present = {path.name for path in (plan.root / "runs").iterdir()}
-    mine = [run.id for run in runs if _own(plan, run, token, present, owners.get(run.id), retry)]
+    mine = [
+        run.id
+        for run in runs
+        if _own(plan, run, slurm, token=token, present=present, owner=owners.get(run.id), retry=retry)
+    ]
     if mine != ids:
         submission.joined += [run for run in ids if run not in mine]
         array = msgspec.structs.replace(array, runs=tuple(mine))
@@ -275,9 +283,12 @@ def _submit(
     submission.queued += mine
 
 
-def _own(plan: Plan, run: PlannedRun, token: str, present: set[str], owner: str | None, retry: Retry) -> bool:
+def _own(
+    plan: Plan, run: PlannedRun, slurm: SlurmTable, *, token: str, present: set[str], owner: str | None, retry: Retry
+) -> bool:
     """Whether the array now owns the run, whose directory is made or made ready."""
-    if run.id not in present and arrays.create_and_claim(plan.root, run.id, token, run.spec, run.placement):
+    placement = job_placement(plan, run, slurm)
+    if run.id not in present and arrays.create_and_claim(plan.root, run.id, token, run.spec, placement):
         return True
     if not arrays.claim(plan.root, run.id, token, instead_of=owner):
         return False
@@ -285,11 +296,34 @@ def _own(plan: Plan, run: PlannedRun, token: str, present: set[str], owner: str 
     state = directory.state()
     if state == "diverged" and retries(retry, "diverged"):
         forget_divergence(directory)
-    directory.create(run.spec, run.placement, durable=False)
+    directory.create(run.spec, placement, durable=False)
     (directory.path / arrays.CANCELLED).unlink(missing_ok=True)
     if state == "failed":
         (directory.path / ENDINGS).unlink(missing_ok=True)  # what failed before does not count against this try
     return True
+
+
+def job_placement(plan: Plan, run: PlannedRun, slurm: SlurmTable) -> Placement:
+    """The run's placement in a job of several tasks: a process for each, which share the batch.
+
+    Raises:
+        Refusal: The tasks do not divide the windows of a batch.
+    """
+    if slurm.processes == 1:
+        return run.placement
+    windows = run.spec.batch_tokens // run.spec.shape.context
+    if windows % slurm.processes:
+        fitting = ", ".join(str(count) for count in range(1, windows + 1) if windows % count == 0)
+        raise Refusal(
+            f'{plan.campaign.file}, rung "{run.rung}": {slurm.nodes} nodes with {slurm.tasks} tasks are '
+            f"{slurm.processes} processes, which do not divide the {windows} windows of a batch. Use one of {fitting}."
+        )
+    share = windows // slurm.processes
+    at_most = min(run.placement.micro_batch or share, share)
+    micro_batch = max(part for part in range(1, at_most + 1) if share % part == 0)
+    return msgspec.structs.replace(
+        run.placement, devices=slurm.tasks, nodes=slurm.nodes, micro_batch=None if micro_batch == share else micro_batch
+    )
 
 
 def _no_room(said: str) -> bool:

@@ -17,7 +17,7 @@ from types import FrameType
 from scaling.errors import Refusal
 from scaling.records import RunDirectory, read_json
 from sweeps.arrays import ArrayRecord
-from sweeps.lease import hold
+from sweeps.lease import LOST_LEASE, hold
 from sweeps.snapshot import code_digest
 
 LEFT_EARLY = 75
@@ -53,7 +53,7 @@ def main(record_file: str) -> int:
         with hold(directory.path, job=job) as held:
             if not held:
                 print("another job trains this run; leaving it to that one", flush=True)
-                return 0
+                return LOST_LEASE  # not 0: the other processes of this job would wait for this one
             return _train(directory)
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)

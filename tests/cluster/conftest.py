@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, install, until, why_not
+from cluster import Cluster, install, port_is_open, until, why_not
 
 from scaling.records import Attempt, RunDirectory
 from sweeps import arrays, snapshot, submit
@@ -79,9 +79,10 @@ def cluster() -> Iterator[Cluster]:
     with Path("/tmp/.scaling-slurm-install.lock").open("w") as lock:  # two test processes, one package manager
         fcntl.flock(lock, fcntl.LOCK_EX)
         install()
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     folder = Path(tempfile.mkdtemp(prefix="scs-", dir="/tmp"))
-    running = Cluster(folder, name=f"testing{worker}", port=17600 + 100 * int(worker))
+    # Test processes side by side have a cluster each.
+    port = next(base for base in range(17600, 19600, 50) if not any(map(port_is_open, range(base, base + 20))))
+    running = Cluster(folder, name=f"testing{os.getpid()}", port=port)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = running.environment["SLURM_CONF"]
     try:
