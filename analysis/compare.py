@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from analysis.cells import Cells
 from analysis.conventions import ConventionRatio, convention_ratios
-from analysis.definitions import Definition, arrow, at_largest
+from analysis.definitions import Definition, arrow, at_largest, from_runs
 from analysis.families import FAMILIES, Factors, factors, fit_family, left_out_error, log_loss_of, ratio_of
 from analysis.fit import Fit, Fitted, describe
 from analysis.intervals import FEW, bootstrap, linear, percentile, t_interval
@@ -125,10 +125,10 @@ def compare(
     low, high, how = _intervals(fitted, cells, losses, resamples, seed)
     points = [at_loss(fits[base], fits[other], loss, (lo, hi)) for loss, lo, hi in zip(losses, low, high, strict=True)]
     line = difference(cells)
-    named = [
-        *([found] if (found := arrow(alone[base], alone[other], cells)) else []),
-        *at_largest(fits[base], fits[other], line),
-    ]
+    first = arrow(alone[base], alone[other], cells)
+    named = [first] if first else []
+    named += at_largest(fits[base], fits[other], line)
+    named += from_runs(fits[base], fits[other], cells) if ladder else []
     return Comparison(
         baseline=base,
         challenger=other,

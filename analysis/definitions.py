@@ -12,7 +12,9 @@ from analysis.fit import Fit
 from analysis.laws import PowerLaw
 from analysis.match import Support, at_loss, compute_law, support
 from analysis.paired import Difference, cell_means
+from analysis.solve import Array
 from scaling.spec import Strict
+from scaling.units import pflops_days
 
 
 class Definition(Strict, frozen=True):
@@ -107,3 +109,98 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
             )
         )
     return found
+
+
+def from_runs(baseline: Fit, challenger: Fit, cells: Cells) -> list[Definition]:
+    """Readings that lean on single runs, or on lines made another way."""
+    found = [_point_against_law(baseline, challenger, cells), _log_lines(baseline, challenger, cells)]
+    return [reading for reading in [*found, _between_runs(baseline, challenger, cells)] if reading is not None]
+
+
+def _reading(
+    baseline: Fit,
+    challenger: Fit,
+    name: str,
+    text: str,
+    loss: float,
+    baseline_compute: float,
+    challenger_compute: float,
+) -> Definition:
+    return Definition(
+        name=name,
+        text=text,
+        ratio=challenger_compute / baseline_compute,
+        low=None,
+        high=None,
+        interval="",
+        loss=loss,
+        baseline_compute=baseline_compute,
+        challenger_compute=challenger_compute,
+        support=support(baseline, challenger, baseline_compute, challenger_compute),
+    )
+
+
+def _runs(cells: Cells, arm: int) -> tuple[Array, Array]:
+    """Mean ln compute (PFLOP/s-days) and ln loss of one arm at each rung, by rising compute."""
+    own = cells.rows.arm == arm
+    x, y = np.log(pflops_days(1.0) * cells.rows.columns["flops"][own]), np.log(cells.rows.loss[own])
+    _, rung = np.unique(cells.rung[own], return_inverse=True)
+    counts = np.bincount(rung)
+    return np.bincount(rung, weights=x) / counts, np.bincount(rung, weights=y) / counts
+
+
+def _point_against_law(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
+    law, (x, y) = compute_law(baseline.law), _runs(cells, 1)
+    loss = float(np.exp(y[-1]))
+    if loss <= law.floor:
+        return None
+    return _reading(
+        baseline,
+        challenger,
+        "run against law",
+        "the compute of the challenger's largest run over what the baseline's law needs for that run's own loss",
+        loss,
+        law.compute(loss),
+        float(np.exp(x[-1])),
+    )
+
+
+def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
+    lines = []
+    for arm in (0, 1):
+        own = cells.rows.arm == arm
+        x = np.log(pflops_days(1.0) * cells.rows.columns["flops"][own])
+        lines.append(np.polyfit(x, np.log(cells.rows.loss[own]), 1))
+    if max(lines[0][0], lines[1][0]) >= 0:
+        return None
+    at = float(np.log(challenger.compute_range[1]))
+    level = float(np.polyval(lines[1], at))
+    return _reading(
+        baseline,
+        challenger,
+        "log-log lines",
+        "straight lines through ln loss against ln compute by least squares, at the challenger's largest compute",
+        float(np.exp(level)),
+        float(np.exp((level - lines[0][1]) / lines[0][0])),
+        float(np.exp(at)),
+    )
+
+
+def _between_runs(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
+    """No law at all: the challenger's runs joined by lines in ln C and ln L, at the baseline's lowest reachable loss."""
+    (bx, by), (cx, cy) = _runs(cells, 0), _runs(cells, 1)
+    reached = np.flatnonzero((by >= cy.min()) & (by <= cy.max()))
+    if not len(reached) or np.any(np.diff(cy) >= 0):
+        return None
+    at = reached[-1]
+    x = float(np.interp(-by[at], -cy, cx))
+    return _reading(
+        baseline,
+        challenger,
+        "between runs",
+        "no law: the challenger's runs joined by straight lines in ln compute and ln loss, read at the loss of the "
+        "baseline's largest run that they reach",
+        float(np.exp(by[at])),
+        float(np.exp(bx[at])),
+        float(np.exp(x)),
+    )

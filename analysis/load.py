@@ -147,7 +147,11 @@ def _left_out(frame: pd.DataFrame) -> Any:
     reasons = np.full(len(frame), "", dtype=object)
     if "status" in frame:
         status = frame["status"].astype(object).fillna("").astype(str).str.strip().str.lower()
-        given = frame["reason"].astype(object).fillna("").astype(str) if "reason" in frame else pd.Series("", index=frame.index)
+        given = (
+            frame["reason"].astype(object).fillna("").astype(str)
+            if "reason" in frame
+            else pd.Series("", index=frame.index)
+        )
         for row in np.flatnonzero(~status.isin(FINISHED).to_numpy()):
             detail = f": {given.iloc[row]}" if given.iloc[row] else ""
             reasons[row] = f"{status.iloc[row]}{detail}"

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.audit import audit
 from analysis.compare import Comparison
 from analysis.figures.style import as_bytes, save
 from analysis.study import Study, write_study
 from analysis.summary import explanation, fit_text, headline_text, interval_text, left_out_text, ratio_text
+from analysis.tables import latex, markdown
+from scaling.errors import Refusal
 from scaling.records import write_atomic
 from scaling.units import human
 
@@ -26,7 +29,7 @@ h3{font-size:1rem;margin:1.4rem 0 .3rem}
 figure{margin:1.2rem 0;text-align:center}figure svg{max-width:100%;height:auto}figcaption{color:#555;font-size:.88rem;text-align:left}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.22rem .65rem;text-align:right;border-bottom:1px solid #eee;white-space:nowrap}
-th{border-bottom:1px solid #999;font-weight:600}td.l,th.l{text-align:left}td.w{white-space:normal;text-align:left;min-width:16rem}
+th{border-bottom:1px solid #999;font-weight:600}td.l,th.l{text-align:left}td.w{white-space:normal;text-align:left;min-width:11rem;vertical-align:top}figcaption{white-space:pre-line}
 tr.muted td{color:#888}pre{background:#f6f6f6;padding:.7rem 1rem;overflow-x:auto;font-size:.85rem}
 .pass{color:#1b7a3d;font-weight:600}.warn{color:#a15c00;font-weight:600}.fail{color:#b3261e;font-weight:600}
 @media print{body{max-width:none;margin:0}figure,table{break-inside:avoid}}
@@ -49,7 +52,7 @@ def write_report(
     Args:
         study: What `analysis.study.fit_table` gave.
         frame: The checked table it was made from.
-        folder: Gets report.html and fits.json; figures/ under it gets each figure as SVG, PDF and PNG.
+        folder: Gets report.html, fits.json, tables.md and tables.tex; figures/ under it gets each figure as SVG, PDF and PNG.
         curves: Logged steps (columns arm, rung, run, step, tokens, flops, train_loss, validation_loss), if there are.
         title: Heading of the page.
 
@@ -61,6 +64,8 @@ def write_report(
     for name, (figure, _) in figures.items():
         save(figure, folder / "figures", name)
     write_study(study, folder / "fits.json")
+    write_atomic(folder / "tables.md", markdown(study).encode())
+    write_atomic(folder / "tables.tex", latex(study).encode())
     title = title or f"{', '.join(study.arms[1:])} against {study.baseline}"
     page = "\n".join(_page(study, frame, figures, title))
     write_atomic(folder / "report.html", page.encode())
@@ -71,6 +76,7 @@ def _figures(study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None) -> 
     from analysis.figures.curves import training_curves
     from analysis.figures.laws import loss_against_compute
     from analysis.figures.ratio import ratio_curve
+    from analysis.figures.search import has_bowls, learning_rate_bowls
 
     made: dict[str, tuple[Figure, str]] = {}
     for comparison in study.comparisons:
@@ -91,6 +97,34 @@ def _figures(study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None) -> 
             training_curves(curves, study.arms),
             "Training loss (lines) and held-out loss (points) of the largest rungs.",
         )
+    if has_bowls(frame):
+        made["learning-rates"] = (
+            learning_rate_bowls(frame, study.arms),
+            "Loss against peak learning rate. A best rate on the edge of what was tried is hollow: it is no optimum.",
+        )
+    if study.design == "grid":
+        for arm in study.arms:
+            made |= _grid_figures(study, frame, arm)
+    return made
+
+
+def _grid_figures(study: Study, frame: pd.DataFrame, arm: str) -> dict[str, tuple[Figure, str]]:
+    from analysis.figures.isoflop import isoflop_valleys, surface_contours
+    from analysis.isoflop import allocations, allocations_text
+
+    try:
+        found = allocations(frame, arm)
+    except Refusal:
+        return {}
+    made = {
+        f"surface-{_slug(arm)}": (
+            surface_contours(found, frame, study.arms),
+            f"Lines of equal loss of {arm} over parameters and tokens, its runs, and the best split of compute; dotted "
+            "lines are equal compute.",
+        )
+    }
+    if len(found.valleys) >= 2:
+        made[f"valleys-{_slug(arm)}"] = (isoflop_valleys(found, study.arms), allocations_text(found))
     return made
 
 
@@ -105,6 +139,8 @@ def _page(study: Study, frame: pd.DataFrame, figures: dict[str, tuple[Figure, st
     for comparison in study.comparisons:
         yield f"<p class=lead>{html.escape(headline_text(comparison))}</p>"
         yield from (f"<p>{html.escape(line)}</p>" for line in explanation(study, comparison))
+    yield from _audit(study, frame)
+    yield "<h2>Figures</h2>"
     for name, (figure, caption) in figures.items():
         svg = as_bytes(figure, "svg").decode()
         yield f'<figure id="{name}">{_inline(svg, name)}<figcaption>{html.escape(caption)}</figcaption></figure>'
@@ -114,6 +150,19 @@ def _page(study: Study, frame: pd.DataFrame, figures: dict[str, tuple[Figure, st
     yield f"<pre>{html.escape(chr(10).join(fit_text(fit) for fit in study.fits.values()))}</pre>"
     yield from _runs(study, frame)
     yield "</body></html>"
+
+
+def _audit(study: Study, frame: pd.DataFrame) -> Iterable[str]:
+    checks = audit(frame, study)
+    rows = [
+        f"<tr><td class=l><span class={check.verdict}>{check.verdict}</span></td><td class=w>{html.escape(check.question)}"
+        f"</td><td class=w>{html.escape(check.evidence)}</td><td class=w>{html.escape(check.remedy)}</td></tr>"
+        for check in checks
+    ]
+    yield "<h2>Is the comparison fair?</h2>"
+    yield '<div class="scroll"><table><thead><tr><th class="l"></th><th class="l">question</th>'
+    yield '<th class="l">evidence</th><th class="l">remedy</th></tr></thead><tbody>'
+    yield "".join(rows) + "</tbody></table></div>"
 
 
 def _inline(svg: str, name: str) -> str:
@@ -180,6 +229,28 @@ def _comparison(study: Study, comparison: Comparison) -> Iterable[str]:
         left=(0, 2, 4),
         wide=(5,),
     )
+    if comparison.conventions:
+        yield "<h3>The ratio in other prices</h3>"
+        yield _table(
+            ("price", "ratio", "95 % interval", "how"),
+            [
+                (
+                    found.label,
+                    ratio_text(found.ratio),
+                    interval_text(found.low, found.high) if found.low is not None else "",
+                    found.how,
+                )
+                for found in comparison.conventions
+            ],
+            left=(0, 2),
+            wide=(3,),
+        )
+    for found in comparison.factors:
+        yield (
+            f"<p>One token of {html.escape(found.arm)} is worth {found.tokens.value:.3g} "
+            f"({found.tokens.low:.3g} to {found.tokens.high:.3g}) of {html.escape(comparison.baseline)}'s, one parameter "
+            f"{found.params.value:.3g} ({found.params.low:.3g} to {found.params.high:.3g}); 95 % intervals.</p>"
+        )
 
 
 def _runs(study: Study, frame: pd.DataFrame) -> Iterable[str]:

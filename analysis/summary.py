@@ -16,8 +16,13 @@ from analysis.study import Study
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from analysis.arm import ArmFit
+
 PAPER = 0.52
 """Moonlight's "about 52 %" of the FLOPs (arXiv:2502.16982, sec. 3.2)."""
+
+FAR_BELOW = 1e-2
+"""PFLOP/s-days: a twentieth of the smallest of the paper's runs."""
 
 
 def law_text(law: Law) -> str:
@@ -148,26 +153,42 @@ def explanation(study: Study, comparison: Comparison) -> list[str]:
                 f"The paper's arrow (one pair of runs at the largest compute, {comparison.baseline}'s exponent): "
                 f"{found.ratio:.5f}, {found.support}.{published}"
             )
-    lines += unlike_the_paper(comparison)
+    for price in comparison.conventions:
+        if price.column in ("seconds", "gpu_hours"):
+            interval = "" if price.low is None else f" ({interval_text(price.low, price.high)})"
+            lines.append(f"In {price.label} the ratio is {ratio_text(price.ratio)}{interval}.")
+    for worth in comparison.factors:
+        lines.append(
+            f"One token of {worth.arm} is worth {worth.tokens.value:.3g} ({worth.tokens.low:.3g} to {worth.tokens.high:.3g}) of "
+            f"{comparison.baseline}'s, one parameter {worth.params.value:.3g} ({worth.params.low:.3g} to {worth.params.high:.3g})."
+        )
+    lines += beside_the_paper(comparison)
     return lines + comparison.remarks
 
 
-def unlike_the_paper(comparison: Comparison) -> list[str]:
-    """A plain sentence when Muon against AdamW comes out nothing like the published 0.52."""
+def beside_the_paper(comparison: Comparison) -> list[str]:
+    """What Muon against AdamW here has to do with the published 0.52: said whether it comes out near or far."""
     ratio = comparison.headline.ratio
-    names = {comparison.baseline.lower(), comparison.challenger.lower()}
-    published = PAPER if comparison.baseline.lower() == "adamw" else 1.0 / PAPER
-    if not ({"adamw", "muon"} <= names) or 0.8 < ratio / published < 1.25:
+    if not {"adamw", "muon"} <= {comparison.baseline.lower(), comparison.challenger.lower()}:
         return []
+    published = PAPER if comparison.baseline.lower() == "adamw" else 1.0 / PAPER
+    near = 0.8 < ratio / published < 1.25
     compute = max(comparison.headline.baseline_compute, comparison.headline.challenger_compute)
-    text = f"This is not Moonlight's {published:.2f}, and was not expected to be"
-    if compute < 1e-2:
+    if compute < FAR_BELOW:
+        text = f"That it lies near Moonlight's {published:.2f} confirms nothing" if near else (
+            f"This is nothing like Moonlight's {published:.2f}, and was not expected to be"
+        )  # fmt: skip
         return [
             f"{text}: these runs spend at most {compute * 8.64e19:.2g} FLOPs where the paper's spend 1.8e19 to 3.5e20. "
             "With few steps and narrow layers the ratio measures how fast an optimizer gets started; it says nothing "
             "about the scale at which models are trained."
         ]
-    return [f"{text} unless model, data and tuning are the paper's: the ratio belongs to the set-up, not to the name."]
+    if near:
+        return []
+    return [
+        f"This is nothing like Moonlight's {published:.2f}, and need not be unless model, data and tuning are the paper's: "
+        "the ratio belongs to the set-up, not to the name."
+    ]
 
 
 def left_out_text(study: Study) -> list[str]:
@@ -194,3 +215,26 @@ def fit_text(fit: Fit) -> str:
         f"{certificate.agreeing:.0%} of {certificate.starts} starts agree, gap {certificate.gap:.1g}, "
         f"root mean square error {fit.rms:.2%}." + (f"\n  {fit.remark}" if fit.remark else "")
     )
+
+
+def arm_text(found: ArmFit) -> str:
+    """One arm's law with its errors, the other loss functions and the points that move it most."""
+    lines = [fit_text(found.fit)]
+    if found.resamples:
+        lines.append(
+            f"  {found.resamples:,} resamples of {found.units} {found.unit}; effective rows {found.effective:.0f}"
+        )
+        lines += [
+            f"  {p.name:>22} {p.value:12.6g}  error {p.error:.3g}  95 % {p.low:.5g} to {p.high:.5g}"
+            for p in found.parameters
+        ]
+    if found.variants:
+        lines.append("  the same points under other loss functions:")
+        lines += [f"  {variant.objective:>40}: {law_text(variant.law)}" for variant in found.variants]
+    if found.influence:
+        lines.append("  points that move the fit most when left out:")
+        for item in found.influence[:3]:
+            moved = ", ".join(f"{key} {value:+.3g}" for key, value in item.moves.items())
+            lines.append(f"    row {item.row} (residual {100 * item.residual:+.2f} %): {moved}")
+    lines += [f"  left out: row {out.row}: {out.reason}" for out in found.left_out[:10]]
+    return "\n".join(lines)

@@ -28,8 +28,8 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
     from scaling.units import human
 
     frame = frame[frame["arm"].isin(arms) & frame["loss"].notna() & frame["peak_lr"].notna()]
-    tried = frame.groupby(["arm", "params"])["peak_lr"].nunique()
-    sizes = sorted({float(str(params)) for (_, params), count in tried.items() if count >= 3})[-PANELS:]
+    tried = frame.groupby(["arm", "params"])["peak_lr"].nunique().reset_index()
+    sizes = sorted({float(params) for params in tried.loc[tried["peak_lr"] >= 3, "params"]})[-PANELS:]
     columns = min(len(sizes), 3)
     lines = -(-len(sizes) // columns)
     with styled():
