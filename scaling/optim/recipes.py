@@ -45,7 +45,8 @@ class MatrixOptions(Strict, frozen=True):
     form: Form = "standard"
     """``gram`` iterates long matrices by their Gram matrix in fp16 (fp32 on a CPU): fewer products, other rounding."""
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`)."""
+    """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`); on a CPU
+    without bf16 instructions large ones are quicker in ``fp32``."""
     rms: PositiveFloat = 0.2
     """Root mean square that an update is scaled to, in units of the learning rate."""
     head_blocks: Positive = 1
