@@ -1,0 +1,61 @@
+"""Runs beside each other on one device: a failed or killed one is alone in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from running import numbers, place
+from tiny import make_spec
+
+from scaling.data.shards import manifest_hash, read_manifest
+from scaling.packing import device_slots, train_packed
+from scaling.records import RunDirectory
+from scaling.train import train
+
+
+def _kill(path: Path) -> None:
+    directory = RunDirectory(path)
+    while not directory.metrics():
+        time.sleep(0.01)
+    os.kill(directory.attempts()[-1].pid, signal.SIGKILL)
+
+
+def test_neighbours_of_a_failed_and_of_a_killed_run_end_as_if_alone(tiny_shards: Path, tmp_path: Path) -> None:
+    manifest = manifest_hash(read_manifest(tiny_shards))
+    good = make_spec(seed=1, manifest=manifest)
+    alone = place(good, tmp_path / "alone", tiny_shards)
+    train(alone, progress=False)
+    endless = make_spec(seed=3, steps=4000, manifest=manifest)
+    endless = msgspec.structs.replace(endless, data=msgspec.structs.replace(endless.data, repeat=True))
+    paths = {
+        "wrong data": place(make_spec(seed=2, manifest="0" * 64), tmp_path, tiny_shards),
+        "killed": place(endless, tmp_path, tiny_shards, every=1e9),
+        "good": place(good, tmp_path, tiny_shards),
+        "another": place(make_spec(seed=4, manifest=manifest), tmp_path, tiny_shards),
+    }
+    killer = threading.Thread(target=_kill, args=(paths["killed"],), daemon=True)
+    killer.start()
+    failed = train_packed(paths.values(), at_once=2)
+    killer.join(10)
+    assert set(failed) == {paths["wrong data"].name, paths["killed"].name}
+    assert "the run was planned for" in failed[paths["wrong data"].name]
+    assert "SIGKILL" in failed[paths["killed"].name]
+    states = {name: RunDirectory(path).state() for name, path in paths.items()}
+    assert states == {"wrong data": "failed", "killed": "failed", "good": "finished", "another": "finished"}
+    assert numbers(paths["good"]) == numbers(alone)
+
+
+def test_slots_fill_every_device_before_a_second_run_goes_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_slots(2) == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert device_slots(1) == ["3", "5"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert device_slots(4) == []
