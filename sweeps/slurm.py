@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -132,17 +132,19 @@ class Answer:
     queue_reached: bool = True
 
 
-def look_up(jobs: Iterable[str]) -> Answer:
-    """States of all tasks of some array jobs: one `squeue`, and one `sacct` for attempts and their cost."""
-    jobs = sorted(set(jobs))
+def look_up(jobs: Mapping[str, str]) -> Answer:
+    """States of all tasks of some array jobs: one `squeue`, and one `sacct` for attempts and their cost.
+
+    Args:
+        jobs: Job names by array job id. SLURM's ids come round again, so a job of another name is another job.
+    """
     if not jobs:
         return Answer()
     notes = []
     tasks: dict[str, Task] = {}
     try:
-        tasks |= accounted(
-            ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(jobs), "-o", "JobID,State,ElapsedRaw,AllocTRES")
-        )
+        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES"
+        tasks = accounted(ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", fields), jobs)
     except Unreachable as error:
         notes.append(f"SLURM's accounting could not be asked ({error}): hours spent and cancelled jobs are not known.")
     reached = True
@@ -160,7 +162,7 @@ def look_up(jobs: Iterable[str]) -> Answer:
     return Answer(tasks=tasks, notes=tuple(notes), queue_reached=reached)
 
 
-def _settle(jobs: Iterable[str], tasks: dict[str, Task], queued: dict[str, Task]) -> None:
+def _settle(jobs: Mapping[str, str], tasks: dict[str, Task], queued: dict[str, Task]) -> None:
     """Find out how tasks ended that have left the queue, where the accounting is silent or behind.
 
     The controller remembers jobs for some minutes. A task that nobody remembers is over; one that the accounting still
@@ -172,7 +174,7 @@ def _settle(jobs: Iterable[str], tasks: dict[str, Task], queued: dict[str, Task]
     silent = {job for job in jobs if not any(task.startswith(f"{job}_") for task in tasks)}
     for array in sorted(open_ended | silent):
         try:
-            remembered = controlled(ask("scontrol", "-o", "show", "job", array))
+            remembered = controlled(ask("scontrol", "-o", "show", "job", array), jobs)
         except Unreachable:
             remembered = {}
         for job, state in remembered.items():
@@ -187,31 +189,29 @@ def _settle(jobs: Iterable[str], tasks: dict[str, Task], queued: dict[str, Task]
                     tasks[job] = replace(task, verdict="over")
 
 
-def controlled(text: str) -> dict[str, str]:
-    """States by task from ``scontrol -o show job``."""
+def controlled(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
+    """States by task from ``scontrol -o show job``; `jobs` as for `look_up`."""
     states: dict[str, str] = {}
     for line in text.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
         array, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
-        if array and index and state:
+        if array and index and state and jobs.get(array) == fields.get("JobName"):
             states.update((task, state) for task in expand(f"{array}_[{index}]"))
     return states
 
 
-def queue(jobs: Iterable[str]) -> dict[str, Task]:
+def queue(jobs: Mapping[str, str]) -> dict[str, Task]:
     """Tasks that are waiting or running, by job.
 
     Raises:
         Unreachable: The queue could not be asked.
     """
-    wanted = set(jobs)
     # All of the user's jobs: asking for an id that SLURM has forgotten is an error in some versions.
-    text = ask("squeue", "-h", "-r", "--me", "-o", "%i|%T|%r")
+    text = ask("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r")
     found = {}
     for line in text.splitlines():
-        job, _, rest = line.partition("|")
-        state, _, reason = rest.partition("|")
-        if job.split("_")[0] in wanted:
+        job, name, state, reason = [*line.split("|", 3), "", "", ""][:4]
+        if jobs.get(job.split("_")[0]) == name:
             found[job] = Task(job=job, state=state, verdict=verdict(state), reason=reason)
     return found
 
@@ -237,21 +237,27 @@ def verdict(state: str) -> Verdict:
     return VERDICTS.get(word[0] if word else "", "unknown")
 
 
-def accounted(text: str) -> dict[str, Task]:
-    """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time."""
+def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, Task]:
+    """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time.
+
+    Args:
+        text: Lines of JobID, JobName, State, ElapsedRaw and AllocTRES.
+        jobs: As for `look_up`.
+    """
     tasks: dict[str, Task] = {}
     for line in text.splitlines():
         fields = line.split("|")
-        if len(fields) < 4:
+        # Until the record of its start arrives, a job may be called "allocation".
+        if len(fields) < 5 or fields[1] not in (jobs.get(fields[0].split("_")[0]), "allocation"):
             continue
-        seconds = float(fields[2]) if fields[2].isdigit() else 0.0
-        gpus = re.search(r"gres/gpu=(\d+)", fields[3])
+        state, seconds = fields[2], float(fields[3]) if fields[3].isdigit() else 0.0
+        gpus = re.search(r"gres/gpu=(\d+)", fields[4])
         for job in expand(fields[0]):
             before = tasks.get(job)
             tasks[job] = Task(
                 job=job,
-                state=fields[1],
-                verdict=verdict(fields[1]),
+                state=state,
+                verdict=verdict(state),
                 seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
             )

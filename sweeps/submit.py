@@ -87,6 +87,27 @@ class Submission(msgspec.Struct, kw_only=True):
         costs = plan_costs(self.plan)
         return sum(costs[run.id].hours * group.slurm.devices for group in self.classes for run in group.runs)
 
+    def summary(self) -> list[str]:
+        """What was done, or would be, in sentences; what waits for a person comes with the option that moves it."""
+        missing = len(self.missing)
+        arrays_text = f" in {len(self.jobs)} arrays (jobs {', '.join(self.jobs)})" if self.jobs else ""
+        lines = [
+            f"{self.plan.campaign.name}: {missing} runs missing, {len(self.queued)} queued{arrays_text}, "
+            f"{len(self.joined)} waiting or running already, {len(self.done)} done."
+        ]
+        if missing and self.gpu_hours:
+            lines.append(f"What is missing is predicted to take {self.gpu_hours:,.1f} GPU-hours.")
+        for runs, text in (
+            (self.failed, "failed; try them again with --retry failed"),
+            (self.cancelled, "were cancelled; submit them again with --retry cancelled"),
+            (self.unknown, "have jobs that SLURM could not be asked about, and were left alone"),
+            (self.left, "were not taken by SLURM now; the same command submits them later"),
+        ):
+            if runs:
+                shown = ", ".join(runs[:5]) + (", ..." if len(runs) > 5 else "")
+                lines.append(f"{len(runs)} {text}: {shown}.")
+        return lines + list(dict.fromkeys(self.notes))
+
     def scripts(self) -> list[str]:
         """The batch scripts, one for each placement."""
         return [

@@ -35,5 +35,5 @@ def survey(root: Path) -> Survey:
     records = arrays.all_arrays(root)
     if not records:
         return Survey()
-    answer = look_up(array.job for array in records if array.job is not None)
+    answer = look_up({array.job: array.name for array in records if array.job is not None})
     return Survey(records=records, places=arrays.locations(records), answer=answer)

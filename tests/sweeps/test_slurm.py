@@ -85,20 +85,25 @@ def test_a_state_that_is_not_known_is_not_over() -> None:
 
 
 def test_cost_is_summed_over_all_attempts_and_the_last_one_decides() -> None:
-    text = (
-        "7_0|NODE_FAIL|100|cpu=1,gres/gpu=4,node=1\n7_0|COMPLETED|50|cpu=1,gres/gpu=4\n7_1|RUNNING|10|cpu=1\nrubbish\n"
-    )
-    tasks = accounted(text)
+    text = """
+7_0|mine|NODE_FAIL|100|cpu=1,gres/gpu=4,node=1
+7_0|mine|COMPLETED|50|cpu=1,gres/gpu=4
+7_1|allocation|RUNNING|10|cpu=1
+7_2|a job of last year that had this number|FAILED|10|cpu=1
+rubbish
+"""
+    tasks = accounted(text, {"7": "mine"})
+    assert "7_2" not in tasks
     assert (tasks["7_0"].verdict, tasks["7_0"].seconds, tasks["7_0"].gpu_seconds) == ("over", 150, 600)
     assert tasks["7_1"].gpu_seconds == 0
 
 
 def test_the_queue_is_believed_before_the_accounting(commands: Any) -> None:
     commands(
-        squeue="echo '7_0|PENDING|BeginTime'; echo '9_0|RUNNING|None'",
-        sacct="printf '7_0|NODE_FAIL|100|\\n7_[1-2]|PENDING|0|\\n7_3|CANCELLED by 0|5|\\n'",
+        squeue="echo '7_0|mine|PENDING|BeginTime'; echo '7_1|another|RUNNING|None'",
+        sacct="printf '7_0|mine|NODE_FAIL|100|\\n7_[1-2]|mine|PENDING|0|\\n7_3|mine|CANCELLED by 0|5|\\n'",
     )
-    answer = look_up(["7"])
+    answer = look_up({"7": "mine"})
     assert {job: task.verdict for job, task in answer.tasks.items()} == {
         "7_0": "pending",  # requeued after its node failed
         "7_1": "cancelled",  # the accounting forgot that it was cancelled before it began
@@ -110,7 +115,7 @@ def test_the_queue_is_believed_before_the_accounting(commands: Any) -> None:
 
 def test_commands_that_are_missing_failing_or_silent_are_named(commands: Any) -> None:
     commands(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", scontrol="sleep 60")
-    answer = look_up(["7"])
+    answer = look_up({"7": "mine"})
     assert not answer.queue_reached
     assert "no command sacct" in answer.notes[0]
     assert "Unable to contact slurm controller" in answer.notes[1]
@@ -236,12 +241,13 @@ def test_an_array_that_has_no_room_is_submitted_in_parts_and_the_rest_later(
         # takes two jobs in all
         sbatch="""
         taken=$(ls $(dirname $0)/taken-* 2>/dev/null | wc -l)
+        name=$(sed -n 's/^#SBATCH --job-name=//p' "$1")
         wanted=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
         if [ $((taken + wanted + 1)) -gt 2 ]; then
             echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; echo 'Batch job submission failed' >&2; exit 1
         fi
         for task in $(seq 0 "$wanted"); do
-            touch $(dirname $0)/taken-$taken-$task; echo "$((50 + taken))_$task|PENDING|None" >> $(dirname $0)/queue
+            touch $(dirname $0)/taken-$taken-$task; echo "$((50 + taken))_$task|$name|PENDING|None" >> $(dirname $0)/queue
         done
         echo "Submitted batch job $((50 + taken))"
         """,
