@@ -7,6 +7,8 @@ A tuner that is killed leaves nothing to repair, and two at once share the work.
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +17,16 @@ from typing import Literal
 import msgspec
 
 from scaling.errors import Refusal, unknown_name
-from scaling.records import append_line, read_json, read_lines, write_json
+from scaling.records import append_line, read_json, read_lines, write_atomic, write_json
 from scaling.spec import RunSpec
 from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, rungs_of
 from sweeps.plan import Plan, PlannedRun, micro_batch, plan, with_data
 from sweeps.tuning.facts import Tuning, facts_file
-from sweeps.tuning.gather import Told, gather, laws_of, transfer_specs
+from sweeps.tuning.gather import Told, gather, laws_of, transfer_specs, trial_rows
 from sweeps.tuning.journal import Journal
 from sweeps.tuning.ranges import dimensions_of, middles
+from sweeps.tuning.rulefile import write_rule_file
 from sweeps.tuning.sampling import Sampling, grid
 from sweeps.tuning.study import Asked, RecordsOf, Study, rebuild
 
@@ -129,9 +132,13 @@ class Tuner:
         return gather(self.campaign, self.rungs, told, self.records, final=final)
 
     def write(self) -> Tuning:
-        """tuning.json, written anew from the records."""
+        """tuning.json and trials.csv, written anew from the records; when all is done, also ``rules/<arm>.toml``."""
         found = self.gather()
+        write_atomic(self.template.results / "trials.csv", _csv(trial_rows(found, self.records)))
         write_json(facts_file(self.template.root, self.campaign.name), found)
+        if found.complete:
+            for arm in found.laws:
+                write_rule_file(found, arm, self.template.results / "rules" / f"{arm}.toml")
         return found
 
     def _told(self) -> Told:
@@ -230,6 +237,15 @@ def tune(
             time.sleep(POLL_SECONDS)
         tuner.write()
     return tuner.write()
+
+
+def _csv(rows: list[dict[str, object]]) -> bytes:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _local(workers: int | None, progress: bool | None) -> Execute:

@@ -240,3 +240,43 @@ def _noise(final: Plan, records: RecordsOf) -> list[NoiseRow]:
         for (arm, rung), found in losses.items()
         if len(found) > 1
     ]
+
+
+def trial_rows(tuning: Tuning, records: RecordsOf) -> list[dict[str, object]]:
+    """Every trial as a row of runs.csv, with its number and the searched hyper-parameters beside: trials.csv.
+
+    The columns are those of `sweeps.collect.RUN_COLUMNS` that a trial has, so whatever reads a table of runs reads this
+    one: all settings that were tried, the bad ones too. A trial without a full run has an empty loss.
+    """
+    rows = []
+    for study in tuning.studies:
+        for trial in study.trials:
+            record = records.of(trial.run)
+            rows.append(
+                {
+                    "campaign": tuning.campaign,
+                    "arm": study.arm,
+                    "rung": study.rung,
+                    "cell": f"{study.rung}/{study.data_seed}",
+                    "seed": study.data_seed,
+                    "trial": trial.number,
+                    "run": trial.run,
+                    "status": trial.state,
+                    "params": study.params,
+                    "tokens": record.tokens if record else study.tokens,
+                    "flops": record.flops["6nd"] if record else study.flops,
+                    "loss": trial.loss,
+                    "train_loss": record.train_loss if record else None,
+                    "seconds": record.seconds if record else None,
+                    "peak_lr": record.spec.optimizer.peak_lr if record else trial.values.get("peak_lr"),
+                    "batch_tokens": record.spec.batch_tokens if record else None,
+                    "weight_decay": record.spec.optimizer.weight_decay if record else None,
+                    "manifest": study.manifest,
+                }
+                | {
+                    name: value
+                    for name, value in trial.values.items()
+                    if name not in ("peak_lr", "batch_tokens", "weight_decay")
+                }
+            )
+    return rows

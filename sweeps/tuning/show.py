@@ -89,6 +89,11 @@ def _notes(tuning: Tuning) -> list[str]:
         for arm in tuning.arms
         if arm.how != "fixed"
     ]  # fmt: skip
+    left = [(study.wanted - study.told, study.flops) for study in tuning.studies]
+    if any(trials for trials, _ in left):
+        most = "at most " if any(trial.short_run for study in tuning.studies for trial in study.trials) else ""
+        flops = sum(trials * flops for trials, flops in left)
+        lines.append(f"{sum(trials for trials, _ in left)} trials are to come, {most}{flops:.3g} FLOPs (6ND).")
     lines += [
         f"{study.arm}, {study.rung}: {bracket.name} ends on the {bracket.verdict}; {bracket.note}."
         for study in tuning.studies

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tuned import CAMPAIGN, TUNE, bowl, loader, recorder, told
 
@@ -137,6 +138,29 @@ def test_an_optimum_on_the_edge_is_in_the_facts(campaign: Callable[..., Campaign
     verdicts = [b.verdict for study in found.studies for b in study.brackets if b.name == "peak_lr"]
     assert verdicts == ["high edge"] * 6
     assert all(b.note for study in found.studies for b in study.brackets if b.name == "peak_lr")
+
+
+def test_every_setting_that_was_tried_is_in_a_table_that_the_audit_reads(
+    campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    found = facts(campaign(), tmp_path)
+    table = pd.read_csv(tmp_path / "results" / "tiny-tuned" / "trials.csv")
+    assert len(table) == sum(study.told for study in found.studies) == 48
+    assert set(table.columns) >= {
+        "arm",
+        "params",
+        "tokens",
+        "flops",
+        "loss",
+        "cell",
+        "seed",
+        "run",
+        "peak_lr",
+        "status",
+    }
+    assert table["loss"].notna().all()
+    best = table.loc[table.groupby(["arm", "rung"])["loss"].idxmin()].set_index(["arm", "rung"])["run"]
+    assert best.to_dict() == {(study.arm, study.rung): study.best_run for study in found.studies}
 
 
 def test_unequal_trials_are_in_the_facts_and_settle_nothing(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
