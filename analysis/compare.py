@@ -124,7 +124,7 @@ def compare(
     losses, places = _places(fits[base], fits[other], cells, extrapolate=extrapolate)
     low, high, how = _intervals(fitted, cells, losses, resamples, seed)
     points = [at_loss(fits[base], fits[other], loss, (lo, hi)) for loss, lo, hi in zip(losses, low, high, strict=True)]
-    line = difference(cells)
+    line = difference(cells) if ladder else None
     first = arrow(alone[base], alone[other], cells)
     named = [first] if first else []
     named += at_largest(fits[base], fits[other], line)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from analysis.cells import Cells, select
 from analysis.design import Rows
 from analysis.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
-from analysis.intervals import gradient, linear, t_quantile
+from analysis.intervals import Linear, gradient, linear, t_quantile
 from analysis.laws import Law
 from analysis.load import check_table
 from analysis.solve import Array, predict
@@ -112,11 +112,11 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
     flops, found = cells.rows.columns["flops"], []
     for rung in np.unique(cells.rung[later]):
         here = later & (cells.rung == rung)
-        log_loss, error = _at(fitted, rows.take(here), spread.covariance)
+        log_loss, error = _at(fitted, rows.take(here), spread)
         half = None
         if spread.freedom >= 0.999:
-            noise = spread.sigma[0] ** 2 / here.sum()
-            half = t_quantile(spread.freedom, 0.95) * float(np.sqrt(error**2 + noise))
+            noise = float(spread.noise[0, 0]) / here.sum()
+            half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)
         found.append(
@@ -140,14 +140,14 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
     return found
 
 
-def _at(fitted: Fitted, rows: Rows, covariance: Array) -> tuple[float, float]:
+def _at(fitted: Fitted, rows: Rows, spread: Linear) -> tuple[float, float]:
     problem = fitted.design.problem(rows, space="log", delta=None)
 
     def mean(theta: Array) -> Array:
         return np.array([predict(problem, theta[None])[0][0].mean()])
 
-    slope = gradient(mean, fitted.theta)[0]
-    return float(mean(fitted.theta)[0]), float(np.sqrt(max(slope @ covariance @ slope, 0.0)))
+    error = spread.spread(gradient(mean, fitted.theta))[0]
+    return float(mean(fitted.theta)[0]), float(error[0])
 
 
 def holdout_text(holdout: Holdout) -> str:

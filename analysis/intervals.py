@@ -30,28 +30,58 @@ Quantity = Callable[[Array], Array]
 """Derived values, shape ``(values,)``, of one vector of parameters; NaN where a law never gets there."""
 
 
-def t_quantile(freedom: float, level: float) -> float:
+def t_quantile(freedom: float | Array, level: float) -> Array:
     """The two-sided quantile of Student's t."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, 0.5 + level / 2))
+    return np.asarray(stdtrit(freedom, 0.5 + level / 2), dtype=np.float64)
 
 
 class Linear(NamedTuple):
-    """First-order distribution of the parameters."""
+    """First-order response of the parameters to the observations, and the noise of the observations."""
 
-    covariance: Array
-    """Of the parameters, shape ``(parameters, parameters)``."""
+    response: Array
+    """Change of each parameter per unit of log loss of each row, shape ``(parameters, rows)``."""
+    arm: Numbers
+    cell: Numbers
     freedom: float
-    """Degrees of freedom of the noise estimate: independent cells less the parameters of one arm."""
-    sigma: Array
-    """Residual standard deviation of each arm, on log loss."""
+    """Degrees of freedom of the noise estimate: rows of an arm less the parameters they pay for."""
+    noise: Array
+    """Covariance of the arms' residuals within a cell, on log loss, shape ``(arms, arms)``."""
     correlation: float | None
     """Of the first two arms' residuals within a cell; None where fewer than three cells are shared."""
 
+    def spread(self, slope: Array) -> tuple[Array, Array]:
+        """Standard errors of derived values and the degrees of freedom of each.
+
+        A value that leans on both arms in different ways averages two noise estimates, and then has more degrees of
+        freedom than either (Satterthwaite's approximation for a Wishart matrix).
+
+        Args:
+            slope: Derivatives in the parameters, shape ``(values, parameters)``.
+        """
+        weights = slope @ self.response
+        arms = len(self.noise)
+        sums = [_by_cell(weights * (self.arm == a), self.cell) for a in range(arms)]
+        lean = np.empty((len(slope), arms, arms))
+        for i in range(arms):
+            for j in range(arms):
+                lean[:, i, j] = np.sum(sums[i] * sums[j], axis=1)
+            lean[:, i, i] = np.sum(weights**2 * (self.arm == i), axis=1)
+        product = lean @ self.noise
+        variance = np.trace(product, axis1=1, axis2=2).clip(0.0)
+        squares = np.trace(product @ product, axis1=1, axis2=2)
+        # The plain quotient of estimates is biased towards 1 where degrees of freedom are few; these two are unbiased.
+        nu = self.freedom
+        first = (variance**2 * (nu + 1.0) - 2.0 * squares) * nu / ((nu + 2.0) * (nu - 1.0)) if nu > 1.0 else variance**2
+        second = (squares * nu - variance**2) * nu / ((nu + 2.0) * (nu - 1.0)) if nu > 1.0 else squares
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gain = np.where(second > 0, first / second, float(arms) if nu > 1.0 else 1.0)
+        return np.sqrt(variance), self.freedom * np.clip(gain, 1.0, arms)
+
 
 def linear(fitted: Fitted, cells: Cells) -> Linear:
-    """The parameters' covariance from the residuals, paired within cells.
+    """How the parameters answer to the observations, paired within cells.
 
     Exact for linear least squares, first-order for the rest; for Huber the rows beyond the threshold count as far as
     they pull.
@@ -71,16 +101,14 @@ def linear(fitted: Fitted, cells: Cells) -> Linear:
     count = len(cells.arms)
     freedom = np.array([max(np.sum(arm == a) - leverage[arm == a].sum(), 0.0) for a in range(count)])
     sigma = np.array([np.sqrt(np.sum(r[arm == a] ** 2) / max(freedom[a], 1e-9)) for a in range(count)])
-    covariance = (response * sigma[arm] ** 2) @ response.T
+    noise = np.diag(sigma**2)
     correlation = None
     for i in range(count):
         for j in range(i + 1, count):
             found = _correlation(r, arm == i, arm == j, cell)
             correlation = found if correlation is None else correlation
-            if found is not None:
-                one, two = (_by_cell(response * (arm == a), cell) for a in (i, j))
-                covariance += found * sigma[i] * sigma[j] * (one @ two.T + two @ one.T)
-    return Linear(covariance, float(freedom.min()), sigma, correlation)
+            noise[i, j] = noise[j, i] = (found or 0.0) * sigma[i] * sigma[j]
+    return Linear(response, arm, cell, float(freedom.min()), noise, correlation)
 
 
 def _by_cell(values: Array, cell: Numbers) -> Array:
@@ -110,13 +138,12 @@ def gradient(quantity: Quantity, theta: Array) -> Array:
 
 def t_interval(fitted: Fitted, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
     """Low and high of each derived value; NaN where there are no degrees of freedom left."""
-    spread = linear(fitted, cells)
+    found = linear(fitted, cells)
     centre = quantity(fitted.theta)
-    if spread.freedom < 0.999:
+    if found.freedom < 0.999:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
-    slope = gradient(quantity, fitted.theta)
-    error = np.sqrt(np.einsum("vi,ij,vj->v", slope, spread.covariance, slope).clip(0.0))
-    half = t_quantile(spread.freedom, level) * error
+    error, freedom = found.spread(gradient(quantity, fitted.theta))
+    half = t_quantile(freedom, level) * error
     return centre - half, centre + half
 
 

@@ -40,7 +40,7 @@ class Difference(Strict, frozen=True):
         """The difference at a compute in PFLOP/s-days, and the half width of its t interval."""
         x = float(np.log(compute)) - self.centre
         error = self.residual * np.sqrt(1.0 / self.cells + x * x / self.spread)
-        return self.level + self.slope * x, t_quantile(self.cells - 2, level) * float(error)
+        return self.level + self.slope * x, float(t_quantile(self.cells - 2, level)) * float(error)
 
 
 def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
@@ -81,7 +81,7 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
     freedom = len(x) - 2
     residual = float(np.sqrt(np.sum(left**2) / freedom))
     error = residual / spread**0.5
-    half = t_quantile(freedom, 0.95) * error
+    half = float(t_quantile(freedom, 0.95)) * error
     r_one, r_two = line(one)[2], line(two)[2]
     size = float(np.sqrt(np.sum(r_one**2) * np.sum(r_two**2)))
     return Difference(
