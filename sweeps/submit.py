@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import os
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,29 +18,22 @@ from typing import Literal
 
 import msgspec
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
-from scaling.spec import Placement
 from sweeps import arrays
 from sweeps.aftermath import ENDINGS
+from sweeps.batch import Launcher, batch_script, job_placement
 from sweeps.dispatch import Retry, forget_divergence, retries
 from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.show import plan_costs
-from sweeps.slurm import Task, Unreachable, clean_environment, largest_array, named
+from sweeps.slurm import Task, Unreachable, largest_array, named
 from sweeps.snapshot import code_digest, code_root, take_snapshot
 from sweeps.survey import Survey, survey
 
 IN_FLIGHT_SECONDS = 15.0
 """How long a call of sbatch whose caller was killed may still reach SLURM."""
-
-INHERITED = (
-    "HOME", "USER", "LOGNAME", "PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "SLURM_CONF", "LD_LIBRARY_PATH",
-    "VIRTUAL_ENV", "CUDA_HOME", "OMP_NUM_THREADS", "HF_HOME", "XDG_CACHE_HOME",
-)  # fmt: skip
-"""Variables that jobs get of the submitter's: tokens and passwords stay behind."""
 
 
 class Class(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,10 +146,36 @@ def submit_slurm(
             code = take_snapshot(plan.root / "code") if snapshot else code_root()
             owners = {run: place.array.token for run, place in seen.places.items()}
             for group in submission.classes:
+                after = _jobs_before(submission, group)
+                if after is None:
+                    continue
                 for start in range(0, len(group.runs), limit):
                     runs = list(group.runs[start : start + limit])
-                    _submit(submission, group.slurm, runs, code=code, owners=owners, retry=retry)
+                    _submit(submission, group.slurm, runs, code=code, owners=owners, retry=retry, after=after)
     return submission
+
+
+def prerequisites(run: PlannedRun) -> set[str]:
+    """Runs that this one starts from, by their weights or as a branch of their course."""
+    initial = run.spec.initial.run if run.spec.initial else None
+    return {other for other in (initial, run.spec.branch_of) if other is not None}
+
+
+def _jobs_before(submission: Submission, group: Class) -> list[str] | None:
+    """Jobs that SLURM shall wait for before it starts this group; None where one of them will never come."""
+    root = submission.plan.root
+    needed = {run for planned in group.runs for run in prerequisites(planned)}
+    needed = {run for run in needed if not RunDirectory(root / "runs" / run).record_file.exists()}
+    alive = set(submission.queued) | set(submission.joined)
+    if needed - alive:
+        submission.left += [run.id for run in group.runs]
+        submission.notes.append(
+            f"{len(group.runs)} runs start from {', '.join(sorted(needed - alive))}, which is neither done nor on its "
+            "way. Submit again when it is."
+        )
+        return None
+    places = arrays.locations(arrays.all_arrays(root)) if needed else {}
+    return sorted(job for run in needed if run in places and (job := places[run].job) is not None)
 
 
 def _tables(plan: Plan) -> dict[str, SlurmTable]:
@@ -169,12 +185,12 @@ def _tables(plan: Plan) -> dict[str, SlurmTable]:
 def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Retry, order: str) -> Submission:
     """The runs by what is to be done with them; looks and changes nothing."""
     found = Submission(plan=plan, classes=[], notes=list(seen.answer.notes))
-    groups: dict[bytes, tuple[SlurmTable, list[PlannedRun]]] = {}
+    missing: list[PlannedRun] = []
     folder = plan.root / "runs"
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
         if run.id not in present:
-            groups.setdefault(msgspec.json.encode(tables[run.rung]), (tables[run.rung], []))[1].append(run)
+            missing.append(run)
             continue
         state = plan.state(run)
         place, task = seen.places.get(run.id), seen.task(run.id)
@@ -193,13 +209,28 @@ def _sort(plan: Plan, tables: dict[str, SlurmTable], seen: Survey, *, retry: Ret
         elif _was_cancelled(plan, run, task) and not retries(retry, "cancelled"):
             found.cancelled.append(run.id)
         else:
-            table = tables[run.rung]
-            groups.setdefault(msgspec.json.encode(table), (table, []))[1].append(run)
-    for table, runs in groups.values():
-        for run in runs:
-            job_placement(plan, run, table)  # refuses before anything is submitted
-    found.classes = [Class(slurm=table, runs=tuple(runs)) for table, runs in groups.values()]
+            missing.append(run)
+    found.classes = _classes(plan, missing, tables)
     return found
+
+
+def _classes(plan: Plan, missing: list[PlannedRun], tables: dict[str, SlurmTable]) -> list[Class]:
+    """Runs that can share an array; those that start from other runs come after all that do not."""
+    groups: dict[tuple[int, bytes], tuple[SlurmTable, list[PlannedRun]]] = {}
+    depth: dict[str, int] = {}
+    by_id = {run.id: run for run in missing}
+
+    def level(run: PlannedRun) -> int:
+        if run.id not in depth:
+            before = [level(by_id[other]) for other in prerequisites(run) if other in by_id]
+            depth[run.id] = 1 + max(before, default=0) if prerequisites(run) else 0
+        return depth[run.id]
+
+    for run in missing:
+        table = tables[run.rung]
+        job_placement(plan, run, table)  # refuses before anything is submitted
+        groups.setdefault((level(run), msgspec.json.encode(table)), (table, []))[1].append(run)
+    return [Class(slurm=groups[key][0], runs=tuple(groups[key][1])) for key in sorted(groups, key=lambda key: key[0])]
 
 
 def _was_cancelled(plan: Plan, run: PlannedRun, task: Task | None) -> bool:
@@ -259,6 +290,7 @@ def _submit(
     code: Path,
     owners: dict[str, str],
     retry: Retry,
+    after: list[str],
 ) -> None:
     """One array; halves of it where SLURM has no room for the whole."""
     plan = submission.plan
@@ -280,9 +312,9 @@ def _submit(
     if not mine:
         arrays.drop(plan.root, array)
         return
-    script = batch_script(plan, slurm, name=name, token=token, tasks=len(mine), code=code)
+    script = batch_script(plan, slurm, name=name, token=token, tasks=len(mine), code=code, after=after)
     try:
-        job = _Launcher(plan.root / arrays.FOLDER / "slurm", script).launch()
+        job = Launcher(plan.root / arrays.FOLDER / "slurm", script).launch()
     except FailedJobError as error:
         said = " ".join(str(error).split()).removeprefix("sbatch: error: ") or "sbatch failed"
         adopted = _adopt_after_error(name)
@@ -294,7 +326,7 @@ def _submit(
                 half = len(mine) // 2
                 kept = [run for run in runs if run.id in mine]
                 for part in (kept[:half], kept[half:]):
-                    _submit(submission, slurm, part, code=code, owners=owners, retry=retry)
+                    _submit(submission, slurm, part, code=code, owners=owners, retry=retry, after=after)
                 return
             submission.left += mine
             submission.notes.append(_why_refused(said))
@@ -324,29 +356,6 @@ def _own(
     return True
 
 
-def job_placement(plan: Plan, run: PlannedRun, slurm: SlurmTable) -> Placement:
-    """The run's placement in a job of several tasks: a process for each, which share the batch.
-
-    Raises:
-        Refusal: The tasks do not divide the windows of a batch.
-    """
-    if slurm.processes == 1:
-        return run.placement
-    windows = run.spec.batch_tokens // run.spec.shape.context
-    if windows % slurm.processes:
-        fitting = ", ".join(str(count) for count in range(1, windows + 1) if windows % count == 0)
-        raise Refusal(
-            f'{plan.campaign.file}, rung "{run.rung}": {slurm.nodes} nodes with {slurm.tasks} tasks are '
-            f"{slurm.processes} processes, which do not divide the {windows} windows of a batch. Use one of {fitting}."
-        )
-    share = windows // slurm.processes
-    at_most = min(run.placement.micro_batch or share, share)
-    micro_batch = max(part for part in range(1, at_most + 1) if share % part == 0)
-    return msgspec.structs.replace(
-        run.placement, devices=slurm.tasks, nodes=slurm.nodes, micro_batch=None if micro_batch == share else micro_batch
-    )
-
-
 def _no_room(said: str) -> bool:
     return any(
         word in said for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index")
@@ -368,77 +377,3 @@ def _adopt_after_error(name: str) -> str | None:
             f"sbatch failed and SLURM cannot say whether it took the job {name}: {error}. "
             "Submit again when it can; nothing will be submitted twice."
         ) from None
-
-
-class _Launcher(SlurmExecutor):
-    """submitit's writing, sending and filing of a batch script, without its pickles: the job is a path."""
-
-    def __init__(self, folder: Path, script: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        super().__init__(folder)
-        self.script = script
-
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self.script
-
-    def launch(self) -> str:
-        """The array's job id.
-
-        Raises:
-            FailedJobError: sbatch is missing or refused.
-        """
-        before, clean = dict(os.environ), clean_environment()
-        os.environ.clear()
-        os.environ.update(clean)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what its exception says
-                return str(self._submit_command("").job_id)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
-def batch_script(plan: Plan, slurm: SlurmTable, *, name: str, token: str, tasks: int, code: Path | None = None) -> str:
-    """The script of an array, as submitit writes it; every value is checked or quoted."""
-    code = plan.root / "code" / code_digest() if code is None else code
-    record = plan.root / arrays.FOLDER / f"{token}.json"
-    python = shlex.quote(sys.executable)
-    options = {option.replace("_", "-"): value for option, value in slurm.sbatch.items() if value is not False}
-    inherited = [name for name in (*INHERITED, *slurm.environment) if name in os.environ]
-    return _make_sbatch_string(
-        command=f"{python} -u -m sweeps.worker {shlex.quote(str(record))}",
-        folder=plan.root / arrays.FOLDER / "slurm",
-        job_name=name,
-        partition=slurm.partition,
-        account=slurm.account,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        time=slurm.minutes,
-        nodes=slurm.nodes,
-        ntasks_per_node=slurm.tasks,
-        cpus_per_task=slurm.cpus,
-        gpus_per_node=slurm.gpus or None,
-        mem=slurm.memory,
-        signal_delay_s=slurm.signal_seconds,
-        comment=f"scaling {plan.campaign.name} {token}",
-        map_count=tasks,
-        array_parallelism=slurm.parallel or tasks,
-        stderr_to_stdout=True,
-        wckey=None,  # type: ignore[arg-type]  # submitit's own default would be refused where keys are enforced
-        srun_args=["--kill-on-bad-exit=1"],
-        setup=[
-            "umask 077",
-            "export SLURM_EXPORT_ENV=ALL",  # else srun passes on what sbatch inherited, and not what is set here
-            "export PYTHONSAFEPATH=1",  # the folder that sbatch was called in is no place to import from
-            f"export PYTHONPATH={shlex.quote(str(code))}",
-            f"export OMP_NUM_THREADS={slurm.cpus}",
-            *slurm.setup,
-        ],
-        teardown=[f'{python} -m sweeps.aftermath {shlex.quote(str(record))} "$?" {slurm.tries}'],
-        additional_parameters={"requeue": True, "export": ",".join(inherited) or "NONE", **options},
-    )
-
-
-def directory_of(plan: Plan, run: str) -> RunDirectory:
-    """A run's directory by its id."""
-    return RunDirectory(plan.root / "runs" / run)

@@ -185,7 +185,7 @@ arrays.with_job = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
 
 KILLED_BEFORE_SBATCH = """
 import os, signal
-submit._Launcher.launch = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+submit.Launcher.launch = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

@@ -22,13 +22,14 @@ from scaling.errors import Refusal
 from scaling.records import RunDirectory
 from sweeps import arrays, lease, worker
 from sweeps.aftermath import Ending, fruitless
+from sweeps.batch import batch_script
 from sweeps.campaign import load_campaign
 from sweeps.lease import Lease, hold, is_held
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
 from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
 from sweeps.snapshot import code_digest, take_snapshot
-from sweeps.submit import batch_script, submit_slurm
+from sweeps.submit import submit_slurm
 
 
 @pytest.fixture
