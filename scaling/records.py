@@ -130,6 +130,8 @@ class RunRecord(Strict, frozen=True):
     """Most bytes that the last attempt held in one process: on a GPU of tensors, on a CPU of everything."""
     optimizer_seconds: float | None = None
     """Clipping and optimizer step, mean over the steps that were timed in the last attempt."""
+    attention: str | None = None
+    """Torch's attention kernel by name, where one was chosen; null leaves the choice to torch."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:

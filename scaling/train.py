@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -25,6 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scaling.attention import attending_by, chosen_kernel
 from scaling.branches import trunk_point
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
@@ -209,6 +211,13 @@ def _train(
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
     held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
+    at = torch.device("cuda" if device.kind == "cuda" else "cpu")
+    kernel = None
+    if placement.processes == 1:  # several would have to agree on it; there torch's own choice stands
+        kernel = chosen_kernel(directory.path, spec.shape, windows=micro_batch, device=at, precision=spec.precision)
+    if placement.compile:
+        # Kept beside the runs, so that the second run of a shape finds what the first one compiled.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.path.parent.parent / "cache" / "inductor"))
     logbook = Logbook(directory, spec, device=device, held_out=held, charged=charged.get("6nd", 0))
     resume = ResumePoints(
         directory.checkpoints,
@@ -221,15 +230,15 @@ def _train(
             logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
         try:
-            trainer.fit(
-                module,
-                train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
-                ckpt_path=resume_point,
-            )
+            with attending_by(kernel):
+                trainer.fit(
+                    module,
+                    train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
+                    ckpt_path=resume_point,
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            at = torch.device("cuda" if device.kind == "cuda" else "cpu")
             raise out_of_memory(placement, share=share, micro_batch=micro_batch, device=at) from error
     step = trainer.global_step
     if resume.preempted:
@@ -237,6 +246,7 @@ def _train(
     if logbook.diverged is None:
         _save_weights(module, directory.weights_file, first=trainer.is_global_zero)
     record = _record(directory, spec, placement, module, logbook, device=device, steps=step, charged=charged)
+    record = msgspec.structs.replace(record, attention=kernel.name if kernel else None)
     if trainer.is_global_zero:
         write_json(directory.record_file, record)
     return record, step

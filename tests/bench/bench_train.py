@@ -101,7 +101,7 @@ def plain(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, co
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0:
-            float(loss)
+            float(loss.detach())
             now = time.perf_counter()
             if step > spec.steps // 5:
                 rates.append(every * spec.batch_tokens / (now - since))

@@ -1,0 +1,43 @@
+"""Which attention kernel a run uses is measured once, and then stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from scaling import attention
+from scaling.spec import LatentAttention, Mixture, ModelShape
+
+SHAPE = ModelShape(layers=1, width=32, heads=2, vocabulary=8, context=16)
+LATENT = ModelShape(
+    layers=2, width=32, heads=2, vocabulary=8, context=16, ffn=16, family="moonlight-moe",
+    mixture=Mixture(experts=2, active=1, dense_layers=1), latent=LatentAttention(kv_rank=8, plain=8, rotary=8, value=8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["plain", "latent"])
+def test_kernels_that_take_the_shape_are_measured(shape: ModelShape) -> None:
+    seconds = attention.measure(
+        shape, windows=2, device=torch.device("cpu"), precision="fp32", candidates=(SDPBackend.MATH,)
+    )
+    assert seconds["MATH"] > 0
+
+
+def test_the_choice_of_the_first_attempt_is_the_choice_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([{"MATH": 2.0, "FLASH_ATTENTION": 1.0}, {"MATH": 1.0, "FLASH_ATTENTION": 2.0}])
+    monkeypatch.setattr(attention, "measure", lambda *_, **__: next(answers))
+    gpu = torch.device("cuda")
+    first, second = (
+        attention.chosen_kernel(tmp_path, SHAPE, windows=2, device=gpu, precision="bf16") for _ in range(2)
+    )
+    assert first is second is SDPBackend.FLASH_ATTENTION
+
+
+def test_on_a_cpu_torch_chooses(tmp_path: Path) -> None:
+    assert attention.chosen_kernel(tmp_path, SHAPE, windows=2, device=torch.device("cpu"), precision="fp32") is None
+    assert not list(tmp_path.iterdir())
