@@ -126,7 +126,7 @@ class Submit(OnCampaign):
             for script in submission.scripts():
                 print(f"\n{script}")
         report_submission(submission, dry_run=self.dry_run)
-        next_step(f"scaling {'submit' if self.dry_run else 'status'} {self.campaign}")
+        next_step(f"scaling {'submit --executor slurm' if self.dry_run else 'status'} {self.campaign}")
 
 
 @dataclass(frozen=True)
