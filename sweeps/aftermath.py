@@ -46,12 +46,15 @@ def main(record_file: str, status: int, tries: int) -> int:
     if directory.record_file.exists() or status == LOST_LEASE:
         return 0
     job, step = os.environ["SLURM_JOB_ID"], resume_step(directory)
-    append_line(directory.path / ENDINGS, Ending(job=job, status=status, step=step, time=time.time()))
-    reason = _hopeless(directory, status, tries)
-    if reason is None:
-        return _requeue(job)
-    if directory.state() != "failed":
-        directory.note("end", step=step, outcome="failed", reason=reason, job=job)
+    try:
+        append_line(directory.path / ENDINGS, Ending(job=job, status=status, step=step, time=time.time()))
+        reason = _hopeless(directory, status, tries)
+        if reason is None:
+            return _requeue(job)
+        if directory.state() != "failed":
+            directory.note("end", step=step, outcome="failed", reason=reason, job=job)
+    except OSError as error:  # a run that cannot even note its end must not be started again and again
+        reason = f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
     print(reason, file=sys.stderr)
     return status or 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -223,3 +224,53 @@ def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(cluster: Cluster, counting: Counting) -> None:
+    root = counting.folder / "root"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(root)], check=False).returncode:
+        pytest.skip("this machine mounts no file systems for tests")
+    try:
+        planned = counting.plan(steps=60)
+        counting.submit(planned)
+        wait_for_steps(planned, *planned.runs, step=12)
+        filler = root / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        until(lambda: not cluster.ask("squeue", "-h"), 60, "the jobs did not end")
+        assert not any(row.state in ("running", "queued") for row in status(planned))
+        for run in planned.runs:  # what was saved before is still whole
+            assert sorted(planned.directory(run).checkpoints.glob("step-*.ckpt"))
+        filler.unlink()
+        again = counting.submit(planned, retry="failed")
+        assert len(again.queued) + len(again.done) == 4
+        wait_until_done(planned)
+        assert_finished_once(planned)
+    finally:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+def test_a_cluster_without_accounting_finishes_a_campaign(
+    cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shims = tmp_path / "bin"
+    shims.mkdir()
+    (shims / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+    (shims / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
+    planned = counting.plan(steps=60, slurm="minutes = 5\nparallel = 3")
+    counting.submit(planned)
+    waiting = planned.runs[-1]
+    wait_for_steps(planned, planned.runs[0], step=5)
+    cluster.ask("scancel", task_of(planned, waiting))
+    os.kill(starts(planned.directory(planned.runs[0]))[-1].pid, signal.SIGKILL)
+    until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, 90, "the others did not finish")
+    again = counting.submit(planned)
+    assert again.cancelled == [waiting.id]  # the controller remembers for some minutes
+    assert any("accounting could not be asked" in note for note in again.notes)
+    counting.submit(planned, retry="cancelled")
+    wait_until_done(planned)
+    assert_finished_once(planned)
