@@ -59,7 +59,7 @@ def refuse_untuned(campaign: Campaign) -> None:
     if campaign.untuned:
         tuned = ", ".join(arm.name for arm in campaign.arms if arm.tuned)
         raise Refusal(
-            f"{campaign.file}: {tuned} takes its settings from tuning, which has not come to its end; the plan shows the "
+            f"{campaign.file}: settings of {tuned} come from tuning, which is not done; the plan shows the "
             f"middle of each range. Run: scaling tune {campaign.name}"
         )
 

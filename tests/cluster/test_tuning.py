@@ -1,0 +1,44 @@
+"""Studies under SLURM: generations as arrays, and the trials of the local executor in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from tuned import CAMPAIGN, told
+
+import sweeps.tune
+from scaling.records import RunDirectory
+from sweeps.campaign import load_campaign
+from sweeps.tune import tune
+
+pytestmark = pytest.mark.cluster
+
+TUNE = """
+trials = 4
+startup = 2
+in_flight = 2
+rungs = ["a"]
+[tune.search.peak_lr]
+low = 1e-3
+high = 1e-1
+"""
+
+
+def test_slurm_and_the_local_executor_tell_the_same_trials(
+    cluster: Cluster, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "profile.toml").write_text("")
+    monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
+    monkeypatch.setattr(sweeps.tune, "POLL_SECONDS", 1.0)
+    file = tmp_path / "tiny-tuned.toml"
+    file.write_text(CAMPAIGN.format(text=tiny_text, tune=TUNE) + "[placement.slurm]\nminutes = 5\nparallel = 2\n")
+    here = tune(load_campaign(file), tmp_path / "local", workers=1, progress=False)
+    there = tune(load_campaign(file), tmp_path / "slurm", executor="slurm", progress=False)
+    assert there.complete
+    assert told(there) == told(here)
+    for study in there.studies:
+        for trial in study.trials:
+            attempts = RunDirectory(tmp_path / "slurm" / "runs" / trial.run).attempts()
+            assert [attempt.event for attempt in attempts] == ["start", "end"]
