@@ -165,7 +165,9 @@ class Tuner:
             id=spec.id,
             spec=spec,
             placement=msgspec.structs.replace(
-                base.placement, micro_batch=micro_batch(spec, self.template.placements[study.rung].micro_batch)
+                base.placement,
+                micro_batch=micro_batch(spec, self.template.placements[study.rung].micro_batch),
+                keep_tokens=(),
             ),
         )
 
@@ -180,12 +182,14 @@ class Tuner:
     def _study(self, arm: ArmTable, rung: Rung) -> Study:
         table = self.table
         dimensions = dimensions_of(self.campaign, arm, rung)
+        template = next(r.spec for r in self.template.runs if (r.arm, r.rung) == (arm.name, rung.name))
         sampling = Sampling(sampler=table.sampler, startup=table.startup, seed=table.seed)
         return Study(
             name=f"{arm.name}/{rung.name}",
             arm=arm.name,
             rung=rung.name,
-            template=next(r.spec for r in self.template.runs if (r.arm, r.rung) == (arm.name, rung.name)),
+            # A trial is no branch: its trunk would have other settings.
+            template=msgspec.structs.replace(template, branch_of=None),
             dimensions=dimensions,
             sampling=sampling,
             trials=len(grid(dimensions)) if table.sampler == "grid" else table.trials,

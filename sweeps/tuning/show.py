@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from scaling.spec import as_dict
+from sweeps.show import wide_enough
 from sweeps.tuning.bracket import Bracket
 from sweeps.tuning.facts import StudyFacts, Tuning
 
@@ -47,6 +48,11 @@ def bowl(study: StudyFacts, bracket: Bracket, *, log: bool = True) -> str:
         return "·" * BINS
     span = max(losses) - min(losses) or 1.0
     return "".join("·" if loss is None else BARS[round((loss - min(losses)) / span * (len(BARS) - 1))] for loss in best)
+
+
+def show(tuning: Tuning) -> None:
+    """Print `study_table`."""
+    wide_enough(Console()).print(study_table(tuning))
 
 
 def study_table(tuning: Tuning) -> RenderableType:

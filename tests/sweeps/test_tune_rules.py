@@ -236,3 +236,16 @@ def test_the_rule_file_is_plain_toml(campaign: Callable[..., Campaign], tmp_path
     tables = tomllib.loads(write_rule_file(tuning, "muon", tmp_path / "muon.toml").read_text())
     assert set(tables["laws"]) == {"peak_lr", "weight_decay"}
     assert tables["optimizer"] == "muon"
+
+
+def test_trials_of_a_branched_campaign_are_no_branches(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    file = tmp_path / "tiny-tuned.toml"
+    campaign()
+    wsd = '[schedule]\nkind = "wsd"\ndecay = 0.2\nbranches = true\n[[arms]]\nname = "adamw"'
+    text = file.read_text().replace('[[arms]]\nname = "adamw"', wsd, 1).replace("layers = 2", "layers = 1")
+    file.write_text(text)
+    tuner = Tuner(load_campaign(file), tmp_path / "root", progress=False)
+    assert any(run.spec.branch_of for run in tuner.template.runs)
+    wanted = tuner.step()
+    assert wanted
+    assert all(run.spec.branch_of is None and run.placement.keep_tokens == () for run in wanted)
