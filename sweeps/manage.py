@@ -40,11 +40,8 @@ def select(plan: Plan, *, arm: str | None = None, rung: str | None = None, run: 
         and (run is None or planned.id.startswith(run))
     ]
     if run is not None and len(chosen) != 1:
-        found = "no run" if not chosen else f"{len(chosen)} runs"
-        raise Refusal(
-            f'{plan.campaign.file}: {found} of this plan begins with "{run}". Give more of an id, as scaling status '
-            "shows it."
-        )
+        found = "no run of this plan begins" if not chosen else f"{len(chosen)} runs of this plan begin"
+        raise Refusal(f'{plan.campaign.file}: {found} with "{run}". Give more of an id, as scaling status shows it.')
     return chosen
 
 

@@ -123,7 +123,7 @@ def submit_slurm(
         plan: Its data are prepared first if need be, here and not in a job.
         retry: Which runs that ended badly or were cancelled are submitted again.
         order: Whether the cheapest runs go first.
-        dry_run: Change and ask nothing; the result says what would be done. Works without SLURM.
+        dry_run: Change nothing; the result says what would be done. Works without SLURM.
         max_gpu_hours: Refuse to submit more than this, predicted.
         snapshot: Whether jobs run a copy of the code as it is now; else the working tree, as long as it stays the same.
 
@@ -131,7 +131,7 @@ def submit_slurm(
         Refusal: SLURM is not reachable, the prediction is above `max_gpu_hours`, or something in the way cannot be used.
     """
     if dry_run:
-        submission = _sort(plan, _tables(plan), Survey(), retry=retry, order=order)
+        submission = _sort(plan, _tables(plan), survey(plan.root), retry=retry, order=order)
         _refuse_cost(submission, max_gpu_hours)
         return submission
     limit = largest_array()

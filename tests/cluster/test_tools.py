@@ -1,0 +1,95 @@
+"""What a person asks of a cluster and does to submitted runs: doctor, cancel, logs, clean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cluster import Cluster, until
+from conftest import Counting, assert_finished_once, wait_for_steps, wait_until_done
+
+from scaling.errors import Refusal
+from sweeps.doctor import Check, examine
+from sweeps.manage import cancel, clean, select, show_log
+from sweeps.status import status
+
+pytestmark = pytest.mark.cluster
+
+
+def verdicts(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.verdict for check in checks}
+
+
+def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Cluster, counting: Counting) -> None:
+    found = verdicts(examine(counting.plan(slurm="minutes = 5\ngpus = 2")))
+    assert found.pop("run root") in ("warn", "pass")
+    assert set(found.values()) == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ('partition = "mian"', 'no partition "mian"'),
+        ("minutes = 500", "allows 120; the job would wait for ever"),
+        ("gpus = 99", "SLURM would refuse"),
+        ("nodes = 7", "SLURM would refuse"),
+        ("minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
+    ],
+)
+def test_doctor_fails_what_would_never_start(cluster: Cluster, counting: Counting, slurm: str, said: str) -> None:
+    (failed,) = [check for check in examine(counting.plan(slurm=slurm)) if check.verdict == "fail"]
+    assert said in failed.finding
+
+
+def test_doctor_probes_that_a_node_can_write_and_import(cluster: Cluster, counting: Counting) -> None:
+    probe = examine(counting.plan(slurm="minutes = 5"), probe=True)[-1]
+    assert (probe.name, probe.verdict) == ("probe of a", "pass"), probe.finding
+    assert not list((counting.folder / "root" / "submissions").glob(".probe*"))
+
+
+def test_cancelling_an_arm_saves_its_runs_and_leaves_the_other_arm_alone(cluster: Cluster, counting: Counting) -> None:
+    planned = counting.plan(steps=60)
+    counting.submit(planned)
+    wait_for_steps(planned, *planned.runs, step=3)
+    muon = select(planned, arm="muon")
+    assert len(cancel(planned, muon)) == 2
+    until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, 60, "not finished")
+    until(lambda: not cluster.ask("squeue", "-h"), 20, "the cancelled jobs did not end")
+    assert sorted(counting.submit(planned).cancelled) == sorted(run.id for run in muon)
+    assert len(counting.submit(planned, retry="cancelled").queued) == 2
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)
+
+
+def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
+    cluster: Cluster, counting: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = counting.plan(steps=30)
+    finished, other = planned.runs[0], planned.runs[1]
+    with pytest.raises(Refusal, match="printed nothing yet"):
+        show_log(planned, finished)
+    counting.submit(planned)
+    wait_until_done(planned)
+    said: list[str] = []
+    write: Callable[[str], object] = said.append
+    show_log(planned, finished, write=write)
+    assert "restart 0, on node" in "".join(said)
+    planned.directory(other).record_file.rename(planned.directory(other).path / "hidden")  # as if it were not done
+    files, size = clean(planned, [finished, other], dry_run=True)
+    assert files
+    assert size == sum(file.stat().st_size for file in files)
+    assert all(file.is_relative_to(planned.directory(finished).path) for file in files)
+    clean(planned, [finished, other], dry_run=False)
+    assert not list(planned.directory(finished).checkpoints.glob("*.ckpt"))
+    assert list(planned.directory(other).checkpoints.glob("*.ckpt"))
+    assert planned.directory(finished).record_file.exists()
+
+
+def test_a_run_that_is_not_in_the_plan_is_not_selected(counting: Counting) -> None:
+    planned = counting.plan()
+    with pytest.raises(Refusal, match='did you mean "muon"'):
+        select(planned, arm="moun")
+    with pytest.raises(Refusal, match="no run of this plan begins"):
+        select(planned, run="zzz")
+    with pytest.raises(Refusal, match="4 runs of this plan begin"):
+        select(planned, run="")
