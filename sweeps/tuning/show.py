@@ -58,13 +58,15 @@ def show(tuning: Tuning) -> None:
 def study_table(tuning: Tuning) -> RenderableType:
     """Every study with its bowls, then what each arm has spent, the laws and what the transfer costs."""
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("arm", "rung", "trials", "best loss", "hyper-parameter", "best", "bowl", "optimum", "verdict"):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("trials", "best loss", "best") else "left")
+    for name in ("arm", "rung", "told", "best", "searched", "bowl", "optimum", "verdict"):
+        # The last two may fold, so that the table fits a narrow terminal with nothing cut off.
+        folds = name in ("optimum", "verdict")
+        table.add_column(name, no_wrap=not folds, justify="right" if name in ("told", "best") else "left")
     for study, row in zip(tuning.studies, study_rows(tuning), strict=True):
         flying = f" +{row['in_flight']}" if row["in_flight"] else ""
         head = [
             study.arm,
-            study.rung + (" (held out)" if study.held_out else ""),
+            study.rung + ("*" if study.held_out else ""),
             f"{study.told}/{study.wanted}{flying}",
             "" if study.best_loss is None else f"{study.best_loss:.4f}",
         ]
@@ -73,23 +75,18 @@ def study_table(tuning: Tuning) -> RenderableType:
         for bracket in study.brackets:
             found = f"{bracket.optimum:.3g}"
             if bracket.low is not None and bracket.high is not None:
-                found += f" [{bracket.low:.3g}, {bracket.high:.3g}]"
+                found += f" ({bracket.low:.2g} to {bracket.high:.2g})"
             style = {"bracketed": "green", "low edge": "red", "high edge": "red"}.get(bracket.verdict, "yellow")
-            verdict = bracket.verdict + (f" (widened {bracket.widened}x)" if bracket.widened else "")
-            table.add_row(
-                *head,
-                bracket.name,
-                f"{bracket.best:.3g}",
-                bowl(study, bracket),
-                Text(found),
-                Text(verdict, style=style),
-            )
+            verdict = bracket.verdict + (f", widened {bracket.widened}x" if bracket.widened else "")
+            table.add_row(*head, bracket.name, bowl(study, bracket), Text(found), Text(verdict, style=style))
             head = [""] * 4
     return Group(table, Text(), *(Text(line) for line in _notes(tuning)))
 
 
 def _notes(tuning: Tuning) -> list[str]:
-    lines = [
+    held_out = any(study.held_out for study in tuning.studies)
+    lines = ["* held out: the laws have not seen it."] if held_out else []
+    lines += [
         f"{arm.arm}: {arm.trials} trials, {arm.flops:.3g} FLOPs" if arm.how == "tuned" else
         f"{arm.arm}: no trials of its own; takes over what was found for {arm.reuses}"
         for arm in tuning.arms
