@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
@@ -87,7 +88,8 @@ def run_local(
 
     Args:
         plan: Its data are prepared first if need be.
-        workers: Runs at the same time; by default as many as the processors allow at each run's threads.
+        workers: Runs at the same time; by default as many as the processors allow at each run's threads. Runs that may
+            use GPUs are at most ``runs_per_gpu`` on each of them.
         retry: Which runs are tried again although they failed or diverged.
         order: Whether the cheapest runs go first.
         progress: Bars (True), a line a minute (False), or what the output is fit for (None).
@@ -104,6 +106,8 @@ def run_local(
     if campaign.waiting:
         threads = max(table.threads for table in plan.placements.values())
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        campaign.slots = _slots(plan)
+        workers = min(workers, len(campaign.slots) or workers)
         with _threads(threads), Live(plan, progress=progress) as live, _stop_signals():
             campaign.work(workers, live)
     return campaign.outcome()
@@ -116,6 +120,8 @@ class _Campaign:
         self.plan = plan
         self.waiting: list[PlannedRun] = []
         self.active: dict[str, tuple[PlannedRun, ForkServerProcess]] = {}
+        self.slots: list[str] = []
+        self.slot_of: dict[str, str] = {}
         self.tries: dict[str, int] = {}
         self.present: list[str] = []
         self.trained: list[str] = []
@@ -140,7 +146,8 @@ class _Campaign:
         try:
             while self.waiting or self.active:
                 while len(self.active) < workers and (run := self._next()) is not None:
-                    process = context.Process(target=_train_in_process, args=(str(self.plan.directory(run).path),))
+                    path = str(self.plan.directory(run).path)
+                    process = context.Process(target=_train_in_process, args=(path, self._slot(run)))
                     process.start()
                     self.active[run.id] = run, process
                     self.tries[run.id] = self.tries.get(run.id, 0) + 1
@@ -158,6 +165,16 @@ class _Campaign:
             live.say("stopping at the next step; the same command continues from there")
         finally:
             self._stop()
+
+    def _slot(self, run: PlannedRun) -> str | None:
+        """The GPU of a run: of those that are free, the first."""
+        taken = [self.slot_of[other] for other in self.active if other in self.slot_of]
+        free = list((Counter(self.slots) - Counter(taken)).elements())
+        if not free:
+            return None
+        by_use = min(free, key=lambda slot: (taken.count(slot), self.slots.index(slot)))
+        self.slot_of[run.id] = by_use
+        return by_use
 
     def _next(self) -> PlannedRun | None:
         """The first waiting run that no other submitter is training; one that it has finished is taken off the list."""
@@ -220,8 +237,20 @@ class _Campaign:
         )
 
 
-def _train_in_process(path: str) -> None:
+def _slots(plan: Plan) -> list[str]:
+    """GPUs by run that may be active; empty where none is wanted, none is there, or a run spreads over several."""
+    tables = plan.placements.values()
+    if all(table.device == "cpu" for table in tables) or any(table.devices > 1 for table in tables):
+        return []
+    from scaling.packing import device_slots
+
+    return device_slots(min(table.runs_per_gpu for table in tables))
+
+
+def _train_in_process(path: str, gpu: str | None = None) -> None:
     """The life of a worker: its own session, so that Ctrl-C reaches the parent alone, and its own log."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which the server that forks us has not done
     os.setsid()
     log = os.open(Path(path) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)

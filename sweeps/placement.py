@@ -118,6 +118,8 @@ class PlacementTable(Strict, frozen=True):
     compile: bool = False
     devices: Positive = 1
     """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
+    runs_per_gpu: Positive = 1
+    """Runs of one device each that share a GPU of this machine at the same time; small models do not fill one."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """With several devices: every one keeps all weights, or a share of them."""
     recompute: bool = False

@@ -1,0 +1,101 @@
+"""Arms of another shape, arms that start from another arm's runs, and runs that share GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaling.errors import Refusal
+from scaling.records import RunDirectory
+from scaling.spec import Initial
+from sweeps.campaign import built_in, load_campaign
+from sweeps.dispatch import _Campaign, run_local
+from sweeps.plan import Plan, plan
+
+CAMPAIGN = """
+name = "arms"
+[data]
+source = "text"
+path = "{text}"
+[model]
+vocabulary = 256
+context = 16
+ffn_multiple = 8
+[training]
+batch_tokens = 128
+[evaluation]
+tokens = 512
+times = 0
+[[arms]]
+name = "dense"
+optimizer = "adamw"
+peak_lr = 1e-2
+[[arms]]
+name = "upcycled"
+optimizer = "muon"
+peak_lr = 1e-3
+family = "mixtral-moe"
+mixture = {{ experts = 4, active = 2, score = "topk-softmax", bias_rate = 0.0 }}
+initial = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}
+[[rungs]]
+name = "a"
+layers = 1
+width = 16
+heads = 2
+tokens = 2560
+[placement]
+device = "cpu"
+"""
+
+
+def planned(folder: Path, text: Path, *, parent: str = "dense", charged: str = "true") -> Plan:
+    file = folder / "arms.toml"
+    file.write_text(CAMPAIGN.format(text=text, parent=parent, charged=charged))
+    return plan(load_campaign(file), folder)
+
+
+def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text: Path, tmp_path: Path) -> None:
+    # Dearest first, two at a time: without the wait the upcycled run would start before the dense one is done.
+    outcome = run_local(planned(tmp_path, tiny_text), workers=2, order="expensive", progress=False)
+    assert outcome.complete
+    records: dict[str, Any] = {}
+    for run in outcome.plan.runs:
+        records[run.arm] = RunDirectory(outcome.plan.directory(run).path).record()
+    assert records["upcycled"].spec.initial == Initial(run=records["dense"].spec.id, how="upcycle", charged=True)
+    assert records["upcycled"].initial_flops == records["dense"].flops
+    assert records["upcycled"].validation_loss < records["dense"].validation_loss
+
+
+def test_whether_the_parent_is_charged_is_another_run(tiny_text: Path, tmp_path: Path) -> None:
+    charged, free = (planned(tmp_path, tiny_text, charged=word).runs[1].id for word in ("true", "false"))
+    assert charged != free
+
+
+def test_an_arm_that_starts_from_no_arm_before_it_is_refused(tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r'starts from arm "upcycled", and the arms before it are dense'):
+        planned(tmp_path, tiny_text, parent="upcycled")
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if name in ("moe-small", "upcycled-small")])
+def test_arms_of_a_mixture_campaign_see_the_same_tokens(name: str, tmp_path: Path) -> None:
+    made = plan(load_campaign(name), tmp_path)
+    for cell in {run.cell for run in made.runs}:
+        runs = [run for run in made.runs if run.cell == cell]
+        assert len({(run.spec.budget.tokens, run.spec.batch_tokens, run.spec.seed) for run in runs}) == 1
+        assert len({run.spec.shape.family for run in runs}) == 2
+
+
+def test_runs_go_to_the_emptiest_gpu(tiny_text: Path, tmp_path: Path) -> None:
+    made = planned(tmp_path, tiny_text)
+    campaign = _Campaign(made, [], "none")
+    campaign.slots = ["0", "1", "0", "1"]
+    given = []
+    for number in range(5):
+        run = made.runs[0].__class__(
+            **{f: getattr(made.runs[0], f) for f in made.runs[0].__struct_fields__ if f != "id"}, id=str(number)
+        )
+        given.append(campaign._slot(run))
+        campaign.active[run.id] = run, None  # type: ignore[assignment]
+    assert given == ["0", "1", "0", "1", None]
