@@ -165,7 +165,7 @@ def _slow_worker(path: str, loss: float) -> None:
         if not held or directory.record() is not None:
             return
         directory.note("start", step=0)
-        time.sleep(0.02)
+        time.sleep(0.1)
         write_record(directory, directory.spec(), loss)
 
 
@@ -200,7 +200,7 @@ def test_kill_9_of_tuner_and_workers_ten_times_ends_in_the_same_trials_and_no_ru
         for _ in range(60):
             child = multiprocessing.get_context("fork").Process(target=_tune_slowly, args=(campaign(), root))
             child.start()
-            child.join(None if kills == 10 else rng.uniform(0.05, 0.6))
+            child.join(None if kills == 10 else rng.uniform(0.05, 0.35))
             if child.exitcode == 0:
                 break
             os.killpg(child.pid or 0, signal.SIGKILL)
