@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from cluster import Cluster
-from conftest import CAMPAIGN, wait_until_done
+from cluster import Cluster, until
+from conftest import CAMPAIGN, starts, wait_for_steps, wait_until_done
 from safetensors.numpy import load_file
 
 from sweeps.campaign import load_campaign
 from sweeps.collect import collect
 from sweeps.dispatch import run_local
-from sweeps.plan import Plan, plan, with_data
+from sweeps.plan import Plan, PlannedRun, plan, with_data
 from sweeps.submit import submit_slurm
 
 pytestmark = pytest.mark.cluster
 
 
-def planned(text: Path, folder: Path, root: str, *, slurm: str = "minutes = 5") -> Plan:
-    """Four runs of a second."""
+def planned(text: Path, folder: Path, root: str, *, slurm: str = "minutes = 5", steps: int = 24) -> Plan:
+    """Four runs of a second, or longer."""
     file = folder / "real.toml"
-    file.write_text(CAMPAIGN.format(text=text, tokens=24 * 128, step_seconds=30.0, slurm=slurm))
+    file.write_text(CAMPAIGN.format(text=text, tokens=steps * 128, step_seconds=1.0, slurm=slurm))
     return with_data(plan(load_campaign(file), folder / root), progress=False)
+
+
+def only_one(plan: Plan) -> tuple[Plan, PlannedRun]:
+    """The plan with one run left, Muon's on the first rung."""
+    run = next(run for run in plan.runs if run.rung == "a" and run.arm == "muon")
+    return msgspec.structs.replace(plan, runs=(run,)), run
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +63,50 @@ def test_slurm_and_the_local_executor_give_the_same_table(
 def test_several_tasks_train_to_the_weights_of_one(
     cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path, slurm: str
 ) -> None:
-    there = planned(tiny_text, tmp_path, "slurm", slurm=f"minutes = 5\nparallel = 1\n{slurm}")
-    keep = tuple(run for run in there.runs if run.rung == "a" and run.arm == "muon")
-    there = type(there)(**{name: getattr(there, name) for name in there.__struct_fields__} | {"runs": keep})
+    there, keep = only_one(planned(tiny_text, tmp_path, "slurm", slurm=f"minutes = 5\n{slurm}"))
     assert len(submit_slurm(there).queued) == 1
     wait_until_done(there, seconds=180)
-    record, alone = there.directory(keep[0]).record(), local.directory(keep[0]).record()
+    record, alone = there.directory(keep).record(), local.directory(keep).record()
     assert record is not None
     assert alone is not None
     # The gradients of two halves are added in another order than those of the whole: rounding, and nothing else.
     assert record.validation_loss == pytest.approx(alone.validation_loss, rel=1e-5)
-    weights, expected = (load_file(p.directory(keep[0]).weights_file) for p in (there, local))
+    weights, expected = (load_file(p.directory(keep).weights_file) for p in (there, local))
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_other(
+    cluster: Cluster, tiny_text: Path, tmp_path: Path
+) -> None:
+    there, run = only_one(planned(tiny_text, tmp_path, "slurm", slurm="minutes = 5\ntasks = 2", steps=3000))
+    directory = there.directory(run)
+    submit_slurm(there)
+
+    def ranks() -> list[int]:
+        """The two processes of the present attempt, the one that keeps the books first."""
+        first = starts(directory)[-1].pid
+        others = [pid for pid in cluster.processes() if b"sweeps.worker" in command_of(pid) and pid != first]
+        return [first, *(pid for pid in others if b"srun" not in command_of(pid))]
+
+    wait_for_steps(there, run, step=2)
+    os.kill(ranks()[1], signal.SIGTERM)
+    until(lambda: len(starts(directory)) == 2, 90, "it was not started again")
+    ends = [attempt for attempt in directory.attempts() if attempt.event == "end"]
+    assert [end.outcome for end in ends] == ["preempted"]
+    assert starts(directory)[1].step == ends[0].step > 0  # saved where it was asked, and continued from there
+    logged = len(directory.metrics())
+    until(lambda: len(directory.metrics()) > logged + 2, 60, "it did not go on")
+    os.kill(ranks()[1], signal.SIGKILL)
+    wait_until_done(there, seconds=180)
+    assert len(starts(directory)) == 3
+    steps = [row.step for row in directory.metrics()]
+    assert steps[-1] == run.spec.steps
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
