@@ -266,14 +266,14 @@ def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
     exponents = np.array([value for slot, value in zip(plan.slots, theta, strict=True) if slot.column])
     if not np.all(np.isfinite(theta)):
         return "failed", "the search left the numbers that can be represented; no law of this form fits."
-    if fitted.certificate.gap > 1e-6:
-        return "failed", f"the search stopped {fitted.certificate.gap:.1g} of the objective above a minimum."
     if np.any(exponents <= 0.0):
         worst = float(exponents.min())
         return "at_bound", f"an exponent is {worst:.3g}: loss does not fall with it, so the law predicts nothing."
     floor = [j for j, slot in enumerate(plan.slots) if slot.column is None and not plan.form.terms[slot.term]]
     if any(np.exp(theta[j]) < 1e-4 * problem.loss.min() for j in floor):
         return "at_bound", "the floor ends at 0: these runs ask for none. Use the law without a floor."
+    if fitted.certificate.gap > 1e-6:
+        return "failed", f"the search stopped {fitted.certificate.gap:.1g} of the objective above a minimum."
     if floor:
         from analysis.identify import floor_range
 

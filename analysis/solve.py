@@ -52,7 +52,7 @@ class Solution(NamedTuple):
     gradient: Array
     """Largest component of the gradient in centred parameters, relative to the objective."""
     gap: Array
-    """Newton decrement: how much lower the objective could still be, relative to it."""
+    """Newton decrement: how much lower the objective could still be, relative to it (or to rounding, where it is 0)."""
     iterations: int
 
 
@@ -170,7 +170,7 @@ def _solve_chunk(
             new = _value(problem, left, weights[which])
             ok = (new <= value[which]) & np.isfinite(new)
             small = promised <= tolerance * base[pending] + 1e-24 * heavy[which]
-            gap[which] = promised / base[pending]
+            gap[which] = promised / np.maximum(base[pending], 1e-18 * heavy[which])
             done[pending] = small & (damping[which] <= 1e-2)
             taken = which[ok]
             theta[taken], value[taken] = trial[ok], new[ok]

@@ -1,0 +1,138 @@
+"""Intervals cover as often as they say, and pairing is what makes them narrow.
+
+The full study (1000 draws) is tests/bench/bench_analysis.py; here are as many as a test can afford.
+"""
+
+import numpy as np
+import pytest
+from synthetic import ladder
+
+from analysis.cells import Cells, select
+from analysis.families import FAMILIES, fit_family, ratio_of
+from analysis.fit import Fitted
+from analysis.intervals import bootstrap, percentile, t_interval
+from analysis.load import check_table
+from analysis.paired import difference
+from analysis.reference import MOONLIGHT_LINES
+from analysis.solve import Array
+
+LOSS = 2.418
+TRUTH = float(np.log(MOONLIGHT_LINES["muon"].compute(LOSS) / MOONLIGHT_LINES["adamw"].compute(LOSS)))
+DRAWS = 150
+
+
+def draw(seed: int, rungs: int = 5, seeds: int = 1) -> tuple[Cells, Fitted]:
+    """A study like Moonlight's: the arms of a cell share 0.45 % of noise and differ by 0.08 %."""
+    frame = ladder(
+        MOONLIGHT_LINES,
+        rungs=rungs,
+        seeds=seeds,
+        shared=0.0045,
+        own=0.0008 / np.sqrt(2),
+        seed=seed,
+        smallest=0.209 * 8.64e19,
+        largest=4.04 * 8.64e19,
+    )
+    cells = select(check_table(frame), ("adamw", "muon"))
+    return cells, fit_family(FAMILIES["lines"], cells.rows, 2, best_of=1)
+
+
+def log_ratio(fitted: Fitted, theta: Array) -> Array:
+    return ratio_of(fitted, theta, np.array([LOSS]))
+
+
+def alone(cells: Cells) -> Cells:
+    """The same rows with their pairing forgotten."""
+    return cells._replace(cell=np.arange(len(cells.cell)))
+
+
+@pytest.fixture(scope="module")
+def studies() -> list[tuple[float, float, float, float]]:
+    ends = []
+    for seed in range(DRAWS):
+        cells, fitted = draw(seed)
+        paired = t_interval(fitted, cells, lambda theta, fitted=fitted: log_ratio(fitted, theta))
+        free = t_interval(fitted, alone(cells), lambda theta, fitted=fitted: log_ratio(fitted, theta))
+        ends.append((paired[0][0], paired[1][0], free[0][0], free[1][0]))
+    return ends
+
+
+def test_paired_interval_covers(studies: list[tuple[float, ...]]) -> None:
+    covered = np.mean([low <= TRUTH <= high for low, high, _, _ in studies])
+    # 95 % of 150 draws: three standard errors are 0.053.
+    assert 0.90 <= covered <= 1.0
+
+
+def test_independent_interval_is_far_too_wide(studies: list[tuple[float, ...]]) -> None:
+    assert np.mean([low <= TRUTH <= high for _, _, low, high in studies]) > 0.98
+    assert np.median([d - c for _, _, c, d in studies]) > 2 * np.median([b - a for a, b, _, _ in studies])
+
+
+def test_paired_bootstrap_covers() -> None:
+    hits = []
+    for seed in range(60):
+        cells, fitted = draw(seed, rungs=6, seeds=3)
+        draws = log_ratio(fitted, bootstrap(fitted, cells.cell, resamples=300, seed=seed))
+        low, high = percentile(draws, log_ratio(fitted, fitted.theta))
+        hits.append(low[0] <= TRUTH <= high[0])
+    assert 0.85 <= np.mean(hits) <= 1.0
+
+
+def test_rows_of_checkpoints_as_independent_are_too_narrow() -> None:
+    from analysis.arm import fit_arm
+
+    generator = np.random.default_rng(0)
+    frame = ladder({"a": MOONLIGHT_LINES["adamw"]}, rungs=40, shared=0.004)
+    rows = []
+    for run, end in enumerate(frame.to_dict("records")):
+        for part in np.linspace(0.3, 1.0, 20):
+            flops = end["flops"] * part
+            drift = np.log(end["loss"]) - np.log(MOONLIGHT_LINES["adamw"].loss(end["flops"] / 8.64e19))
+            loss = MOONLIGHT_LINES["adamw"].loss(flops / 8.64e19) * np.exp(drift + 0.0003 * generator.standard_normal())
+            rows.append({**end, "run": run, "tokens": end["tokens"] * part, "flops": flops, "loss": loss})
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    clustered = fit_arm(table, "power", checkpoints=True, resamples=300)
+    naive = fit_arm(table.drop(columns=["run", "cell"]), "power", checkpoints=True, resamples=300)
+    errors = [{p.name: p.error for p in found.parameters}["exponent"] for found in (clustered, naive)]
+    assert errors[0] > 3 * errors[1]
+    assert clustered.units == 40
+    assert clustered.effective < 100
+
+
+def test_resampling_in_one_step_is_close_to_refitting() -> None:
+    from analysis import intervals
+    from analysis.design import Rows
+    from analysis.fit import HUBER, form_named, solve
+    from analysis.laws import LAWS
+
+    generator = np.random.default_rng(4)
+    params = np.exp(generator.uniform(17, 22, 300))
+    tokens = params * np.exp(generator.uniform(1, 5, 300))
+    columns = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
+    form = form_named("surface")
+    noise = np.repeat(0.004 * generator.standard_normal(60), 5) + 0.001 * generator.standard_normal(300)
+    rows = Rows(np.zeros(300, dtype=np.intp), form.loss(LAWS["surface"].example, columns) * np.exp(noise), columns)
+    fitted = solve(form, rows, HUBER)
+    groups = np.repeat(np.arange(60), 5)
+    whole = bootstrap(fitted, groups, resamples=300)
+    before = intervals.MOST_WORK
+    try:
+        intervals.MOST_WORK = 0
+        step = bootstrap(fitted, groups, resamples=300)
+    finally:
+        intervals.MOST_WORK = before
+    assert np.std(step, axis=0) == pytest.approx(np.std(whole, axis=0), rel=0.35)
+
+
+def test_difference_line_is_the_textbook_regression() -> None:
+    from scipy.stats import linregress
+
+    cells, _ = draw(3)
+    found = difference(cells)
+    assert found is not None
+    one, two = (cells.rows.loss[cells.rows.arm == arm] for arm in (0, 1))
+    x = np.log(cells.rows.columns["flops"][cells.rows.arm == 0] / 8.64e19)
+    told = linregress(x, np.log(one / two))
+    assert (found.slope, found.p) == pytest.approx((told.slope, told.pvalue))

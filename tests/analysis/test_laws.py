@@ -1,0 +1,98 @@
+"""Every law comes back from its own points, and a fit says how it knows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.arm import fit_arm, quantities
+from analysis.design import Rows
+from analysis.fit import Objective, form_named, solve
+from analysis.laws import LAWS, LawForm, LossSurface, PowerLaw, UnreachableLoss
+from analysis.solve import minimise
+from scaling.errors import Refusal
+
+
+def points(form: LawForm) -> Rows:
+    generator = np.random.default_rng(1)
+    params = np.exp(generator.uniform(np.log(1e7), np.log(1e10), 40))
+    tokens = params * np.exp(generator.uniform(np.log(2), np.log(200), 40))
+    columns = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
+    return Rows(np.zeros(40, dtype=np.intp), form.loss(form.example, columns), columns)
+
+
+@pytest.mark.parametrize("form", LAWS.values(), ids=LAWS.keys())
+@pytest.mark.parametrize("space", ["log", "loss"])
+def test_a_law_comes_back_from_its_own_points(form: LawForm, space: str) -> None:
+    fitted = solve(form, points(form), Objective(space=space))  # type: ignore[arg-type]
+    assert quantities(fitted.law()) == pytest.approx(quantities(form.example), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", LAWS.values(), ids=LAWS.keys())
+def test_a_law_comes_back_from_random_starts(form: LawForm) -> None:
+    rows = points(form)
+    rows = rows._replace(loss=rows.loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(len(rows.loss))))
+    fitted = solve(form, rows, Objective())
+    starts = fitted.theta + np.random.default_rng(2).uniform(-1.0, 1.0, (60, len(fitted.theta)))
+    exponents = [j for j, slot in enumerate(fitted.design.slots) if slot.column]
+    starts[:, exponents] = np.random.default_rng(3).uniform(0.02, 0.9, (60, len(exponents)))
+    found = minimise(fitted.problem, starts)
+    assert np.mean(found.objective <= fitted.certificate.objective * (1 + 1e-6)) >= 0.9
+    assert found.objective.min() >= fitted.certificate.objective * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_noise_free_points_give_a_converged_fit(name: str) -> None:
+    rows = points(LAWS[name])
+    frame = pd.DataFrame({"arm": "a", "loss": rows.loss, **rows.columns})
+    assert fit_arm(frame, name, resamples=0).fit.status == "converged"
+
+
+def test_derivatives_are_those_of_the_objective() -> None:
+    from analysis.solve import _derivatives, objective, predict, residuals
+
+    form = form_named("surface")
+    rows = points(form)
+    rows = rows._replace(loss=rows.loss * np.exp(0.01 * np.random.default_rng(0).standard_normal(len(rows.loss))))
+    for space in ("log", "loss"):
+        for delta in (None, 1e-2):
+            fitted = solve(form, rows, Objective(space=space))  # type: ignore[arg-type]
+            problem = fitted.problem._replace(delta=delta)
+            theta = fitted.theta + 0.01
+            log_prediction, shares = predict(problem, theta[None])
+            ones = np.ones((1, len(rows.loss)))
+            slope, curve, _ = _derivatives(problem, log_prediction, shares, residuals(problem, log_prediction), ones)
+            steps = 1e-5 * np.eye(len(theta))
+            up, down = objective(problem, theta + steps), objective(problem, theta - steps)
+            np.testing.assert_allclose(slope[0], (up - down) / 2e-5, rtol=1e-5, atol=1e-8)
+            assert np.allclose(curve[0], curve[0].T)
+
+
+def test_inverse_of_a_power_law() -> None:
+    law = PowerLaw(scale=0.9, exponent=0.15, floor=1.7)
+    assert law.compute(law.loss(3.0)) == pytest.approx(3.0)
+    with pytest.raises(UnreachableLoss, match=r"at or below this law's floor of 1\.7"):
+        law.compute(1.7)
+
+
+def test_the_best_split_is_best() -> None:
+    surface = LossSurface(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37)
+    best = surface.optimum(1e21)
+    assert best.params * best.tokens * 6 == pytest.approx(1e21)
+    for lean in (0.9, 1.1):
+        assert surface.loss(best.params * lean, best.tokens / lean) > best.loss
+    assert surface.frontier().loss(1e21 / 8.64e19) == pytest.approx(best.loss, rel=1e-12)
+
+
+def test_too_few_runs_for_a_law() -> None:
+    frame = pd.DataFrame({"arm": "a", "params": [1e7, 2e7, 3e7], "tokens": 1e9, "loss": [3.0, 2.9, 2.8]})
+    frame["flops"] = 6 * frame["params"] * frame["tokens"]
+    with pytest.raises(Refusal, match="3 usable runs"):
+        fit_arm(frame, "surface")
+    with pytest.raises(Refusal, match='did you mean "power-floor"'):
+        fit_arm(frame, "powerfloor")
+
+
+def test_a_floor_that_the_points_do_not_ask_for_is_said_to_be_zero() -> None:
+    rows = points(LAWS["power"])
+    frame = pd.DataFrame({"arm": "a", "loss": rows.loss, **rows.columns})
+    assert fit_arm(frame, "power-floor", resamples=0).fit.status in ("at_bound", "not_identified")

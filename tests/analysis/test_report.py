@@ -1,0 +1,79 @@
+"""The report stands alone, and the same values give the same bytes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import ADAMW, MUON, grid, ladder
+
+from analysis.laws import LAWS, LossSurface
+from analysis.load import check_table
+from analysis.reference import moonlight_table
+from analysis.report import write_report
+from analysis.study import fit_table, read_study
+from analysis.tables import latex, markdown
+
+
+def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> None:
+    frame = moonlight_table()
+    study = fit_table(frame)
+    one, two = (write_report(study, frame, tmp_path / name) for name in ("one", "two"))
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert {"fits.json", "report.html", "tables.md", "tables.tex"} < {path.as_posix() for path in files}
+    for file in files:
+        assert (one.parent / file).read_bytes() == (two.parent / file).read_bytes(), file
+    page = one.read_text()
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert not re.search(r"@import|url\((?!#)", page)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'xlink:href="#([^"]+)"', page)) <= set(ids)
+    assert read_study(tmp_path / "one" / "fits.json") == study
+
+
+def test_three_arms_and_training_curves(tmp_path: Path) -> None:
+    laws = {"adamw": ADAMW, "muon": MUON, "soap": MUON.__class__(scale=2.55, exponent=0.054)}
+    frame = check_table(ladder(laws, shared=0.003, own=0.001).assign(rung=lambda f: f["cell"]))
+    curves = pd.DataFrame(
+        [
+            {"arm": arm, "rung": rung, "run": f"{arm}{rung}", "step": step, "tokens": 1e6 * step, "flops": 1e15 * step,
+             "train_loss": 4.0 / step**0.1, "validation_loss": 4.1 / step**0.1 if step % 5 == 0 else np.nan}
+            for arm in laws for rung in ("0-0", "1-0") for step in range(1, 20)
+        ]
+    )  # fmt: skip
+    path = write_report(fit_table(frame), frame, tmp_path, curves=curves, title="Three <arms>")
+    page = path.read_text()
+    assert "Three &lt;arms&gt;" in page
+    assert (tmp_path / "figures" / "curves.svg").exists()
+    assert len(list((tmp_path / "figures").glob("loss-*.pdf"))) == 2
+
+
+def test_a_grid_gets_valleys_and_contours(tmp_path: Path) -> None:
+    surface = LAWS["surface"].example
+    assert isinstance(surface, LossSurface)
+    better = LossSurface(E=surface.E, A=surface.A, B=surface.B * 0.9, alpha=surface.alpha, beta=surface.beta)
+    frame = check_table(grid({"adamw": surface, "muon": better}, noise=0.002))
+    write_report(fit_table(frame, resamples=50), frame, tmp_path)
+    names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert names == {"loss", "ratio", "surface-adamw", "surface-muon", "valleys-adamw", "valleys-muon"}
+
+
+def test_markdown_and_latex_hold_the_same_numbers() -> None:
+    study = fit_table(moonlight_table())
+    numbers = [set(re.findall(r"\d+\.\d+", text)) for text in (markdown(study), latex(study))]
+    assert numbers[0] == numbers[1]
+    assert "0.498" in numbers[0]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_small_runs_are_not_sold_as_the_paper(small: bool) -> None:
+    from analysis.summary import beside_the_paper
+
+    size = 1e-6 if small else 1.0
+    laws = {"adamw": ADAMW, "muon": ADAMW.__class__(scale=ADAMW.scale * 0.2**0.054, exponent=0.054)}
+    frame = ladder(laws, smallest=3e17 * size, largest=4e20 * size, shared=0.002, own=0.001)
+    text = beside_the_paper(fit_table(frame).comparisons[0])
+    assert len(text) == 1
+    assert ("says nothing about the scale" in text[0]) == small
