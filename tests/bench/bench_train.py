@@ -164,8 +164,8 @@ def on_cpu(data: Path) -> None:
     rungs = {"21k": (3, 24, 8), "151k": (3, 64, 8), "0.8M": (4, 128, 64)}
     for name, (layers, width, head) in rungs.items():
         model = msgspec.structs.replace(shape(layers, width, vocabulary=256, context=128, head=head), ffn_multiple=8)
-        steps = 200 if width < 128 else 60
-        compare(name, run_spec(model, data, windows=16, steps=steps, precision="fp32"), data, device="cpu")
+        steps = 60 if width < 128 else 20
+        compare(name, run_spec(model, data, windows=8, steps=steps, precision="fp32"), data, device="cpu")
 
 
 def on_cuda(data: Path, only: set[str]) -> None:
