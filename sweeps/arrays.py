@@ -26,6 +26,10 @@ CANCELLED = "cancelled"
 """Empty file in the directory of a run that a person cancelled through `sweeps.manage`: SLURM forgets, the run does not."""
 
 
+BEGAN = "began"
+"""File in a run's directory with the token of the array whose job last began it."""
+
+
 class ArrayRecord(Strict, frozen=True):
     """One array of runs."""
 
@@ -106,6 +110,18 @@ def all_arrays(root: Path) -> list[ArrayRecord]:
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
     """Where each run was last handed to, by run id."""
     return {run: Location(array=array, index=index) for array in arrays for index, run in enumerate(array.runs)}
+
+
+def note_began(root: Path, run: str, array: ArrayRecord) -> None:
+    """Say in the run's directory that the array's job for it has begun."""
+    (root / "runs" / run / BEGAN).write_text(array.token)
+
+
+def began(root: Path, run: str, array: ArrayRecord) -> bool:
+    """Whether the array's job for this run ever began."""
+    with contextlib.suppress(FileNotFoundError):
+        return (root / "runs" / run / BEGAN).read_text() == array.token
+    return False
 
 
 def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement: Placement) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,20 +10,37 @@ from sweeps import arrays
 from sweeps.arrays import ArrayRecord, Location
 from sweeps.slurm import Answer, Task, look_up
 
+NEW_SECONDS = 10.0
+"""In which a job that was just submitted may not be in the queue yet."""
+
 
 @dataclass(frozen=True)
 class Survey:
     """Empty where nothing was ever submitted from this root; SLURM is not asked then."""
 
+    root: Path = Path()
     records: list[ArrayRecord] = field(default_factory=list)
     places: dict[str, Location] = field(default_factory=dict)
     """Where each run was last handed to, by run id."""
     answer: Answer = field(default_factory=Answer)
 
     def task(self, run: str) -> Task | None:
-        """SLURM's word on the run's last job, if it has one."""
+        """SLURM's word on the run's last job; None where it had none, or SLURM was not reached.
+
+        Of a task that is cancelled while it waits, SLURM keeps no trace. One that has left the queue and never began
+        was therefore ended by a person; one that began and is forgotten is over.
+        """
         place = self.places.get(run)
-        return None if place is None or place.job is None else self.answer.tasks.get(place.job)
+        if place is None or place.job is None or not self.answer.queue_reached:
+            return None if place is None or place.job is None else self.answer.tasks.get(place.job)
+        found = self.answer.tasks.get(place.job)
+        if found is not None:
+            return found
+        if 0 <= time.time() - place.array.time < NEW_SECONDS:
+            return Task(place.job, "just submitted", "pending")
+        if arrays.began(self.root, run, place.array):
+            return Task(place.job, "forgotten", "over")
+        return Task(place.job, "cancelled before it began", "cancelled")
 
     def gpu_hours(self, run: str) -> float:
         """Spent on a run over all its jobs and all their attempts, as the accounting has it."""
@@ -36,4 +54,4 @@ def survey(root: Path) -> Survey:
     if not records:
         return Survey()
     answer = look_up({array.job: array.name for array in records if array.job is not None})
-    return Survey(records=records, places=arrays.locations(records), answer=answer)
+    return Survey(root=root, records=records, places=arrays.locations(records), answer=answer)

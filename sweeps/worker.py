@@ -16,7 +16,7 @@ from types import FrameType
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory, read_json
-from sweeps.arrays import ArrayRecord
+from sweeps.arrays import ArrayRecord, note_began
 from sweeps.lease import LOST_LEASE, hold
 from sweeps.snapshot import code_digest
 
@@ -33,12 +33,13 @@ def main(record_file: str) -> int:
     """Train the run of this job; the exit status is for `sweeps.aftermath`."""
     file = Path(record_file)
     array = read_json(file, ArrayRecord)
-    root = file.parent.parent
-    directory = RunDirectory(root / "runs" / array.runs[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    root, run = file.parent.parent, array.runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    directory = RunDirectory(root / "runs" / run)
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     leader = rank == 0
     _leave_when_asked(directory, leader=leader)
     if leader:
+        note_began(root, run, array)
         _log_into(directory)
     if directory.record() is not None:
         print("finished before; nothing to do", flush=True)

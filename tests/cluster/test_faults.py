@@ -157,8 +157,8 @@ def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counti
 
 
 def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, counting: Counting) -> None:
-    # SLURM counts in minutes and may ask up to a minute early, so a run of 70 s is asked at once or at 40 s.
-    planned = counting.plan(steps=70, step_seconds=1.0, slurm="minutes = 1\nsignal_seconds = 20")
+    # SLURM counts in minutes and may ask up to a minute early: this run of 25 s is asked after at most 10.
+    planned = counting.plan(steps=25, step_seconds=1.0, slurm="minutes = 1\nsignal_seconds = 50")
     counting.submit(planned)
     wait_until_done(planned, seconds=240)
     assert_finished_once(planned, redone=0)
@@ -268,9 +268,8 @@ def test_a_cluster_without_accounting_finishes_a_campaign(
     cluster.ask("scancel", task_of(planned, waiting))
     os.kill(starts(planned.directory(planned.runs[0]))[-1].pid, signal.SIGKILL)
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, 90, "the others did not finish")
-    again = counting.submit(planned)
-    assert again.cancelled == [waiting.id]  # the controller remembers for some minutes
-    assert any("accounting could not be asked" in note for note in again.notes)
+    until(lambda: counting.submit(planned).cancelled == [waiting.id], 30, "not cancelled")
+    assert any("accounting could not be asked" in note for note in counting.submit(planned).notes)
     counting.submit(planned, retry="cancelled")
     wait_until_done(planned)
     assert_finished_once(planned)

@@ -79,7 +79,7 @@ def test_several_tasks_train_to_the_weights_of_one(
 def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_other(
     cluster: Cluster, tiny_text: Path, tmp_path: Path
 ) -> None:
-    there, run = only_one(planned(tiny_text, tmp_path, "slurm", slurm="minutes = 5\ntasks = 2", steps=3000))
+    there, run = only_one(planned(tiny_text, tmp_path, "slurm", slurm="minutes = 5\ntasks = 2", steps=1500))
     directory = there.directory(run)
     submit_slurm(there)
 

@@ -279,6 +279,37 @@ def test_nothing_is_submitted_for_a_run_whose_job_cannot_be_looked_up(
     assert not (campaigns.folder / "bin" / "called").exists()
 
 
+def test_a_run_that_starts_from_another_waits_for_it(campaigns: Any, commands: Any, no_profile: Path) -> None:
+    ready = planned(campaigns)
+    trunk, branch = ready.runs[0], ready.runs[2]
+    branch = msgspec.structs.replace(branch, spec=msgspec.structs.replace(branch.spec, branch_of=trunk.id))
+    folder = campaigns.folder / "bin"
+    commands(
+        scontrol="echo 'MaxArraySize = 1001'",
+        squeue="exit 0",
+        sacct="exit 0",
+        srun="exit 0",
+        sbatch='cat "$1" >> $(dirname $0)/scripts; echo Submitted batch job $(ls $(dirname $0)/*.sh 2>/dev/null | wc -l)7',
+    )
+    both = msgspec.structs.replace(ready, runs=(trunk, branch))
+    assert submit_slurm(both).queued == [trunk.id, branch.id]
+    first, second = (folder / "scripts").read_text().split("#!/bin/bash")[1:]
+    assert "--dependency" not in first
+    assert "#SBATCH --dependency=afterok:07_0" in second
+    assert "#SBATCH --kill-on-invalid-dep=yes" in second
+
+
+def test_a_run_whose_predecessor_is_not_on_its_way_is_left(campaigns: Any, commands: Any, no_profile: Path) -> None:
+    ready = planned(campaigns)
+    branch = msgspec.structs.replace(
+        ready.runs[2], spec=msgspec.structs.replace(ready.runs[2].spec, branch_of="0" * 12)
+    )
+    commands(scontrol="echo 'MaxArraySize = 1001'", squeue="exit 0", sacct="exit 0", srun="exit 0", sbatch="exit 1")
+    alone = submit_slurm(msgspec.structs.replace(ready, runs=(branch,)))
+    assert alone.left == [branch.id]
+    assert any("neither done nor on its way" in note for note in alone.notes)
+
+
 # -- what a job does
 
 
