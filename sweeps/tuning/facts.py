@@ -124,6 +124,17 @@ class BudgetRow(Strict, frozen=True):
     """Where 95 % of the orders lie."""
 
 
+class OutsideRow(Strict, frozen=True):
+    """A rung whose setting was carried beyond the compute that its arm was tuned at."""
+
+    arm: str
+    rung: str
+    flops: int
+    """Of its run."""
+    times: float
+    """How far: its compute over the largest tuned one, or the smallest tuned one over its own."""
+
+
 class NoiseRow(Strict, frozen=True):
     """Spread over seeds of one arm at one rung."""
 
@@ -155,6 +166,8 @@ class Tuning(Strict, frozen=True):
     """Where each setting comes from."""
     arms: tuple[ArmFacts, ...]
     budget: tuple[BudgetRow, ...]
+    outside: tuple[OutsideRow, ...]
+    """Empty where every rung was tuned or lies between tuned ones; three times and more is a guess."""
     noise: tuple[NoiseRow, ...]
     """Empty until rungs with several seeds are trained."""
 

@@ -17,6 +17,7 @@ from sweeps.tuning.facts import (
     BudgetRow,
     LawFacts,
     NoiseRow,
+    OutsideRow,
     StudyFacts,
     TransferFacts,
     TrialFacts,
@@ -136,6 +137,7 @@ def gather(campaign: Campaign, rungs: Sequence[Rung], told: Told, records: Recor
     transfer = _transfer(told, laws, facts, records)
     complete = done and all(row.predicted_loss is not None or records.of(row.run) is not None for row in transfer)
     settings, sources = _settings(rungs, told, facts, laws) if done else ({}, {})
+    arms = _arms(campaign, facts)
     return Tuning(
         campaign=campaign.name,
         sampler=table.sampler,
@@ -148,8 +150,9 @@ def gather(campaign: Campaign, rungs: Sequence[Rung], told: Told, records: Recor
         transfer=tuple(transfer),
         settings=settings if complete else {},
         sources=sources if complete else {},  # type: ignore[arg-type]
-        arms=tuple(_arms(campaign, facts)),
+        arms=tuple(arms),
         budget=_budget(campaign, facts) if done else (),
+        outside=tuple(_outside(arms, rungs)),
         noise=tuple(_noise(final, records)) if final is not None else (),
     )
 
@@ -212,6 +215,19 @@ def _arms(campaign: Campaign, facts: Sequence[StudyFacts]) -> list[ArmFacts]:
                 tuned_to=max((float(fact.flops) for fact in from_studies), default=None),
             )
         )
+    return rows
+
+
+def _outside(arms: Sequence[ArmFacts], rungs: Sequence[Rung]) -> list[OutsideRow]:
+    rows = []
+    for arm in arms:
+        if arm.tuned_from is None or arm.tuned_to is None:
+            continue
+        for rung in rungs:
+            flops = train_flops(rung.shape, rung.tokens)
+            times = max(flops / arm.tuned_to, arm.tuned_from / flops)
+            if times > 1:
+                rows.append(OutsideRow(arm=arm.arm, rung=rung.name, flops=flops, times=times))
     return rows
 
 

@@ -112,6 +112,10 @@ def _notes(tuning: Tuning) -> list[str]:
                 text = f"{law.coefficient:.4g} at any size"
             lines.append(f"{arm}: {law.name} = {text}" + (f"; {law.note}" if law.note else ""))
     lines += [
+        f"{row.arm}, {row.rung}: its setting is carried {row.times:.2g} times beyond the compute that was tuned."
+        for row in tuning.outside
+    ]
+    lines += [
         f"{row.arm}, {row.rung}: the law's setting gives {row.predicted_loss:.4f}, a search of its own {row.tuned_loss:.4f}: "
         f"the transfer costs {row.regret:+.4f} nats."
         for row in tuning.transfer

@@ -188,6 +188,8 @@ def test_the_tuned_range_the_data_order_and_the_schedule_are_in_the_facts(
     made = plan(campaign(), tmp_path)
     outside = [run for run in made.runs if run.spec.budget.flops > (found.arms[0].tuned_to or 0)]
     assert {run.rung for run in outside} == {"d"}
+    assert {(row.arm, row.rung) for row in found.outside} == {(arm.arm, "d") for arm in found.arms}
+    assert found.outside[0].times == pytest.approx(outside[0].spec.budget.flops / (found.arms[0].tuned_to or 0))
     manifests = {study.manifest for study in found.studies}
     assert manifests == {run.spec.data.manifest for run in made.runs}
     assert {study.data_seed for study in found.studies} == {0}
