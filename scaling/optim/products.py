@@ -73,16 +73,19 @@ def _by_panels(
         below.copy_(beside.T) if upper else beside.copy_(below.T)
 
 
-KERNEL_FROM = 2048
-"""Side from which the Triton kernel is used on a GPU.
+KERNEL_FROM: int | None = None
+"""Side from which the Triton kernel is used on a GPU; None: never.
 
-Not measured here yet. Published for one H800 in bf16 (flash-muon): 4096, 0.296 ms by cuBLAS and 0.184 by a symmetric
-kernel; 1024, 0.0112 and 0.0124. `tests/bench/bench_optim.py` prints the table that settles it for another device.
+It has run in Triton's interpreter alone, and one fp16 product came out wrong there, so it is off until
+`tests/bench/bench_optim.py` has checked and timed it on a device. Published for one H800 in bf16 (flash-muon): 4096,
+0.296 ms by cuBLAS and 0.184 by a symmetric kernel; 1024, 0.0112 and 0.0124.
 """
 
 
 def _by_kernel(out: Tensor) -> bool:
-    if out.device.type != "cuda" or out.shape[-1] < KERNEL_FROM or out.dtype == torch.float32:
+    if KERNEL_FROM is None or out.shape[-1] < KERNEL_FROM:
+        return False
+    if out.device.type != "cuda" or out.dtype == torch.float32:
         return False
     from scaling.optim.symmetric import AVAILABLE
 
