@@ -51,7 +51,7 @@ def is_held(folder: Path, *, beat_seconds: float = BEAT_SECONDS) -> bool:
     first = read_lease(folder)
     if first is None:
         return False
-    if first.host == os.uname().nodename and not _is_alive(first.pid):
+    if first.host == os.uname().nodename and not is_alive(first.pid):
         return False
     deadline = time.monotonic() + MISSED_BEATS * beat_seconds
     while time.monotonic() < deadline:
@@ -106,7 +106,8 @@ def _write(folder: Path, lease: Lease) -> None:
     write_atomic(folder / FILE, msgspec.json.encode(lease))
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number is on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

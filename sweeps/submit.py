@@ -23,8 +23,10 @@ from scaling.errors import Refusal
 from scaling.records import RunDirectory
 from sweeps import arrays
 from sweeps.aftermath import ENDINGS
+from sweeps.arrays import ArrayRecord
 from sweeps.batch import Launcher, batch_script, job_placement
 from sweeps.dispatch import Retry, forget_divergence, retries
+from sweeps.lease import is_alive
 from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.show import plan_costs
@@ -34,6 +36,10 @@ from sweeps.survey import Survey, survey
 
 IN_FLIGHT_SECONDS = 15.0
 """How long a call of sbatch whose caller was killed may still reach SLURM."""
+
+
+OTHER_HOST_SECONDS = 600.0
+"""How long a submitter on another host, whom nobody here can see, is taken to be at work."""
 
 
 class Class(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,7 +260,9 @@ def _one_submitter(root: Path) -> Iterator[None]:
     (root / "runs").mkdir(exist_ok=True, mode=0o700)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Some shared file systems have no locks. Claims alone then keep two submitters apart.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -263,7 +271,7 @@ def _one_submitter(root: Path) -> Iterator[None]:
 def _repair(root: Path) -> None:
     """Finish what a killed submitter began: adopt its job, or free its runs when SLURM never got it."""
     for array in arrays.all_arrays(root):
-        if array.job is not None or (array.host != os.uname().nodename and time.time() - array.time < 600):
+        if array.job is not None or _at_work(array):
             continue
         while True:
             try:
@@ -334,6 +342,13 @@ def _submit(
     arrays.with_job(plan.root, array, job)
     submission.jobs.append(job)
     submission.queued += mine
+
+
+def _at_work(array: ArrayRecord) -> bool:
+    """Whether the submitter of an array without a job may still be about to get one."""
+    if array.host == os.uname().nodename:
+        return array.pid != os.getpid() and is_alive(array.pid)
+    return time.time() - array.time < OTHER_HOST_SECONDS
 
 
 def _own(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,9 @@ LEFT_EARLY = 75
 
 REFUSED = 2
 """Exit status: the run cannot be trained as it is; starting it again would not help."""
+
+ENDING_SECONDS = 20.0
+"""That an earlier attempt's process may take to end, before its lock means that somebody else trains."""
 
 LOG = "log.txt"
 
@@ -52,8 +56,8 @@ def main(record_file: str) -> int:
         if not leader:
             return _train(directory)
         with hold(directory.path, job=job) as held:
-            if not held:
-                print("another job trains this run; leaving it to that one", flush=True)
+            if not held or not _unlocked(directory):
+                print("another process trains this run; leaving it to that one", flush=True)
                 return LOST_LEASE  # not 0: the other processes of this job would wait for this one
             return _train(directory)
     except Refusal as refusal:
@@ -61,6 +65,16 @@ def main(record_file: str) -> int:
         if leader and not _noted(directory, str(refusal)):
             directory.note("end", step=0, outcome="failed", reason=str(refusal), job=job)
         return REFUSED
+
+
+def _unlocked(directory: RunDirectory) -> bool:
+    """Whether nobody on this host, the local executor for one, trains the run; an attempt that is ending gets a while."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while directory.is_locked():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _train(directory: RunDirectory) -> int:
