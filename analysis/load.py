@@ -218,7 +218,7 @@ def _check_flops(frame: pd.DataFrame, name: str, used: Any, convention: str | No
         others = f" (and {int(off.sum()) - 1:,} more rows of this arm)" if off.sum() > 1 else ""
         raise TableError(
             f"{name}, column flops, row {row}{others} of arm {arm}: found {worst['flops']:.4g}, and 6 * params * tokens "
-            f"gives {counted:.4g}, {worst['flops'] / counted:.3g} times as much. Where params is a label (399M for "
+            f"gives {counted:.4g}; what was found is {worst['flops'] / counted:.3g} times that. Where params is a label (399M for "
             f"{worst['flops'] / (6.0 * worst['tokens']) / 1e6:.4g}M), write the true count; where flops count more than 6ND or "
             "params count more than is active, name the count in a column convention, or pass the convention none."
         )

@@ -59,7 +59,7 @@ def show(study: Study, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
     console.print(f"[bold]{study.table}[/bold]", markup=True)
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
     for title in ("arm", "law (C in PFLOP/s-days)", "runs", "error", "fit"):

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,9 @@ def time_chinchilla(
     """The package of that name with its default grid, where it can be imported."""
     try:
         from chinchilla import Chinchilla
-    except ImportError:
-        print("  the package chinchilla is not installed here, so its default fit is not timed")
+        from chinchilla._metrics import log_huber
+    except ImportError as error:
+        print(f"  the package chinchilla cannot be imported here ({error}), so its fit is not timed")
         return
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame({"C": 6 * params * tokens, "N": params, "D": tokens, "loss": loss}).to_csv(
@@ -177,7 +179,13 @@ def time_chinchilla(
         )
         grid = {"E": np.linspace(1, 2, 5), "A": np.geomspace(1, 1000, 5), "B": np.geomspace(1, 1000, 5),
                 "alpha": np.linspace(0.1, 0.7, 5), "beta": np.linspace(0.1, 0.7, 5)}  # fmt: skip
-        peer = Chinchilla(folder, param_grid=grid, seed_ranges={"C": (1e18, 1e22), "N_to_D": (1, 100)}, log_level=50)
+        peer = Chinchilla(
+            folder,
+            param_grid=grid,
+            seed_ranges={"C": (1e18, 1e22), "N_to_D": (1, 100)},
+            loss_fn=partial(log_huber, delta=DELTA),
+            log_level=50,
+        )
         start = time.perf_counter()
         peer.fit(parallel=False)
         seconds = time.perf_counter() - start
