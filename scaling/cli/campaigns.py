@@ -32,6 +32,7 @@ class Plan(OnCampaign):
     def run(self) -> None:
         """Print the plan and write plan.jsonl."""
         from sweeps import show
+        from sweeps.branches import saved_flops
 
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
@@ -41,7 +42,9 @@ class Plan(OnCampaign):
             show.groups(plan)
         else:
             show.plan(plan)
-            next_step(f"scaling submit {self.campaign}")
+            if saved := saved_flops(plan):
+                print(f"Branches start from their trunks' resume points and save {saved:.3g} FLOPs.")
+            next_step(f"scaling {'tune' if plan.campaign.untuned else 'submit'} {self.campaign}")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,8 @@ class Tune(OnCampaign):
 
     def run(self) -> None:
         """Tune to the end, or as far as it goes now."""
-        from rich.console import Console
-
         from sweeps.tune import tune, tuning_status
-        from sweeps.tuning.show import study_rows, study_table
+        from sweeps.tuning.show import show, study_rows
 
         if self.status:
             tuning = tuning_status(self.loaded(), self.root)
@@ -73,8 +74,8 @@ class Tune(OnCampaign):
         if self.json:
             print_json(study_rows(tuning))
             return
-        Console().print(study_table(tuning))
-        next_step(f"scaling submit {self.campaign}" if tuning.complete else f"scaling tune {self.campaign}")
+        show(tuning)
+        next_step(f"scaling {'submit' if tuning.complete else 'tune'} {self.campaign}")
 
 
 @dataclass(frozen=True)
