@@ -50,6 +50,9 @@ from scaling.stepclock import StepClock
 EVALUATION_TOKENS = 16_384
 """Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""
 
+COMPILED_WHOLE = 50_000_000
+"""Activated weights of the blocks up to which a model is compiled in one; larger ones spend little on launches."""
+
 
 class StepBatches:
     """The run's micro-batches from the trainer's step on, as an endless iterable.
@@ -103,7 +106,8 @@ class TrainingModule(LightningModule):
         if self.load is not None:
             self.load(self.model)
         if self.placement.compile:
-            self.model.compile_parts()
+            small = count_parameters(self.spec.shape).activated <= COMPILED_WHOLE
+            self.model.compile_in_place(whole=small and self.device_mesh is None)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The one optimizer that the spec's row builds."""

@@ -165,8 +165,16 @@ class Decoder(nn.Module):
         """Load of the busiest expert over the mean, in the worst layer of the last step; None in a dense model."""
         return None
 
-    def compile_parts(self) -> None:
-        """Compile blocks and loss in place: a wrapped module would put a prefix before every name in the state."""
+    def compile_in_place(self, *, whole: bool) -> None:
+        """Compile without a wrapper, which would put a prefix before every name in the state.
+
+        Args:
+            whole: All in one, loss included: the fewest launches, which bound a small model's step. Otherwise block by
+                block: compiled once for all layers, and sharded weights can be gathered between them.
+        """
+        if whole:
+            self.compile()
+            return
         for block in self.blocks:
             block.compile()
         self.chunk_loss = torch.compile(loss_and_gradient)
