@@ -161,7 +161,6 @@ class Cluster:
             self._database.wait()
         for pid in self.processes():
             end(pid, signal.SIGKILL)
-        self._name_nodes(remove=True)
 
     def configure(self) -> None:
         """Write the configuration."""
@@ -319,17 +318,15 @@ class Cluster:
             end(pid, signal.SIGKILL)
         (self.folder / f"{name}.pid").unlink(missing_ok=True)
 
-    def _name_nodes(self, *, remove: bool = False) -> None:
-        """Nodes are looked up by name in jobs of several tasks, which otherwise wait in silence."""
-        hosts, mark = Path("/etc/hosts"), "# scaling tests"
-        lines = [line for line in hosts.read_text().splitlines() if mark not in line]
-        if not remove:
-            lines.append(f"127.0.0.1 {' '.join(self.nodes)} {mark}")
-            try:
-                socket.gethostbyname(self.host)
-            except OSError:
-                lines.append(f"127.0.0.1 {self.host} {mark}")
-        hosts.write_text("\n".join(lines) + "\n")  # in place: it may be a mount
+    def _name_nodes(self) -> None:
+        """Make the nodes' names resolve: jobs of several tasks look them up, and wait in silence when they cannot.
+
+        The line is only ever added, and stays: the file is everybody's, and rewriting it could lose what others write.
+        """
+        lines = [name for name in (*self.nodes, self.host) if not resolves(name)]
+        if lines:
+            with Path("/etc/hosts").open("a") as hosts:
+                hosts.write(f"127.0.0.1 {' '.join(lines)} # nodes of a test cluster\n")
 
 
 def install() -> None:
@@ -395,6 +392,15 @@ def end(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     except ProcessLookupError:
         return
+
+
+def resolves(name: str) -> bool:
+    """Whether a host of that name is known."""
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        return False
+    return True
 
 
 def port_is_open(port: int) -> bool:

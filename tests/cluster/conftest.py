@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, install, port_is_open, until, why_not
+from cluster import Cluster, port_is_open, until, why_not
 
 from scaling.records import Attempt, RunDirectory
 from sweeps import arrays, snapshot, submit
@@ -76,17 +76,20 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    with Path("/tmp/.scaling-slurm-install.lock").open("w") as lock:  # two test processes, one package manager
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        install()
     folder = Path(tempfile.mkdtemp(prefix="scs-", dir="/tmp"))
-    # Test processes side by side have a cluster each.
-    port = next(base for base in range(17600, 19600, 50) if not any(map(port_is_open, range(base, base + 20))))
-    running = Cluster(folder, name=f"testing{os.getpid()}", port=port)
     before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = running.environment["SLURM_CONF"]
+    with Path("/tmp/.scaling-slurm.lock").open("w") as lock:
+        # Test processes side by side have a cluster each, and choose packages and ports one after the other.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        port = next(base for base in range(17600, 19600, 50) if not any(map(port_is_open, range(base, base + 20))))
+        running = Cluster(folder, name=f"testing{os.getpid()}", port=port)
+        os.environ["SLURM_CONF"] = running.environment["SLURM_CONF"]
+        try:
+            running.start()
+        except BaseException:
+            running.stop()
+            raise
     try:
-        running.start()
         yield running
     finally:
         running.stop()
