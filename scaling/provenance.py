@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaling.records import Code, Device
+from scaling.records import Code, Device, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,10 @@ def describe_code() -> Code:
         except importlib.metadata.PackageNotFoundError:
             versions[library] = "not installed"
     here = Path(__file__).resolve().parent.parent
+    snapshot = here / "code.json"
+    if snapshot.exists():  # a copy taken for SLURM jobs (`sweeps.snapshot`) says where it was taken from
+        taken = read_json(snapshot, Code)
+        return Code(commit=taken.commit, dirty=taken.dirty, versions=versions)
     if not (here / ".git").exists():  # an installed copy; a repository further up would be somebody else's
         return Code(commit=None, dirty=None, versions=versions)
     commit = _git(here, "rev-parse", "HEAD")

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from scaling.errors import Refusal
+from scaling.provenance import describe_code
 from scaling.records import RunDirectory
 from sweeps import arrays, lease, worker
 from sweeps.aftermath import Ending, fruitless
@@ -421,3 +422,17 @@ def test_a_claim_is_given_once_and_moves_only_from_its_owner_or_from_a_dropped_a
 def test_the_script_is_valid_bash(campaigns: Any, no_profile: Path, tmp_path: Path) -> None:
     script = batch_script(campaigns.plan(), SlurmTable(gpus=2, memory="16G"), name="n", token="t", tasks=3)
     assert subprocess.run(["bash", "-n", "-c", script], check=True)
+
+
+def test_code_that_runs_from_a_snapshot_says_which_commit_it_is(tmp_path: Path) -> None:
+    folder = take_snapshot(tmp_path)
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from scaling.provenance import describe_code; print(describe_code().commit)",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(describe_code().commit)
