@@ -130,8 +130,9 @@ class TrainingModule(LightningModule):
         self.model.end_of_step(self.total_over_processes)
         self.clock.start(self.device)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The optimizer step, if there was one, is over."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Forward, backward and step as Lightning does them; the clock ends here, before callbacks evaluate or save."""
+        super().optimizer_step(*args, **kwargs)
         self.clock.stop()
 
     def configure_gradient_clipping(

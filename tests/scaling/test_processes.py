@@ -156,3 +156,20 @@ def test_recomputed_activations_change_no_number(spec: RunSpec, tiny_shards: Pat
     assert finish(kept).validation_loss == finish(again).validation_loss
     ours, theirs = weights(again), weights(kept)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_optimizer_seconds_leave_evaluation_and_saving_out(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scaling import logbook
+
+    def slow(*_: object, **__: object) -> float:
+        time.sleep(0.5)
+        return 1.0
+
+    monkeypatch.setattr(logbook, "held_out_loss", slow)
+    record = finish(directory_for(spec, tmp_path, tiny_shards))
+    assert record.optimizer_seconds is not None
+    assert 0 < record.optimizer_seconds < 0.05  # two sleeps in ten steps would make 0.1
+    assert record.peak_memory is not None
+    assert record.peak_memory > 2**26
