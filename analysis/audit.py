@@ -241,6 +241,29 @@ def _spread(case: Case) -> Finding:
     return worst
 
 
+def _leans(case: Case) -> Finding:
+    told = []
+    for comparison in case.study.comparisons:
+        head = comparison.headline
+        if head.low is None or head.high is None or not comparison.jackknife:
+            continue
+        ratios = [(item.ratio, item.compute) for item in comparison.jackknife if item.ratio is not None]
+        if len(ratios) < len(comparison.jackknife):
+            return Finding(
+                "warn",
+                f"{comparison.challenger}: without one of the rungs the laws no longer reach the headline's loss",
+                "Train more rungs.",
+            )
+        far, compute = max(ratios, key=lambda pair: abs(np.log(pair[0] / head.ratio)))
+        text = f"{comparison.challenger}: {far:.3g} without the rung at {compute:.3g} PFLOP/s-days, {head.ratio:.3g} with it"
+        if not head.low <= far <= head.high or abs(np.log(far / head.ratio)) > np.log(1.15):
+            return Finding("warn", text, "Look at the runs of that rung; repeat them with other seeds.")
+        told.append(text)
+    if not told:
+        return Finding("warn", "too few rungs to leave one out", "Train at least four.")
+    return Finding("pass", "; ".join(told))
+
+
 def _pairs(case: Case) -> Finding:
     for comparison in case.study.comparisons:
         if comparison.paired_cells < comparison.cells:
@@ -357,6 +380,7 @@ CHECKS: dict[str, tuple[str, Callable[[Case], Finding]]] = {
     "headline": ("Is the headline inside the runs?", _extrapolated),
     "trend": ("Does the ratio's trend survive another law?", _floor),
     "law-spread": ("Do other laws agree within the interval?", _spread),
+    "one-rung": ("Does the ratio stand without any one rung?", _leans),
     "pairs": ("Did both arms see the same tokens in the same order?", _pairs),
     "missing-runs": ("Are runs that failed still in the table?", _diverged),
     "convention": ("Is it said what the FLOPs count?", _convention),

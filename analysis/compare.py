@@ -16,6 +16,7 @@ from analysis.intervals import FEW, bootstrap, linear, percentile, t_interval
 from analysis.laws import Law
 from analysis.match import MatchRatio, at_loss, common_losses, compute_law
 from analysis.paired import Difference, difference
+from analysis.robustness import Interval, Without, intervals_by_method, jackknife
 from analysis.solve import Array
 from scaling.errors import Refusal
 from scaling.spec import Strict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BEYOND = 10.0
 """How far past the data the curve is carried, as a factor of compute; it is marked there."""
+OWN_FLOORS = ("separate-floors", "separate-surfaces")
 BETTER = 0.9
 """A family replaces a simpler one when its error at rungs left out is at most this share of the simpler one's."""
 
@@ -87,6 +89,10 @@ class Comparison(Strict, frozen=True):
     """On a grid with shared exponents: what a parameter and a token are worth in the challenger."""
     models: list[ModelRatio]
     difference: Difference | None
+    intervals: list[Interval]
+    """The headline's interval by other methods."""
+    jackknife: list[Without]
+    """The headline's ratio without each rung in turn; empty with fewer than four rungs."""
     bands: dict[str, Band]
     remarks: list[str]
 
@@ -147,6 +153,8 @@ def compare(
         factors=_factors(chosen, fitted, cells, resamples, seed),
         models=[_model(key, found, error, cells, losses[:1]) for key, (found, error) in candidates.items()],
         difference=line,
+        intervals=intervals_by_method(fitted, cells, float(losses[0]), line, resamples=min(resamples, 500), seed=seed),
+        jackknife=jackknife(fitted, cells, float(losses[0])),
         bands={arm: _band(fitted, cells, number, fits[arm]) for number, arm in enumerate(cells.arms)},
         remarks=[fit.remark for fit in fits.values() if fit.remark],
     )
@@ -190,15 +198,14 @@ def _choose(candidates: dict[str, tuple[Fitted, float | None]], family: str | No
             raise Refusal(f"family {family}: these runs are too few for it. They carry {', '.join(candidates)}.")
         return family, "as asked"
     default = next(iter(candidates))
-    usable = {
-        key: error
-        for key, (fitted, error) in candidates.items()
-        if error is not None and np.isfinite(ratio_of(fitted, fitted.theta, np.exp(fitted.problem.loss[:0]))).all()
-    }
+    usable = {key: error for key, (_, error) in candidates.items() if error is not None}
     first = usable.get(default)
     if first is None:
         return default, "the simplest: too few rungs to leave one out and compare"
     better = {key: error for key, error in usable.items() if error < BETTER * first and _falls(candidates[key][0])}
+    # A floor of its own for each arm contradicts what a floor is; the runs must insist on it.
+    others = [error for key, error in usable.items() if key not in OWN_FLOORS]
+    better = {key: error for key, error in better.items() if key not in OWN_FLOORS or error < 0.5 * min(others)}
     if not better:
         return default, f"no other predicts rungs left out clearly better ({first:.2%} root mean square error)"
     least = min(better.values())

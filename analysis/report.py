@@ -229,6 +229,21 @@ def _comparison(study: Study, comparison: Comparison) -> Iterable[str]:
         left=(0, 2, 4),
         wide=(5,),
     )
+    yield "<h3>The headline's interval by other methods, and without each rung</h3>"
+    yield _table(
+        ("method", "95 % interval", "remark"),
+        [(item.method, interval_text(item.low, item.high), item.remark) for item in comparison.intervals],
+        left=(0, 1),
+        wide=(2,),
+    )
+    if comparison.jackknife:
+        yield _table(
+            ("without the rung at (PFLOP/s-days)", "ratio"),
+            [
+                (f"{item.compute:.4g}", "never reached" if item.ratio is None else ratio_text(item.ratio))
+                for item in comparison.jackknife
+            ],
+        )
     if comparison.conventions:
         yield "<h3>The ratio in other prices</h3>"
         yield _table(

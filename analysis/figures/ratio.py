@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.match import compute_law
 from analysis.study import Study
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     edges = inside | np.roll(inside, 1) | np.roll(inside, -1)
     axes.fill_between(x, low, high, where=np.isfinite(low), color=MUTED, alpha=0.13, linewidth=0.0)
     axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
+    _other_laws(comparison, axes, factor)
     axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=BEYOND)
     axes.plot(
         x[inside],
@@ -81,3 +83,18 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     band = band[np.isfinite(band)]
     ends = np.concatenate([near, band.clip(near.min() / 4, near.max() * 4), [head.ratio]])
     return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()
+
+
+def _other_laws(comparison: Comparison, axes: Axes, factor: float) -> None:
+    """The curve under every other family as a thin line: what the band does not hold."""
+    losses = np.array([point.loss for point in comparison.curve])
+    first = True
+    for model in comparison.models:
+        laws = [compute_law(model.laws[arm]) for arm in (comparison.baseline, comparison.challenger)]
+        reached = losses[losses > max(law.floor for law in laws) + 1e-9]
+        if model.family == comparison.family or min(law.exponent for law in laws) <= 0 or len(reached) < 2:
+            continue
+        baseline, challenger = (law.compute(reached) for law in laws)
+        label = "other laws through the same runs" if first else None
+        axes.plot(baseline * factor, challenger / baseline, color="#555555", linewidth=0.6, label=label, zorder=1.5)
+        first = False

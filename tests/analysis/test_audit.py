@@ -69,6 +69,14 @@ def test_a_fault_is_found(fair: pd.DataFrame, name: str) -> None:
     assert found[name].remedy
 
 
+def test_one_odd_rung_is_found() -> None:
+    frame = ladder({"adamw": ADAMW, "muon": MUON}, rungs=8, shared=0.002, own=0.0005)
+    frame.loc[15, "loss"] *= 1.05
+    found = checks(frame)["one-rung"]
+    assert found.verdict == "warn"
+    assert "without the rung at 4.63" in found.evidence
+
+
 def test_a_diverged_run_is_told(fair: pd.DataFrame) -> None:
     broken = fair.copy()
     broken.loc[broken.index[-1], ["status", "loss"]] = ["diverged", float("nan")]

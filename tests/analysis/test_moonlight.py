@@ -102,3 +102,28 @@ def test_one_loss_gives_one_ratio(study: Study) -> None:
     comparison = study.comparisons[0]
     point = at_loss(comparison.fits["adamw"], comparison.fits["muon"], comparison.headline.loss)
     assert point.ratio == comparison.headline.ratio
+
+
+def test_interval_depends_on_the_method_as_much_as_it_is_said_to(study: Study) -> None:
+    widths = {item.method: item.high - item.low for item in study.comparisons[0].intervals}
+    assert widths["t, arms independent"] > 2 * widths["t, paired"]
+    assert widths["t of the paired differences"] < widths["wild bootstrap, paired"] < widths["t, paired"]
+
+
+def test_ratio_without_each_size(study: Study) -> None:
+    # At the largest Muon run the same exercise gives 0.487 to 0.522.
+    ratios = [item.ratio for item in study.comparisons[0].jackknife]
+    assert ratios == pytest.approx([0.471, 0.503, 0.499, 0.501, 0.500], abs=1e-3)
+
+
+def test_learning_rates_of_table_2_follow_a_power_of_compute() -> None:
+    from analysis.hyper import fit_hyper
+
+    rates = (9.503e-4, 9.143e-4, 8.825e-4, 8.561e-4, 8.305e-4)
+    table = moonlight_table().assign(peak_lr=[rate for rate in rates for _ in range(2)])
+    law = fit_hyper(table, "peak_lr", arm="adamw")
+    assert law.exponents["flops"] == pytest.approx(-0.0455, abs=2e-4)
+    assert law.error < 0.002
+    assert law.value(flops=1e20) == pytest.approx(0.00717 * 1e20**-0.04554, rel=2e-3)
+    both = fit_hyper(table, "peak_lr", ("params", "tokens"), arm="adamw")
+    assert both.points == 5
