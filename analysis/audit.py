@@ -14,6 +14,7 @@ from analysis.cells import run_of
 from analysis.compare import Comparison
 from analysis.match import compute_law
 from analysis.study import Study
+from analysis.summary import compute_unit
 from scaling.spec import Strict
 
 if TYPE_CHECKING:
@@ -255,7 +256,8 @@ def _leans(case: Case) -> Finding:
                 "Train more rungs.",
             )
         far, compute = max(ratios, key=lambda pair: abs(np.log(pair[0] / head.ratio)))
-        text = f"{comparison.challenger}: {far:.3g} without the rung at {compute:.3g} PFLOP/s-days, {head.ratio:.3g} with it"
+        unit, size = compute_unit(comparison)
+        text = f"{comparison.challenger}: {far:.3g} without the rung at {compute * size:.3g} {unit}, {head.ratio:.3g} with it"
         if not head.low <= far <= head.high or abs(np.log(far / head.ratio)) > np.log(1.15):
             return Finding("warn", text, "Look at the runs of that rung; repeat them with other seeds.")
         told.append(text)

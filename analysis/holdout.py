@@ -21,7 +21,7 @@ from analysis.solve import Array, predict
 from analysis.study import choose_arms, is_ladder
 from scaling.errors import Refusal
 from scaling.spec import Strict
-from scaling.units import pflops_days
+from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,7 +157,7 @@ def holdout_text(holdout: Holdout) -> str:
         interval = "no interval" if p.low is None or p.high is None else f"95 % {p.low:.4f} to {p.high:.4f}"
         verdict = "" if p.inside is None else ", inside" if p.inside else ", OUTSIDE"
         lines.append(
-            f"  {p.arm}, {form_named(p.form).label}: at {p.compute:.4g} PFLOP/s-days ({p.compute / p.largest_fitted:.2g} "
+            f"  {p.arm}, {form_named(p.form).label}: at {p.compute * FLOPS_PER_PFLOPS_DAY:.3g} FLOPs ({p.compute / p.largest_fitted:.2g} "
             f"times beyond) predicted {p.predicted:.4f} ({interval}), observed {p.observed:.4f}: "
             f"{100 * p.error:+.2f} %{verdict}." + (f" {p.remark}" if p.remark else "")
         )

@@ -11,7 +11,17 @@ from analysis.audit import audit
 from analysis.compare import Comparison
 from analysis.figures.style import as_bytes, save
 from analysis.study import Study, write_study
-from analysis.summary import explanation, fit_text, headline_text, interval_text, left_out_text, ratio_text
+from analysis.summary import (
+    compute_unit,
+    explanation,
+    fit_text,
+    headline_text,
+    interval_text,
+    left_out_text,
+    point_cells,
+    point_header,
+    ratio_text,
+)
 from analysis.tables import latex, markdown
 from scaling.errors import Refusal
 from scaling.records import write_atomic
@@ -178,22 +188,12 @@ def _comparison(study: Study, comparison: Comparison) -> Iterable[str]:
     yield f"<h2>{html.escape(heading)}</h2><h3>FLOPs to match</h3>"
     points = sorted([*comparison.rungs, comparison.headline], key=lambda point: -point.loss)
     yield _table(
-        ("loss", f"C {comparison.baseline}", f"C {comparison.challenger}", "ratio", "95 % interval", "support"),
-        [
-            (
-                f"{point.loss:.4f}",
-                f"{point.baseline_compute:.4g}",
-                f"{point.challenger_compute:.4g}",
-                ratio_text(point.ratio),
-                interval_text(point.low, point.high),
-                point.support,
-            )
-            for point in points
-        ],
+        point_header(comparison),
+        [point_cells(comparison, point) for point in points],
         left=(4, 5),
         muted=[point.support != "interpolated" for point in points],
     )
-    yield "<p class=note>C in PFLOP/s-days (8.64e19 FLOPs). Muted rows rest on a law beyond its runs.</p>"
+    yield f"<p class=note>C in {compute_unit(comparison)[0]}; a PFLOP/s-day is 8.64e19 FLOPs. Muted rows rest on a law beyond its runs.</p>"
     yield "<h3>The same runs under other laws, at the headline's loss</h3>"
     yield _table(
         ("family", "law", "parameters", "error", "error at rungs left out", "ratio", "95 % interval"),
@@ -236,11 +236,12 @@ def _comparison(study: Study, comparison: Comparison) -> Iterable[str]:
         left=(0, 1),
         wide=(2,),
     )
+    unit, size = compute_unit(comparison)
     if comparison.jackknife:
         yield _table(
-            ("without the rung at (PFLOP/s-days)", "ratio"),
+            (f"without the rung at ({unit})", "ratio"),
             [
-                (f"{item.compute:.4g}", "never reached" if item.ratio is None else ratio_text(item.ratio))
+                (f"{item.compute * size:.4g}", "never reached" if item.ratio is None else ratio_text(item.ratio))
                 for item in comparison.jackknife
             ],
         )

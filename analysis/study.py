@@ -61,7 +61,7 @@ def fit_table(
         challenger: The arm compared; every other arm when not given.
         family: Row of ``analysis.families.FAMILIES``; chosen by the error at rungs left out when not given.
         extrapolate: Give a ratio even where the arms have no loss in common, marked as extrapolated.
-        resamples: Refits of the bootstrap, used for more than ten cells.
+        resamples: Refits of the bootstrap, used for more than thirty cells.
         seed: Of the bootstrap's draws.
 
     Raises:

@@ -12,11 +12,15 @@ from analysis.laws import Law, LossSurface, PowerLaw
 from analysis.match import MatchRatio
 from analysis.reference import MOONLIGHT_ARROW
 from analysis.study import Study
+from scaling.units import FLOPS_PER_PFLOPS_DAY
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from analysis.arm import ArmFit
+
+SMALL = 1e-2
+"""PFLOP/s-days below which computes are shown in FLOPs."""
 
 PAPER = 0.52
 """Moonlight's "about 52 %" of the FLOPs (arXiv:2502.16982, sec. 3.2)."""
@@ -78,34 +82,17 @@ def _show_comparison(study: Study, comparison: Comparison, console: Console) -> 
     from rich.table import Table
 
     console.print(headline_text(comparison), style="bold", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in (
-        "loss",
-        f"C {comparison.baseline}",
-        f"C {comparison.challenger}",
-        "ratio",
-        "95 % interval",
-        "support",
-    ):
+    note = f"C in {compute_unit(comparison)[0]}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note, caption_justify="left")
+    for title in point_header(comparison):
         table.add_column(title, justify="left" if title in ("support", "95 % interval") else "right")
     for point in sorted([*comparison.rungs, comparison.headline], key=lambda point: -point.loss):
         style = None if point.support == "interpolated" else "dim"
-        table.add_row(*_cells_of(point), style=style)
+        table.add_row(*point_cells(comparison, point), style=style)
     console.print(table)
     for line in explanation(study, comparison):
         console.print(line, markup=False)
     console.print()
-
-
-def _cells_of(point: MatchRatio) -> tuple[str, ...]:
-    return (
-        f"{point.loss:.4f}",
-        f"{point.baseline_compute:.4g}",
-        f"{point.challenger_compute:.4g}",
-        ratio_text(point.ratio),
-        interval_text(point.low, point.high),
-        point.support,
-    )
 
 
 def headline_text(comparison: Comparison) -> str:
@@ -188,6 +175,30 @@ def beside_the_paper(comparison: Comparison) -> list[str]:
     return [
         f"This is nothing like Moonlight's {published:.2f}, and need not be unless model, data and tuning are the paper's: "
         "the ratio belongs to the set-up, not to the name."
+    ]
+
+
+def compute_unit(comparison: Comparison) -> tuple[str, float]:
+    """The unit in which computes of a comparison are shown, and how many make a PFLOP/s-day: FLOPs for small runs."""
+    small = max(fit.compute_range[1] for fit in comparison.fits.values()) < SMALL
+    return ("FLOPs", FLOPS_PER_PFLOPS_DAY) if small else ("PFLOP/s-days", 1.0)
+
+
+def point_header(comparison: Comparison) -> list[str]:
+    """The header of a table of ratios; the unit of C is `compute_unit`."""
+    return ["loss", f"C {comparison.baseline}", f"C {comparison.challenger}", "ratio", "95 % interval", "support"]
+
+
+def point_cells(comparison: Comparison, point: MatchRatio) -> list[str]:
+    """One ratio as the cells of a table: loss, both computes, ratio, interval, support."""
+    size = compute_unit(comparison)[1]
+    return [
+        f"{point.loss:.4f}",
+        f"{point.baseline_compute * size:.4g}",
+        f"{point.challenger_compute * size:.4g}",
+        ratio_text(point.ratio),
+        interval_text(point.low, point.high),
+        point.support,
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from analysis.laws import Law, LossSurface
 from analysis.study import Study
-from analysis.summary import interval_text, ratio_text
+from analysis.summary import compute_unit, interval_text, point_cells, point_header, ratio_text
 
 Table = tuple[str, list[str], list[list[str]]]
 """Caption, header, rows."""
@@ -29,19 +29,9 @@ def tables(study: Study) -> list[Table]:
         pair = f"{comparison.challenger} against {comparison.baseline}"
         made.append(
             (
-                f"FLOPs to match, {pair}. {comparison.interval}.",
-                ["loss", f"C {comparison.baseline}", f"C {comparison.challenger}", "ratio", "95 % interval", "support"],
-                [
-                    [
-                        f"{point.loss:.4f}",
-                        f"{point.baseline_compute:.4g}",
-                        f"{point.challenger_compute:.4g}",
-                        ratio_text(point.ratio),
-                        interval_text(point.low, point.high),
-                        point.support,
-                    ]
-                    for point in points
-                ],
+                f"FLOPs to match, {pair}. {comparison.interval}. C in {compute_unit(comparison)[0]}.",
+                point_header(comparison),
+                [point_cells(comparison, point) for point in points],
             )
         )
         made.append(

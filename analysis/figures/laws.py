@@ -45,7 +45,7 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
         plain_log_axis(upper, "x", span=right / left)
         plain_log_axis(upper, "y", span=top / bottom)
         upper.set_ylabel("loss (nats per token)")
-        upper.legend(loc="upper right")
+        upper.legend(loc="upper right", title=None if factor == 1.0 else "laws: C in PFLOP/s-days", title_fontsize=7.5)
         lower.axhline(0.0, color=MUTED, linewidth=0.7)
         lower.set_ylabel("residual (%)")
         lower.set_xlabel(label)
@@ -103,7 +103,7 @@ def _draw_arm(
     lower.plot(
         compute * factor,
         100.0 * (np.exp(fit.residuals) - 1.0),
-        linestyle="" if many else ":",
+        linestyle="" if many or len(np.unique(compute)) < len(compute) else ":",
         linewidth=0.8,
         marker=dress.marker,
         markersize=size - 1.0,

@@ -28,7 +28,7 @@ def ratio_curve(study: Study) -> Figure:
         bottom, top = min(s[2] for s in shown), max(s[3] for s in shown)
         axes.axhline(1.0, color=MUTED, linewidth=0.8)
         axes.set_xlim(left, right)
-        bottom, top = min(bottom / 1.06, 0.97), max(top * 1.06, 1.03)
+        bottom, top = min(bottom / 1.12, 0.97), max(top * 1.06, 1.03)
         axes.set_ylim(bottom, top)
         plain_log_axis(axes, "x", span=right / left)
         plain_log_axis(axes, "y", span=top / bottom)
@@ -49,7 +49,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     edges = inside | np.roll(inside, 1) | np.roll(inside, -1)
     axes.fill_between(x, low, high, where=np.isfinite(low), color=MUTED, alpha=0.13, linewidth=0.0)
     axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
-    _other_laws(comparison, axes, factor)
+    _other_laws(comparison, axes, factor, named=comparison is study.comparisons[0])
     axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=BEYOND)
     axes.plot(
         x[inside],
@@ -85,10 +85,10 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()
 
 
-def _other_laws(comparison: Comparison, axes: Axes, factor: float) -> None:
+def _other_laws(comparison: Comparison, axes: Axes, factor: float, *, named: bool) -> None:
     """The curve under every other family as a thin line: what the band does not hold."""
     losses = np.array([point.loss for point in comparison.curve])
-    first = True
+    first = named
     for model in comparison.models:
         laws = [compute_law(model.laws[arm]) for arm in (comparison.baseline, comparison.challenger)]
         reached = losses[losses > max(law.floor for law in laws) + 1e-9]

@@ -105,7 +105,7 @@ def plain_log_axis(axes: Axes, which: str, *, span: float, small: bool = False) 
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    if span < 4.0:
+    if span < 7.0:
         axis.set_major_locator(MaxNLocator(nbins=5 if small else 6, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
     else:
