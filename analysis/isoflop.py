@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from analysis.cells import select
 from analysis.design import Rows
-from analysis.fit import HUBER, form_named, solve
+from analysis.fit import HUBER, Status, form_named, judge, solve
 from analysis.laws import LossSurface
 from analysis.load import check_table
 from analysis.solve import Array
@@ -73,8 +73,10 @@ class Allocations(Strict, frozen=True):
     """Approach 2; None with fewer than two interior valleys."""
     surface: LossSurface
     """Approach 3."""
+    surface_status: Status
+    """Whether the runs carry it; on a ladder, where N and D rise together, they do not."""
     surface_exponent: float
-    """Of params under approach 3: beta / (alpha + beta)."""
+    """Of params under approach 3: beta / (alpha + beta); means nothing unless the surface converged."""
     bias: float | None
     """ln of approach 2's optimal params over the truth, if the fitted surface were the truth: the mean over profiles."""
     remark: str
@@ -98,7 +100,8 @@ def allocations(frame: pd.DataFrame, arm: str | None = None) -> Allocations:
         raise Refusal(
             f"{name}: arm {arm} has {len(rows.loss)} runs, and the surface has {form.size} parameters. Add runs."
         )
-    surface = solve(form, rows, HUBER).law()
+    fitted = solve(form, rows, HUBER)
+    surface, status = fitted.law(), judge(fitted, "surface")[0]
     if not isinstance(surface, LossSurface):
         raise TypeError(surface)
     found = valleys(rows)
@@ -111,6 +114,7 @@ def allocations(frame: pd.DataFrame, arm: str | None = None) -> Allocations:
         envelope=envelope(rows),
         parabolas=_rules(interior) if len(interior) >= 2 else None,
         surface=surface,
+        surface_status=status,
         surface_exponent=surface.beta / (surface.alpha + surface.beta),
         bias=valley_bias(surface, interior) if interior else None,
         remark=""
@@ -242,8 +246,10 @@ def allocations_text(found: Allocations) -> str:
             rule = rules["params"]
             error = "" if rule.error is None else f" +- {rule.error:.3f}"
             lines.append(f"  {label}: a = {rule.exponent:.3f}{error} from {rule.points} points")
-    lines.append(f"  approach 3 (surface): a = {found.surface_exponent:.3f}")
-    if found.bias is not None:
+    carried = found.surface_status == "converged"
+    answer = f"a = {found.surface_exponent:.3f}" if carried else f"the runs do not carry it ({found.surface_status})"
+    lines.append(f"  approach 3 (surface): {answer}")
+    if found.bias is not None and carried:
         lines.append(
             f"  known bias of approach 2 on this surface and these grids: {np.expm1(found.bias):+.1%} in parameters"
         )

@@ -29,6 +29,14 @@ class OnTable:
     """Arm that is compared against; "adamw" where there is one."""
     challenger: str | None = None
     """Arm that is compared; every other one by default."""
+    convention: str = "any"
+    """What the column flops is held to: "6nd" to 6ND within 1 %, "any" to one count throughout an arm, "none" to
+    nothing."""
+    family: str | None = None
+    """Laws that the arms share: lines, parallel-lines, shared-floor, ...; without it the one that predicts rungs left
+    out best."""
+    extrapolate: bool = False
+    """Give a ratio, marked as extrapolated, even where the arms' runs have no loss in common."""
     root: Path = field(default_factory=default_root)
     """Folder that holds results/ of campaigns."""
 
@@ -52,11 +60,12 @@ class OnTable:
         from analysis.load import read_table
         from analysis.reference import moonlight_table
 
+        convention = None if self.convention == "none" else self.convention
         if self.is_file:
-            return read_table(Path(self.table))
+            return read_table(Path(self.table), convention=convention)
         collected = self.results() / "runs.csv"
         if collected.exists():
-            frame = read_table(collected)
+            frame = read_table(collected, convention=convention)
             frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
             return frame
         if self.table == "moonlight":
@@ -71,7 +80,14 @@ class OnTable:
         from analysis.study import fit_table
 
         frame = self.read()
-        return fit_table(frame, baseline=self.baseline, challenger=self.challenger), frame
+        study = fit_table(
+            frame,
+            baseline=self.baseline,
+            challenger=self.challenger,
+            family=self.family,
+            extrapolate=self.extrapolate,
+        )
+        return study, frame
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,9 @@ class Fit(OnTable):
     law: str | None = None
     """Fit this law alone to one arm: power, power-floor, surface, ..."""
     arm: str | None = None
-    """The arm of --law; not needed where the table has one."""
+    """The arm of --law and --allocation; not needed where the table has one."""
+    allocation: bool = False
+    """Give one arm's compute-optimal N and D by all three of Chinchilla's approaches, with their known bias."""
     holdout: int | None = None
     """Leave out so many of the largest rungs, predict them from the rest, and score the prediction."""
     json: bool = False
@@ -91,6 +109,8 @@ class Fit(OnTable):
         """Print the fits; for a campaign, write fits.json too."""
         if self.law is not None:
             self._one_law(self.law)
+        elif self.allocation:
+            self._allocate()
         elif self.holdout is not None:
             self._hold_out(self.holdout)
         else:
@@ -118,6 +138,15 @@ class Fit(OnTable):
             print_json(found)
         else:
             print(summary.arm_text(found))
+
+    def _allocate(self) -> None:
+        from analysis.isoflop import allocations, allocations_text
+
+        found = allocations(self.read(), self.arm)
+        if self.json:
+            print_json(found)
+        else:
+            print(allocations_text(found))
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.holdout import hold_out, holdout_text
