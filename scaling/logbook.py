@@ -16,7 +16,7 @@ from scaling.records import Device, MetricsRow, RunDirectory, append_line, write
 from scaling.spec import RunSpec
 
 if TYPE_CHECKING:
-    from scaling.train import TrainingModule
+    from scaling.module import TrainingModule
 
 ROWS = 200
 """Metrics rows of one run, at most; the last step always has one."""
