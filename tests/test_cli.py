@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
 from scaling import cli
 
@@ -23,58 +24,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return 0
 
 
-CAMPAIGN = """
-name = "tiny"
-seeds = [0]
-
-[data]
-source = "text"
-path = "{text}"
-
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-
-[training]
-tokens_per_parameter = 2
-batch_tokens = 128
-
-[evaluation]
-tokens = 512
-times = 0
-
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-peak_lr = 1e-2
-
-[[arms]]
-name = "muon"
-optimizer = "muon"
-peak_lr = 2e-2
-
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-
-[[rungs]]
-name = "b"
-layers = 1
-width = 24
-heads = 2
-
-[[rungs]]
-name = "c"
-layers = 2
-width = 24
-heads = 2
-
-[placement]
-device = "cpu"
-"""
+CAMPAIGN = (
+    "seeds = [0]"
+    + campaign_head("tiny", training="tokens_per_parameter = 2")
+    + BOTH_ARMS
+    + rung_table("a")
+    + rung_table("b", width=24)
+    + rung_table("c", layers=2, width=24)
+    + ON_CPU
+)
 
 TABLE = """arm,params,tokens,flops,loss
 adamw,1000,20000,1.2e8,3.0

@@ -1,4 +1,4 @@
-"""A run of a second, with every part stated: what many tests train, plan or write down."""
+"""A run of a second, with every part stated, and campaigns of such runs: what many tests train, plan or write down."""
 
 from __future__ import annotations
 
@@ -34,3 +34,48 @@ def make_spec(
         evaluation=Evaluation(tokens=32 * shape.context, times=times),
         seed=seed,
     )
+
+
+def campaign_head(name: str, *, training: str = "", evaluation: str = "times = 0") -> str:
+    """The first tables of a campaign file, a template with a place for ``text``.
+
+    Args:
+        name: The campaign's name.
+        training: More lines for ``[training]``.
+        evaluation: More lines for ``[evaluation]``.
+    """
+    return f"""
+name = "{name}"
+[data]
+source = "text"
+path = "{{text}}"
+repeat = true
+[model]
+vocabulary = 256
+context = 16
+ffn_multiple = 8
+[training]
+batch_tokens = 128
+{training}
+[evaluation]
+tokens = 512
+{evaluation}
+"""
+
+
+def arm_table(name: str, *lines: str, optimizer: str | None = None) -> str:
+    """An ``[[arms]]`` table, of the optimizer of its own name unless another is given."""
+    return "\n".join(["[[arms]]", f'name = "{name}"', f'optimizer = "{optimizer or name}"', *lines, ""])
+
+
+def rung_table(name: str, *, tokens: int | str | None = None, layers: int = 1, width: int = 16) -> str:
+    """A ``[[rungs]]`` table; `tokens` may be a place in the template."""
+    lines = ["[[rungs]]", f'name = "{name}"', f"layers = {layers}", f"width = {width}", "heads = 2"]
+    return "\n".join([*lines, *([] if tokens is None else [f"tokens = {tokens}"]), ""])
+
+
+ON_CPU = """[placement]
+device = "cpu"
+"""
+
+BOTH_ARMS = arm_table("adamw", "peak_lr = 1e-2") + arm_table("muon", "peak_lr = 2e-2")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recorded import write_record
+from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from scaling.spec import RunSpec
 from sweeps.campaign import Campaign, load_campaign
@@ -14,62 +15,15 @@ from sweeps.plan import Plan
 from sweeps.tune import Executed
 from sweeps.tuning.facts import Tuning
 
-CAMPAIGN = """
-name = "tiny-tuned"
-[data]
-source = "text"
-path = "{text}"
-repeat = true
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-[evaluation]
-tokens = 512
-times = 0
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-tuned = true
-[[arms]]
-name = "muon-reused"
-optimizer = "muon"
-reuse = "adamw"
-[[arms]]
-name = "muon"
-optimizer = "muon"
-tuned = true
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-tokens = 3_840
-[[rungs]]
-name = "b"
-layers = 2
-width = 16
-heads = 2
-tokens = 7_680
-[[rungs]]
-name = "c"
-layers = 3
-width = 16
-heads = 2
-tokens = 15_360
-[[rungs]]
-name = "d"
-layers = 4
-width = 16
-heads = 2
-tokens = 30_720
-[tune]
-{tune}
-[placement]
-device = "cpu"
-"""
+CAMPAIGN = (
+    campaign_head("tiny-tuned")
+    + arm_table("adamw", "tuned = true")
+    + arm_table("muon-reused", 'reuse = "adamw"', optimizer="muon")
+    + arm_table("muon", "tuned = true")
+    + "".join(rung_table(name, layers=layers, tokens=1_920 * 2**layers) for layers, name in enumerate("abcd", start=1))
+    + "[tune]\n{tune}\n"
+    + ON_CPU
+)
 
 TUNE = """
 trials = 8

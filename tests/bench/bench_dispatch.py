@@ -20,46 +20,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "cluster"), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "cluster"), str(HERE.parent), str(HERE.parent.parent)]
 
 from cluster import Cluster, why_not
 from submitit import SlurmExecutor
+from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from sweeps import status
 from sweeps.campaign import load_campaign
 from sweeps.plan import Plan, plan, with_data
 from sweeps.submit import submit_slurm
 
-CAMPAIGN = """
-name = "many"
-seeds = {seeds}
-[data]
-source = "text"
-path = "{text}"
-repeat = true
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-[evaluation]
-tokens = 512
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-peak_lr = 1e-2
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-tokens = 1_280
-[placement]
-device = "cpu"
-[placement.slurm]
-partition = "closed"
-"""
+CAMPAIGN = (
+    "seeds = {seeds}"
+    + campaign_head("many", evaluation="")
+    + arm_table("adamw", "peak_lr = 1e-2")
+    + rung_table("a", tokens=1_280)
+    + ON_CPU
+    + '[placement.slurm]\npartition = "closed"\n'
+)
 
 REPEATS = 3
 

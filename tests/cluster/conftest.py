@@ -18,6 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster import Cluster, port_is_open, until, why_not
+from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
 from scaling.records import Attempt, RunDirectory
 from sweeps import arrays, snapshot, submit
@@ -26,46 +27,14 @@ from sweeps.collect import collect
 from sweeps.plan import Plan, PlannedRun, plan, with_data
 from sweeps.status import RunStatus, status
 
-CAMPAIGN = """
-name = "count"
-[data]
-source = "text"
-path = "{text}"
-repeat = true
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-[evaluation]
-tokens = 512
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-peak_lr = 1e-2
-[[arms]]
-name = "muon"
-optimizer = "muon"
-peak_lr = 2e-2
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-tokens = {tokens}
-[[rungs]]
-name = "b"
-layers = 2
-width = 16
-heads = 2
-tokens = {tokens}
-[placement]
-device = "cpu"
-checkpoint_seconds = {step_seconds}
-[placement.slurm]
-{slurm}
-"""
+CAMPAIGN = (
+    campaign_head("count", evaluation="")
+    + BOTH_ARMS
+    + rung_table("a", tokens="{tokens}")
+    + rung_table("b", layers=2, tokens="{tokens}")
+    + ON_CPU
+    + "checkpoint_seconds = {step_seconds}\n[placement.slurm]\n{slurm}\n"
+)
 
 
 @pytest.fixture(scope="session")

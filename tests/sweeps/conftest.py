@@ -5,49 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from sweeps.campaign import load_campaign
 from sweeps.plan import Plan, plan
 
-CAMPAIGN = """
-name = "tiny"
-[data]
-source = "text"
-path = "{text}"
-repeat = true
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-[evaluation]
-tokens = 512
-times = 2
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-peak_lr = {peak_lr}
-[[arms]]
-name = "muon"
-optimizer = "muon"
-peak_lr = 2e-2
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-tokens = 12_800
-[[rungs]]
-name = "b"
-layers = 2
-width = 16
-heads = 2
-tokens = {tokens}
-[placement]
-device = "cpu"
-checkpoint_seconds = {checkpoint_seconds}
-"""
+CAMPAIGN = (
+    campaign_head("tiny", evaluation="times = 2")
+    + arm_table("adamw", "peak_lr = {peak_lr}")
+    + arm_table("muon", "peak_lr = 2e-2")
+    + rung_table("a", tokens=12_800)
+    + rung_table("b", layers=2, tokens="{tokens}")
+    + ON_CPU
+    + "checkpoint_seconds = {checkpoint_seconds}\n"
+)
 
 
 class Campaigns:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
@@ -14,40 +15,20 @@ from sweeps.campaign import built_in, load_campaign
 from sweeps.dispatch import _Campaign, run_local
 from sweeps.plan import Plan, plan
 
-CAMPAIGN = """
-name = "arms"
-[data]
-source = "text"
-path = "{text}"
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-[evaluation]
-tokens = 512
-times = 0
-[[arms]]
-name = "dense"
-optimizer = "adamw"
-peak_lr = 1e-2
-[[arms]]
-name = "upcycled"
-optimizer = "muon"
-peak_lr = 1e-3
-family = "mixtral-moe"
-mixture = {{ experts = 4, active = 2, score = "topk-softmax", bias_rate = 0.0 }}
-initial = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}
-[[rungs]]
-name = "a"
-layers = 1
-width = 16
-heads = 2
-tokens = 2560
-[placement]
-device = "cpu"
-"""
+CAMPAIGN = (
+    campaign_head("arms")
+    + arm_table("dense", "peak_lr = 1e-2", optimizer="adamw")
+    + arm_table(
+        "upcycled",
+        "peak_lr = 1e-3",
+        'family = "mixtral-moe"',
+        'mixture = {{ experts = 4, active = 2, score = "topk-softmax", bias_rate = 0.0 }}',
+        'initial = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}',
+        optimizer="muon",
+    )
+    + rung_table("a", tokens=2560)
+    + ON_CPU
+)
 
 
 def planned(folder: Path, text: Path, *, parent: str = "dense", charged: str = "true") -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from scaling.errors import Refusal
 from scaling.flops import train_flops
@@ -14,59 +15,17 @@ from sweeps.campaign import load_campaign
 from sweeps.dispatch import run_local
 from sweeps.plan import Plan, plan
 
-CAMPAIGN = """
-name = "branched"
-[data]
-source = "text"
-path = "{text}"
-repeat = true
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-batch_tokens = 128
-peak_lr = 1e-2
-[schedule]
-kind = "{kind}"
-warmup = 0.1
-{schedule}
-[evaluation]
-tokens = 512
-times = 0
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-[[arms]]
-name = "muon"
-optimizer = "muon"
-[[rungs]]
-name = "a-20"
-layers = 1
-width = 16
-heads = 2
-tokens = 2_560
-[[rungs]]
-name = "a-40"
-layers = 1
-width = 16
-heads = 2
-tokens = 5_120
-[[rungs]]
-name = "a-80"
-layers = 1
-width = 16
-heads = 2
-tokens = 10_240
-[[rungs]]
-name = "b"
-layers = 2
-width = 16
-heads = 2
-tokens = 2_560
-[placement]
-device = "cpu"
-"""
+CAMPAIGN = (
+    campaign_head("branched", training="peak_lr = 1e-2")
+    + '[schedule]\nkind = "{kind}"\nwarmup = 0.1\n{schedule}\n'
+    + arm_table("adamw")
+    + arm_table("muon")
+    + rung_table("a-20", tokens=2_560)
+    + rung_table("a-40", tokens=5_120)
+    + rung_table("a-80", tokens=10_240)
+    + rung_table("b", layers=2, tokens=2_560)
+    + ON_CPU
+)
 
 
 def planned(text: Path, folder: Path, *, kind: str = "wsd", schedule: str = "decay = 0.2\nbranches = true") -> Plan:

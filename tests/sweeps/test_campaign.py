@@ -6,35 +6,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny import arm_table, campaign_head, rung_table
 
 from scaling.errors import Refusal
 from sweeps.campaign import built_in, load_campaign
 from sweeps.plan import plan
 
-GOOD = """
-name = "good"
-[data]
-source = "text"
-path = "text"
-[model]
-vocabulary = 256
-context = 16
-ffn_multiple = 8
-[training]
-tokens_per_parameter = 2
-batch_tokens = 128
-[evaluation]
-tokens = 512
-[[arms]]
-name = "adamw"
-optimizer = "adamw"
-peak_lr = 1e-2
-[[rungs]]
-name = "small"
-layers = 1
-width = 16
-heads = 2
-"""
+GOOD = (
+    campaign_head("good", training="tokens_per_parameter = 2", evaluation="").format(text="text")
+    + arm_table("adamw", "peak_lr = 1e-2")
+    + rung_table("small")
+)
 
 
 def write(folder: Path, text: str) -> Path:

@@ -148,7 +148,7 @@ def test_a_campaign_that_was_changed_under_its_trials_is_refused(
     campaign: Callable[..., Campaign], tmp_path: Path
 ) -> None:
     tune(campaign(), tmp_path / "root", execute=recorder(), progress=False)
-    changed = CAMPAIGN.replace("tokens = 3_840", "tokens = 4_096")
+    changed = CAMPAIGN.replace("tokens = 3840", "tokens = 4096")
     file = tmp_path / "tiny-tuned.toml"
     file.write_text(changed.format(text=campaign().data.path, tune=TUNE))
     with pytest.raises(Refusal, match="Give the campaign another name"):
