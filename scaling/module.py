@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ COMPILED_WHOLE = 50_000_000
 
 
 class StepBatches:
-    """The run's micro-batches from the trainer's step on, as an endless iterable.
+    """The run's micro-batches from the trainer's step to the last one.
 
     Lightning fetches one batch ahead, so a loader that remembered its position would come back one late. This one has
     no position: it asks the trainer for the step, and batch k is what `Batches.at` says.
@@ -39,12 +40,19 @@ class StepBatches:
         self.module = module
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Windows of shape ``(micro_batch, context + 1)``, int64."""
+        """Windows of shape ``(micro_batch, context + 1)``, int64; for a GPU read ahead, into pinned memory."""
         trainer = self.module.trainer
-        step, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
-        while True:
-            yield from torch.split(torch.from_numpy(self.batches.at(step, rank=rank, world=world)), self.micro_batch)
-            step += 1
+        rank, world = trainer.global_rank, trainer.world_size
+        on_gpu = self.module.device.type == "cuda"
+
+        def fetch(step: int) -> Tensor:
+            windows = torch.from_numpy(self.batches.at(step, rank=rank, world=world))
+            return windows.pin_memory() if on_gpu else windows
+
+        steps = range(trainer.global_step, self.module.spec.steps)
+        # A CPU run has no core to spare for a reader, and nothing to hide its work behind.
+        for windows in ahead(fetch, steps) if on_gpu else map(fetch, steps):
+            yield from torch.split(windows, self.micro_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the step is the trainer's."""
@@ -52,6 +60,18 @@ class StepBatches:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def ahead(fetch: Callable[[int], Tensor], steps: Iterable[int]) -> Iterator[Tensor]:
+    """``map(fetch, steps)``, each fetched by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+        upcoming: Future[Tensor] | None = None
+        for step in steps:
+            ready, upcoming = upcoming, reader.submit(fetch, step)
+            if ready is not None:
+                yield ready.result()
+        if upcoming is not None:
+            yield upcoming.result()
 
 
 class TrainingModule(LightningModule):
@@ -79,7 +99,7 @@ class TrainingModule(LightningModule):
             self.load(self.model)
         if self.placement.compile:
             small = count_parameters(self.spec.shape).activated <= COMPILED_WHOLE
-            self.model.compile_in_place(whole=small and self.device_mesh is None)
+            self.model.compile_in_place(whole=small and self.device_mesh is None, graphs=self.placement.graphs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The one optimizer that the spec's row builds."""
@@ -87,6 +107,8 @@ class TrainingModule(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
+        if self.placement.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss = self.model.loss(batch)
         self.last_loss = loss.detach()
         auxiliary = self.model.auxiliary_loss()

@@ -325,6 +325,8 @@ class Placement(Strict, frozen=True):
     micro_batch: Positive | None = None
     """Windows of one forward pass; None takes the whole batch. Gradients are accumulated up to `batch_tokens`."""
     compile: bool = False
+    graphs: bool = False
+    """With `compile`: forward and backward pass of a model whose step launches would bound, as CUDA graphs."""
     checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
     """Seconds between resume points: what a kill can cost."""
     keep_tokens: tuple[Positive, ...] = ()

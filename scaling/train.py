@@ -98,6 +98,11 @@ def _train(
     _quiet()
 
     share, micro_batch = share_of_batch(spec, placement)
+    if placement.graphs and not (placement.compile and micro_batch == share and placement.processes == 1):
+        raise Refusal(
+            "placement: graphs = true needs compile = true, one device and no micro_batch smaller than the batch, "
+            "because gradients that are added up over replays would be overwritten. Set them so, or remove graphs."
+        )
     charged = charged_flops(directory, spec.initial)
     initial = spec.initial if resume_point is None else None
     load = None if initial is None else partial(load_initial, directory, initial)

@@ -116,6 +116,8 @@ class PlacementTable(Strict, frozen=True):
     micro_batch: Positive | None = None
     """Most windows of one forward pass: the plan takes the largest part of a batch that divides it; else all at once."""
     compile: bool = False
+    graphs: bool = False
+    """With ``compile``: CUDA graphs for models small enough that launches bound their step."""
     devices: Positive = 1
     """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
     runs_per_gpu: Positive = 1

@@ -227,6 +227,7 @@ def _run(
         threads=table.threads,
         micro_batch=micro_batch(spec, table.micro_batch),
         compile=table.compile,
+        graphs=table.graphs,
         checkpoint_seconds=table.checkpoint_seconds,
         devices=table.devices,  # in a SLURM job as many as its tasks: `sweeps.submit.job_placement`
         strategy=table.strategy,

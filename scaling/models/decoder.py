@@ -165,15 +165,16 @@ class Decoder(nn.Module):
         """Load of the busiest expert over the mean, in the worst layer of the last step; None in a dense model."""
         return None
 
-    def compile_in_place(self, *, whole: bool) -> None:
+    def compile_in_place(self, *, whole: bool, graphs: bool = False) -> None:
         """Compile without a wrapper, which would put a prefix before every name in the state.
 
         Args:
             whole: All in one, loss included: the fewest launches, which bound a small model's step. Otherwise block by
                 block: compiled once for all layers, and sharded weights can be gathered between them.
+            graphs: On a GPU, with `whole`: replay the kernels as CUDA graphs, one launch for all of them.
         """
         if whole:
-            self.compile()
+            self.compile(mode="reduce-overhead" if graphs else None)
             return
         for block in self.blocks:
             block.compile()

@@ -9,16 +9,19 @@ import signal
 import warnings
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from running import at_step, finish, numbers, place
-from tiny import make_spec
+from tiny import TINY, make_spec
 
+from scaling.data.batches import Batches
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
 from scaling.models.decoder import Decoder
+from scaling.module import ahead
 from scaling.optim.recipes import OPTIMIZERS
-from scaling.records import RunDirectory
+from scaling.records import RunDirectory, write_json
 from scaling.resume import AtomicCheckpointIO, newest_resume_point, resume_points
 from scaling.spec import RunSpec
 from scaling.train import train
@@ -185,3 +188,35 @@ def test_both_arms_see_the_same_start(tiny_shards: Path) -> None:
         model.initialise(0)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_run_may_use_the_stream_to_its_last_window(tiny_shards: Path, tmp_path: Path) -> None:
+    per_epoch = Batches(tiny_shards, context=TINY.context, windows=1).steps
+    windows = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
+    spec = make_spec(steps=per_epoch // windows, windows=windows, manifest=manifest_hash(read_manifest(tiny_shards)))
+    directory = place(spec, tmp_path / "all", tiny_shards)
+    assert finish(directory).tokens == per_epoch * TINY.context
+
+
+def test_batches_read_ahead_come_in_order_and_a_failed_read_comes_where_it_failed() -> None:
+    def fetch(step: int) -> torch.Tensor:
+        if step == 3:
+            raise Refusal("the disk is gone")
+        return torch.tensor(step)
+
+    read = ahead(fetch, range(9))
+    assert [int(next(read)) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(Refusal, match="the disk is gone"):
+        next(read)
+    assert [int(batch) for batch in ahead(torch.tensor, range(5))] == [0, 1, 2, 3, 4]
+
+
+def test_graphs_are_refused_where_gradients_are_added_up(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+    directory = place(spec, tmp_path / "graphs", tiny_shards)
+    placement = RunDirectory(directory).placement()
+    write_json(
+        RunDirectory(directory).placement_file,
+        msgspec.structs.replace(placement, compile=True, graphs=True, micro_batch=4),
+    )
+    with pytest.raises(Refusal, match="micro_batch smaller than the batch"):
+        train(directory, progress=False)
