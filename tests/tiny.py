@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from scaling.flops import train_flops
-from scaling.spec import Budget, DataSpec, Evaluation, ModelShape, OptimizerSpec, RunSpec, Schedule
+from scaling.spec import (
+    Budget,
+    DataSpec,
+    Evaluation,
+    LatentAttention,
+    Mixture,
+    ModelShape,
+    OptimizerSpec,
+    RunSpec,
+    Schedule,
+)
 
 TINY = ModelShape(layers=1, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
+
+TINY_MOONLIGHT = ModelShape(
+    layers=2,
+    width=16,
+    heads=2,
+    vocabulary=256,
+    context=16,
+    ffn_multiple=16,
+    family="moonlight-moe",
+    mixture=Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02),
+    latent=LatentAttention(kv_rank=8, plain=4, rotary=4, value=8),
+)
 
 
 def make_spec(

@@ -11,32 +11,20 @@ import pytest
 import torch
 from running import finish
 from safetensors.torch import load_file
-from tiny import make_spec
+from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
 from scaling.models.decoder import Decoder
 from scaling.processes import share_of_batch
 from scaling.records import RunDirectory, RunRecord
-from scaling.spec import LatentAttention, Mixture, ModelShape, Placement, RunSpec
-
-MIXTURE = ModelShape(
-    layers=2,
-    width=16,
-    heads=2,
-    vocabulary=256,
-    context=16,
-    ffn_multiple=16,
-    family="moonlight-moe",
-    mixture=Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.01),
-    latent=LatentAttention(kv_rank=8, plain=4, rotary=4, value=8),
-)
+from scaling.spec import Placement, RunSpec
 
 
 @pytest.fixture
 def spec(tiny_shards: Path) -> RunSpec:
     manifest = manifest_hash(read_manifest(tiny_shards))
-    return make_spec(shape=MIXTURE, steps=10, optimizer="muon", manifest=manifest)
+    return make_spec(shape=TINY_MOONLIGHT, steps=10, optimizer="muon", manifest=manifest)
 
 
 def directory_for(spec: RunSpec, folder: Path, shards: Path, **placement: object) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import at_step, finish, numbers, place
 from safetensors.torch import load_file
-from tiny import make_spec
+from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import Refusal
@@ -20,21 +20,8 @@ from scaling.models.gate import gate_scale
 from scaling.models.moe import MixtureDecoder, MixtureFeedForward, grouped_product, has_grouped, loop_product
 from scaling.optim.recipes import assign, complete
 from scaling.records import RunDirectory
-from scaling.spec import LatentAttention, Mixture, ModelShape, OptimizerSpec
+from scaling.spec import Mixture, ModelShape, OptimizerSpec
 from scaling.train import train
-
-MIXTURE = Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02)
-MOONLIGHT = ModelShape(
-    layers=2,
-    width=16,
-    heads=2,
-    vocabulary=256,
-    context=16,
-    ffn_multiple=16,
-    family="moonlight-moe",
-    mixture=MIXTURE,
-    latent=LatentAttention(kv_rank=8, plain=4, rotary=4, value=8),
-)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,7 +125,7 @@ def test_the_bias_rule_evens_out_the_load_of_real_text() -> None:
 
 
 def test_the_bias_moves_by_the_sign_of_the_shortage_and_keeps_its_mean() -> None:
-    model = build_model(MOONLIGHT)
+    model = build_model(TINY_MOONLIGHT)
     assert isinstance(model, MixtureDecoder)
     (layer,) = model.mixtures()
     layer.router.update_bias(torch.tensor([4, 4, 4, 4, 4, 4, 3, 5]))  # six at the mean, one below, one above
@@ -151,7 +138,7 @@ def test_the_bias_moves_by_the_sign_of_the_shortage_and_keeps_its_mean() -> None
 
 
 def test_an_evaluation_is_no_load() -> None:
-    model = build_model(MOONLIGHT)
+    model = build_model(TINY_MOONLIGHT)
     model.initialise(0)
     windows = torch.randint(0, 256, (4, 17))
     with torch.no_grad():
@@ -160,7 +147,7 @@ def test_an_evaluation_is_no_load() -> None:
     (layer,) = model.mixtures()
     assert int(layer.router.load.sum()) == 0
     model.loss(windows)
-    assert int(layer.router.load.sum()) == 4 * 16 * MIXTURE.active
+    assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.mixture.active
 
 
 def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where_one_takes_all() -> None:
@@ -180,7 +167,7 @@ def test_gate_scale_is_the_one_of_appendix_c() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_claimed_and_experts_are_matrices_of_their_own(optimizer: str) -> None:
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in build_model(MOONLIGHT).named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in build_model(TINY_MOONLIGHT).named_parameters()}
     claimed = {row.name: row for row in assign(complete(OptimizerSpec(name=optimizer, peak_lr=1e-3)), shapes)}
     assert claimed.keys() == shapes.keys()
     if optimizer == "muon":
@@ -193,7 +180,7 @@ def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = manifest_hash(read_manifest(tiny_shards))
-    spec = make_spec(shape=MOONLIGHT, steps=12, optimizer="muon", manifest=manifest)
+    spec = make_spec(shape=TINY_MOONLIGHT, steps=12, optimizer="muon", manifest=manifest)
     whole = place(spec, tmp_path / "whole", tiny_shards, micro_batch=4)
     record = finish(whole)
     stopped = place(spec, tmp_path / "stopped", tiny_shards, every=1e9, micro_batch=4)
@@ -214,13 +201,13 @@ def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(
 @pytest.mark.parametrize(
     ("family", "parts", "sentence"),
     [
-        ("decoder", {"mixture": MIXTURE}, "use the family mixtral-moe or moonlight-moe"),
+        ("decoder", {"mixture": TINY_MOONLIGHT.mixture}, "use the family mixtral-moe or moonlight-moe"),
         (
             "moonlight-moe",
-            {"mixture": MIXTURE},
+            {"mixture": TINY_MOONLIGHT.mixture},
             "needs a table latent. Add one, or use the family decoder or mixtral-moe",
         ),
-        ("mixtral", {"mixture": MIXTURE}, 'did you mean "mixtral-moe"'),
+        ("mixtral", {"mixture": TINY_MOONLIGHT.mixture}, 'did you mean "mixtral-moe"'),
     ],
 )
 def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, Mixture], sentence: str) -> None:
