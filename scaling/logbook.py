@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -45,22 +46,27 @@ def held_out_loss(module: TrainingModule, windows: Tensor, *, micro_batch: int) 
 
 
 class Stopwatch:
-    """Seconds of training alone, over all attempts: paused while the run evaluates or saves."""
+    """Seconds of training alone, over all attempts: paused while the run evaluates or saves.
 
-    def __init__(self) -> None:
+    Args:
+        clock: What counts: the time that passes, or with `time.process_time` the time that processors work.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._kept = 0.0
         self._since: float | None = None
 
     @property
     def seconds(self) -> float:
         """What has been counted up to now."""
-        return self._kept + (time.perf_counter() - self._since if self._since is not None else 0.0)
+        return self._kept + (self._clock() - self._since if self._since is not None else 0.0)
 
     def start(self, seconds: float | None = None) -> None:
         """Run, from `seconds` on where given."""
         if seconds is not None:
             self._kept = seconds
-        self._since = time.perf_counter()
+        self._since = self._clock()
 
     def stop(self) -> None:
         """Pause."""
@@ -84,14 +90,14 @@ class Logbook(Callback):
         self.every = max(1, spec.steps // ROWS)
         self.evaluate_at = evaluation_steps(spec)
         self.tail_starts = spec.steps - max(1, spec.steps // 10)
-        self.watch = Stopwatch()
+        self.watch, self.work = Stopwatch(), Stopwatch(time.process_time)
         self.diverged: str | None = None
         self.validation_loss: float | None = None
         # Sums stay on the device, so that a GPU is asked for a number once a row and not once a step.
         self.row_sum, self.row_count = torch.zeros((), dtype=torch.float64), 0
         self.tail_sum, self.tail_count = torch.zeros((), dtype=torch.float64), 0
         self.row_step, self.row_seconds = 0, 0.0
-        self._restored_seconds = 0.0
+        self._restored_seconds, self._restored_work = 0.0, 0.0
 
     @property
     def train_loss(self) -> float | None:
@@ -106,6 +112,7 @@ class Logbook(Callback):
             "row_step": self.row_step,
             "row_seconds": self.row_seconds,
             "seconds": self.watch.seconds,
+            "cpu_seconds": self.work.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -114,7 +121,7 @@ class Logbook(Callback):
         self.row_sum = torch.tensor(row, dtype=torch.float64)
         self.tail_sum = torch.tensor(tail, dtype=torch.float64)
         self.row_step, self.row_seconds = state_dict["row_step"], state_dict["row_seconds"]
-        self._restored_seconds = state_dict["seconds"]
+        self._restored_seconds, self._restored_work = state_dict["seconds"], state_dict["cpu_seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the rows that an earlier attempt wrote after its last resume point."""
@@ -125,6 +132,7 @@ class Logbook(Callback):
             kept = [row for row in self.directory.metrics() if row.step <= trainer.global_step]
             write_lines(self.directory.metrics_file, kept)
         self.watch.start(self._restored_seconds)
+        self.work.start(self._restored_work)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,9 +150,11 @@ class Logbook(Callback):
         evaluate = step in self.evaluate_at
         if stepped and (evaluate or step % self.every == 0):
             self.watch.stop()
+            self.work.stop()
             self._row(step, module, evaluate=evaluate)
             trainer.should_stop |= self.diverged is not None
             self.watch.start()
+            self.work.start()
 
     def _row(self, step: int, module: TrainingModule, *, evaluate: bool) -> None:
         shape, tokens = self.spec.shape, step * self.spec.batch_tokens

@@ -84,6 +84,7 @@ def record_of(
         groups=groups,
         bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
         seconds=logbook.watch.seconds,
+        cpu_seconds=logbook.work.seconds,
         tokens_per_second=rate,
         mfu=rate * train_flops_per_token(spec.shape, "attention") / (peak * device.count) if peak else None,
         device=device,

@@ -31,6 +31,9 @@ from scaling.spec import Placement, RunSpec, Strict
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+TAIL_BYTES = 4096
+"""More than a line of metrics, torn or not."""
+
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
 
 
@@ -132,6 +135,9 @@ class RunRecord(Strict, frozen=True):
     """Clipping and optimizer step, mean over the steps that were timed in the last attempt."""
     attention: str | None = None
     """Torch's attention kernel by name, where one was chosen; null leaves the choice to torch."""
+    cpu_seconds: float | None = None
+    """What `seconds` cost the processors, all threads of the run's first process: on a CPU the clock to trust where
+    others shared the machine."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -261,6 +267,19 @@ class RunDirectory:
     def metrics(self) -> list[MetricsRow]:
         """Logged steps in order."""
         return read_lines(self.metrics_file, MetricsRow)
+
+    def last_row(self) -> MetricsRow | None:
+        """The last whole line of the metrics, without reading the others; None where there is none."""
+        try:
+            with self.metrics_file.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(msgspec.DecodeError):
+                return msgspec.json.decode(line, type=MetricsRow)
+        return None
 
     def attempts(self) -> list[Attempt]:
         """Starts and ends of all attempts in order."""

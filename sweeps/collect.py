@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 RUN_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
-    "flops_attention", "flops_attention_full", "loss", "train_loss", "seconds", "tokens_per_second", "peak_lr",
-    "batch_tokens", "manifest", "reason",
+    "flops_attention", "flops_attention_full", "loss", "train_loss", "seconds", "cpu_seconds",
+    "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "reason",
 )  # fmt: skip
 """Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, `loss` is
-the held-out loss at the last token in nats per token, `seconds` is training time."""
+the held-out loss at the last token in nats per token, `seconds` is training time and `cpu_seconds`
+what it cost the processors."""
 
 CURVE_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
@@ -87,6 +88,7 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "loss": record.validation_loss if record else None,
         "train_loss": record.train_loss if record else None,
         "seconds": record.seconds if record else None,
+        "cpu_seconds": record.cpu_seconds if record else None,
         "tokens_per_second": record.tokens_per_second if record else None,
         "peak_lr": run.spec.optimizer.peak_lr,
         "batch_tokens": run.spec.batch_tokens,
