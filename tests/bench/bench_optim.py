@@ -16,7 +16,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.models.decoder import Decoder
 from scaling.optim.muon import MuonAdamW
+from scaling.optim.products import gram, quadratic
 from scaling.optim.recipes import build, update_flops
 from scaling.spec import ModelShape, OptimizerSpec, ffn_width
 
@@ -93,6 +95,28 @@ def ceiling() -> float:
     return 2 * 2048**3 / best
 
 
+def products_alone(shapes: Iterable[tuple[int, ...]]) -> float:
+    """CPU seconds of the products of five steps, nothing else: the best of several for each shape."""
+    total = 0.0
+    for (rows, columns), count in Counter((shape[0], shape[1]) for shape in shapes).items():
+        x = torch.randn(1, rows, columns).bfloat16()
+        square = x.new_empty(1, min(rows, columns), min(rows, columns))
+        factor, out = torch.randn(square.shape).bfloat16(), torch.empty_like(x)
+        left, right = (x, factor) if rows > columns else (factor, x)
+        for product in (
+            functools.partial(gram, x, square),
+            functools.partial(quadratic, factor, -4.775, 2.0315, square),
+            functools.partial(torch.baddbmm, x, left, right, beta=3.4445, out=out),
+        ):
+            best = float("inf")
+            for _ in range(8):
+                start = time.process_time()
+                product()
+                best = min(best, time.process_time() - start)
+            total += 5 * count * best
+    return total
+
+
 def bench_wide(layers: int, rounds: int) -> None:
     """12 layers of width 768: 84.9M parameters, both in bf16."""
     named = matrices(layers, 768, 2048, "cpu")
@@ -101,11 +125,15 @@ def bench_wide(layers: int, rounds: int) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
     flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
     report(f"{layers} layers of width 768, {sum(p.numel() for _, p in named) / 1e6:.1f}M parameters", seconds, flops)
-    rate = ceiling()
+    torchs = seconds["torch.optim.Muon"][1]
+    rate, floor = ceiling(), products_alone(shapes.values())
     halved = sum(5 * (3 * min(shape) ** 2 * max(shape) + min(shape) ** 3) for shape in shapes.values())
-    print(f"  one bf16 product of side 2048 runs at {rate / 1e9:.0f} GFLOP/s here: whole products cannot take less than "
-          f"{flops / rate * 1e3:.0f} ms,\n  and with symmetric ones halved to the entry {halved / rate * 1e3:.0f} ms: "
-          f"at most {seconds['torch.optim.Muon'][1] * rate / halved:.2f} x torch's Muon on this CPU")  # fmt: skip
+    print(f"  bounds, by CPU time: the best large bf16 product runs at {rate / 1e9:.0f} GFLOP/s, torch's Muon at "
+          f"{flops / torchs / 1e9:.0f} ({flops / torchs / rate:.0%})\n"
+          f"    whole products at that speed       {flops / rate * 1e3:7.0f} ms, {torchs * rate / flops:.2f} x torch's Muon\n"
+          f"    symmetric ones halved to the entry {halved / rate * 1e3:7.0f} ms, {torchs * rate / halved:.2f} x\n"
+          f"    our products, timed alone          {floor * 1e3:7.0f} ms, {torchs / floor:.2f} x; "
+          f"ours took {seconds['ours'][1] / floor:.2f} of that with all the rest")  # fmt: skip
     ours = optimizers["ours"]
     assert isinstance(ours, MuonAdamW)
     state = sum(tensor.nbytes for each in ours.state.values() for tensor in each.values())
