@@ -15,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 from scaling.cli.campaigns import Collect, Demo, Plan, Status, Submit, Tune
 from scaling.cli.cluster import Cancel, Clean, Doctor, Logs
+from scaling.cli.compare import Compare
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
 from scaling.errors import Refusal
@@ -27,6 +28,7 @@ VERBS = (
     | Annotated[Status, subcommand("status")]
     | Annotated[Collect, subcommand("collect")]
     | Annotated[Fit, subcommand("fit")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Audit, subcommand("audit")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Doctor, subcommand("doctor")]

@@ -1,0 +1,82 @@
+"""Arms at one budget: final losses side by side, and the difference to the baseline along the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures.style import MUTED, look, new_figure, styled
+from analysis.same_budget import Outcome
+from scaling.units import human
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def final_losses(found: Sequence[Outcome], rung: str) -> Figure:
+    """One line an arm: the mean held-out loss, its interval over seeds as a bar, the baseline as a line through all.
+
+    Args:
+        found: What `analysis.same_budget.outcomes` returns.
+        rung: Which size.
+    """
+    here = [outcome for outcome in found if outcome.rung == rung]
+    arms = [outcome.arm for outcome in here]
+    with styled():
+        figure = new_figure(4.6, 0.6 + 0.27 * len(here))
+        axes = figure.add_subplot()
+        places = np.arange(len(here))[::-1]
+        base = here[0].loss
+        axes.axvline(base, color=MUTED, linewidth=0.8, linestyle="--")
+        for place, outcome in zip(places, here, strict=True):
+            dress = look(arms, outcome.arm)
+            if outcome.low is not None and outcome.high is not None:
+                # The interval of the paired difference, drawn about the baseline that it belongs to.
+                axes.plot([base + outcome.low, base + outcome.high], [place] * 2, color=dress.colour, linewidth=1.6)
+            at = base + outcome.difference if outcome.difference is not None else outcome.loss
+            axes.plot(at, place, dress.marker, color=dress.colour, markersize=5)
+        axes.set_yticks(places, arms)
+        axes.set_ylim(-0.6, len(here) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"held-out loss after {human(here[0].tokens)} tokens (nats per token)")
+    return figure
+
+
+def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: str) -> Figure:
+    """Held-out loss minus the baseline's against tokens; bands are 95 % intervals over seeds.
+
+    Args:
+        table: What `analysis.same_budget.gaps` returns.
+        arms: All arms, which give the looks.
+        baseline: The arm at zero.
+        rung: Which size.
+    """
+    here = table[table["rung"] == rung]
+    with styled():
+        figure = new_figure(4.6, 2.9)
+        axes = figure.add_subplot()
+        axes.axhline(0.0, color=look(arms, baseline).colour, linewidth=1.2, label=baseline)
+        for arm in arms:
+            own = here[here["arm"] == arm]
+            if arm == baseline or not len(own):
+                continue
+            dress = look(arms, arm)
+            axes.plot(
+                own["tokens"],
+                own["gap"],
+                marker=dress.marker,
+                markersize=3.5,
+                linewidth=1.2,
+                color=dress.colour,
+                label=arm,
+            )
+            axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
+        axes.set_xlim(0, None)
+        axes.xaxis.set_major_formatter(lambda value, _: human(value) if value else "0")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(f"held-out loss minus {baseline}'s\n(nats per token)")
+        axes.legend(loc="best")
+    return figure
