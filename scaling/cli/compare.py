@@ -59,9 +59,9 @@ def _table(found: Sequence[Outcome], baseline: str) -> Table:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("rung", "arm"):
-        table.add_column(name)
-    for name in ("tokens", "seeds", "held-out loss", "sd", f"minus {baseline}", "95 %"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "seeds", "loss", "sd", f"minus {baseline}", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for outcome in found:
         interval = "" if outcome.low is None else f"{outcome.low:+.4f} to {outcome.high:+.4f}"
         table.add_row(
