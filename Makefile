@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+OWN_UV := $(filter .uv/bin/uv,$(UV))
 # One thread a process: two runs side by side beat two threads in one run on small models.
 export OMP_NUM_THREADS ?= 1
 export UV_LINK_MODE ?= hardlink
@@ -34,15 +35,14 @@ notebooks: $(READY)
 bench: $(READY)
 	for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-lock: .uv/bin/uv
+lock: $(OWN_UV)
 	$(UV) pip compile --generate-hashes --universal --python-version 3.11 --extra data --extra dev \
 	    --no-emit-index-url --quiet --output-file requirements.lock pyproject.toml
 
 .uv/bin/uv:
-	@command -v uv >/dev/null 2>&1 && mkdir -p .uv/bin && touch $@ || \
-	    { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet 'uv>=0.8,<1'; }
+	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet 'uv>=0.8,<1'
 
-$(READY): requirements.lock pyproject.toml | .uv/bin/uv
+$(READY): requirements.lock pyproject.toml | $(OWN_UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	$(UV) pip sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --no-deps --python $(BIN)/python --editable .

@@ -17,7 +17,13 @@ LATENT = LatentAttention(kv_rank=24, plain=12, rotary=8, value=20)
 SHAPES = {
     "tiny": ModelShape(layers=2, width=32, heads=2, vocabulary=256, context=64, ffn_multiple=8),
     "tied": ModelShape(layers=3, width=48, heads=4, vocabulary=100, context=16, ffn_multiple=16, tied=True),
-    "moonlight-339M": ModelShape(layers=12, width=1536, heads=12, vocabulary=1024, context=2048),
+    **{
+        f"moonlight-{layers}-layers": ModelShape(
+            layers=layers, width=128 * layers, heads=layers, vocabulary=50_304, context=8192
+        )
+        for layers in (12, 14, 16, 18, 20)
+    },
+    **PUBLISHED,
     "experts": ModelShape(
         layers=2, width=32, heads=2, vocabulary=256, context=64, ffn=64, family="mixtral-moe",
         mixture=Mixture(experts=4, active=3, score="topk-softmax"),

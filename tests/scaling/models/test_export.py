@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import warnings
 
@@ -20,9 +19,6 @@ from scaling.models.export import export_hf
 from scaling.models.tokenizer_files import byte_tokenizer
 from scaling.records import Code, Device, RunDirectory, RunRecord, write_json
 from scaling.spec import ModelShape, Placement, as_dict
-
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
 
 UNTIED = ModelShape(layers=3, width=32, heads=4, vocabulary=256, context=24, ffn_multiple=8)
 TIED = msgspec.structs.replace(UNTIED, tied=True)
@@ -134,7 +130,6 @@ def test_the_exported_files_are_a_llama_with_the_same_logits(run, tmp_path):
     assert expected.std() > 0.5
 
 
-@needs_transformers
 def test_transformers_loads_the_export_gives_the_same_logits_and_generates(run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that library's own deprecations are not ours

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -21,10 +20,6 @@ from scaling.models import build_model
 from scaling.models.export import export_hf
 from scaling.records import RunDirectory
 from scaling.spec import LatentAttention, Mixture, ModelShape
-
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 
 MOONLIGHT = ModelShape(
     layers=3, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="moonlight-moe",
@@ -154,7 +149,6 @@ def test_the_exported_files_are_the_published_architecture_with_the_same_logits(
     assert expected.std() > 0.5
 
 
-@needs_transformers
 def test_transformers_loads_the_export_gives_the_same_logits_and_generates(run: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that library's own deprecations are not ours
