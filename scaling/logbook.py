@@ -149,12 +149,20 @@ class Logbook(Callback):
             self.tail_count += 1
         evaluate = step in self.evaluate_at
         if stepped and (evaluate or step % self.every == 0):
-            self.watch.stop()
-            self.work.stop()
+            self.pause()
             self._row(step, module, evaluate=evaluate)
             trainer.should_stop |= self.diverged is not None
-            self.watch.start()
-            self.work.start()
+            self.go_on()
+
+    def pause(self) -> None:
+        """Stop the clocks: what follows is not training."""
+        self.watch.stop()
+        self.work.stop()
+
+    def go_on(self) -> None:
+        """Let the clocks run."""
+        self.watch.start()
+        self.work.start()
 
     def _row(self, step: int, module: TrainingModule, *, evaluate: bool) -> None:
         shape, tokens = self.spec.shape, step * self.spec.batch_tokens

@@ -141,6 +141,11 @@ class TrainingModule(LightningModule):
         total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
         return total
 
+    def maximum_over_processes(self, value: Tensor) -> Tensor:
+        """The largest of a tensor that every process has of its own share of the batch, entry by entry."""
+        largest: Tensor = self.trainer.strategy.reduce(value, reduce_op="max")
+        return largest
+
     def mean_over_processes(self, value: Tensor) -> float:
         """The mean of a number that every process has of its own share of the batch."""
         return float(self.trainer.strategy.reduce(value, reduce_op="mean"))

@@ -5,6 +5,7 @@
         placement.json   where and how it executes (Placement)
         attempts.jsonl   one line when an attempt starts, one when it ends
         metrics.jsonl    one line a logged step; a torn last line is ignored
+    dynamics.jsonl   one line a step at which updates and weights were measured, where the spec asks for it
         checkpoint/      resume state, newest kept
         weights.safetensors
         record.json      RunRecord: written last, by the run alone; a run is done when it is there
@@ -55,6 +56,22 @@ class MetricsRow(Strict, frozen=True):
     validation_loss: float | None = None
     load_imbalance: float | None = None
     """With experts: load of the busiest over the mean, in the worst layer of this step; no token is ever dropped."""
+
+
+class DynamicsRow(Strict, frozen=True):
+    """What one step did to the weights, and what they are after it; by class of matrix, which layers share."""
+
+    step: int
+    tokens: int
+    update_rms: dict[str, float]
+    """Root mean square of the step's update in units of the learning rate, decay left out; by class of parameter."""
+    largest_logit: dict[str, float]
+    """Largest attention logit of any head over the first held-out windows, after the step; by attention."""
+    svd_entropy: dict[str, float]
+    """``-sum p log p / log n`` of a matrix's squared singular values over their sum, mean over a class (Moonlight,
+    Section 3.4): 1 where all are equal."""
+    clipped_heads: int | None = None
+    """Heads that QK-clip has shrunk so far, counted once a step; null without it."""
 
 
 class Attempt(Strict, frozen=True):
@@ -135,6 +152,8 @@ class RunRecord(Strict, frozen=True):
     """Clipping and optimizer step, mean over the steps that were timed in the last attempt."""
     attention: str | None = None
     """Torch's attention kernel by name, where one was chosen; null leaves the choice to torch."""
+    optimizer_flops: int | None = None
+    """Of all optimizer steps, their matrix products alone (`scaling.optim.ledger`); in no row of `flops`."""
     cpu_seconds: float | None = None
     """What `seconds` cost the processors, all threads of the run's first process: on a CPU the clock to trust where
     others shared the machine."""
@@ -228,6 +247,7 @@ class RunDirectory:
         self.placement_file = self.path / "placement.json"
         self.attempts_file = self.path / "attempts.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.dynamics_file = self.path / "dynamics.jsonl"
         self.checkpoints = self.path / "checkpoint"
         self.weights_file = self.path / "weights.safetensors"
         self.record_file = self.path / "record.json"
@@ -267,6 +287,10 @@ class RunDirectory:
     def metrics(self) -> list[MetricsRow]:
         """Logged steps in order."""
         return read_lines(self.metrics_file, MetricsRow)
+
+    def dynamics(self) -> list[DynamicsRow]:
+        """Measured steps in order; empty where the spec asks for none."""
+        return read_lines(self.dynamics_file, DynamicsRow)
 
     def last_row(self) -> MetricsRow | None:
         """The last whole line of the metrics, without reading the others; None where there is none."""

@@ -223,6 +223,9 @@ class Evaluation(Strict, frozen=True):
     """Held-out tokens, the first of the validation shard."""
     times: NonNegative = 4
     """Measurements at equal distances before the last."""
+    dynamics: Positive | None = None
+    """How often, at equal distances and with the last step, sizes of updates, attention logits and spectra of weights
+    are measured (`scaling.dynamics`); None never. The run's other numbers are the same either way."""
 
 
 class Initial(Strict, frozen=True):
@@ -346,7 +349,7 @@ class Placement(Strict, frozen=True):
         return self.devices * self.nodes
 
 
-ADDED_LATER = frozenset({"ffn", "mixture", "latent", "initial", "branch_of"})
+ADDED_LATER = frozenset({"ffn", "mixture", "latent", "initial", "branch_of", "dynamics"})
 """Fields that came after the first runs. Where they are None an id does not see them, so those runs keep theirs."""
 
 

@@ -26,6 +26,7 @@ from scaling.attention import attending_by, chosen_kernel
 from scaling.branches import trunk_point
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
+from scaling.dynamics import Dynamics
 from scaling.errors import Refusal
 from scaling.initial import charged_flops, load_initial
 from scaling.logbook import Logbook
@@ -123,9 +124,10 @@ def _train(
         stop=StopRequest(),
         keep=[tokens // spec.batch_tokens for tokens in placement.keep_tokens],
     )
+    dynamics = Dynamics(directory, spec, placement, logbook=logbook)
     with _expected_warnings():
         trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
-            logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
+            dynamics, logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
         try:
             with attending_by(kernel):

@@ -37,19 +37,26 @@ class MultiHeadLatentAttention(nn.Module):
         self.value = nn.Linear(latent.kv_rank, shape.heads * latent.value, bias=False)
         self.output = nn.Linear(shape.heads * latent.value, shape.width, bias=False)
 
+    def query_and_key(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """What is multiplied to scores: ``(B, A, T, plain + rotary)`` twice."""
+        return self._query(x, rotary), self._key(self.latent_norm(self.latent(x)), x, rotary)
+
+    def _query(self, x: Tensor, rotary: Rotary) -> Tensor:
+        base = x if self.sizes.q_rank is None else self.query_norm(self.query_latent(x))
+        plain, turned = torch.split(self._by_head(self.query(base)), [self.sizes.plain, self.sizes.rotary], dim=-1)
+        return torch.cat([plain, rotary(turned)], dim=-1)
+
+    def _key(self, latent: Tensor, x: Tensor, rotary: Rotary) -> Tensor:
+        position = rotary(self.position(x).unsqueeze(1)).expand(-1, self.heads, -1, -1)
+        return torch.cat([self._by_head(self.key(latent)), position], dim=-1)
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:-1], self.heads, -1).transpose(1, 2)  # (B, A, T, channels)
+
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """``(B, T, H)`` to ``(B, T, H)``."""
-        batch, length, _ = x.shape
-
-        def by_head(projected: Tensor) -> Tensor:
-            return projected.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, A, T, channels)
-
-        base = x if self.sizes.q_rank is None else self.query_norm(self.query_latent(x))
-        plain, turned = torch.split(by_head(self.query(base)), [self.sizes.plain, self.sizes.rotary], dim=-1)
-        query = torch.cat([plain, rotary(turned)], dim=-1)
-        latent = self.latent_norm(self.latent(x))
-        position = rotary(self.position(x).unsqueeze(1)).expand(-1, self.heads, -1, -1)
-        key = torch.cat([by_head(self.key(latent)), position], dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, by_head(self.value(latent)), is_causal=True)
-        projected: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        query, latent = self._query(x, rotary), self.latent_norm(self.latent(x))
+        key = self._key(latent, x, rotary)
+        mixed = F.scaled_dot_product_attention(query, key, self._by_head(self.value(latent)), is_causal=True)
+        projected: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return projected

@@ -34,6 +34,8 @@ class AdamWOptions(Strict, frozen=True):
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     epsilon: PositiveFloat = 1e-8
+    qk_clip: PositiveFloat | None = None
+    """As in `MatrixOptions`."""
 
 
 class MatrixOptions(Strict, frozen=True):
@@ -58,6 +60,8 @@ class MatrixOptions(Strict, frozen=True):
     """Peak learning rate of the AdamW part, as a multiple of the run's."""
     adamw_decay_factor: Factor = 1.0
     """Weight decay of the AdamW part, as a multiple of the run's."""
+    qk_clip: PositiveFloat | None = None
+    """Bound of attention logits (Kimi K2: 100): after a step, heads that passed it are shrunk. None bounds nothing."""
 
 
 class MuonOptions(MatrixOptions, frozen=True):
@@ -164,7 +168,10 @@ def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[
 
 
 def _matrix_groups(spec: OptimizerSpec, options: MatrixOptions) -> dict[str, dict[str, Any]]:
-    elsewhere = {field for field in MatrixOptions.__struct_fields__ if field.startswith("adamw_")} | {"head_blocks"}
+    elsewhere = {field for field in MatrixOptions.__struct_fields__ if field.startswith("adamw_")} | {
+        "head_blocks",
+        "qk_clip",
+    }
     return {
         spec.name: {
             "lr": spec.peak_lr,
@@ -252,13 +259,13 @@ def _options(spec: OptimizerSpec) -> Strict:
 
 
 def complete(spec: OptimizerSpec) -> OptimizerSpec:
-    """The spec with every option of its optimizer written out.
+    """The spec with every option of its optimizer written out; one that is None by default and stays so is left out.
 
     Raises:
         Refusal: The optimizer or an option is not known, or a value has the wrong type or range.
     """
-    options: dict[str, float | int | bool | str] = msgspec.to_builtins(_options(spec))
-    return msgspec.structs.replace(spec, options=options)
+    options: dict[str, float | int | bool | str | None] = msgspec.to_builtins(_options(spec))
+    return msgspec.structs.replace(spec, options={name: v for name, v in options.items() if v is not None})
 
 
 def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[Assignment]:
@@ -282,6 +289,12 @@ def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[A
             Assignment(name=name, shape=tuple(shape), algorithm=rule.algorithm, view=rule.view, rule=rule.pattern)
         )
     return assignments
+
+
+def qk_clip_bound(spec: OptimizerSpec) -> float | None:
+    """The bound of attention logits that a run asks for, whatever its optimizer."""
+    bound: float | None = getattr(_options(spec), "qk_clip", None)
+    return bound
 
 
 def update_flops(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:

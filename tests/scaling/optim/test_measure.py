@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from scaling.models.decoder import Decoder
-from scaling.optim.measure import measured_updates, parameter_class
+from scaling.optim.measure import parameter_class, svd_entropy, update_rms, weights_of
 from scaling.optim.recipes import build
 from scaling.spec import ModelShape, OptimizerSpec
 
@@ -15,9 +15,9 @@ def one_step(optimizer: OptimizerSpec) -> dict[str, float]:
     model.initialise(0)
     built = build(optimizer, model.named_parameters())
     model.loss(torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))).backward()
-    with measured_updates(built) as sizes:
-        built.step()
-    return sizes
+    before = weights_of(built)
+    built.step()
+    return update_rms(built, before)
 
 
 def test_layers_share_a_class():
@@ -47,6 +47,20 @@ def test_muon_falls_short_of_its_nominal_size_and_exact_mode_does_not():
 def test_a_frozen_group_is_left_out():
     optimizer = build(OptimizerSpec(name="adamw", peak_lr=1.0), [("norm.weight", nn.Parameter(torch.ones(4)))])
     optimizer.param_groups[0]["lr"] = 0.0
-    with measured_updates(optimizer) as sizes:
-        optimizer.step()
-    assert sizes == {}
+    before = weights_of(optimizer)
+    optimizer.step()
+    assert update_rms(optimizer, before) == {}
+
+
+def test_the_entropy_of_a_spectrum_is_one_where_flat_and_known_where_two_values_stand_alone():
+    def built(weight):
+        name = "blocks.0.attention.query.weight" if weight.ndim == 2 else "blocks.0.feed_forward.experts.up"
+        return build(OptimizerSpec(name="adamw", peak_lr=1.0), [(name, nn.Parameter(weight))])
+
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]
+    assert svd_entropy(built(turned)) == {"attention.query": pytest.approx(1.0, abs=1e-5)}
+    # Two equal values among eight: log 2 / log 8. A stack of experts is the mean of its matrices.
+    pair = turned @ torch.diag(torch.tensor([3.0, 3.0, 0, 0, 0, 0, 0, 0]))
+    assert svd_entropy(built(torch.stack([pair, turned]))) == {
+        "feed_forward.experts.up": pytest.approx((1 / 3 + 1) / 2, abs=1e-4)
+    }

@@ -1,8 +1,10 @@
+import msgspec
 import torch
 
 from scaling.models.decoder import Attention, Decoder, Rotary
-from scaling.optim.qk_clip import clip_attention_, clip_heads_, largest_logits, observed_logits
-from scaling.spec import ModelShape
+from scaling.models.latent import MultiHeadLatentAttention
+from scaling.optim.qk_clip import clip_attention_, largest_logits, observed_logits
+from scaling.spec import LatentAttention, ModelShape
 
 SHAPE = ModelShape(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)
 
@@ -33,18 +35,25 @@ def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
     x = torch.randn(2, 16, 32)
     before = logits_of(attention, x)
     bound = float(before.sort().values[1:3].mean())
-    heads = [weight.view(4, -1, 32) for weight in (attention.query.weight, attention.key.weight)]
-    factors = clip_heads_(before, heads, bound=bound)
-    assert (factors < 1).sum() == 2
+    assert clip_attention_(torch.nn.ModuleDict({"it": attention}), {"it": before}, bound=bound) == 2
     torch.testing.assert_close(logits_of(attention, x), before.clamp(max=bound), rtol=1e-4, atol=0)
 
 
-def test_a_key_shared_between_heads_is_made_up_for_by_the_query():
-    query, rotary_query, rotary_key = torch.ones(2, 4, 8), torch.ones(2, 2, 8), torch.ones(2, 8)
-    clip_heads_(torch.tensor([400.0, 50.0]), [query], query_alone=[rotary_query])
-    assert torch.equal(query[:, 0, 0], torch.tensor([0.5, 1.0]))
-    assert torch.equal(rotary_query[:, 0, 0], torch.tensor([0.25, 1.0]))
-    assert torch.equal(rotary_key, torch.ones(2, 8))
+def test_latent_attention_is_clipped_to_the_bound_and_its_shared_rotary_key_stays():
+    latent = LatentAttention(kv_rank=8, plain=4, rotary=4, value=8, q_rank=12)
+    shape = msgspec.structs.replace(SHAPE, latent=latent)
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"it": MultiHeadLatentAttention(shape, latent)})
+    attention, rotary = model["it"], Rotary(latent.rotary, SHAPE.context)
+    x = torch.randn(2, 16, 32)
+    with observed_logits(model) as before:
+        attention(x, rotary)
+    shared, bound = attention.position.weight.clone(), float(before["it"].median()) + 1e-4
+    assert clip_attention_(model, before, bound=bound) == 2
+    with observed_logits(model) as after:
+        attention(x, rotary)
+    torch.testing.assert_close(after["it"], before["it"].clamp(max=bound), rtol=1e-4, atol=0)
+    assert torch.equal(attention.position.weight, shared)
 
 
 def test_a_model_is_watched_clipped_and_left_without_hooks():

@@ -32,7 +32,8 @@ def test_planning_reads_the_table_without_torch():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_completing_writes_every_default_and_twice_is_once(name):
     whole = complete(spec(name))
-    assert set(whole.options) == set(OPTIMIZERS[name].options.__struct_fields__)
+    fields = msgspec.structs.fields(OPTIMIZERS[name].options)
+    assert set(whole.options) == {field.name for field in fields if field.default is not None}
     assert complete(whole) == whole
 
 
