@@ -1,7 +1,7 @@
-"""The same ratio under other counts: FLOPs with the head, with attention; wall-clock; GPU-hours.
+"""The same ratio under other counts: FLOPs with the head, with attention, with the optimizer; wall-clock; GPU-hours.
 
-FLOPs of a model do not see what an optimizer itself costs. A ratio in measured time does, and belongs beside the
-other.
+FLOPs of a model do not see what an optimizer itself costs. A count of its matrix products does, and so does a ratio in
+measured time, which sees the rest of it too; both belong beside the other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ LABELS = {
     "flops_matmul": "FLOPs with the head",
     "flops_attention": "FLOPs with head and causal attention",
     "flops_attention_full": "FLOPs with head and full attention",
+    "flops_with_optimizer": "FLOPs with the optimizer's own",
+    "flops_attention_with_optimizer": "FLOPs with head, causal attention and the optimizer's own",
     "tokens": "tokens",
     "seconds": "wall-clock",
     "gpu_hours": "GPU-hours",

@@ -14,6 +14,7 @@ from scaling.logbook import Logbook
 from scaling.memory import peak_bytes
 from scaling.module import TrainingModule
 from scaling.optim import recipes
+from scaling.optim.ledger import run_optimizer_flops
 from scaling.processes import whole
 from scaling.provenance import describe_code
 from scaling.records import Device, RunDirectory, RunRecord
@@ -70,6 +71,7 @@ def record_of(
         tokens=tokens,
         flops={name: train_flops(spec.shape, tokens, name) + charged.get(name, 0) for name in CONVENTIONS},
         initial_flops=charged,
+        optimizer_flops=run_optimizer_flops(spec, tokens),
         attention=attention,
         peak_memory=peak_bytes(torch.device("cuda" if device.kind == "cuda" else "cpu")),
         optimizer_seconds=module.clock.mean,

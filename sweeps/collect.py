@@ -1,4 +1,7 @@
-"""Runs -> tables: runs.csv with one row a run, curves.parquet with one row a logged step."""
+"""Runs -> tables: runs.csv with one row a run, curves.parquet with one row a logged step, dynamics.parquet.
+
+The last has a row for every number that a run measured of its updates and weights, where a campaign asks for them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.flops import CONVENTIONS, train_flops
+from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import write_atomic
 from sweeps.plan import Plan, PlannedRun
 from sweeps.status import run_status
@@ -16,11 +20,11 @@ if TYPE_CHECKING:
 
 RUN_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
-    "flops_attention", "flops_attention_full", "loss", "train_loss", "seconds", "cpu_seconds",
+    "flops_attention", "flops_attention_full", "flops_with_optimizer", "flops_attention_with_optimizer", "loss", "train_loss", "seconds", "cpu_seconds",
     "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "reason",
 )  # fmt: skip
-"""Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, `loss` is
-the held-out loss at the last token in nats per token, `seconds` is training time and `cpu_seconds`
+"""Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
+the optimizer's matrix products cost where they say so (`scaling.optim.ledger`), `loss` is the held-out loss at the last token in nats per token, `seconds` is training time and `cpu_seconds`
 what it cost the processors."""
 
 CURVE_COLUMNS = (
@@ -28,6 +32,11 @@ CURVE_COLUMNS = (
     "learning_rate", "grad_norm", "tokens_per_second",
 )  # fmt: skip
 """Of curves.parquet."""
+
+DYNAMICS_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "quantity", "part", "value",
+)  # fmt: skip
+"""Of dynamics.parquet: `quantity` is a field of `scaling.records.DynamicsRow`, `part` what it was measured of."""
 
 
 def collect(plan: Plan, folder: Path | str | None = None) -> pd.DataFrame:
@@ -57,6 +66,11 @@ def collect(plan: Plan, folder: Path | str | None = None) -> pd.DataFrame:
     buffer = io.BytesIO()
     curves.to_parquet(buffer, index=False)
     write_atomic(folder / "curves.parquet", buffer.getvalue())
+    measured = [row for run in plan.runs for row in _dynamics(plan, run)]
+    if measured:
+        buffer = io.BytesIO()
+        pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
+        write_atomic(folder / "dynamics.parquet", buffer.getvalue())
     return runs
 
 
@@ -77,6 +91,7 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     record = plan.directory(run).record() if done else None
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
+    optimizer = run_optimizer_flops(run.spec, tokens)
     return _identity(run) | {
         "status": now.state,
         "params": run.parameters,
@@ -85,6 +100,8 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "flops_matmul": flops["matmul"],
         "flops_attention": flops["attention"],
         "flops_attention_full": flops["attention-full"],
+        "flops_with_optimizer": flops["6nd"] + optimizer,
+        "flops_attention_with_optimizer": flops["attention"] + optimizer,
         "loss": record.validation_loss if record else None,
         "train_loss": record.train_loss if record else None,
         "seconds": record.seconds if record else None,
@@ -114,3 +131,19 @@ def _curve(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
         }
         for _, row in sorted(rows.items())
     ]
+
+
+def _dynamics(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
+    rows = {row.step: row for row in plan.directory(run).dynamics()}
+    found = []
+    for _, row in sorted(rows.items()):
+        quantities = {"update_rms": row.update_rms, "largest_logit": row.largest_logit, "svd_entropy": row.svd_entropy}
+        if row.clipped_heads is not None:
+            quantities["clipped_heads"] = {"all": float(row.clipped_heads)}
+        found += [
+            _identity(run)
+            | {"step": row.step, "tokens": row.tokens, "quantity": quantity, "part": part, "value": value}
+            for quantity, parts in quantities.items()
+            for part, value in parts.items()
+        ]
+    return found

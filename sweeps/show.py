@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.flops import train_flops
+from scaling.optim.ledger import run_optimizer_flops
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
 from sweeps.cost import Cost, assumption, measured_runs, predict
@@ -88,6 +91,8 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
             "tokens_per_parameter": spec.budget.tokens / run.parameters,
             "flops": spec.budget.flops,
             "pflops_days": pflops_days(spec.budget.flops),
+            "flops_attention": train_flops(spec.shape, spec.budget.tokens, "attention"),
+            "optimizer_flops": run_optimizer_flops(spec),
             "batch_tokens": spec.batch_tokens,
             "batch_windows": spec.batch_tokens // spec.shape.context,
             "optimizer": spec.optimizer.name,
@@ -171,6 +176,28 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(table, Text(), *(Text(line) for line in _notes(plan)))
 
 
+def _beside(plan: Plan) -> str:
+    """What 6ND leaves out, as shares of it over the runs."""
+
+    def span(shares: Iterable[float]) -> str:
+        ends = [f"{end:.2g} %" if end < 10 else f"{end:.0f} %" for end in _ends(100 * share for share in shares)]
+        return " to ".join(dict.fromkeys(ends))
+
+    attention = span(
+        train_flops(run.spec.shape, 1, "attention") / train_flops(run.spec.shape, 1) - 1 for run in plan.runs
+    )
+    optimizers = ", ".join(
+        f"{arm.name} {span(run_optimizer_flops(r.spec) / r.spec.budget.flops for r in plan.runs if r.arm == arm.name)}"
+        for arm in plan.campaign.arms
+    )
+    return f"Beside 6ND: head and causal attention {attention}; matrix products of the optimizer: {optimizers}."
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    known = sorted(values)
+    return known[0], known[-1]
+
+
 def _notes(plan: Plan) -> list[str]:
     totals = plan_totals(plan)
     arms = ", ".join(arm.name for arm in plan.campaign.arms)
@@ -180,6 +207,7 @@ def _notes(plan: Plan) -> list[str]:
         f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
+    lines.append(_beside(plan))
     if "assumed" in totals["bases"]:
         kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
         lines += [f"Hours are {kind}." for kind in kinds]

@@ -1,4 +1,4 @@
-"""The optimizers a run can name, one row each: typed options, rules that say which weights go where, a builder.
+"""The optimizers a run can name, one row each: options, rules that say which weights go where, a builder.
 
 Planning reads this table too, so torch is imported only inside the builders.
 """
@@ -9,75 +9,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from scaling.errors import Refusal, unknown_name
-from scaling.optim.coefficients import CoefficientSet, Form, newton_schulz_flops
+from scaling.optim.options import AdamWOptions, MatrixOptions, MuonOptions, NorMuonOptions
 from scaling.optim.search import Search
 from scaling.optim.views import matrices
-from scaling.spec import OptimizerSpec, Positive, Strict
+from scaling.spec import OptimizerSpec, Strict
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-
-Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-Factor = Annotated[float, msgspec.Meta(ge=0.0)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
-
-
-class AdamWOptions(Strict, frozen=True):
-    """Betas of Moonlight's AdamW (0.9, 0.95: its author, Moonlight issue 23), decay on every parameter."""
-
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    epsilon: PositiveFloat = 1e-8
-    qk_clip: PositiveFloat | None = None
-    """As in `MatrixOptions`."""
-
-
-class MatrixOptions(Strict, frozen=True):
-    """What Muon and its relatives share, and AdamW for what is not a matrix of a block."""
-
-    momentum: Beta = 0.95
-    ns_steps: Positive = 5
-    coefficients: CoefficientSet = "keller"
-    form: Form = "standard"
-    """``gram`` iterates long matrices by their Gram matrix in fp16 (fp32 on a CPU): fewer products, other rounding."""
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`); on a CPU
-    without bf16 instructions large ones are quicker in ``fp32``."""
-    rms: PositiveFloat = 0.2
-    """Root mean square that an update is scaled to, in units of the learning rate."""
-    head_blocks: Positive = 1
-    """Row blocks that query, key and value are orthogonalised in: 1, or the number of heads."""
-    adamw_beta1: Beta = 0.9
-    adamw_beta2: Beta = 0.95
-    adamw_epsilon: PositiveFloat = 1e-8
-    adamw_lr_factor: PositiveFloat = 1.0
-    """Peak learning rate of the AdamW part, as a multiple of the run's."""
-    adamw_decay_factor: Factor = 1.0
-    """Weight decay of the AdamW part, as a multiple of the run's."""
-    qk_clip: PositiveFloat | None = None
-    """Bound of attention logits (Kimi K2: 100): after a step, heads that passed it are shrunk. None bounds nothing."""
-
-
-class MuonOptions(MatrixOptions, frozen=True):
-    """Moonlight's recipe (arXiv:2502.16982, Section 2)."""
-
-    nesterov: bool = True
-    update_rms: Literal["nominal", "exact"] = "nominal"
-    """``nominal`` scales by ``rms * sqrt(max side)``, right if all singular values became one; ``exact`` measures."""
-
-
-class NorMuonOptions(MatrixOptions, frozen=True):
-    """NorMuon (arXiv:2510.05491, Algorithm 1): rows of the update brought to one size, then `rms` exactly."""
-
-    nesterov: bool = False
-    second_moment_beta: Beta = 0.95
-    second_moment_epsilon: PositiveFloat = 1e-8
 
 
 class Rule(Strict, frozen=True):
@@ -243,7 +187,12 @@ def recipe(name: str) -> OptimizerRecipe:
     return OPTIMIZERS[name]
 
 
-def _options(spec: OptimizerSpec) -> Strict:
+def options_of(spec: OptimizerSpec) -> Strict:
+    """The typed options of a spec, defaults filled in.
+
+    Raises:
+        Refusal: The optimizer or an option is not known, or a value has the wrong type or range.
+    """
     options = recipe(spec.name).options
     known = {field.name: field for field in msgspec.structs.fields(options)}
     for name, value in spec.options.items():
@@ -264,7 +213,7 @@ def complete(spec: OptimizerSpec) -> OptimizerSpec:
     Raises:
         Refusal: The optimizer or an option is not known, or a value has the wrong type or range.
     """
-    options: dict[str, float | int | bool | str | None] = msgspec.to_builtins(_options(spec))
+    options: dict[str, float | int | bool | str | None] = msgspec.to_builtins(options_of(spec))
     return msgspec.structs.replace(spec, options={name: v for name, v in options.items() if v is not None})
 
 
@@ -274,7 +223,7 @@ def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[A
     Raises:
         Refusal: No rule claims a parameter, or its shape does not fit the view.
     """
-    rules = recipe(spec.name).rules(_options(spec))
+    rules = recipe(spec.name).rules(options_of(spec))
     assignments = []
     for name, shape in shapes.items():
         rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
@@ -293,22 +242,8 @@ def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[A
 
 def qk_clip_bound(spec: OptimizerSpec) -> float | None:
     """The bound of attention logits that a run asks for, whatever its optimizer."""
-    bound: float | None = getattr(_options(spec), "qk_clip", None)
+    bound: float | None = getattr(options_of(spec), "qk_clip", None)
     return bound
-
-
-def update_flops(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """FLOPs of one optimizer step: its matrix products, the elementwise work left out.
-
-    0 for AdamW. What torch's FlopCounterMode counts when every product is a plain one.
-    """
-    options = _options(spec)
-    total = 0
-    for assignment in assign(spec, shapes):
-        if isinstance(options, MatrixOptions) and assignment.algorithm != "adamw":
-            count, rows, columns = matrices(assignment.name, assignment.shape, assignment.view)
-            total += count * newton_schulz_flops(rows, columns, options.ns_steps, options.form)
-    return total
 
 
 def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -325,7 +260,7 @@ def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Paramete
     if twice:
         raise Refusal(f"parameters {', '.join(twice)} were given twice; pass model.named_parameters() once.")
     row = recipe(spec.name)
-    hyper = row.groups(spec, _options(spec))
+    hyper = row.groups(spec, options_of(spec))
     parameters = dict(named)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for assignment in assign(spec, {name: tuple(parameter.shape) for name, parameter in named}):

@@ -24,9 +24,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.models.decoder import Decoder
+from scaling.optim.ledger import update_flops
 from scaling.optim.muon import MuonAdamW
 from scaling.optim.products import gram, quadratic
-from scaling.optim.recipes import build, update_flops
+from scaling.optim.recipes import build
 from scaling.spec import ModelShape, OptimizerSpec, ffn_width
 
 MOONLIGHT = {"339.7M": (12, 1536), "1.59B": (20, 2560)}

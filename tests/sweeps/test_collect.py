@@ -1,0 +1,44 @@
+"""What collecting writes beside the losses: FLOPs with the optimizer's own, and the measured dynamics, one number a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from recorded import write_record
+
+from scaling.optim.ledger import run_optimizer_flops
+from scaling.records import DynamicsRow, append_line
+from sweeps.collect import DYNAMICS_COLUMNS, collect
+from tests.sweeps.conftest import Campaigns
+
+
+def test_the_optimizers_flops_are_charged_in_columns_of_their_own(campaigns: Campaigns, tmp_path: Path) -> None:
+    plan = campaigns.plan()
+    write_record(plan.directory(plan.runs[-1]), plan.runs[-1].spec, 3.0)
+    runs = collect(plan, tmp_path / "results").set_index("run")
+    for run in plan.runs:  # planned or finished
+        row, own = runs.loc[run.id], run_optimizer_flops(run.spec)
+        assert (own == 0) == (run.arm == "adamw")
+        assert row.flops_with_optimizer - row.flops == row.flops_attention_with_optimizer - row.flops_attention == own
+    assert not (tmp_path / "results" / "dynamics.parquet").exists()
+
+
+def test_measured_dynamics_become_a_table_with_a_number_a_row(campaigns: Campaigns, tmp_path: Path) -> None:
+    plan = campaigns.plan()
+    run = plan.runs[1]
+    file = plan.directory(run).dynamics_file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for step, size in [(4, 0.15), (8, 0.1), (8, 0.2)]:  # a run that continued measured step 8 again
+        append_line(file, DynamicsRow(
+            step=step, tokens=step * 128, update_rms={"attention.query": size, "norm": 0.3},
+            largest_logit={"blocks.0.attention": 7.0}, svd_entropy={"attention.query": 0.9}, clipped_heads=step,
+        ))  # fmt: skip
+    collect(plan, tmp_path / "results")
+    table = pd.read_parquet(tmp_path / "results" / "dynamics.parquet")
+    assert list(table.columns) == list(DYNAMICS_COLUMNS)
+    assert set(table.run) == {run.id}
+    sizes = table[(table.quantity == "update_rms") & (table.part == "attention.query")]
+    assert list(sizes.step) == [4, 8]
+    assert list(sizes.value) == [0.15, 0.2]
+    assert set(table.quantity) == {"update_rms", "largest_logit", "svd_entropy", "clipped_heads"}
