@@ -67,11 +67,14 @@ def _law(law: Law) -> str:
 
 def markdown(study: Study) -> str:
     """All tables as GitHub's Markdown."""
-    blocks = []
-    for caption, head, rows in tables(study):
-        lines = [_bar(head), _bar(["---"] * len(head)), *(_bar(row) for row in rows)]
-        blocks.append(f"{caption}\n\n" + "\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
+    return "\n".join(markdown_table(table) for table in tables(study))
+
+
+def markdown_table(table: Table) -> str:
+    """One table as GitHub's Markdown, its caption above it."""
+    caption, head, rows = table
+    lines = [_bar(head), _bar(["---"] * len(head)), *(_bar(row) for row in rows)]
+    return f"{caption}\n\n" + "\n".join(lines) + "\n"
 
 
 def _bar(cells: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scaling.cli.common import print_json
 from scaling.cli.tables import OnTable
+from scaling.records import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,7 @@ class Compare(OnTable):
 
         from analysis.same_budget import gaps, outcomes
         from analysis.study import choose_arms
+        from analysis.tables import markdown_table
 
         frame = self.read()
         arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
@@ -37,13 +39,20 @@ class Compare(OnTable):
         if self.json:
             print_json(found)
             return
-        file = self.results() / "curves.parquet"
-        along = gaps(_read(file), baseline=arms[0]) if file.exists() else None
-        Console().print(_table(found, arms[0]))
-        for line in [] if along is None else _crossings(along, arms, found):
+        folder = self.results()
+        along = (
+            gaps(_read(folder / "curves.parquet"), baseline=arms[0]) if (folder / "curves.parquet").exists() else None
+        )
+        crossings = [] if along is None else list(_crossings(along, arms, found))
+        head, rows = _cells(found, arms[0])
+        Console().print(_table(head, rows))
+        for line in crossings:
             print(line)
-        for path in _draw(self.results() / "figures", found, arms, along):
-            print(f"Figure: {path}")
+        caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
+        text = markdown_table((caption, head, rows)) + "".join(f"\n{line}\n" for line in crossings)
+        write_atomic(folder / "compare.md", text.encode())
+        for path in (folder / "compare.md", *_draw(folder / "figures", found, arms, along)):
+            print(f"Wrote {path}")
 
 
 def _read(file: Path) -> pd.DataFrame:
@@ -52,28 +61,35 @@ def _read(file: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def _table(found: Sequence[Outcome], baseline: str) -> Table:
-    from rich.table import Table
-
+def _cells(found: Sequence[Outcome], baseline: str) -> tuple[list[str], list[list[str]]]:
     from scaling.units import human
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("rung", "arm"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens", "seeds", "loss", "sd", f"minus {baseline}", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for outcome in found:
-        interval = "" if outcome.low is None else f"{outcome.low:+.4f} to {outcome.high:+.4f}"
-        table.add_row(
+    def signed(value: float | None) -> str:
+        return "" if value is None else f"{value:+.4f}"
+
+    return ["rung", "arm", "tokens", "seeds", "loss", "sd", f"minus {baseline}", "95 %"], [
+        [
             outcome.rung,
             outcome.arm,
             human(outcome.tokens),
             str(outcome.seeds),
             f"{outcome.loss:.4f}",
             "" if outcome.spread is None else f"{outcome.spread:.4f}",
-            "" if outcome.difference is None else f"{outcome.difference:+.4f}",
-            interval,
-        )
+            signed(outcome.difference),
+            "" if outcome.low is None else f"{signed(outcome.low)} to {signed(outcome.high)}",
+        ]
+        for outcome in found
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -23,8 +23,8 @@ class OnTable:
     """A verb about a table of runs."""
 
     table: Positional[TableName]
-    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a campaign that was collected; or
-    "moonlight" for the ten points of the paper."""
+    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a campaign that was collected, or a folder
+    with its runs.csv; or "moonlight" for the ten points of the paper."""
     baseline: str | None = None
     """Arm that is compared against; "adamw" where there is one."""
     challenger: str | None = None
@@ -46,7 +46,9 @@ class OnTable:
         return bool(Path(self.table).suffix) and not self.table.endswith(".toml")
 
     def results(self) -> Path:
-        """Where fits, figures and report of this table go: the campaign's folder, or one named after the file."""
+        """Where fits, figures and report of this table go: its folder, the campaign's, or one named after the file."""
+        if (Path(self.table) / "runs.csv").exists():
+            return Path(self.table)
         if self.is_file:
             return Path(self.table).with_suffix("")
         if self.table.endswith(".toml"):
