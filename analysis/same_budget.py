@@ -7,7 +7,7 @@ differences to a baseline, and the same differences along the runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,19 @@ class Outcome(Strict, frozen=True):
     low: float | None
     high: float | None
     pairs: int
+
+
+class Overtaking(NamedTuple):
+    """An arm whose mean curve falls below another's for good, and by how much it ends below."""
+
+    rung: str
+    arm: str
+    other: str
+    tokens: float
+    gap: float
+    """Held-out loss of `arm` minus that of `other` at the end, mean over seeds; below zero."""
+    low: float
+    high: float
 
 
 def outcomes(runs: pd.DataFrame, arms: Sequence[str]) -> list[Outcome]:
@@ -111,27 +124,43 @@ def gaps(curves: pd.DataFrame, *, baseline: str) -> pd.DataFrame:
     return made.sort_values(["rung", "arm", "tokens"], kind="stable").reset_index(drop=True)
 
 
-def last_crossing(table: pd.DataFrame, first: str, second: str, *, rung: str) -> float | None:
-    """Tokens after which the mean curve of `second` stays below that of `first`, between two evaluations by a line.
+def overtakings(curves: pd.DataFrame, arms: Sequence[str]) -> list[Overtaking]:
+    """Who overtakes whom along the way and is surely below at the end: crossings within the noise are left out.
 
     Args:
-        table: What `gaps` returns.
-        first: An arm, or the baseline, whose gap is zero.
-        second: Another arm.
-        rung: Where.
+        curves: As for `gaps`.
+        arms: The arms, in the order of the answer.
+    """
+    found = []
+    for other in arms:
+        table = gaps(curves, baseline=other)
+        for (rung, arm), along in table.groupby(["rung", "arm"], sort=False):
+            end = along.iloc[-1]
+            tokens = last_crossing(along)
+            if arm in arms and tokens is not None and tokens > along["tokens"].iloc[0] and end["high"] < 0:
+                found.append(
+                    Overtaking(
+                        str(rung), str(arm), other, tokens, float(end["gap"]), float(end["low"]), float(end["high"])
+                    )
+                )
+    return found
+
+
+def last_crossing(along: pd.DataFrame) -> float | None:
+    """Tokens after which a mean gap stays below zero, by a line between two evaluations.
+
+    Args:
+        along: The rows of one rung and arm of what `gaps` returns.
 
     Returns:
-        None where `second` does not end below `first`; the first tokens where it lies below from the start.
+        None where the gap does not end below zero; the first tokens where it lies below from the start.
     """
-    here = table[table["rung"] == rung].pivot_table(index="tokens", columns="arm", values="gap")
-    both = [here[arm] if arm in here else 0.0 * here.iloc[:, 0] for arm in (first, second)]
-    apart = (both[1] - both[0]).dropna()
-    tokens, values = apart.index.to_numpy(dtype=float), apart.to_numpy()
-    if not len(values) or values[-1] >= 0:
+    tokens, gap = along["tokens"].to_numpy(dtype=float), along["gap"].to_numpy(dtype=float)
+    if not len(gap) or gap[-1] >= 0:
         return None
-    above = np.flatnonzero(values >= 0)
+    above = np.flatnonzero(gap >= 0)
     if not len(above):
         return float(tokens[0])
     at = above[-1]
-    share = values[at] / (values[at] - values[at + 1])
+    share = gap[at] / (gap[at] - gap[at + 1])
     return float(tokens[at] + share * (tokens[at + 1] - tokens[at]))

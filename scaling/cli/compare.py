@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from analysis.same_budget import Outcome
+    from analysis.same_budget import Outcome, Overtaking
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Compare(OnTable):
         """Print the table; write the figures where the results of this table are."""
         from rich.console import Console
 
-        from analysis.same_budget import gaps, outcomes
+        from analysis.same_budget import gaps, outcomes, overtakings
         from analysis.study import choose_arms
         from analysis.tables import markdown_table
 
@@ -40,12 +40,11 @@ class Compare(OnTable):
             print_json(found)
             return
         folder = self.results()
-        along = (
-            gaps(_read(folder / "curves.parquet"), baseline=arms[0]) if (folder / "curves.parquet").exists() else None
-        )
-        crossings = [] if along is None else list(_crossings(along, arms, found))
+        curves = _read(folder / "curves.parquet") if (folder / "curves.parquet").exists() else None
+        along = None if curves is None else gaps(curves, baseline=arms[0])
+        crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
-        Console().print(_table(head, rows))
+        Console().print(_table(head, rows, without="sd"))
         for line in crossings:
             print(line)
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
@@ -82,30 +81,26 @@ def _cells(found: Sequence[Outcome], baseline: str) -> tuple[list[str], list[lis
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) -> Table:
+    """For a terminal of 80 columns, hence without a column that the file has."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    shown = [number for number, name in enumerate(head) if name != without]
+    for number in shown:
+        table.add_column(head[number], justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[number] for number in shown))
     return table
 
 
-def _crossings(along: pd.DataFrame, arms: Sequence[str], found: Sequence[Outcome]) -> Iterable[str]:
-    """A line for each two arms of which one overtakes the other along the way, in the mean over seeds."""
-    from itertools import permutations
-
-    from analysis.same_budget import last_crossing
+def _sentence(found: Overtaking) -> str:
     from scaling.units import human
 
-    for rung in dict.fromkeys(outcome.rung for outcome in found):
-        starts = float(along.loc[along["rung"] == rung, "tokens"].min())
-        for first, second in permutations(arms, 2):
-            tokens = last_crossing(along, first, second, rung=rung)
-            if tokens is not None and tokens > starts:
-                yield f"At {rung}, {second} overtakes {first} after {human(tokens)} tokens and stays below."
+    return (
+        f"At {found.rung}, {found.arm} overtakes {found.other} after {human(found.tokens)} tokens, stays below, and ends "
+        f"{-found.gap:.4f} below (95 % {-found.high:.4f} to {-found.low:.4f})."
+    )
 
 
 def _draw(folder: Path, found: Sequence[Outcome], arms: Sequence[str], along: pd.DataFrame | None) -> Iterable[Path]:
