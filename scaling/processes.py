@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import Refusal
-from scaling.resume import StopRequest
 from scaling.spec import Placement, RunSpec
+from scaling.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch

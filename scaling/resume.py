@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Each asks for a resume point at the next step border and a clean exit; SLURM's warning is sent as USR2."""
+from scaling.stopping import StopRequest as StopRequest
 
 KEPT = 2
 """Resume points that stay on disk: the newest, and the one before it in case the newest cannot be read."""
@@ -94,40 +89,6 @@ def branch_point(folder: Path, step: int) -> Path | None:
 
 def _whole(path: Path) -> bool:
     return path.suffixes[-2:-1] == [f".{_digest(path)}"]
-
-
-class StopRequest:
-    """Whether this run should end at the next step border, and why: a signal came, or the parent process is gone."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self._parent = multiprocessing.parent_process()
-        self._looked_at_parent = time.monotonic()
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Note the signal and return; everything else happens at the border of a step."""
-        self.reason = signal.Signals(signum).name
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the stop signals over, and give them back at the end. Does nothing outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.signal(signum, self) for signum in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def due(self) -> bool:
-        """Whether to stop now."""
-        if self._parent is not None and time.monotonic() - self._looked_at_parent > 1.0:
-            self._looked_at_parent = time.monotonic()
-            if not self._parent.is_alive():
-                self.reason = "the process that started it is gone"
-        return self.reason is not None
 
 
 class ResumePoints(Callback):

@@ -1,7 +1,8 @@
-"""What the batch script does when all processes of a run have ended: ``python -m sweeps.aftermath RECORD STATUS TRIES``.
+"""What the batch script does when all processes of a job have ended: ``python -m sweeps.aftermath RECORD STATUS TRIES``.
 
 The one place where a job is requeued. A run that can continue goes back into the queue; one that was killed several
 times without a step of progress is given up, with the end of its log; one that failed by itself waits for a person.
+One that failed before its first step gets a second chance, for that may be the node's fault.
 """
 
 from __future__ import annotations
@@ -9,92 +10,120 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
-from scaling.records import RunDirectory, append_line, read_json, read_lines
-from scaling.spec import Strict
+import msgspec
+
+from scaling.records import RunDirectory, read_json
+from sweeps import arrays, nodes
 from sweeps.arrays import ArrayRecord
+from sweeps.endings import LEFT_EARLY, REFUSED, Ending, ending_of, hopeless, log_tail, note_ending, read_endings
 from sweeps.lease import LOST_LEASE
+from sweeps.nodes import NodeFailure
 from sweeps.slurm import Unreachable, ask
-from sweeps.worker import LEFT_EARLY, LOG, REFUSED
-
-LOG_LINES = 5
-
-ENDINGS = "endings.jsonl"
-PATIENCE = 5
-"""Endings without progress, of any kind, that are borne for each of the `tries` that kills are: a run that is asked to
-leave before it can take a step wastes an allocation as surely as one that is killed."""
 
 
-class Ending(Strict, frozen=True):
-    """One line of endings.jsonl: how a job's processes ended before the run was done."""
+class Job(NamedTuple):
+    """The job that has just ended its work, as its environment tells."""
 
-    job: str
-    status: int
-    """Of srun: 0 and `LEFT_EARLY` where the run was asked to stop, 128 + n where signal n killed it."""
-    step: int
-    """That the next attempt will start from."""
-    time: float
+    id: str
+    restart: int
+    node: str | None
+    """None where it had several: nobody can say which of them failed."""
 
 
 def main(record_file: str, status: int, tries: int) -> int:
     """Requeue the job, or leave it ended; returns the job's exit status."""
     file = Path(record_file)
-    array = read_json(file, ArrayRecord)
-    directory = RunDirectory(file.parent.parent / "runs" / array.runs[int(os.environ["SLURM_ARRAY_TASK_ID"])])
-    if directory.record_file.exists() or status == LOST_LEASE:
-        return 0
-    job, step = os.environ["SLURM_JOB_ID"], resume_step(directory)
-    try:
-        append_line(directory.path / ENDINGS, Ending(job=job, status=status, step=step, time=time.time()))
-        reason = _hopeless(directory, status, tries)
-        if reason is None:
-            return _requeue(job)
-        if directory.state() != "failed":
-            directory.note("end", step=step, outcome="failed", reason=reason, job=job)
-    except OSError as error:  # a run that cannot even note its end must not be started again and again
-        reason = f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
-    print(reason, file=sys.stderr)
-    return status or 1
+    array, root = read_json(file, ArrayRecord), file.parent.parent
+    job = Job(
+        id=os.environ["SLURM_JOB_ID"],
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
+    )
+    again, reasons, avoid = False, [], set[str]()
+    before = nodes.left_out(root)
+    for run in array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"])):
+        directory = RunDirectory(root / "runs" / run)
+        try:
+            ending = _settle(directory, job, status, tries)
+        except OSError as error:  # a run that cannot even note its end must not be started again and again
+            reasons.append(
+                f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
+            )
+            continue
+        if ending is None:
+            continue
+        if ending.given_up is None:
+            again = True
+        else:
+            reasons.append(ending.given_up)
+        if job.node is not None and failed_at_start(directory, ending):
+            avoid.add(job.node)
+            failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=ending.time)
+            nodes.note_failures(root, [failure])
+    bad = nodes.left_out(root)
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+    left = _requeue(job.id) if again else 0
+    # The job itself waits from here on, like the others that shall not come to that node.
+    if again and avoid:
+        nodes.keep_away([job.id], sorted(avoid | set(bad)))
+    if set(bad) - set(before):
+        nodes.keep_away([other.job for other in arrays.all_arrays(root) if other.job is not None], bad)
+    return (status or 1) if reasons else left
 
 
-def _hopeless(directory: RunDirectory, status: int, tries: int) -> str | None:
+def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> Ending | None:
+    """How the run's part in the job ended, noted; None where nothing is left to do for it."""
+    if directory.record_file.exists() or (directory.path / arrays.CANCELLED).exists():
+        return None
+    endings = read_endings(directory)
+    if endings and (endings[-1].job, endings[-1].restart) == (job.id, job.restart):
+        *endings, ending = endings  # the job itself has noted how each of its runs ended
+    else:
+        if endings and endings[-1].given_up is not None:
+            return None  # it had no part in this attempt
+        ending = ending_of(directory, job=job.id, restart=job.restart, node=job.node, status=status)
+    if ending.status == LOST_LEASE:
+        return None
+    reason = _why_give_up(directory, endings, ending, tries)
+    ending = msgspec.structs.replace(ending, given_up=reason)
+    note_ending(directory, ending)
+    row, attempts = directory.last_row(), directory.attempts()
+    reached = row.step if row else ending.step
+    if reason is not None and directory.state() != "failed":
+        directory.note("end", step=reached, outcome="failed", reason=reason, job=job.id)
+    elif reason is None and attempts and attempts[-1].event == "start":  # it had no time to say so itself
+        said = f"its processes ended with status {ending.status}"
+        directory.note("end", step=reached, outcome="preempted", reason=said, job=job.id)
+    return ending
+
+
+def _why_give_up(directory: RunDirectory, before: list[Ending], ending: Ending, tries: int) -> str | None:
     """Why starting the run again would not help, or None."""
-    if status in (1, REFUSED):
+    if ending.status == REFUSED:
         return f"its program ended with an error; {log_tail(directory)}"
-    killed, barren = fruitless(read_lines(directory.path / ENDINGS, Ending))
-    if killed >= tries:
-        return f"{killed} attempts were killed without a step of progress; {log_tail(directory)}"
-    if barren >= tries * PATIENCE:
-        return f"{barren} attempts had to leave before a step of progress; ask for more minutes, or another partition"
-    return None
+    if ending.status == 1:
+        first = not before or before[-1].status != 1
+        if first and failed_at_start(directory, ending):
+            return None
+        return f"its program ended with an error; {log_tail(directory)}"
+    reason = hopeless([*before, ending], tries)
+    return None if reason is None else f"{reason}; {log_tail(directory)}"
 
 
-def fruitless(endings: list[Ending]) -> tuple[int, int]:
-    """How many endings in a row, up to the last, were kills, and how many there were at all, without progress."""
-    same = []
-    for ending in reversed(endings):
-        if ending.step != endings[-1].step:
-            break
-        same.append(ending)
-    return sum(ending.status not in (0, LEFT_EARLY) for ending in same), len(same)
-
-
-def resume_step(directory: RunDirectory) -> int:
-    """The step of the newest resume point, by its name; 0 where there is none."""
-    steps = [re.match(r"step-(\d+)\.", point.name) for point in directory.checkpoints.glob("step-*.ckpt")]
-    return max((int(step[1]) for step in steps if step), default=0)
-
-
-def log_tail(directory: RunDirectory) -> str:
-    """The end of what the run printed, as one clause."""
-    log = directory.path / LOG
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "it left no log"
-    return f"its log ends: {' / '.join(lines[-LOG_LINES:])}"[:1000] if lines else "its log is empty"
+def failed_at_start(directory: RunDirectory, ending: Ending) -> bool:
+    """Whether the job that ended so had failed before it logged a step."""
+    if ending.status in (0, LEFT_EARLY, LOST_LEASE, REFUSED):
+        return False
+    before = [old.starts for old in read_endings(directory) if (old.job, old.restart) != (ending.job, ending.restart)]
+    if ending.starts == (before[-1] if before else 0):
+        return True  # it did not come to train
+    row = directory.last_row()
+    begun = [attempt.step for attempt in directory.attempts() if attempt.event == "start"][ending.starts - 1]
+    return row is None or row.step <= begun
 
 
 def _requeue(job: str) -> int:

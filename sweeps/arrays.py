@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from scaling.records import RunDirectory, read_json, write_atomic, write_json
-from scaling.spec import Placement, RunSpec, Strict
+from scaling.spec import Placement, Positive, RunSpec, Strict
 
 FOLDER = "submissions"
 CLAIM = "claim"
@@ -37,7 +37,7 @@ class ArrayRecord(Strict, frozen=True):
     name: str
     """Its job name: campaign and token."""
     runs: tuple[str, ...]
-    """Run ids; the task's index is the place in this list."""
+    """Run ids; the first `per_task` of them are those of task 0, and so on."""
     code: str
     """Digest of the code that its jobs are to run."""
     host: str
@@ -47,6 +47,19 @@ class ArrayRecord(Strict, frozen=True):
     """When it was written, seconds since the epoch."""
     job: str | None = None
     """SLURM's id; None until it has answered."""
+    per_task: Positive = 1
+    """Runs that a task trains side by side."""
+    after: tuple[str, ...] = ()
+    """Jobs that had to end well before these could start."""
+
+    def runs_of(self, task: int) -> tuple[str, ...]:
+        """The runs of a task."""
+        return self.runs[task * self.per_task : (task + 1) * self.per_task]
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return -(-len(self.runs) // self.per_task)
 
 
 class Location(Strict, frozen=True):
@@ -54,6 +67,7 @@ class Location(Strict, frozen=True):
 
     array: ArrayRecord
     index: int
+    """Of the task."""
 
     @property
     def job(self) -> str | None:
@@ -61,10 +75,27 @@ class Location(Strict, frozen=True):
         return None if self.array.job is None else f"{self.array.job}_{self.index}"
 
 
-def new_array(root: Path, *, token: str, name: str, runs: Iterable[str], code: str) -> ArrayRecord:
+def new_array(
+    root: Path,
+    *,
+    token: str,
+    name: str,
+    runs: Iterable[str],
+    code: str,
+    per_task: int = 1,
+    after: Iterable[str] = (),
+) -> ArrayRecord:
     """A record on disk for an array that is about to be submitted."""
     array = ArrayRecord(
-        token=token, name=name, runs=tuple(runs), code=code, host=os.uname().nodename, pid=os.getpid(), time=time.time()
+        token=token,
+        name=name,
+        runs=tuple(runs),
+        code=code,
+        host=os.uname().nodename,
+        pid=os.getpid(),
+        time=time.time(),
+        per_task=per_task,
+        after=tuple(after),
     )
     save(root, array)
     return array
@@ -109,7 +140,11 @@ def all_arrays(root: Path) -> list[ArrayRecord]:
 
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
     """Where each run was last handed to, by run id."""
-    return {run: Location(array=array, index=index) for array in arrays for index, run in enumerate(array.runs)}
+    return {
+        run: Location(array=array, index=place // array.per_task)
+        for array in arrays
+        for place, run in enumerate(array.runs)
+    }
 
 
 def note_began(root: Path, run: str, array: ArrayRecord) -> None:
@@ -142,6 +177,14 @@ def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement:
         shutil.rmtree(new)
         return False
     return True
+
+
+def owner_of(root: Path, run: str) -> str | None:
+    """Token of the array that has claimed the run; None where nobody has."""
+    try:
+        return (root / "runs" / run / CLAIM).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:

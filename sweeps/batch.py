@@ -69,6 +69,7 @@ def batch_script(
     tasks: int,
     code: Path | None = None,
     after: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> str:
     """The script of an array, as submitit writes it; every value is checked or quoted.
 
@@ -80,6 +81,7 @@ def batch_script(
         tasks: Of the array.
         code: Folder that the jobs import from; the snapshot of the present code when not given.
         after: Jobs that have to end well before these start.
+        exclude: Nodes to leave out, besides those that the placement does.
     """
     code = plan.root / "code" / code_digest() if code is None else code
     record = plan.root / arrays.FOLDER / f"{token}.json"
@@ -88,6 +90,9 @@ def batch_script(
     if after:
         # Without the second, a job whose predecessor failed would wait for ever.
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    if exclude:
+        named = [str(options["exclude"])] if "exclude" in options else []
+        options["exclude"] = ",".join([*named, *exclude])
     inherited = [name for name in (*INHERITED, *slurm.environment) if name in os.environ]
     return _make_sbatch_string(
         command=f"{python} -u -m sweeps.worker {shlex.quote(str(record))}",
@@ -117,8 +122,14 @@ def batch_script(
             f"export PYTHONPATH={shlex.quote(str(code))}",
             f"export OMP_NUM_THREADS={slurm.cpus}",
             *slurm.setup,
+            f"{python} -m sweeps.watchdog {shlex.quote(str(record))} {slurm.stall_seconds} & watchdog=$!",
         ],
-        teardown=[f'{python} -m sweeps.aftermath {shlex.quote(str(record))} "$?" {slurm.tries}'],
+        teardown=[
+            "status=$?",
+            "trap '' TERM",  # a job that requeues itself is asked to end at once, and has a word to say after that
+            'kill "$watchdog" 2>/dev/null',
+            f'{python} -m sweeps.aftermath {shlex.quote(str(record))} "$status" {slurm.tries}',
+        ],
         additional_parameters={"requeue": True, "export": ",".join(inherited) or "NONE", **options},
     )
 

@@ -11,26 +11,22 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import msgspec
 
-from scaling.errors import Refusal
+from scaling.packing import LOG, device_slots, note_kill, train_in_process
 from scaling.records import RunDirectory
 from scaling.spec import RunSpec
 from sweeps.live import Live
 from sweeps.plan import Plan, PlannedRun, with_data
-from sweeps.status import last_row
 
 Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
 """Runs that ended badly, or were ended, and are to be tried again."""
@@ -42,9 +38,6 @@ GRACE_SECONDS = 60.0
 """From the request to stop to the kill: a resume point is saved at the next step border."""
 
 POLL_SECONDS = 0.5
-
-LOG = "log.txt"
-"""What a run prints, in its directory."""
 
 
 def retries(retry: Retry, what: Literal["failed", "diverged", "cancelled"]) -> bool:
@@ -147,7 +140,7 @@ class _Campaign:
             while self.waiting or self.active:
                 while len(self.active) < workers and (run := self._next()) is not None:
                     path = str(self.plan.directory(run).path)
-                    process = context.Process(target=_train_in_process, args=(path, self._slot(run)))
+                    process = context.Process(target=train_in_process, args=(path, self._slot(run)))
                     process.start()
                     self.active[run.id] = run, process
                     self.tries[run.id] = self.tries.get(run.id, 0) + 1
@@ -201,9 +194,7 @@ class _Campaign:
         elif state == "failed":
             self.failed[run.id] = _reason(directory)
         elif exit_code < 0:
-            row = last_row(directory)
-            reason = f"its process was killed by {signal.Signals(-exit_code).name}"
-            directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
+            reason = note_kill(directory, exit_code)
             if self.tries[run.id] < TRIES:
                 self.waiting.insert(0, run)
             else:
@@ -242,30 +233,7 @@ def _slots(plan: Plan) -> list[str]:
     tables = plan.placements.values()
     if all(table.device == "cpu" for table in tables) or any(table.devices > 1 for table in tables):
         return []
-    from scaling.packing import device_slots
-
     return device_slots(min(table.runs_per_gpu for table in tables))
-
-
-def _train_in_process(path: str, gpu: str | None = None) -> None:
-    """The life of a worker: its own session, so that Ctrl-C reaches the parent alone, and its own log."""
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which the server that forks us has not done
-    os.setsid()
-    log = os.open(Path(path) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    try:
-        from scaling.train import train
-
-        train(Path(path), progress=False)
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr, flush=True)
-        sys.exit(2)
-    except BaseException:
-        traceback.print_exc()
-        sys.exit(1)
 
 
 def _reason(directory: RunDirectory) -> str:

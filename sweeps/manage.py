@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scaling.errors import Refusal, unknown_name
+from scaling.packing import LOG
+from scaling.records import RunDirectory
 from sweeps.arrays import CANCELLED
-from sweeps.dispatch import LOG
+from sweeps.endings import given_up
 from sweeps.plan import Plan, PlannedRun
 from sweeps.slurm import Unreachable, ask
 from sweeps.survey import survey
@@ -59,9 +61,11 @@ def cancel(plan: Plan, runs: list[PlannedRun]) -> list[str]:
         for run in runs
         if (task := seen.task(run.id)) is not None and task.verdict in ("pending", "running")
     }
-    jobs = list(alive.values())
     for run in alive:
         (plan.root / "runs" / run / CANCELLED).touch()
+    # A run that shares its job with others leaves by its mark; the job ends when they are all to be cancelled.
+    asked = sorted(set(alive.values()))
+    jobs = [job for job in asked if all(_leaves(plan.root, run) for run in seen.runs_of(job))]
     try:
         for start in range(0, len(jobs), 200):
             ask("scancel", *jobs[start : start + 200])
@@ -69,7 +73,13 @@ def cancel(plan: Plan, runs: list[PlannedRun]) -> list[str]:
         raise Refusal(
             f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
         ) from None
-    return jobs
+    return asked
+
+
+def _leaves(root: Path, run: str) -> bool:
+    """Whether a run has no further part in its job."""
+    directory = RunDirectory(root / "runs" / run)
+    return (directory.path / CANCELLED).exists() or directory.record_file.exists() or given_up(directory) is not None
 
 
 def clean(plan: Plan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:

@@ -74,6 +74,9 @@ class SlurmTable(Strict, frozen=True):
     """Most tasks of an array at the same time."""
     tries: Positive = 3
     """Attempts without progress, each ended by a kill, before a run counts as failed."""
+    stall_seconds: Positive = 1800
+    """Without a trace of a step (a row of metrics, a resume point, a line in the log), after which the run's processes
+    are taken to hang: they are killed, and the run continues from its last resume point."""
     environment: tuple[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")], ...] = ()
     """Names of further variables that jobs inherit from you."""
     setup: tuple[str, ...] = ()
@@ -121,7 +124,8 @@ class PlacementTable(Strict, frozen=True):
     devices: Positive = 1
     """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
     runs_per_gpu: Positive = 1
-    """Runs of one device each that share a GPU of this machine at the same time; small models do not fill one."""
+    """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
+    many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """With several devices: every one keeps all weights, or a share of them."""
     recompute: bool = False

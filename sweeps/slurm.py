@@ -111,6 +111,8 @@ class Task:
     seconds: float = 0.0
     """Elapsed in all its attempts; 0 where there is no accounting."""
     gpu_seconds: float = 0.0
+    node: str | None = None
+    """Where it last ran, if that was one node."""
 
     @property
     def advice(self) -> str | None:
@@ -143,7 +145,7 @@ def look_up(jobs: Mapping[str, str]) -> Answer:
     notes = []
     tasks: dict[str, Task] = {}
     try:
-        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES"
+        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList"
         tasks = accounted(ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", fields), jobs)
     except Unreachable as error:
         notes.append(f"SLURM's accounting could not be asked ({error}): hours spent and cancelled jobs are not known.")
@@ -241,7 +243,7 @@ def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, Task]:
     """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time.
 
     Args:
-        text: Lines of JobID, JobName, State, ElapsedRaw and AllocTRES.
+        text: Lines of JobID, JobName, State, ElapsedRaw, AllocTRES and NodeList.
         jobs: As for `look_up`.
     """
     tasks: dict[str, Task] = {}
@@ -260,6 +262,7 @@ def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, Task]:
                 verdict=verdict(state),
                 seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
+                node=fields[5] if len(fields) > 5 and re.fullmatch(r"[A-Za-z0-9_.-]+", fields[5]) else None,
             )
     return tasks
 

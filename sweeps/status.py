@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import math
+import shutil
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from scaling.errors import Refusal
-from scaling.records import MetricsRow, RunDirectory, RunState
+from scaling.packing import LOG
+from scaling.records import Attempt, RunDirectory, RunState
 from scaling.spec import Strict, as_dict
 from scaling.units import human
+from sweeps.cost import predict
+from sweeps.endings import given_up
+from sweeps.nodes import sentences
+from sweeps.placement import slurm_tables
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import hours_text
 from sweeps.slurm import Task
@@ -33,8 +39,9 @@ STYLES: dict[str, str] = {
 STALLED_SECONDS = 900.0
 """Without a logged step, after which a run that is said to run may hang."""
 
-TAIL_BYTES = 4096
-"""More than a line of metrics, torn or not."""
+
+FULL_BYTES = 50_000_000
+"""Below which a disk is as good as full."""
 
 
 class RunStatus(Strict, frozen=True):
@@ -61,20 +68,8 @@ class RunStatus(Strict, frozen=True):
     """SLURM's id of its last job."""
     gpu_hours: float = 0.0
     """Spent in SLURM over all attempts."""
-
-
-def last_row(directory: RunDirectory) -> MetricsRow | None:
-    """The last whole line of a run's metrics, without reading the others."""
-    try:
-        with directory.metrics_file.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(msgspec.DecodeError):
-            return msgspec.json.decode(line, type=MetricsRow)
-    return None
+    redone: int = 0
+    """Steps taken again, since an attempt ended after its last resume point."""
 
 
 def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunStatus:
@@ -94,7 +89,7 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
     except Refusal as refusal:
         state, record, reason = "failed", None, str(refusal)
     attempts = directory.attempts()
-    row = last_row(directory)
+    row = directory.last_row()
     tokens = record.tokens if record else row.tokens if row else 0
     speed = record.tokens_per_second if record else row.tokens_per_second if row else None
     task = seen.task(run.id) if seen is not None else None
@@ -104,7 +99,11 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
         loss = row.train_loss if row else None
         if reason is None and state == "failed" and attempts:
             reason = attempts[-1].reason
-        state, reason = _with_scheduler(state, reason, task)
+        alone = seen is None or not seen.shares_its_job(run.id)
+        if alone or state != "failed" or given_up(directory) is None:  # else its neighbours' job goes on without it
+            state, reason = _with_scheduler(state, reason, task)
+        if seen is not None and seen.ended_with_its_predecessor(run.id) and state == "preempted":
+            reason = "SLURM dropped it, for a run that it starts from did not end well; submitting again continues both"
         if state == "running" and reason is None:
             reason = _stalled(directory)
     return RunStatus(
@@ -123,7 +122,18 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
         reason=reason,
         job=task.job if task else None,
         gpu_hours=seen.gpu_hours(run.id) if seen is not None else 0.0,
+        redone=redone_steps(attempts),
     )
+
+
+def redone_steps(attempts: Iterable[Attempt]) -> int:
+    """Steps that attempts took again which ones before them had taken."""
+    redone = reached = 0
+    for attempt in attempts:
+        if attempt.event == "start":
+            redone += max(0, reached - attempt.step)
+        reached = attempt.step
+    return redone
 
 
 def _with_scheduler(state: RunState, reason: str | None, task: Task | None) -> tuple[RunState, str | None]:
@@ -144,13 +154,30 @@ def _with_scheduler(state: RunState, reason: str | None, task: Task | None) -> t
 
 
 def _stalled(directory: RunDirectory) -> str | None:
-    try:
-        quiet = time.time() - directory.metrics_file.stat().st_mtime
-    except OSError:
-        return None
+    written = [directory.metrics_file, directory.path / LOG, directory.checkpoints]
+    times = [file.stat().st_mtime for file in written if file.exists()]
+    quiet = time.time() - max(times, default=time.time())
     if quiet < STALLED_SECONDS:
         return None
-    return f"it has not logged a step for {hours_text(quiet / 3600)} and may hang; cancel it and submit again"
+    return f"it has left no trace of a step for {hours_text(quiet / 3600)} and may hang"
+
+
+def planned_gpu_hours(plan: Plan) -> float:
+    """Of all runs, as the campaign assumes the speed: measured ones are not asked, there may be thousands."""
+    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
+    return sum(
+        predict(run, plan.placements[run.rung], []).hours
+        * tables[run.rung].devices
+        / plan.placements[run.rung].runs_per_gpu
+        for run in plan.distinct()
+    )
+
+
+def _free_bytes(root: Path) -> float:
+    try:
+        return shutil.disk_usage(root).free
+    except OSError:
+        return math.inf
 
 
 def status(plan: Plan, seen: Survey | None = None) -> list[RunStatus]:
@@ -193,8 +220,12 @@ def status_table(plan: Plan) -> RenderableType:
         )
     notes = [f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason]
     if spent := sum({row.run: row.gpu_hours for row in found}.values()):
-        notes.append(f"{spent:,.2f} GPU-hours spent, all attempts counted.")
-    notes += seen.answer.notes
+        notes.append(f"{spent:,.2f} of {planned_gpu_hours(plan):,.2f} planned GPU-hours spent, all attempts counted.")
+    if redone := sum({row.run: row.redone for row in found}.values()):
+        notes.append(f"{redone:,} steps were taken again, for attempts ended after their last resume points.")
+    notes += [*seen.answer.notes, *sentences(plan.root)]
+    if (free := _free_bytes(plan.root)) < FULL_BYTES:
+        notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Make room: runs that cannot save their state end.")
     states = {row.run: row.state for row in found}
     counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in dict.fromkeys(states.values()))
     return Group(table, Text(), Text(f"{len(states)} runs: {counts}."), *(Text(note) for note in dict.fromkeys(notes)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sweeps import arrays
 from sweeps.arrays import ArrayRecord, Location
+from sweeps.nodes import NodeFailure
 from sweeps.slurm import Answer, Task, look_up
 
 NEW_SECONDS = 10.0
@@ -42,10 +43,48 @@ class Survey:
             return Task(place.job, "forgotten", "over")
         return Task(place.job, "cancelled before it began", "cancelled")
 
+    def runs_of(self, job: str) -> tuple[str, ...]:
+        """The runs of a task, ``<array job>_<index>``."""
+        number, _, index = job.partition("_")
+        return next((array.runs_of(int(index)) for array in self.records if array.job == number), ())
+
+    def shares_its_job(self, run: str) -> bool:
+        """Whether other runs are trained beside it, so that its job goes on when it has ended."""
+        place = self.places.get(run)
+        return place is not None and place.array.per_task > 1
+
+    def ended_with_its_predecessor(self, run: str) -> bool:
+        """Whether SLURM dropped the run's waiting job since one that it was to start after did not end well."""
+        place = self.places.get(run)
+        if place is None or not place.array.after or arrays.began(self.root, run, place.array):
+            return False
+        before = [self.answer.tasks.get(job) for job in place.array.after]
+        # Without accounting nobody remembers; then it is asked for again, as it was when it was submitted.
+        return any(
+            task is None or (task.verdict in ("over", "cancelled") and task.state != "COMPLETED") for task in before
+        )
+
+    def jobs_that_never_began(self) -> list[NodeFailure]:
+        """Jobs that failed on a node without coming as far as to say so in a run's directory."""
+        return [
+            NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time())
+            for run, place in self.places.items()
+            if (task := self.task(run)) is not None
+            and task.state in ("FAILED", "BOOT_FAIL")
+            and task.node is not None
+            and not arrays.began(self.root, run, place.array)
+        ]
+
     def gpu_hours(self, run: str) -> float:
-        """Spent on a run over all its jobs and all their attempts, as the accounting has it."""
-        jobs = (f"{array.job}_{array.runs.index(run)}" for array in self.records if array.job and run in array.runs)
-        return sum(task.gpu_seconds for job in jobs if (task := self.answer.tasks.get(job))) / 3600
+        """Spent on a run over all its jobs and all their attempts, as the accounting has it; its part of shared ones."""
+        spent = 0.0
+        for array in self.records:
+            if array.job is None or run not in array.runs:
+                continue
+            index = array.runs.index(run) // array.per_task
+            if task := self.answer.tasks.get(f"{array.job}_{index}"):
+                spent += task.gpu_seconds / len(array.runs_of(index))
+        return spent / 3600
 
 
 def survey(root: Path) -> Survey:

@@ -1,8 +1,8 @@
 """What a SLURM job executes: ``python -m sweeps.worker RECORD``, one process for each task of the run.
 
-The job is its place in an array's record. It finds the run there, makes sure that nobody else trains it and that the
-code is the one that was submitted, and trains. It never requeues itself: `sweeps.aftermath` does, once, after all
-processes have ended.
+The job is its place in an array's record. It finds its run there, or the few that share its device, makes sure that
+nobody else trains it and that the code is the one that was submitted, and trains. It never requeues itself:
+`sweeps.aftermath` does, once, after all processes have ended.
 """
 
 from __future__ import annotations
@@ -16,35 +16,46 @@ from pathlib import Path
 from types import FrameType
 
 from scaling.errors import Refusal
+from scaling.packing import own_log
 from scaling.records import RunDirectory, read_json
-from sweeps.arrays import ArrayRecord, note_began
+from sweeps.arrays import ArrayRecord, note_began, owner_of
+from sweeps.endings import LEFT_EARLY, REFUSED
 from sweeps.lease import LOST_LEASE, hold
 from sweeps.snapshot import code_digest
-
-LEFT_EARLY = 75
-"""Exit status: asked to leave before training began; nothing is lost, and it may be started again."""
-
-REFUSED = 2
-"""Exit status: the run cannot be trained as it is; starting it again would not help."""
 
 ENDING_SECONDS = 20.0
 """That an earlier attempt's process may take to end, before its lock means that somebody else trains."""
 
-LOG = "log.txt"
-
 
 def main(record_file: str) -> int:
-    """Train the run of this job; the exit status is for `sweeps.aftermath`."""
-    file = Path(record_file)
-    array = read_json(file, ArrayRecord)
-    root, run = file.parent.parent, array.runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    """Train the run of this job, or its pack of runs; the exit status is for `sweeps.aftermath`."""
+    array = read_json(Path(record_file), ArrayRecord)
+    runs = array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    if array.per_task > 1:
+        from sweeps.pack import train_pack
+
+        return train_pack(Path(record_file), runs)
+    return train_run(Path(record_file), runs[0], leader=os.environ.get("SLURM_PROCID", "0") == "0")
+
+
+def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
+    """Train a run in this process; the exit status.
+
+    Args:
+        record_file: The array's record, under the run root.
+        run: Run id.
+        leader: Whether this is the first of the run's processes, which keeps its books.
+    """
+    array = read_json(record_file, ArrayRecord)
+    root = record_file.parent.parent
     directory = RunDirectory(root / "runs" / run)
-    rank = int(os.environ.get("SLURM_PROCID", "0"))
-    leader = rank == 0
     _leave_when_asked(directory, leader=leader)
+    if (owner := owner_of(root, run)) not in (None, array.token):
+        print(f"submission {owner} has taken this run over; leaving it to that one", flush=True)
+        return LOST_LEASE
     if leader:
         note_began(root, run, array)
-        _log_into(directory)
+        own_log(directory.path)
     if directory.record() is not None:
         print("finished before; nothing to do", flush=True)
         return 0
@@ -104,14 +115,6 @@ def _noted(directory: RunDirectory, reason: str) -> bool:
     return bool(attempts) and attempts[-1].reason == reason
 
 
-def _log_into(directory: RunDirectory) -> None:
-    """What the run prints goes into its own directory as well as to whoever looks at SLURM's file."""
-    log = os.open(directory.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-
-
 def _leave_when_asked(directory: RunDirectory, *, leader: bool) -> None:
     """Until training has begun, a signal ends the process at once: there is nothing to save yet.
 
@@ -120,9 +123,7 @@ def _leave_when_asked(directory: RunDirectory, *, leader: bool) -> None:
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        from sweeps.status import last_row
-
-        row = last_row(directory)
+        row = directory.last_row()
         if row is not None and row.step >= directory.spec().steps:
             return
         attempts = directory.attempts()

@@ -13,7 +13,7 @@ from scaling.cli.tables import Report
 
 if TYPE_CHECKING:
     from sweeps.dispatch import Outcome
-    from sweeps.submit import Submission
+    from sweeps.submission import Submission
 
 WATCH_SECONDS = 5.0
 

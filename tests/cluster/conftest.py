@@ -24,6 +24,7 @@ from scaling.records import Attempt, RunDirectory
 from sweeps import arrays, snapshot, submit
 from sweeps.campaign import load_campaign
 from sweeps.collect import collect
+from sweeps.dispatch import run_local
 from sweeps.plan import Plan, PlannedRun, plan, with_data
 from sweeps.status import RunStatus, status
 
@@ -33,7 +34,7 @@ CAMPAIGN = (
     + rung_table("a", tokens="{tokens}")
     + rung_table("b", layers=2, tokens="{tokens}")
     + ON_CPU
-    + "checkpoint_seconds = {step_seconds}\n[placement.slurm]\n{slurm}\n"
+    + "checkpoint_seconds = {step_seconds}\nruns_per_gpu = {runs_per_gpu}\n[placement.slurm]\n{slurm}\n"
 )
 
 
@@ -85,16 +86,69 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
             cluster.start()
 
 
-def counting_snapshot(folder: Path) -> Path:
-    """A code snapshot whose runs count."""
-    target = folder / "counting"
+def copied_code(folder: Path, train: str) -> Path:
+    """A code snapshot with another scaling/train.py; the real one stands beside it."""
+    target = folder / train
     if not target.exists():
         for file in snapshot._files(snapshot.code_root()):
             copy = target / file.relative_to(snapshot.code_root())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        shutil.copyfile(Path(__file__).with_name("counting_train.py"), target / "scaling" / "train.py")
+        (target / "scaling" / "train.py").rename(target / "scaling" / "true_train.py")
+        shutil.copyfile(Path(__file__).with_name(f"{train}.py"), target / "scaling" / "train.py")
     return target
+
+
+def counting_snapshot(folder: Path) -> Path:
+    """A code snapshot whose runs count."""
+    return copied_code(folder, "counting_train")
+
+
+def faulty_snapshot(folder: Path) -> Path:
+    """A code snapshot whose runs train, and suffer what a test has asked for."""
+    return copied_code(folder, "faulty_train")
+
+
+def four_runs(text: Path, folder: Path, *, steps: int, step_seconds: float, slurm: str, runs_per_gpu: int = 1) -> Plan:
+    """Two rungs, two arms, planned under ``folder/root``."""
+    file = folder / "count.toml"
+    values = {"text": text, "tokens": steps * 128, "step_seconds": step_seconds}
+    file.write_text(CAMPAIGN.format(**values, slurm=slurm, runs_per_gpu=runs_per_gpu))
+    return with_data(plan(load_campaign(file), folder / "root"), progress=False)
+
+
+def real_plan(text: Path, folder: Path, *, slurm: str = "minutes = 5", steps: int = 24, runs_per_gpu: int = 1) -> Plan:
+    """Four runs that train: of a second, or longer."""
+    return four_runs(text, folder, steps=steps, step_seconds=0.05, slurm=slurm, runs_per_gpu=runs_per_gpu)
+
+
+def numbers_of(planned: Plan) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+    """What must be equal, digit for digit, whatever happened: results, and curves without their clocks."""
+    table = collect(planned)
+    columns = ["arm", "cell", "run", "status", "params", "tokens", "flops", "flops_attention", "loss", "train_loss"]
+    curves = [
+        (run.id, row.step, row.tokens, row.train_loss, row.validation_loss, row.grad_norm, row.learning_rate)
+        for run in planned.runs
+        for row in planned.directory(run).metrics()
+    ]
+    return [tuple(row) for row in table[columns].to_numpy()], curves
+
+
+@pytest.fixture(scope="session")
+def local(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """`real_plan` as the local executor trains it, undisturbed."""
+    outcome = run_local(real_plan(tiny_text, tmp_path_factory.mktemp("local")), workers=2, progress=False)
+    assert outcome.complete
+    return outcome.plan
+
+
+@pytest.fixture
+def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty profile of the user's."""
+    file = tmp_path / "profile.toml"
+    file.write_text("")
+    monkeypatch.setenv("SCALING_SLURM_PROFILE", str(file))
+    return file
 
 
 class Counting:
@@ -104,12 +158,13 @@ class Counting:
         self.text = text
         self.folder = folder
 
-    def plan(self, *, steps: int = 40, step_seconds: float = 0.05, slurm: str = "minutes = 5") -> Plan:
+    def plan(
+        self, *, steps: int = 40, step_seconds: float = 0.05, slurm: str = "minutes = 5", runs_per_gpu: int = 1
+    ) -> Plan:
         """Four runs: two rungs, two arms."""
-        file = self.folder / "count.toml"
-        values = {"text": self.text, "tokens": steps * 128, "step_seconds": step_seconds, "slurm": slurm}
-        file.write_text(CAMPAIGN.format(**values))
-        return with_data(plan(load_campaign(file), self.folder / "root"), progress=False)
+        return four_runs(
+            self.text, self.folder, steps=steps, step_seconds=step_seconds, slurm=slurm, runs_per_gpu=runs_per_gpu
+        )
 
     def submit(self, planned: Plan, **options: Any) -> submit.Submission:
         """`submit_slurm` with the counting snapshot."""
@@ -117,11 +172,9 @@ class Counting:
 
 
 @pytest.fixture
-def counting(tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
+def counting(tiny_text: Path, tmp_path: Path, no_profile: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
     """See `Counting`."""
     monkeypatch.setattr(submit, "take_snapshot", counting_snapshot)
-    monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
-    (tmp_path / "profile.toml").write_text("")
     return Counting(tiny_text, tmp_path)
 
 

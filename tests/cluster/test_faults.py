@@ -217,7 +217,7 @@ def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
     assert submitter(counting, fault).wait(60) == -signal.SIGKILL
     (begun,) = arrays.all_arrays(planned.root)
     assert begun.job is None
-    monkeypatch.setattr("sweeps.submit.IN_FLIGHT_SECONDS", 2.0)
+    monkeypatch.setattr("sweeps.repair.IN_FLIGHT_SECONDS", 2.0)
     again = counting.submit(planned)
     adopted = fault == KILLED_AFTER_SBATCH
     assert (len(again.joined) + len(again.done), len(again.queued)) == ((4, 0) if adopted else (0, 4))

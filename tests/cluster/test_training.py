@@ -10,23 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 from cluster import Cluster, until
-from conftest import CAMPAIGN, starts, wait_for_steps, wait_until_done
+from conftest import numbers_of, real_plan, starts, wait_for_steps, wait_until_done
 from safetensors.numpy import load_file
 
-from sweeps.campaign import load_campaign
-from sweeps.collect import collect
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, PlannedRun, plan, with_data
+from sweeps.plan import Plan, PlannedRun
 from sweeps.submit import submit_slurm
 
-pytestmark = pytest.mark.cluster
-
-
-def planned(text: Path, folder: Path, root: str, *, slurm: str = "minutes = 5", steps: int = 24) -> Plan:
-    """Four runs of a second, or longer."""
-    file = folder / "real.toml"
-    file.write_text(CAMPAIGN.format(text=text, tokens=steps * 128, step_seconds=1.0, slurm=slurm))
-    return with_data(plan(load_campaign(file), folder / root), progress=False)
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 
 def only_one(plan: Plan) -> tuple[Plan, PlannedRun]:
@@ -35,35 +25,20 @@ def only_one(plan: Plan) -> tuple[Plan, PlannedRun]:
     return msgspec.structs.replace(plan, runs=(run,)), run
 
 
-@pytest.fixture(scope="module")
-def local(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """The campaign as the local executor trains it."""
-    outcome = run_local(planned(tiny_text, tmp_path_factory.mktemp("local"), "root"), workers=1, progress=False)
-    assert outcome.complete
-    return outcome.plan
-
-
-@pytest.fixture(autouse=True)
-def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "profile.toml").write_text("")
-    monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
-
-
 def test_slurm_and_the_local_executor_give_the_same_table(
     cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path
 ) -> None:
-    there = planned(tiny_text, tmp_path, "slurm", slurm="minutes = 5\nparallel = 2")
+    there = real_plan(tiny_text, tmp_path, slurm="minutes = 5\nparallel = 2")
     submit_slurm(there)
     wait_until_done(there, seconds=180)
-    columns = ["arm", "cell", "run", "status", "params", "tokens", "flops", "flops_attention", "loss", "train_loss"]
-    assert collect(there)[columns].equals(collect(local)[columns])
+    assert numbers_of(there) == numbers_of(local)
 
 
 @pytest.mark.parametrize("slurm", ["tasks = 2", "nodes = 2"])
 def test_several_tasks_train_to_the_weights_of_one(
     cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path, slurm: str
 ) -> None:
-    there, keep = only_one(planned(tiny_text, tmp_path, "slurm", slurm=f"minutes = 5\n{slurm}"))
+    there, keep = only_one(real_plan(tiny_text, tmp_path, slurm=f"minutes = 5\n{slurm}"))
     assert len(submit_slurm(there).queued) == 1
     wait_until_done(there, seconds=180)
     record, alone = there.directory(keep).record(), local.directory(keep).record()
@@ -79,7 +54,7 @@ def test_several_tasks_train_to_the_weights_of_one(
 def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_other(
     cluster: Cluster, tiny_text: Path, tmp_path: Path
 ) -> None:
-    there, run = only_one(planned(tiny_text, tmp_path, "slurm", slurm="minutes = 5\ntasks = 2", steps=1500))
+    there, run = only_one(real_plan(tiny_text, tmp_path, slurm="minutes = 5\ntasks = 2", steps=1500))
     directory = there.directory(run)
     submit_slurm(there)
 

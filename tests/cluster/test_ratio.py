@@ -1,0 +1,57 @@
+"""From campaign to headline: SLURM and the local executor give one ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from cluster import Cluster
+from conftest import wait_until_done
+
+from analysis.load import read_table
+from analysis.study import Study, fit_table
+from scaling.spec import as_dict
+from sweeps.campaign import load_campaign
+from sweeps.collect import collect
+from sweeps.dispatch import run_local
+from sweeps.plan import Plan, plan, with_data
+from sweeps.submit import submit_slurm
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
+
+
+def quick(root: Path) -> Plan:
+    """The campaign quick with a twentieth of its tokens, one seed, and without its largest rung."""
+    whole = load_campaign(
+        "quick",
+        settings=("training.tokens_per_parameter=1", "placement.slurm.sbatch.exclusive=true"),
+    )
+    rungs = tuple(msgspec.structs.replace(rung, seeds=None) for rung in whole.rungs[:-1])
+    return with_data(plan(msgspec.structs.replace(whole, rungs=rungs), root), progress=False)
+
+
+def fitted(done: Plan) -> Study:
+    """What ``scaling fit`` finds."""
+    collect(done)
+    return fit_table(read_table(done.results / "runs.csv"))
+
+
+def test_the_quick_campaign_on_two_nodes_fits_to_the_ratio_of_the_local_executor_digit_for_digit(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    here = run_local(quick(tmp_path / "here"), workers=2, progress=False).plan
+    there = quick(tmp_path / "there")
+    submission = submit_slurm(there)
+    assert (len(submission.jobs), len(submission.queued)) == (1, 8)
+    wait_until_done(there, seconds=300)
+    nodes = cluster.ask("sacct", "-n", "-X", "-j", submission.jobs[0], "-o", "NodeList%20").split()
+    assert set(nodes) == {"node1", "node2"}
+    (one,), (other,) = fitted(here).comparisons, fitted(there).comparisons
+    assert 0 < one.headline.ratio < 2
+    clocks = {"seconds", "processor_seconds"}
+    ours, theirs = (
+        as_dict(msgspec.structs.replace(found, conventions=[c for c in found.conventions if c.column not in clocks]))
+        for found in (one, other)
+    )
+    assert ours == theirs
