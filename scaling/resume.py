@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ KEPT = 2
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint as one file under a temporary name, flushed, then renamed to carry its own SHA-256.
+    """Lightning's checkpoint as one file under a temporary name, flushed, then renamed to carry its SHA-256.
 
     A checkpoint at `folder/step-00000120` is stored as ``step-00000120.<16 hex digits>.ckpt``.
     """
@@ -63,8 +64,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def _digest(path: Path) -> str:
+    """Of a file in ``<run>/checkpoint/``, the run's name included: another run's resume point is as good as damaged."""
+    run = path.absolute().parent.parent.name.encode()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, lambda: hashlib.sha256(run)).hexdigest()[:16]
 
 
 def resume_points(folder: Path) -> list[Path]:
@@ -78,8 +81,12 @@ def step_of(path: Path) -> int:
 
 
 def newest_resume_point(folder: Path) -> Path | None:
-    """The newest file whose content still has the checksum in its name; damaged ones are passed over."""
-    return next(filter(_whole, resume_points(folder)), None)
+    """The newest file whose content still has the checksum in its name; damaged ones are passed over, which is said."""
+    for path in resume_points(folder):
+        if _whole(path):
+            return path
+        print(f"{path.name}: damaged, or another run's; continuing from the one before it", file=sys.stderr, flush=True)
+    return None
 
 
 def branch_point(folder: Path, step: int) -> Path | None:

@@ -72,16 +72,31 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_resume_point(
     assert numbers(killed) == numbers(whole)
 
 
-def test_a_damaged_resume_point_is_passed_over_for_the_one_before(
-    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of another run"])
+def test_a_damaged_or_foreign_resume_point_is_passed_over_aloud_for_the_one_before(
+    damage: str,
+    spec: RunSpec,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, hurt = (place(spec, tmp_path / name, tiny_shards) for name in ("whole", "hurt"))
     finish(whole)
     at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train(hurt, progress=False) is None
     newest, previous = resume_points(RunDirectory(hurt).checkpoints)
-    newest.write_bytes(newest.read_bytes()[:-100])
+    if damage == "of another run":
+        other = place(msgspec.structs.replace(spec, seed=7), tmp_path / "other", tiny_shards)
+        newest.unlink()
+        at_step(monkeypatch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(other, progress=False) is None
+        foreign = resume_points(RunDirectory(other).checkpoints)[0]
+        newest = foreign.rename(previous.parent / foreign.name)
+    else:
+        newest.write_bytes(newest.read_bytes()[:-100] if damage == "truncated" else b"")
     assert newest_resume_point(newest.parent) == previous
+    assert f"{newest.name}: damaged, or another run's" in capsys.readouterr().err
     finish(hurt)
     assert numbers(hurt) == numbers(whole)
 

@@ -22,9 +22,9 @@ from scaling.errors import Refusal
 from scaling.provenance import describe_code
 from scaling.records import RunDirectory
 from sweeps import arrays, lease, worker
-from sweeps.endings import Ending, fruitless
 from sweeps.batch import batch_script
 from sweeps.campaign import load_campaign
+from sweeps.endings import Ending, fruitless
 from sweeps.lease import Lease, hold, is_held
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
