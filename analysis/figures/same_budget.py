@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, look, new_figure, styled
+from analysis.figures.style import MUTED, look, new_figure, short_counts, styled
 from analysis.same_budget import Outcome
 from scaling.units import human
 
@@ -75,7 +75,7 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
             )
             axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
         axes.set_xlim(0, None)
-        axes.xaxis.set_major_formatter(lambda value, _: human(value).replace(".00", "") if value else "0")
+        axes.xaxis.set_major_formatter(short_counts)
         axes.set_xlabel("tokens")
         axes.set_ylabel(f"held-out loss minus {baseline}'s\n(nats per token)")
         axes.legend(loc="best")

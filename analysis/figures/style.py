@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,6 +126,13 @@ def _plain(value: float, _: Any) -> str:
     power = str(int(exponent)).replace("-", "−")
     raised = power.translate(str.maketrans("0123456789−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
     return f"10{raised}" if mantissa == "1" else f"{mantissa}×10{raised}"
+
+
+def short_counts(value: float, _: Any) -> str:
+    """A tick of an axis of tokens: ``1.5M``."""
+    from scaling.units import human
+
+    return re.sub(r"\.0+(?=\D|$)", "", human(value)) if value else "0"
 
 
 def compute_label(largest: float) -> tuple[str, float]:

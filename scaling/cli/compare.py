@@ -50,7 +50,9 @@ class Compare(OnTable):
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
         text = markdown_table((caption, head, rows)) + "".join(f"\n{line}\n" for line in crossings)
         write_atomic(folder / "compare.md", text.encode())
-        for path in (folder / "compare.md", *_draw(folder / "figures", found, arms, along)):
+        measured = _read(folder / "dynamics.parquet") if (folder / "dynamics.parquet").exists() else None
+        drawn = _draw(folder / "figures", found, arms, along, curves, measured)
+        for path in (folder / "compare.md", *drawn):
             print(f"Wrote {path}")
 
 
@@ -103,13 +105,25 @@ def _sentence(found: Overtaking) -> str:
     )
 
 
-def _draw(folder: Path, found: Sequence[Outcome], arms: Sequence[str], along: pd.DataFrame | None) -> Iterable[Path]:
+def _draw(
+    folder: Path,
+    found: Sequence[Outcome],
+    arms: Sequence[str],
+    along: pd.DataFrame | None,
+    curves: pd.DataFrame | None,
+    measured: pd.DataFrame | None,
+) -> Iterable[Path]:
+    from analysis.figures.dynamics import along_the_run, spectra
     from analysis.figures.same_budget import final_losses, gap_curves
     from analysis.figures.style import save
 
     for rung in dict.fromkeys(outcome.rung for outcome in found):
-        save(final_losses(found, rung), folder, f"losses-{rung}")
-        yield folder / f"losses-{rung}.svg"
-        if along is not None and len(along):
-            save(gap_curves(along, arms, arms[0], rung), folder, f"gap-{rung}")
-            yield folder / f"gap-{rung}.svg"
+        figures = {"losses": final_losses(found, rung)}
+        if along is not None and rung in set(along["rung"]):
+            figures["gap"] = gap_curves(along, arms, arms[0], rung)
+        if curves is not None and measured is not None and rung in set(measured["rung"]):
+            figures["dynamics"] = along_the_run(curves, measured, arms, rung)
+            figures["spectra"] = spectra(measured, arms, rung)
+        for name, figure in figures.items():
+            save(figure, folder, f"{name}-{rung}")
+            yield folder / f"{name}-{rung}.svg"
