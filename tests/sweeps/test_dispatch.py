@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -19,7 +19,7 @@ from scaling.records import Attempt, RunDirectory
 from sweeps.collect import collect
 from sweeps.dispatch import run_local
 from sweeps.plan import Plan, PlannedRun, with_data
-from sweeps.status import run_status
+from sweeps.status import redone_steps, run_status
 
 LONG = 96_000
 """Tokens of a run that takes some seconds, so that there is time to disturb it."""
@@ -169,3 +169,23 @@ def test_an_unfinished_run_is_in_the_table_with_its_state_and_no_loss(campaigns:
     assert table["loss"].isna().all()
     assert list(table["tokens"]) == [12_800, 12_800, 25_600, 25_600]
     assert msgspec.json.decode(planned.write().read_bytes().splitlines()[0])["id"] == planned.runs[0].id
+
+
+def test_a_campaign_whose_folder_was_moved_goes_on_where_it_was(campaigns: Any, tmp_path: Path) -> None:
+    first = run_local(campaigns.plan(), workers=2, progress=False)
+    unfinished = first.plan.runs[0]
+    first.plan.directory(unfinished).record_file.unlink()
+    (tmp_path / "root").rename(tmp_path / "moved")
+    moved = run_local(campaigns.plan("moved"), workers=1, progress=False)
+    assert (moved.trained, len(moved.present)) == ((unfinished.id,), 3)
+    assert starts(moved.plan.directory(unfinished))[-1].step > 0
+    assert not (tmp_path / "root").exists()
+
+
+def test_steps_that_were_taken_again_are_counted() -> None:
+    def attempt(event: Literal["start", "end"], step: int) -> Attempt:
+        return Attempt(event=event, time=0.0, host="h", pid=1, step=step)
+
+    killed = [attempt("start", 0), attempt("end", 17), attempt("start", 10), attempt("end", 40)]
+    assert redone_steps(killed) == 7
+    assert redone_steps([attempt("start", 0), attempt("end", 20), attempt("start", 20), attempt("end", 40)]) == 0

@@ -21,11 +21,12 @@ import pytest
 from scaling.errors import Refusal
 from scaling.provenance import describe_code
 from scaling.records import RunDirectory
-from sweeps import arrays, lease, worker
+from sweeps import arrays, lease, nodes, worker
 from sweeps.batch import batch_script
 from sweeps.campaign import load_campaign
 from sweeps.endings import Ending, fruitless
 from sweeps.lease import Lease, hold, is_held
+from sweeps.nodes import NodeFailure
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
 from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
@@ -309,6 +310,87 @@ def test_a_run_whose_predecessor_is_not_on_its_way_is_left(campaigns: Any, comma
     alone = submit_slurm(msgspec.structs.replace(ready, runs=(branch,)))
     assert alone.left == [branch.id]
     assert any("neither done nor on its way" in note for note in alone.notes)
+
+
+def test_runs_that_share_a_device_are_tasks_of_several_and_a_run_over_several_devices_cannot_share(
+    campaigns: Any, no_profile: Path
+) -> None:
+    campaigns.plan()
+    file = campaigns.folder / "tiny.toml"
+    content = file.read_text()
+    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ngpus = 1\n")
+    submission = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
+    assert "#SBATCH --array=0-1%2" in submission.scripts()[0]
+    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ntasks = 2\n")
+    with pytest.raises(Refusal, match="set runs_per_gpu = 1, or nodes, tasks and devices = 1"):
+        submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
+
+
+def test_folders_that_jobs_execute_from_are_private_and_refused_where_others_may_write(
+    campaigns: Any, commands: Any, no_profile: Path
+) -> None:
+    ready = planned(campaigns)
+    commands(
+        scontrol="echo 'MaxArraySize = 1001'",
+        squeue="exit 0",
+        sacct="exit 0",
+        srun="exit 0",
+        sbatch="echo Submitted batch job 5",
+    )
+    submit_slurm(ready)
+    made = [ready.root / "code", ready.root / arrays.FOLDER, *(ready.directory(run).path for run in ready.runs)]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in made} == {0o700}
+    assert not [file for folder in made for file in folder.rglob("*") if file.stat().st_mode & 0o077]
+    (ready.root / "code").chmod(0o770)
+    with pytest.raises(Refusal, match="chmod go-w"):
+        submit_slurm(ready)
+
+
+def test_a_disk_without_room_is_a_sentence_and_not_a_traceback(
+    campaigns: Any, commands: Any, no_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = planned(campaigns)
+    commands(scontrol="echo 'MaxArraySize = 1001'", squeue="exit 0", sacct="exit 0", srun="exit 0", sbatch="exit 1")
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arrays, "write_json", no_room)
+    with pytest.raises(Refusal, match="No space left on device"):
+        submit_slurm(ready)
+
+
+# -- nodes
+
+
+def failing(root: Path, *where: tuple[str, str]) -> None:
+    """Note failures at their start of runs on nodes."""
+    (root / arrays.FOLDER).mkdir(exist_ok=True)
+    nodes.note_failures(
+        root,
+        [
+            NodeFailure(node=node, run=run, job=str(number), restart=0, time=time.time())
+            for number, (run, node) in enumerate(where)
+        ],
+    )
+
+
+def test_two_runs_condemn_a_node_and_a_run_that_fails_everywhere_condemns_none(tmp_path: Path, commands: Any) -> None:
+    commands(sinfo="printf 'n1\\nn2\\nn3\\n'")
+    failing(tmp_path, ("a", "n1"), ("a", "n1"))
+    assert nodes.left_out(tmp_path) == []
+    failing(tmp_path, ("a", "n1"), ("a", "n1"), ("b", "n1"))
+    assert nodes.left_out(tmp_path) == ["n1"]
+    failing(tmp_path, ("a", "n1"), ("a", "n1"), ("b", "n1"), ("b", "n2"))
+    assert nodes.left_out(tmp_path) == []  # b is at fault
+
+
+def test_all_nodes_that_there_are_cannot_be_left_out(tmp_path: Path, commands: Any) -> None:
+    failing(tmp_path, ("a", "n1"), ("b", "n1"))
+    commands(sinfo="echo n1; echo n2")
+    assert nodes.left_out(tmp_path) == ["n1"]
+    commands(sinfo="echo n1")
+    assert nodes.left_out(tmp_path) == []
 
 
 # -- what a job does
