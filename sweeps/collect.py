@@ -74,17 +74,6 @@ def collect(plan: Plan, folder: Path | str | None = None) -> pd.DataFrame:
     return runs
 
 
-def _identity(run: PlannedRun) -> dict[str, Any]:
-    return {
-        "campaign": run.campaign,
-        "arm": run.arm,
-        "rung": run.rung,
-        "cell": run.cell,
-        "seed": run.seed,
-        "run": run.id,
-    }
-
-
 def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     now = run_status(plan, run)
     done = now.state in ("finished", "diverged")
@@ -92,7 +81,7 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
     optimizer = run_optimizer_flops(run.spec, tokens)
-    return _identity(run) | {
+    return run.identity | {
         "status": now.state,
         "params": run.parameters,
         "tokens": tokens,
@@ -118,7 +107,7 @@ def _curve(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
     # A run that continued logs the steps after its resume point again; the last line of a step is the one that counts.
     rows = {row.step: row for row in plan.directory(run).metrics()}
     return [
-        _identity(run)
+        run.identity
         | {
             "step": row.step,
             "tokens": row.tokens,
@@ -141,8 +130,7 @@ def _dynamics(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
         if row.clipped_heads is not None:
             quantities["clipped_heads"] = {"all": float(row.clipped_heads)}
         found += [
-            _identity(run)
-            | {"step": row.step, "tokens": row.tokens, "quantity": quantity, "part": part, "value": value}
+            run.identity | {"step": row.step, "tokens": row.tokens, "quantity": quantity, "part": part, "value": value}
             for quantity, parts in quantities.items()
             for part, value in parts.items()
         ]

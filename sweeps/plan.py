@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -46,6 +47,18 @@ class PlannedRun(Strict, frozen=True):
     def parameters(self) -> int:
         """Weights of the blocks: the papers' N."""
         return count_parameters(self.spec.shape).blocks
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The columns that say in every table which run a row is of."""
+        return {
+            "campaign": self.campaign,
+            "arm": self.arm,
+            "rung": self.rung,
+            "cell": self.cell,
+            "seed": self.seed,
+            "run": self.id,
+        }
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

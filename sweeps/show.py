@@ -72,13 +72,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for run in plan.runs:
         spec, cost = run.spec, costs[run.id]
-        rows.append({
-            "campaign": run.campaign,
-            "arm": run.arm,
-            "rung": run.rung,
-            "cell": run.cell,
-            "seed": run.seed,
-            "run": run.id,
+        rows.append(run.identity | {
             "provisional": plan.provisional,
             "state": plan.state(run),
             "shape": as_dict(spec.shape) | {"ffn_width": spec.shape.ffn_width, "head_size": spec.shape.head_size},
