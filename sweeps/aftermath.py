@@ -31,6 +31,8 @@ class Job(NamedTuple):
     restart: int
     node: str | None
     """None where it had several: nobody can say which of them failed."""
+    processes: int = 1
+    """Of its run."""
 
 
 def main(record_file: str, status: int, tries: int) -> int:
@@ -41,6 +43,7 @@ def main(record_file: str, status: int, tries: int) -> int:
         id=os.environ["SLURM_JOB_ID"],
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
+        processes=int(os.environ.get("SLURM_NTASKS", "1")),
     )
     again, reasons, avoid = False, [], set[str]()
     before = nodes.left_out(root)
@@ -88,7 +91,7 @@ def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> Endin
         ending = ending_of(directory, job=job.id, restart=job.restart, node=job.node, status=status)
     if ending.status == LOST_LEASE:
         return None
-    reason = _why_give_up(directory, endings, ending, tries)
+    reason = _why_give_up(directory, endings, ending, tries, processes=job.processes)
     ending = msgspec.structs.replace(ending, given_up=reason)
     note_ending(directory, ending)
     row, attempts = directory.last_row(), directory.attempts()
@@ -101,11 +104,14 @@ def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> Endin
     return ending
 
 
-def _why_give_up(directory: RunDirectory, before: list[Ending], ending: Ending, tries: int) -> str | None:
+def _why_give_up(
+    directory: RunDirectory, before: list[Ending], ending: Ending, tries: int, *, processes: int
+) -> str | None:
     """Why starting the run again would not help, or None."""
     if ending.status == REFUSED:
         return f"its program ended with an error; {log_tail(directory)}"
-    if ending.status == 1:
+    # Of several processes one whose peer is gone, with its node perhaps, fails too: that is no failure of the program.
+    if ending.status == 1 and processes == 1:
         first = not before or before[-1].status != 1
         if first and failed_at_start(directory, ending):
             return None

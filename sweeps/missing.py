@@ -7,10 +7,9 @@ from typing import Literal
 import msgspec
 
 from scaling.errors import Refusal
-from sweeps import arrays, nodes
+from sweeps import arrays, endings, nodes
 from sweeps.batch import job_placement
 from sweeps.dispatch import Retry, retries
-from sweeps.endings import given_up
 from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun
 from sweeps.slurm import Task
@@ -73,21 +72,28 @@ def _sort_ended(
     found: Submission, missing: list[PlannedRun], run: PlannedRun, *, state: str, retry: Retry, bad: set[str]
 ) -> None:
     """A run that no job has any more."""
-    if state == "failed" and not retries(retry, "failed"):
-        failed_on = {failure.node for failure in nodes.failures(found.plan.root) if failure.run == run.id}
-        if not failed_on or not failed_on <= bad:
-            found.failed.append(run.id)
-            return
+    if state == "failed" and not retries(retry, "failed") and not _was_the_nodes_fault(found.plan, run, bad):
+        found.failed.append(run.id)
+        return
     if (found.plan.directory(run).path / arrays.CANCELLED).exists() and not retries(retry, "cancelled"):
         found.cancelled.append(run.id)
         return
     missing.append(run)
 
 
+def _was_the_nodes_fault(plan: Plan, run: PlannedRun, bad: set[str]) -> bool:
+    """Whether the run's last job failed at its start, on a node that is left out from now on."""
+    last = endings.read_endings(plan.directory(run))[-1:]
+    return bool(last and bad) and any(
+        (failure.run, failure.job, failure.restart) == (run.id, last[0].job, last[0].restart) and failure.node in bad
+        for failure in nodes.failures(plan.root)
+    )
+
+
 def _out_of_its_pack(plan: Plan, run: PlannedRun) -> bool:
     directory = plan.directory(run)
     return not directory.is_locked() and (
-        given_up(directory) is not None or (directory.path / arrays.CANCELLED).exists()
+        endings.given_up(directory) is not None or (directory.path / arrays.CANCELLED).exists()
     )
 
 

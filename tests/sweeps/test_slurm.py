@@ -20,8 +20,9 @@ import pytest
 
 from scaling.errors import Refusal
 from scaling.provenance import describe_code
-from scaling.records import RunDirectory
+from scaling.records import MetricsRow, RunDirectory, append_line
 from sweeps import arrays, lease, nodes, worker
+from sweeps.aftermath import _why_give_up
 from sweeps.batch import batch_script
 from sweeps.campaign import load_campaign
 from sweeps.endings import Ending, fruitless
@@ -426,6 +427,29 @@ def test_kills_without_progress_are_counted_and_progress_forgives_them() -> None
     assert fruitless(endings((137, 0), (137, 0))) == (2, 2)
     assert fruitless(endings((137, 0), (137, 0), (137, 40))) == (1, 1)
     assert fruitless(endings((137, 0), (75, 0), (0, 0))) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "step", "given_up"),
+    [(1, 3, True), (2, 3, False), (1, 0, False)],
+    ids=["it failed by itself", "a peer of it may be gone", "it may be the node"],
+)
+def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
+    processes: int, step: int, given_up: bool, tmp_path: Path
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.note("start", step=0)
+    if step:
+        append_line(
+            directory.metrics_file,
+            MetricsRow(
+                step=step, tokens=1, flops=1, train_loss=1.0, learning_rate=0.1, grad_norm=None,
+                tokens_per_second=1.0, mfu=None,
+            ),
+        )  # fmt: skip
+    error = Ending(job="1", status=1, step=0, starts=1, time=0.0)
+    assert (_why_give_up(directory, [], error, 3, processes=processes) is not None) == given_up
+    assert _why_give_up(directory, [error, error], error, 3, processes=processes) is not None
 
 
 # -- leases
