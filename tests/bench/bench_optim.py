@@ -15,20 +15,30 @@ import functools
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaling.data.prepare import prepare
+from scaling.data.shards import manifest_hash
+from scaling.flops import train_flops
 from scaling.models.decoder import Decoder
 from scaling.optim.ledger import update_flops
 from scaling.optim.muon import MuonAdamW
 from scaling.optim.products import gram, quadratic
 from scaling.optim.recipes import build
-from scaling.spec import ModelShape, OptimizerSpec, ffn_width
+from scaling.records import RunDirectory
+from scaling.spec import Budget, Evaluation, ModelShape, OptimizerSpec, Placement, RunSpec, ffn_width
+from scaling.train import train
+from sweeps.campaign import load_campaign
+from sweeps.plan import plan
 
 MOONLIGHT = {"339.7M": (12, 1536), "1.59B": (20, 2560)}
 RUNGS = {"0.8M": (4, 128), "1.9M": (6, 160), "5.3M": (8, 256)}
@@ -174,6 +184,53 @@ def bench_small(rounds: int) -> None:
         print(f"  Muon arm / AdamW arm {ratio:.3f} (CPU time)")
 
 
+def bench_campaign(rounds: int, batch_tokens: int = 8192, steps: int = 24) -> None:
+    """Whole runs of the quick campaign at a larger batch, as a user runs them: time per step from what they logged.
+
+    Arms take turns; a step's time is the median over the logged steps of all turns but the first fifth of each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = load_campaign("quick", settings=[f"training.batch_tokens={batch_tokens}"])
+        prepare(msgspec.structs.replace(campaign.data, train_tokens=4_000_000), Path(folder) / "data", progress=False)
+        planned = plan(campaign, Path(folder))
+        print(f"\nquick campaign, {batch_tokens:,} tokens a step: seconds of a step, Muon arm against AdamW arm")
+        for rung in planned.rungs:
+            pair = [next(r.spec for r in planned.runs if r.rung == rung.name and r.arm == a) for a in ("adamw", "muon")]
+            wall, cpu = ({spec.optimizer.name: [] for spec in pair} for _ in range(2))
+            for turn in range(rounds + 1):
+                for spec in pair:
+                    seconds, work = run_briefly(spec, Path(folder), steps)
+                    if turn:
+                        wall[spec.optimizer.name] += seconds
+                        cpu[spec.optimizer.name].append(work)
+            (adamw, muon), (adamw_cpu, muon_cpu) = (
+                [statistics.median(each) for each in of.values()] for of in (wall, cpu)
+            )
+            over = "" if muon_cpu / adamw_cpu <= 1.15 else "   above 1.15"
+            print(f"  {rung.name:>5s}  AdamW {adamw * 1e3:7.1f} ms  Muon {muon * 1e3:7.1f} ms  {muon / adamw:.3f} wall  "
+                  f"{muon_cpu / adamw_cpu:.3f} CPU{over}", flush=True)  # fmt: skip
+
+
+def run_briefly(spec: RunSpec, folder: Path, steps: int) -> tuple[list[float], float]:
+    """Wall seconds of the logged steps of a short run like `spec`, and its CPU seconds a step."""
+    tokens = steps * spec.batch_tokens
+    shortened = msgspec.structs.replace(
+        spec,
+        budget=Budget(tokens=tokens, flops=train_flops(spec.shape, tokens)),
+        schedule=msgspec.structs.replace(spec.schedule, warmup_tokens=tokens // 10),
+        data=msgspec.structs.replace(spec.data, repeat=True, manifest=manifest_hash(folder / "data")),
+        evaluation=Evaluation(tokens=spec.shape.context, times=0),
+    )
+    with tempfile.TemporaryDirectory() as runs:
+        directory = RunDirectory(Path(runs) / shortened.id)
+        directory.create(shortened, Placement(data=str(folder / "data"), device="cpu", checkpoint_seconds=1e9))
+        record = train(directory.path, progress=False)
+        assert record is not None
+        assert record.cpu_seconds is not None
+        rows = [row for row in directory.metrics() if row.step > steps // 5]
+        return [spec.batch_tokens / row.tokens_per_second for row in rows], record.cpu_seconds / steps
+
+
 def bench_cuda(rounds: int) -> None:
     """Moonlight's smallest and largest shapes, small rungs, and the table that places the symmetric kernel."""
     print(f"\n{torch.cuda.get_device_name()}")
@@ -217,6 +274,7 @@ if __name__ == "__main__":
     check_ledger()
     bench_wide(chosen.layers, chosen.rounds)
     bench_small(5 * chosen.rounds)
+    bench_campaign(chosen.rounds)
     if torch.cuda.is_available():
         bench_cuda(chosen.rounds)
     print(f"\nload at the end {os.getloadavg()[0]:.2f}")
