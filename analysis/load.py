@@ -2,7 +2,8 @@
 
 A table has one row a run (or a checkpoint of a run) with columns ``arm, params, tokens, flops, loss``. It may also
 have ``cell`` (what pairs the arms: same size, tokens, data order, seed), ``seed``, ``run``, ``step``, ``status``,
-``reason``, ``convention`` and ``seconds``; other columns are kept and ignored.
+``reason``, ``convention``, ``seconds``, ``schedule_tokens`` (where the schedule would have ended), and the settings that
+the audit looks at (``peak_lr``, ``batch_tokens``, ``manifest``); other columns are kept and ignored.
 """
 
 from __future__ import annotations

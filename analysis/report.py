@@ -55,6 +55,7 @@ def write_report(
     folder: Path | str,
     *,
     curves: pd.DataFrame | None = None,
+    trials: pd.DataFrame | None = None,
     title: str | None = None,
 ) -> Path:
     """Write report.html, fits.json and the figures; the same files, byte for byte, for the same values.
@@ -64,25 +65,28 @@ def write_report(
         frame: The checked table it was made from.
         folder: Gets report.html, fits.json, tables.md and tables.tex; figures/ under it gets each figure as SVG, PDF and PNG.
         curves: Logged steps (columns arm, rung, run, step, tokens, flops, train_loss, validation_loss), if there are.
+        trials: The checked table of the search for settings, if there was one.
         title: Heading of the page.
 
     Returns:
         The path of report.html.
     """
     folder = Path(folder)
-    figures = _figures(study, frame, curves)
+    figures = _figures(study, frame, curves, trials)
     for name, (figure, _) in figures.items():
         save(figure, folder / "figures", name)
     write_study(study, folder / "fits.json")
     write_atomic(folder / "tables.md", markdown(study).encode())
     write_atomic(folder / "tables.tex", latex(study).encode())
     title = title or f"{', '.join(study.arms[1:])} against {study.baseline}"
-    page = "\n".join(_page(study, frame, figures, title))
+    page = "\n".join(_page(study, frame, trials, figures, title))
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
-def _figures(study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None) -> dict[str, tuple[Figure, str]]:
+def _figures(
+    study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None, trials: pd.DataFrame | None
+) -> dict[str, tuple[Figure, str]]:
     from analysis.figures.curves import training_curves
     from analysis.figures.laws import loss_against_compute
     from analysis.figures.ratio import ratio_curve
@@ -107,9 +111,10 @@ def _figures(study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None) -> 
             training_curves(curves, study.arms),
             "Training loss (lines) and held-out loss (points) of the largest rungs.",
         )
-    if has_bowls(frame):
+    searched = frame if trials is None else trials
+    if has_bowls(searched):
         made["learning-rates"] = (
-            learning_rate_bowls(frame, study.arms),
+            learning_rate_bowls(searched, study.arms),
             "Loss against peak learning rate. A best rate on the edge of what was tried is hollow: it is no optimum.",
         )
     if study.design == "grid":
@@ -142,14 +147,20 @@ def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
-def _page(study: Study, frame: pd.DataFrame, figures: dict[str, tuple[Figure, str]], title: str) -> Iterable[str]:
+def _page(
+    study: Study,
+    frame: pd.DataFrame,
+    trials: pd.DataFrame | None,
+    figures: dict[str, tuple[Figure, str]],
+    title: str,
+) -> Iterable[str]:
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
     yield f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
     yield f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(study.table)}</p>"
     for comparison in study.comparisons:
         yield f"<p class=lead>{html.escape(headline_text(comparison))}</p>"
         yield from (f"<p>{html.escape(line)}</p>" for line in explanation(study, comparison))
-    yield from _audit(study, frame)
+    yield from _audit(study, frame, trials)
     yield "<h2>Figures</h2>"
     for name, (figure, caption) in figures.items():
         svg = as_bytes(figure, "svg").decode()
@@ -162,8 +173,8 @@ def _page(study: Study, frame: pd.DataFrame, figures: dict[str, tuple[Figure, st
     yield "</body></html>"
 
 
-def _audit(study: Study, frame: pd.DataFrame) -> Iterable[str]:
-    checks = audit(frame, study)
+def _audit(study: Study, frame: pd.DataFrame, trials: pd.DataFrame | None) -> Iterable[str]:
+    checks = audit(frame, study, trials)
     rows = [
         f"<tr><td class=l><span class={check.verdict}>{check.verdict}</span></td><td class=w>{html.escape(check.question)}"
         f"</td><td class=w>{html.escape(check.evidence)}</td><td class=w>{html.escape(check.remedy)}</td></tr>"

@@ -77,6 +77,13 @@ class OnTable:
             "or give the path of a CSV or Parquet file."
         )
 
+    def trials(self) -> pd.DataFrame | None:
+        """The runs of the search for settings, where the table's folder has them."""
+        from analysis.load import read_table
+
+        file = self.results() / "trials.csv"
+        return read_table(file) if file.exists() else None
+
     def fitted(self) -> tuple[Study, pd.DataFrame]:
         """The table's fits and ratios, and the table."""
         from analysis.study import fit_table
@@ -172,7 +179,7 @@ class Audit(OnTable):
         from analysis.audit import audit, audit_text
 
         study, frame = self.fitted()
-        checks = audit(frame, study)
+        checks = audit(frame, study, self.trials())
         if self.json:
             print_json(checks)
         else:
@@ -200,4 +207,5 @@ class Report(OnTable):
         folder = self.results()
         curves = folder / "curves.parquet"
         steps = pd.read_parquet(curves) if curves.exists() else None
-        return write_report(study, frame, folder, curves=steps, title=Path(self.table).stem), study
+        page = write_report(study, frame, folder, curves=steps, trials=self.trials(), title=Path(self.table).stem)
+        return page, study

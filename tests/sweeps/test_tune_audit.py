@@ -95,3 +95,35 @@ def test_runs_in_the_middle_of_their_schedule_are_never_compared(
     assert unfinished.sum() == 2  # both of Muon's arms at the largest rung
     assert table.loc[unfinished, "loss"].isna().all()
     assert verdicts(made.results / "runs.csv")["finished"] == "warn"
+
+
+@pytest.mark.parametrize(("carried", "verdict"), [(1, "pass"), (64, "fail")], ids=["near", "far"])
+def test_a_setting_carried_far_beyond_the_tuned_sizes_fails(
+    campaign: Callable[..., Campaign], tmp_path: Path, carried: int, verdict: str
+) -> None:
+    table = RATE_ONLY.replace('rungs = ["a", "b"]\nheld_out = ["c"]', 'rungs = ["a", "b", "c"]')
+    wished = campaign(table)
+    last = wished.rungs[-1]
+    rungs = (*wished.rungs[:-1], msgspec.structs.replace(last, tokens=carried * last.tokens))
+    wished = msgspec.structs.replace(wished, rungs=rungs)
+    tune(wished, tmp_path, execute=recorder(), progress=False)
+    made = plan(wished, tmp_path)
+    recorder()(made)
+    collect(made)
+    frame, trials = (read_table(made.results / name) for name in ("runs.csv", "trials.csv"))
+    found = {check.name: check for check in audit(frame, fit_table(frame), trials)}
+    assert found["tuned-range"].verdict == verdict, found["tuned-range"].evidence
+    assert found["search-edge"].verdict == "pass"  # of the trials, which the table of runs does not have
+    assert found["equal-tuning"].verdict == "warn"  # the arm that reuses another's settings had no search
+
+
+def test_the_middle_of_a_schedule_fails(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    tune(campaign(RATE_ONLY), tmp_path, execute=recorder(), progress=False)
+    made = plan(campaign(RATE_ONLY), tmp_path)
+    recorder()(made)
+    collect(made)
+    frame = read_table(made.results / "runs.csv")
+    frame["schedule_tokens"] = frame["tokens"]
+    assert {c.name: c.verdict for c in audit(frame, fit_table(frame))}["finished"] == "pass"
+    frame.loc[frame["arm"] == "muon", "schedule_tokens"] *= 5  # the paper's 1.2T of 5.7T tokens
+    assert {c.name: c.verdict for c in audit(frame, fit_table(frame))}["finished"] == "fail"

@@ -1,0 +1,124 @@
+"""Checks of the laws: is the headline where the data are, and does it stand under another law or without a rung?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.audit.case import Case, Finding
+from analysis.compare import Comparison
+from analysis.match import compute_law
+from analysis.summary import compute_unit
+
+
+def extrapolated(case: Case) -> Finding:
+    """The headline's loss is reached by the runs of both arms."""
+    heads = [(c.challenger, c.headline) for c in case.study.comparisons]
+    bad = [
+        f"{arm}: {point.support} at loss {point.loss:.4g}" for arm, point in heads if point.support != "interpolated"
+    ]
+    if bad:
+        return Finding("fail", "; ".join(bad), "Train the arm that falls short until both reach the loss.")
+    arrows = [d for c in case.study.comparisons for d in c.definitions if d.support != "interpolated"]
+    note = f" ({', '.join(sorted({d.name for d in arrows}))}: beyond the runs, and marked so)" if arrows else ""
+    return Finding("pass", f"the headline's loss is inside both arms' runs{note}")
+
+
+def trend(comparison: Comparison) -> dict[str, float]:
+    """Change of the ln ratio for each decade of compute over the runs, by family of laws."""
+    losses = [point.loss for point in comparison.rungs]
+    found = {}
+    for model in comparison.models:
+        laws = [compute_law(model.laws[arm]) for arm in (comparison.baseline, comparison.challenger)]
+        ends = [loss for loss in (max(losses), min(losses)) if loss > max(law.floor for law in laws)]
+        if len(ends) < 2 or min(law.exponent for law in laws) <= 0:
+            continue
+        logs = [np.log(laws[1].compute(loss) / laws[0].compute(loss)) for loss in ends]
+        span = np.log10(laws[0].compute(ends[1]) / laws[0].compute(ends[0]))
+        found[model.family] = float((logs[1] - logs[0]) / span) if span > 0 else 0.0
+    return found
+
+
+def floor(case: Case) -> Finding:
+    """The trend of the ratio has one sign whatever law is taken."""
+    for comparison in case.study.comparisons:
+        found = {key: value for key, value in trend(comparison).items() if abs(value) > 0.01}
+        if found and min(found.values()) < 0 < max(found.values()):
+            down, up = min(found, key=lambda k: found[k]), max(found, key=lambda k: found[k])
+            return Finding(
+                "warn",
+                f"{comparison.challenger}: by {down} the ratio falls {-found[down]:.0%} for each decade of compute, by {up} it "
+                f"rises {found[up]:.0%}; the data do not tell which",
+                "Say nothing about the trend, or add rungs until one law predicts held-out rungs clearly better.",
+            )
+    return Finding("pass", "the ratio's trend has the same sign under every law that was tried, or there is none")
+
+
+def spread(case: Case) -> Finding:
+    """Other laws give a ratio inside the interval."""
+    worst = Finding("pass", "other laws give a ratio inside the interval")
+    for comparison in case.study.comparisons:
+        head = comparison.headline
+        ratios = [m.ratio for m in comparison.models if m.ratio is not None]
+        if head.low is None or head.high is None:
+            return Finding("fail", f"{comparison.challenger}: no interval: {comparison.interval}", "Add cells.")
+        if ratios and (min(ratios) < head.low or max(ratios) > head.high):
+            worst = Finding(
+                "warn",
+                f"{comparison.challenger}: other laws give {min(ratios):.3g} to {max(ratios):.3g}, beyond the interval "
+                f"{head.low:.3g} to {head.high:.3g}",
+                "Quote the spread beside the interval.",
+            )
+    return worst
+
+
+def leans(case: Case) -> Finding:
+    """No one rung carries the ratio."""
+    told = []
+    for comparison in case.study.comparisons:
+        head = comparison.headline
+        if head.low is None or head.high is None or not comparison.jackknife:
+            continue
+        ratios = [(item.ratio, item.compute) for item in comparison.jackknife if item.ratio is not None]
+        if len(ratios) < len(comparison.jackknife):
+            return Finding(
+                "warn",
+                f"{comparison.challenger}: without one of the rungs the laws no longer reach the headline's loss",
+                "Train more rungs.",
+            )
+        far, compute = max(ratios, key=lambda pair: abs(np.log(pair[0] / head.ratio)))
+        unit, size = compute_unit(comparison)
+        text = f"{comparison.challenger}: {far:.3g} without the rung at {compute * size:.3g} {unit}, {head.ratio:.3g} with it"
+        if not head.low <= far <= head.high or abs(np.log(far / head.ratio)) > np.log(1.15):
+            return Finding("warn", text, "Look at the runs of that rung; repeat them with other seeds.")
+        told.append(text)
+    if not told:
+        return Finding("warn", "too few rungs to leave one out", "Train at least four.")
+    return Finding("pass", "; ".join(told))
+
+
+def reach(case: Case) -> Finding:
+    """There are sizes enough, and they lie far enough apart."""
+    told, bad = [], False
+    for arm in case.study.arms:
+        flops = case.used.loc[case.used["arm"] == arm, "flops"]
+        decades, points = float(np.log10(flops.max() / flops.min())), flops.round(-1).nunique()
+        told.append(f"{arm} {points} computes over {decades:.1f} decades")
+        bad = bad or decades < 1.5 or points < 5
+    return Finding(
+        "warn" if bad else "pass",
+        "; ".join(told),
+        "Five computes over a decade and a half are the least from which a curve can be told from a line."
+        if bad
+        else "",
+    )
+
+
+def converged(case: Case) -> Finding:
+    """Every fit is at its minimum."""
+    fits = [fit for c in case.study.comparisons for fit in c.fits.values()]
+    bad = [fit for fit in fits if fit.status != "converged"]
+    if bad:
+        return Finding("fail", " ".join(fit.remark for fit in bad), "Use a law with fewer parameters, or add runs.")
+    worst = max(fit.certificate.gap for fit in fits)
+    agree = min(fit.certificate.agreeing for fit in fits)
+    return Finding("pass", f"every fit is at its minimum (gap at most {worst:.0e}; {agree:.0%} of the starts agree)")
