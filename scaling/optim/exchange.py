@@ -74,23 +74,27 @@ class Exchange(Protocol):
         """The part of a stored state tensor that stays here: the inverse of `whole`."""
 
 
-class Replicated:
+class StateLikeParameters:
+    """What exchanges share that keep state as the parameter is kept: whole, or a `DTensor` that knows its whole."""
+
+    def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
+        """Zeros like the parameter, sharded as it is."""
+        return torch.zeros_like(parameter if columns is None else parameter[..., :columns])
+
+    def whole(self, parameter: Tensor, kept: Tensor) -> Tensor:
+        """As it is: torch.distributed.checkpoint reads a `DTensor`."""
+        return kept
+
+    def kept(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """As it is."""
+        return whole
+
+
+class Replicated(StateLikeParameters):
     """Every process, or the only one, does everything."""
 
     def plan(self, groups: list[Group]) -> None:
         """Nothing to plan."""
-
-    def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
-        """Zeros like the parameter."""
-        return torch.zeros_like(parameter if columns is None else parameter[..., :columns])
-
-    def whole(self, parameter: Tensor, kept: Tensor) -> Tensor:
-        """It is whole."""
-        return kept
-
-    def kept(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """All of it."""
-        return whole
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Chunks of equal matrices."""

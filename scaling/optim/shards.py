@@ -17,11 +17,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from scaling.errors import Refusal
 from scaling.optim.dealing import deal
-from scaling.optim.exchange import Batch, Group, State, by_matrix, gradient, iteration, local_batches
+from scaling.optim.exchange import (
+    Batch,
+    Group,
+    State,
+    StateLikeParameters,
+    by_matrix,
+    gradient,
+    iteration,
+    local_batches,
+)
 from scaling.optim.views import row_blocks
 
 
-class Shards:
+class Shards(StateLikeParameters):
     """Each matrix whose rows are sharded meets at an owner; momentum stays with the shard, as a `DTensor`."""
 
     def __init__(self) -> None:
@@ -48,18 +57,6 @@ class Shards:
             processes = dist.get_world_size(process_group_of(rows[0]))
             owners = deal([(p.shape[0], p.shape[1]) for p in rows], processes)
             self._owner = dict(zip(rows, owners, strict=True))
-
-    def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
-        """Zeros sharded like the parameter."""
-        return torch.zeros_like(parameter if columns is None else parameter[..., :columns])
-
-    def whole(self, parameter: Tensor, kept: Tensor) -> Tensor:
-        """A `DTensor` knows its whole; torch.distributed.checkpoint reads it."""
-        return kept
-
-    def kept(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """A `DTensor` again."""
-        return whole
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Experts where they are; other matrices in chunks with an owner each."""

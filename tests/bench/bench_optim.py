@@ -2,7 +2,8 @@
 
     make bench                                                            CPU: 12 layers of width 768, and small models
     OMP_NUM_THREADS=1 .venv/bin/python tests/bench/bench_optim.py --layers 2    the same in seconds, two layers
-    .venv/bin/python tests/bench/bench_optim.py                           on a machine with a GPU: its section as well
+    .venv/bin/python tests/bench/bench_optim.py --cuda                    a GPU alone: Moonlight's 339.7M and 1.59B shapes,
+                                                                          small rungs, symmetric kernel against cuBLAS
 
 On a CPU both wall and CPU seconds are printed: other work on the machine lengthens the first and hardly the second.
 Medians of interleaved rounds.
@@ -15,6 +16,7 @@ import functools
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -250,7 +252,13 @@ def bench_cuda(rounds: int) -> None:
         if AVAILABLE:
             steps["kernel"] = lambda x=x, out=out: product_with_own_transpose(x, out)  # type: ignore[misc]
         each = timed(steps, 20 * rounds, "cuda")
-        print(f"  {side:5d} " + "  ".join(f"{name} {wall * 1e3:.4f}" for name, (wall, _) in each.items()))
+        line = f"  {side:5d} " + "  ".join(f"{name} {wall * 1e3:.4f}" for name, (wall, _) in each.items())
+        if AVAILABLE:
+            exact = torch.bmm(x.float(), x.float().mT)
+            apart = [(made.float() - exact).norm() / exact.norm()
+                     for made in (torch.bmm(x, x.mT), product_with_own_transpose(x, out))]  # fmt: skip
+            line += f"  rounding: cuBLAS {apart[0]:.1e}, kernel {apart[1]:.1e}"
+        print(line)
 
 
 def check_ledger() -> None:
@@ -266,15 +274,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cuda", action="store_true", help="the GPU's section alone")
     chosen = parser.parse_args()
     load = os.getloadavg()[0]
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}, load {load:.2f}"
     )
     check_ledger()
-    bench_wide(chosen.layers, chosen.rounds)
-    bench_small(5 * chosen.rounds)
-    bench_campaign(chosen.rounds)
-    if torch.cuda.is_available():
+    if chosen.cuda:
+        if not torch.cuda.is_available():
+            sys.exit("bench_optim: torch sees no GPU here; run it where there is one, or without --cuda.")
         bench_cuda(chosen.rounds)
+    else:
+        bench_wide(chosen.layers, chosen.rounds)
+        bench_small(5 * chosen.rounds)
+        bench_campaign(chosen.rounds)
+        print("\nGPU figures: python tests/bench/bench_optim.py --cuda")
     print(f"\nload at the end {os.getloadavg()[0]:.2f}")
