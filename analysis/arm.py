@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.cells import run_of, select
 from analysis.design import Rows
-from analysis.fit import HUBER, LEAST_SQUARES, Fit, Fitted, LeftOut, Objective, describe, form_named, solve
+from analysis.fit import (
+    EFFICIENT,
+    HUBER,
+    LEAST_SQUARES,
+    Fit,
+    Fitted,
+    LeftOut,
+    Objective,
+    describe,
+    form_named,
+    solve,
+    tied_to_scale,
+)
 from analysis.intervals import bootstrap, refit
 from analysis.laws import Law, LossSurface
 from analysis.load import check_table
@@ -80,7 +92,7 @@ def fit_arm(
     law: str,
     arm: str | None = None,
     *,
-    objective: Objective | None = None,
+    objective: Objective | Literal["robust"] | None = None,
     checkpoints: bool | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -91,7 +103,8 @@ def fit_arm(
         frame: A table of runs, checked or not.
         law: ``power``, ``power-floor``, ``surface``, ...
         arm: Which; not needed where the table has one.
-        objective: Least squares in loss space for laws of compute, Huber (1e-3 on log loss) for the surface.
+        objective: Least squares in loss space for laws of compute, Huber (1e-3 on log loss) for the surface;
+            ``robust`` ties Huber's threshold to the residuals (`analysis.fit.tied_to_scale`).
         checkpoints: Use every row of runs that stand in the table with their checkpoints; resampling then takes whole
             runs. By default for the surface alone.
         resamples: Of the bootstrap; 0 for none.
@@ -113,6 +126,8 @@ def fit_arm(
             f"{name}: arm {arm} has {len(rows.loss)} usable runs, and {form.label} has {form.size} parameters. Fit a law "
             "with fewer (power has 2), or finish more runs."
         )
+    if objective == "robust":
+        objective = tied_to_scale(form, rows)
     objective = objective or (HUBER if law == "surface" else LEAST_SQUARES)
     fitted = solve(form, rows, objective)
     fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
@@ -215,11 +230,10 @@ def _variants(fitted: Fitted, rows: Rows, used: Objective) -> list[Variant]:
     tried = [Objective(function="huber", delta=delta) for delta in DELTAS]
     tried += [Objective(space="log"), Objective(space="loss"), Objective(function="huber", delta=1e-3, space="loss")]
     tried += [Objective(function="absolute")] if len(rows.loss) <= 500 else []
-    return [
-        Variant(objective=other.describe(), law=solve(form, rows, other, best_of=4).law())
-        for other in tried
-        if other != used
-    ]
+    named = {other.describe(): other for other in tried if other != used}
+    tied = tied_to_scale(form, rows)
+    named[f"{tied.describe()}, {EFFICIENT} robust scales of the residuals"] = tied
+    return [Variant(objective=name, law=solve(form, rows, other, best_of=4).law()) for name, other in named.items()]
 
 
 def _influence(fitted: Fitted, numbers: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Influence]:

@@ -60,6 +60,20 @@ LEAST_SQUARES = Objective(function="least-squares", space="loss")
 HUBER = Objective(function="huber", space="log", delta=HUBER_DELTA)
 
 
+EFFICIENT = 1.345
+"""Huber's threshold in standard deviations: 95 % efficient where errors are normal (Huber 1964)."""
+
+
+def tied_to_scale(form: LawForm, rows: Rows) -> Objective:
+    """Huber on log loss with its threshold tied to the residuals' own scale instead of the field's constant.
+
+    The scale is the median absolute deviation of the residuals of the conventional fit, as a standard deviation.
+    """
+    r = solve(form, rows, HUBER, best_of=4).log_residuals()
+    scale = float(np.median(np.abs(r - np.median(r)))) / 0.6745
+    return Objective(function="huber", delta=max(EFFICIENT * scale, 1e-12))
+
+
 class Certificate(Strict, frozen=True):
     """Evidence that an answer is the minimum."""
 
@@ -301,4 +315,5 @@ __all__ = [
     "judge",
     "residuals",
     "solve",
+    "tied_to_scale",
 ]

@@ -105,6 +105,8 @@ class Fit(OnTable):
 
     law: str | None = None
     """Fit this law alone to one arm: power, power-floor, surface, ..."""
+    delta: str | None = None
+    """With --law: Huber's threshold on log loss, or "robust" to tie it to the scale of the residuals."""
     arm: str | None = None
     """The arm of --law and --allocation; not needed where the table has one."""
     allocation: bool = False
@@ -141,8 +143,15 @@ class Fit(OnTable):
     def _one_law(self, law: str) -> None:
         from analysis import summary
         from analysis.arm import fit_arm
+        from analysis.fit import Objective
 
-        found = fit_arm(self.read(), law, self.arm)
+        try:
+            fixed = (
+                None if self.delta in (None, "robust") else Objective(function="huber", delta=float(str(self.delta)))
+            )
+        except ValueError:
+            raise Refusal(f'--delta {self.delta}: give a number such as 1e-3, or "robust".') from None
+        found = fit_arm(self.read(), law, self.arm, objective="robust" if self.delta == "robust" else fixed)
         if self.json:
             print_json(found)
         else:

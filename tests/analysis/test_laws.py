@@ -6,7 +6,7 @@ import pytest
 
 from analysis.arm import fit_arm, quantities
 from analysis.design import Rows
-from analysis.fit import Objective, form_named, solve
+from analysis.fit import EFFICIENT, Objective, form_named, solve, tied_to_scale
 from analysis.laws import LAWS, LawForm, LossSurface, PowerLaw, UnreachableLoss
 from analysis.solve import minimise
 from scaling.errors import Refusal
@@ -96,3 +96,18 @@ def test_a_floor_that_the_points_do_not_ask_for_is_said_to_be_zero() -> None:
     rows = points(LAWS["power"])
     frame = pd.DataFrame({"arm": "a", "loss": rows.loss, **rows.columns})
     assert fit_arm(frame, "power-floor", resamples=0).fit.status in ("at_bound", "not_identified")
+
+
+def test_a_threshold_tied_to_the_residuals_finds_their_scale_through_outliers() -> None:
+    form = LAWS["power"]
+    noise = np.random.default_rng(5)
+    flops = np.geomspace(1e17, 1e21, 200)
+    truth = 0.1 * np.log(flops / 1e19)
+    wild = np.where(np.arange(200) % 10 == 0, 0.3, 0.0)
+    loss = 3.0 * np.exp(-truth + noise.normal(0, 0.01, 200) + wild)
+    rows = Rows(loss=loss, columns={"flops": flops}, arm=np.zeros(200, dtype=np.intp))
+    tied = tied_to_scale(form, rows)
+    assert tied.delta == pytest.approx(EFFICIENT * 0.01, rel=0.25)
+    law = solve(form, rows, tied).law()
+    assert isinstance(law, PowerLaw)
+    assert law.exponent == pytest.approx(0.1, abs=0.001)
