@@ -28,9 +28,17 @@ LABELS = {
     "flops_attention_with_optimizer": "FLOPs with head, causal attention and the optimizer's own",
     "tokens": "tokens",
     "seconds": "wall-clock",
+    "cpu_seconds": "processor time",
     "gpu_hours": "GPU-hours",
 }
 """Columns that can stand for the price of a run, and what they are called. Other ``flops_*`` columns keep their name."""
+
+TIMES = ("seconds", "cpu_seconds", "gpu_hours")
+"""Those that are measured time."""
+
+UNEVEN = 0.1
+"""Standard deviation of ln (seconds / cpu_seconds) over runs above which they waited for processors unevenly: others used
+the machine, and a ratio in wall-clock would compare their visits."""
 
 
 class ConventionRatio(Strict, frozen=True):
@@ -55,6 +63,8 @@ def convention_ratios(
     used = frame.loc[cells.numbers - 1]
     columns = [name for name in LABELS if name in used and (name != "tokens" or family.design == "ladder")]
     columns += [str(name) for name in used.columns if str(name).startswith("flops_") and name not in LABELS]
+    if "seconds" in columns and waited_unevenly(used):
+        columns.remove("seconds")
     found = []
     for column in columns:
         price = _numbers(used, column)
@@ -73,6 +83,14 @@ def convention_ratios(
                 )
             )
     return found
+
+
+def waited_unevenly(used: pd.DataFrame) -> bool:
+    """Whether clocks of these runs say more about what else the machine did than about the runs."""
+    if "seconds" not in used or "cpu_seconds" not in used:
+        return False
+    seconds, worked = _numbers(used, "seconds"), _numbers(used, "cpu_seconds")
+    return seconds is not None and worked is not None and float(np.std(np.log(seconds / worked))) > UNEVEN
 
 
 def _numbers(used: pd.DataFrame, column: str) -> Array | None:

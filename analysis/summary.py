@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from analysis.compare import Comparison
+from analysis.conventions import TIMES
 from analysis.definitions import ARROW
 from analysis.fit import Fit
 from analysis.laws import Law, LossSurface, PowerLaw
@@ -141,9 +142,12 @@ def explanation(study: Study, comparison: Comparison) -> list[str]:
                 f"{found.ratio:.5f}, {found.support}.{published}"
             )
     for price in comparison.conventions:
-        if price.column in ("seconds", "gpu_hours"):
+        if price.column in TIMES:
             interval = "" if price.low is None else f" ({interval_text(price.low, price.high)})"
             lines.append(f"In {price.label} the ratio is {ratio_text(price.ratio)}{interval}.")
+    prices = {price.column for price in comparison.conventions}
+    if "cpu_seconds" in prices and "seconds" not in prices:
+        lines.append("No ratio in wall-clock: these runs waited for processors that others used, by unequal shares.")
     for worth in comparison.factors:
         lines.append(
             f"One token of {worth.arm} is worth {worth.tokens.value:.3g} ({worth.tokens.low:.3g} to {worth.tokens.high:.3g}) of "

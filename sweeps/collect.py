@@ -25,7 +25,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 """Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
 the optimizer's matrix products cost where they say so (`scaling.optim.ledger`), `loss` is the held-out loss at the last token in nats per token, `seconds` is training time and `cpu_seconds`
-what it cost the processors."""
+what it cost the processors, of runs on a CPU."""
 
 CURVE_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
@@ -94,7 +94,7 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "loss": record.validation_loss if record else None,
         "train_loss": record.train_loss if record else None,
         "seconds": record.seconds if record else None,
-        "cpu_seconds": record.cpu_seconds if record else None,
+        "cpu_seconds": record.cpu_seconds if record and record.device.kind == "cpu" else None,
         "tokens_per_second": record.tokens_per_second if record else None,
         "peak_lr": run.spec.optimizer.peak_lr,
         "batch_tokens": run.spec.batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.audit.case import Case, Finding
+from analysis.conventions import TIMES
 
 
 def finished(case: Case) -> Finding:
@@ -149,9 +150,7 @@ def convention(case: Case) -> Finding:
 
 def time(case: Case) -> Finding:
     """A ratio in measured time stands beside the one in FLOPs."""
-    if any(
-        c.column in ("seconds", "gpu_hours") for comparison in case.study.comparisons for c in comparison.conventions
-    ):
+    if any(c.column in TIMES for comparison in case.study.comparisons for c in comparison.conventions):
         return Finding("pass", "a ratio in measured time stands beside the one in FLOPs")
     return Finding(
         "warn",
