@@ -136,6 +136,10 @@ class PlacementTable(Strict, frozen=True):
     """Row of `PEAKS`, for predicting hours before any run was measured."""
     utilisation: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.4
     """Share of that peak you expect to reach."""
+    price: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    """Of one GPU-hour (without GPUs: of an hour of a run), in whatever money you count."""
+    watts: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    """Drawn by one GPU (without GPUs: by one run) while it trains, with its share of the machine."""
     slurm: SlurmTable = SlurmTable()
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ from scaling.flops import train_flops
 from scaling.optim.ledger import run_optimizer_flops
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
-from sweeps.cost import Cost, assumption, measured_runs, predict
+from sweeps.cost import Cost, assumption, measured_runs, predict, slots, wall_hours
+from sweeps.placement import PlacementTable
 from sweeps.plan import Plan
 
 
@@ -107,6 +108,9 @@ def plan_totals(plan: Plan) -> dict[str, Any]:
     runs = plan.distinct()
     states = {run.id: plan.state(run) for run in runs}
     left = [run for run in runs if states[run.id] not in ("finished", "diverged")]
+    tuning = tuning_hours(plan, costs)
+    spent = [(costs[run.id].gpu_hours, plan.placements[run.rung]) for run in runs] + tuning
+    at_once = min(slots(table) for table in plan.placements.values())
     return {
         "runs": len(runs),
         "finished": sum(state == "finished" for state in states.values()),
@@ -115,8 +119,40 @@ def plan_totals(plan: Plan) -> dict[str, Any]:
         "flops": sum(run.spec.budget.flops for run in runs),
         "hours": sum(costs[run.id].hours for run in runs),
         "hours_left": sum(costs[run.id].hours for run in left),
+        "gpu_hours": sum(hours for hours, _ in spent),
+        "tuning_gpu_hours": sum(hours for hours, _ in tuning),
+        "runs_at_once": at_once,
+        "wall_hours_left": wall_hours((costs[run.id].hours for run in left), at_once),
+        "price": _priced((hours, table.price) for hours, table in spent),
+        "kilowatt_hours": _priced(
+            (hours, None if table.watts is None else table.watts / 1e3) for hours, table in spent
+        ),
         "bases": sorted({costs[run.id].basis for run in runs}),
     }
+
+
+def tuning_hours(plan: Plan, costs: dict[str, Cost]) -> list[tuple[float, PlacementTable]]:
+    """GPU-hours of each study of ``[tune]``, all its trials counted at full length, with its placement."""
+    if plan.campaign.tune is None:
+        return []
+    from sweeps.tune import tuning_status
+
+    run_of = {(run.arm, run.rung): run for run in plan.runs}
+    found = []
+    for study in tuning_status(plan.campaign, plan.root).studies:
+        run = run_of.get((study.arm, study.rung))
+        if run is not None:
+            hours = costs[run.id].gpu_hours * study.wanted * study.flops / run.spec.budget.flops
+            found.append((hours, plan.placements[study.rung]))
+    return found
+
+
+def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
+    """Hours times a rate, summed; None unless every part has one."""
+    known = list(parts)
+    if any(rate is None for _, rate in known):
+        return None
+    return sum(hours * rate for hours, rate in known if rate is not None)
 
 
 def rate_text(rate: float) -> str:
@@ -192,6 +228,19 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
     return known[0], known[-1]
 
 
+def _spending(totals: dict[str, Any], *, cuda: bool) -> str:
+    """Device time, waiting time, money and energy in a sentence."""
+    parts = [f"{totals['gpu_hours']:,.3g} {'GPU-hours' if cuda else 'hours of runs'}"]
+    if totals["tuning_gpu_hours"]:
+        parts[0] += f", {totals['tuning_gpu_hours']:,.3g} of them for tuning"
+    parts.append(f"{hours_text(totals['wall_hours_left'])} to wait at {totals['runs_at_once']} at once, tuning aside")
+    if totals["price"] is not None:
+        parts.append(f"price {totals['price']:,.2f}")
+    if totals["kilowatt_hours"] is not None:
+        parts.append(f"{totals['kilowatt_hours']:,.3g} kWh")
+    return "; ".join(parts) + "."
+
+
 def _notes(plan: Plan) -> list[str]:
     totals = plan_totals(plan)
     arms = ", ".join(arm.name for arm in plan.campaign.arms)
@@ -201,12 +250,16 @@ def _notes(plan: Plan) -> list[str]:
         f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
+    lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
     lines.append(_beside(plan))
     if "assumed" in totals["bases"]:
         kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
         lines += [f"Hours are {kind}." for kind in kinds]
     elif totals["bases"] != ["itself"]:
-        lines.append("Hours of runs that are not done come from the speed of finished runs like them.")
+        lines.append(
+            "Hours of runs that are not done come from finished runs like them; other sizes from a fixed time a layer "
+            "and step and a rate fitted to those."
+        )
     if plan.provisional:
         lines.append(
             f"The data are not prepared yet ({plan.data}); run ids are provisional until they are. "

@@ -16,6 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 from scaling.cli.campaigns import Collect, Demo, Plan, Status, Submit, Tune
 from scaling.cli.cluster import Cancel, Clean, Doctor, Logs
 from scaling.cli.compare import Compare
+from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
 from scaling.errors import Refusal
@@ -23,6 +24,7 @@ from scaling.errors import Refusal
 VERBS = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Design, subcommand("design")]
     | Annotated[Tune, subcommand("tune")]
     | Annotated[Submit, subcommand("submit")]
     | Annotated[Status, subcommand("status")]

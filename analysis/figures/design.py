@@ -1,0 +1,73 @@
+"""Width of the interval against cost: every design that was looked at, and those worth their price by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.figures.style import LOOKS, MUTED, new_figure, plain_log_axis, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from analysis.forecast import Answer
+
+NAMED = 6
+"""Designs of the frontier that are named in the picture; the table has all."""
+
+
+def width_against_cost(answer: Answer) -> Figure:
+    """Designs as points, the frontier as a line with its designs numbered and named below, the plan as a square."""
+    with styled():
+        figure = new_figure(6.4, 4.6)
+        axes = figure.subplots()
+        rows = [row for row in answer.searched if row.width is not None]
+        axes.plot(
+            [r.hours for r in rows], [r.width or 0.0 for r in rows], ".", color="#c4c4c4", markersize=3, label="designs"
+        )
+        front = answer.frontier
+        axes.plot(
+            [r.hours for r in front],
+            [r.width or 0.0 for r in front],
+            color=LOOKS[0].colour,
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label="narrowest for their cost",
+        )
+        if answer.plan.width is not None:
+            axes.plot(
+                [answer.plan.hours],
+                [answer.plan.width],
+                LOOKS[1].marker,
+                color=LOOKS[1].colour,
+                markersize=7,
+                linestyle="none",
+                label=f"as planned: {answer.plan.design}",
+            )
+        step = max(1, -(-len(front) // NAMED))
+        named = front[::-1][::step][::-1]
+        for number, row in enumerate(named, 1):
+            axes.plot([], [], " ", label=f"{number}  {row.design}")
+            axes.annotate(
+                str(number),
+                (row.hours, row.width or 0.0),
+                xytext=(4, 5),
+                textcoords="offset points",
+                color=LOOKS[0].colour,
+            )
+        if answer.wanted is not None:
+            axes.axhline(answer.wanted, color=MUTED, linewidth=0.8, linestyle="--", label=f"wanted: {answer.wanted:g}")
+        if answer.budget is not None:
+            axes.axvline(answer.budget, color=MUTED, linewidth=0.8, linestyle=":", label=f"budget: {answer.budget:g} h")
+        hours = [row.hours for row in (*rows, answer.plan)]
+        widths = [row.width for row in (*rows, answer.plan) if row.width is not None]
+        # Designs without degrees of freedom have intervals that only squeeze the others together.
+        top = min(max(widths), 30.0 * min(widths)) * 1.15
+        plain_log_axis(axes, "x", span=max(hours) / min(hours))
+        plain_log_axis(axes, "y", span=top / min(widths))
+        axes.set_ylim(min([*widths, answer.wanted or max(widths)]) / 1.15, top)
+        axes.set_xlabel("GPU-hours (on a CPU: hours of runs)")
+        axes.set_ylabel(f"width of the 95 % interval of the ratio\nat the loss of {answer.target_rung}")
+        axes.set_title(f"{answer.campaign}: {answer.challenger} against {answer.baseline}", loc="left")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1, fontsize=7)
+        return figure

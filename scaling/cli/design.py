@@ -1,0 +1,227 @@
+"""The verb that comes before spending: what a campaign would find out, and what would find out more for less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling.cli.common import OnCampaign, print_json
+from scaling.errors import Refusal, unknown_name
+
+if TYPE_CHECKING:
+    from analysis.forecast import Answer, Row
+    from analysis.power import Laws, Noise
+
+
+@dataclass(frozen=True)
+class Design(OnCampaign):
+    """Simulate a campaign before it is run: how wide will the match ratio's interval be, and what would narrow it?"""
+
+    law: str | None = None
+    """Assumed laws: moonlight, chinchilla, quick, or a fits.json of your own; by default the row measured nearest."""
+    noise: str | None = None
+    """Assumed noise of ln loss: moonlight, quick, seeds-124m, or two numbers CELL,DIFFERENCE; by default the nearest."""
+    baseline: str | None = None
+    """Arm compared against; adamw where there is one."""
+    challenger: str | None = None
+    """Arm compared; the first other one by default."""
+    family: str | None = None
+    """Family of laws that the studies are analysed with; by default one with a floor where the assumed laws have one."""
+    lost: float = 0.0
+    """Chance that a run diverges, fails or is pruned, so that its cell is lost to the pairing."""
+    margin: float = 1.0
+    """Ratio that the interval is to leave out."""
+    width: float | None = None
+    """Wanted width of the 95 % interval of the ratio: name the cheapest design that reaches it."""
+    budget_gpu_hours: float | None = None
+    """Look no further than this; on a CPU, hours of runs."""
+    studies: int = 1000
+    """Synthetic studies of the plan and of each changed plan."""
+    seed: int = 0
+    """Of their noise."""
+    json: bool = False
+    """Print everything with full precision."""
+
+    def run(self) -> None:
+        """Print the forecast; draw width against cost where the results of this campaign are."""
+        from analysis.forecast import forecast
+        from sweeps import design as designs
+        from sweeps.show import plan_costs
+
+        self._check()
+        plan = self.planned()
+        arms = designs.two_arms(plan, self.baseline, self.challenger)
+        points, planned = designs.points_of(plan, plan_costs(plan), arms)
+        middle = (points[0].flops * points[-1].flops) ** 0.5
+        answer = forecast(
+            campaign=plan.campaign.name,
+            arms=arms,
+            points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
+            plan=planned.seeds,
+            changed={one.name: one.seeds for one in designs.variants(points, planned)},
+            searched=[one.seeds for one in designs.candidates(points)],
+            laws=_laws(self.law, arms, middle),
+            noise=_noise(self.noise, middle),
+            family=self.family,
+            lost=self.lost,
+            margin=self.margin,
+            wanted=self.width,
+            budget=self.budget_gpu_hours,
+            studies=self.studies,
+            seed=self.seed,
+        )
+        figure = _draw(answer, plan.results / "figures")
+        if self.json:
+            print_json(answer)
+            return
+        show(answer, unit="GPU-hours" if plan.placements[plan.runs[0].rung].accelerator != "cpu" else "hours of runs")
+        print(f"Wrote {figure}")
+
+    def _check(self) -> None:
+        from analysis.families import FAMILIES
+
+        ladders = [name for name, row in FAMILIES.items() if row.design == "ladder"]
+        if self.family is not None and self.family not in ladders:
+            raise Refusal(f"--family: {unknown_name('family', self.family, ladders)}")
+        if not 0.0 <= self.lost < 1.0:
+            raise Refusal(
+                f"--lost: found {self.lost:g}, and a chance lies between 0 and 1. Give 0.05 for one run in twenty."
+            )
+        if self.studies < 20:
+            raise Refusal(f"--studies: found {self.studies}; widths and chances need 20 or more. Give 1000.")
+        for flag, value in (
+            ("--margin", self.margin),
+            ("--width", self.width),
+            ("--budget-gpu-hours", self.budget_gpu_hours),
+        ):
+            if value is not None and not value > 0.0:
+                raise Refusal(f"{flag}: found {value:g}; it must be above 0.")
+
+
+def _laws(name: str | None, arms: tuple[str, str], middle: float) -> Laws:
+    from analysis.power import LAWS_ASSUMED, nearest
+
+    if name is None:
+        return LAWS_ASSUMED[nearest(LAWS_ASSUMED, middle)]
+    if name in LAWS_ASSUMED:
+        return LAWS_ASSUMED[name]
+    if not name.endswith(".json"):
+        raise Refusal(f"--law: {unknown_name('law', name, LAWS_ASSUMED)} Or give the path of a fits.json.")
+    from analysis.forecast import laws_of
+    from analysis.study import read_study
+
+    return laws_of(read_study(Path(name)), arms, name)
+
+
+def _noise(text: str | None, middle: float) -> Noise:
+    from analysis.power import NOISES, Noise, nearest
+
+    if text is None:
+        return NOISES[nearest(NOISES, middle)]
+    if text in NOISES:
+        return NOISES[text]
+    try:
+        cell, difference = (float(part) for part in text.split(","))
+    except ValueError:
+        raise Refusal(
+            f"--noise: {unknown_name('noise', text, NOISES)} Or give two numbers, the standard deviations of ln loss "
+            "that a cell shares and of the difference of its arms, as in --noise 0.0045,0.0008."
+        ) from None
+    if min(cell, difference) < 0.0 or difference == 0.0:
+        raise Refusal(f"--noise: found {text}; the first must not be negative, the second must be above 0.")
+    return Noise(cell=cell, difference=difference, source="given on the command line")
+
+
+def _draw(answer: Answer, folder: Path) -> Path:
+    from analysis.figures.design import width_against_cost
+    from analysis.figures.style import save
+
+    save(width_against_cost(answer), folder, "design")
+    return folder / "design.svg"
+
+
+def show(answer: Answer, *, unit: str) -> None:
+    """The forecast as tables and sentences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(title: str, left: tuple[str, ...], right: tuple[str, ...], rows: list[list[Any]]) -> Table:
+        made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for name in left:
+            made.add_column(name)
+        for name in right:
+            made.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            made.add_row(*row)
+        return made
+
+    console = Console()
+    beyond = "excludes 1" if answer.margin == 1.0 else f"excludes {answer.margin:g}"
+    console.print(
+        table(
+            f"{answer.campaign}: {answer.challenger} against {answer.baseline} as planned, {answer.studies:,} studies",
+            ("loss of",),
+            ("ratio", "width", "10-90 %", "paired line", beyond, "bias", "covers"),
+            [
+                [
+                    name,
+                    f"{row.ratio:.3f}",
+                    _number(row.width),
+                    f"{_number(row.width_low)}-{_number(row.width_high)}",
+                    _number(row.paired_width),
+                    f"{row.excludes:.0%}",
+                    f"{row.bias:+.1%}",
+                    f"{row.coverage:.1%}",
+                ]
+                for name, row in zip(answer.rungs, answer.forecasts, strict=True)
+            ],
+        )
+    )
+    print(
+        "width: of the 95 % interval of the ratio, median and 10th to 90th percentile over studies; paired line: the "
+        "narrower interval that takes the baseline's exponent as fitted.\n"
+    )
+    console.print(
+        table(
+            f"One thing changed, at the loss of {answer.target_rung}",
+            ("design",),
+            ("width", "against plan", unit, "against plan"),
+            [
+                [
+                    row.name,
+                    _number(row.width),
+                    ""
+                    if row.width is None or answer.plan.width is None
+                    else f"{row.width / answer.plan.width - 1:+.0%}",
+                    f"{row.hours:,.3g}",
+                    f"{row.hours / answer.plan.hours - 1:+.0%}",
+                ]
+                for row in (answer.plan, *answer.changed)
+            ],
+        )
+    )
+    print()
+    console.print(
+        table(
+            "Narrowest for their cost",
+            ("rungs and seeds (x: at each)",),
+            ("width", unit),
+            [[row.design, _number(row.width), f"{row.hours:,.3g}"] for row in steps(answer.frontier)],
+        )
+    )
+    for line in (*answer.verdict, *answer.assumptions):
+        print(line)
+
+
+def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:
+    """The rows of a frontier that are clearly narrower than the one shown before."""
+    shown: list[Row] = []
+    for row in frontier:
+        if not shown or (row.width or 0.0) < gain * (shown[-1].width or 0.0):
+            shown.append(row)
+    return shown
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2g}"
