@@ -7,6 +7,7 @@ One that failed before its first step gets a second chance, for that may be the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -18,7 +19,17 @@ import msgspec
 from scaling.records import RunDirectory, read_json
 from sweeps import arrays, nodes
 from sweeps.arrays import ArrayRecord
-from sweeps.endings import LEFT_EARLY, REFUSED, Ending, ending_of, hopeless, log_tail, note_ending, read_endings
+from sweeps.endings import (
+    LEFT_EARLY,
+    REFUSED,
+    UNNOTED,
+    Ending,
+    ending_of,
+    hopeless,
+    log_tail,
+    note_ending,
+    read_endings,
+)
 from sweeps.lease import LOST_LEASE
 from sweeps.nodes import NodeFailure
 from sweeps.slurm import Unreachable, ask
@@ -45,13 +56,14 @@ def main(record_file: str, status: int, tries: int) -> int:
         node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
         processes=int(os.environ.get("SLURM_NTASKS", "1")),
     )
-    again, reasons, avoid = False, [], set[str]()
+    again, noted, reasons, avoid = False, True, [], set[str]()
     before = nodes.left_out(root)
     for run in array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"])):
         directory = RunDirectory(root / "runs" / run)
         try:
             ending = _settle(directory, job, status, tries)
         except OSError as error:  # a run that cannot even note its end must not be started again and again
+            noted = False
             reasons.append(
                 f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
             )
@@ -68,13 +80,16 @@ def main(record_file: str, status: int, tries: int) -> int:
             nodes.note_failures(root, [failure])
     bad = nodes.left_out(root)
     for reason in reasons:
-        print(reason, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the job's log may be on the same full disk, and a buffer would fail again
+            os.write(2, f"{reason}\n".encode())
     left = _requeue(job.id) if again else 0
     # The job itself waits from here on, like the others that shall not come to that node.
     if again and avoid:
         nodes.keep_away([job.id], sorted(avoid | set(bad)))
     if set(bad) - set(before):
         nodes.keep_away([other.job for other in arrays.all_arrays(root) if other.job is not None], bad)
+    if not noted:
+        return UNNOTED
     return (status or 1) if reasons else left
 
 

@@ -22,6 +22,9 @@ LOG_LINES = 5
 LEFT_EARLY = 75
 """Exit status: asked to leave before training began; nothing is lost, and it may be started again."""
 
+UNNOTED = 74
+"""Exit status of a job whose end could not be written down: the disk is at fault, and no node."""
+
 REFUSED = 2
 """Exit status: the run cannot be trained as it is; starting it again would not help."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -113,6 +114,8 @@ class Task:
     gpu_seconds: float = 0.0
     node: str | None = None
     """Where it last ran, if that was one node."""
+    status: int | None = None
+    """Exit status of its script, where the accounting has it."""
 
     @property
     def advice(self) -> str | None:
@@ -134,18 +137,19 @@ class Answer:
     queue_reached: bool = True
 
 
-def look_up(jobs: Mapping[str, str]) -> Answer:
+def look_up(jobs: Mapping[str, str], *, tasks_of: Mapping[str, int] | None = None) -> Answer:
     """States of all tasks of some array jobs: one `squeue`, and one `sacct` for attempts and their cost.
 
     Args:
         jobs: Job names by array job id. SLURM's ids come round again, so a job of another name is another job.
+        tasks_of: How many tasks each array has, by its id; one that is in neither answer is asked about by itself.
     """
     if not jobs:
         return Answer()
     notes = []
     tasks: dict[str, Task] = {}
     try:
-        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList"
+        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList,ExitCode"
         tasks = accounted(ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", fields), jobs)
     except Unreachable as error:
         notes.append(f"SLURM's accounting could not be asked ({error}): hours spent and cancelled jobs are not known.")
@@ -160,11 +164,13 @@ def look_up(jobs: Mapping[str, str]) -> Answer:
         spent = tasks.get(job)
         tasks[job] = replace(task, seconds=spent.seconds, gpu_seconds=spent.gpu_seconds) if spent else task
     if reached:
-        _settle(jobs, tasks, queued)
+        _settle(jobs, tasks, queued, tasks_of or {})
     return Answer(tasks=tasks, notes=tuple(notes), queue_reached=reached)
 
 
-def _settle(jobs: Mapping[str, str], tasks: dict[str, Task], queued: dict[str, Task]) -> None:
+def _settle(
+    jobs: Mapping[str, str], tasks: dict[str, Task], queued: dict[str, Task], tasks_of: Mapping[str, int]
+) -> None:
     """Find out how tasks ended that have left the queue, where the accounting is silent or behind.
 
     The controller remembers jobs for some minutes. A task that nobody remembers is over; one that the accounting still
@@ -173,7 +179,8 @@ def _settle(jobs: Mapping[str, str], tasks: dict[str, Task], queued: dict[str, T
     open_ended = {
         job.split("_")[0] for job, task in tasks.items() if job not in queued and task.verdict in ("pending", "running")
     }
-    silent = {job for job in jobs if not any(task.startswith(f"{job}_") for task in tasks)}
+    known = Counter(task.split("_")[0] for task in tasks)
+    silent = {job for job in jobs if known[job] < tasks_of.get(job, 1)}
     for array in sorted(open_ended | silent):
         try:
             remembered = controlled(ask("scontrol", "-o", "show", "job", array), jobs)
@@ -243,7 +250,7 @@ def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, Task]:
     """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time.
 
     Args:
-        text: Lines of JobID, JobName, State, ElapsedRaw, AllocTRES and NodeList.
+        text: Lines of JobID, JobName, State, ElapsedRaw, AllocTRES, NodeList and ExitCode.
         jobs: As for `look_up`.
     """
     tasks: dict[str, Task] = {}
@@ -262,6 +269,7 @@ def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, Task]:
                 verdict=verdict(state),
                 seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
+                status=int(code[1]) if len(fields) > 6 and (code := re.match(r"(\d+):", fields[6])) else None,
                 node=fields[5] if len(fields) > 5 and re.fullmatch(r"[A-Za-z0-9_.-]+", fields[5]) else None,
             )
     return tasks

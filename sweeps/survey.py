@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sweeps import arrays
 from sweeps.arrays import ArrayRecord, Location
+from sweeps.endings import UNNOTED
 from sweeps.nodes import NodeFailure
 from sweeps.slurm import Answer, Task, look_up
 
@@ -72,6 +73,7 @@ class Survey:
             if (task := self.task(run)) is not None
             and task.state in ("FAILED", "BOOT_FAIL")
             and task.node is not None
+            and task.status != UNNOTED
             and not arrays.began(self.root, run, place.array)
         ]
 
@@ -92,5 +94,9 @@ def survey(root: Path) -> Survey:
     records = arrays.all_arrays(root)
     if not records:
         return Survey()
-    answer = look_up({array.job: array.name for array in records if array.job is not None})
+    submitted = {array.job: array for array in records if array.job is not None}
+    answer = look_up(
+        {job: array.name for job, array in submitted.items()},
+        tasks_of={job: array.tasks for job, array in submitted.items()},
+    )
     return Survey(root=root, records=records, places=arrays.locations(records), answer=answer)

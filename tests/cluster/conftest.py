@@ -79,7 +79,7 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster.start()
         cluster.ask("scancel", "--me", check=False)
         try:
-            until(lambda: not cluster.ask("squeue", "-h"), 10, "the queue did not become empty")
+            until(lambda: not cluster.ask("squeue", "-h"), 8, "the queue did not become empty")
         except TimeoutError:  # a controller that was killed can leave jobs completing for minutes
             cluster.stop()
             shutil.rmtree(cluster.folder / "state")
@@ -117,9 +117,17 @@ def four_runs(text: Path, folder: Path, *, steps: int, step_seconds: float, slur
     return with_data(plan(load_campaign(file), folder / "root"), progress=False)
 
 
-def real_plan(text: Path, folder: Path, *, slurm: str = "minutes = 5", steps: int = 24, runs_per_gpu: int = 1) -> Plan:
-    """Four runs that train: of a second, or longer."""
-    return four_runs(text, folder, steps=steps, step_seconds=0.05, slurm=slurm, runs_per_gpu=runs_per_gpu)
+def real_plan(
+    text: Path,
+    folder: Path,
+    *,
+    slurm: str = "minutes = 5",
+    steps: int = 24,
+    every: float = 0.0,
+    runs_per_gpu: int = 1,
+) -> Plan:
+    """Four runs that train, and save their state after every step or every so many seconds."""
+    return four_runs(text, folder, steps=steps, step_seconds=every, slurm=slurm, runs_per_gpu=runs_per_gpu)
 
 
 def numbers_of(planned: Plan) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from cluster import Cluster
-from conftest import wait_until_done
+from conftest import numbers_of, wait_until_done
 
 from analysis.load import read_table
 from analysis.study import Study, fit_table
@@ -47,6 +47,7 @@ def test_the_quick_campaign_on_two_nodes_fits_to_the_ratio_of_the_local_executor
     wait_until_done(there, seconds=300)
     nodes = cluster.ask("sacct", "-n", "-X", "-j", submission.jobs[0], "-o", "NodeList%20").split()
     assert set(nodes) == {"node1", "node2"}
+    assert numbers_of(there) == numbers_of(here)
     (one,), (other,) = fitted(here).comparisons, fitted(there).comparisons
     assert 0 < one.headline.ratio < 2
     clocks = {"seconds", "processor_seconds"}

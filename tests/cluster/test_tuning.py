@@ -31,7 +31,7 @@ def test_slurm_and_the_local_executor_tell_the_same_trials(
 ) -> None:
     (tmp_path / "profile.toml").write_text("")
     monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
-    monkeypatch.setattr(sweeps.tune, "POLL_SECONDS", 1.0)
+    monkeypatch.setattr(sweeps.tune, "POLL_SECONDS", 0.3)
     file = tmp_path / "tiny-tuned.toml"
     file.write_text(CAMPAIGN.format(text=tiny_text, tune=TUNE) + "[placement.slurm]\nminutes = 5\nparallel = 2\n")
     here = tune(load_campaign(file), tmp_path / "local", workers=1, progress=False)

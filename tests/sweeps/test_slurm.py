@@ -91,7 +91,7 @@ def test_a_state_that_is_not_known_is_not_over() -> None:
 def test_cost_is_summed_over_all_attempts_and_the_last_one_decides() -> None:
     text = """
 7_0|mine|NODE_FAIL|100|cpu=1,gres/gpu=4,node=1
-7_0|mine|COMPLETED|50|cpu=1,gres/gpu=4
+7_0|mine|COMPLETED|50|cpu=1,gres/gpu=4|n1|0:0
 7_1|allocation|RUNNING|10|cpu=1
 7_2|a job of last year that had this number|FAILED|10|cpu=1
 rubbish
@@ -100,6 +100,7 @@ rubbish
     assert "7_2" not in tasks
     assert (tasks["7_0"].verdict, tasks["7_0"].seconds, tasks["7_0"].gpu_seconds) == ("over", 150, 600)
     assert tasks["7_1"].gpu_seconds == 0
+    assert (tasks["7_0"].node, tasks["7_0"].status) == ("n1", 0)
 
 
 def test_the_queue_is_believed_before_the_accounting(commands: Any) -> None:
