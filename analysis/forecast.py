@@ -260,7 +260,7 @@ def _assumptions(laws: Laws, noise: Noise, family: str, lost: float, cells: int)
         f"Assumed noise of ln loss: {noise.cell:.4f} shared by a cell, {noise.difference:.4f} in the difference of its arms: "
         f"{noise.source}.",
         f"Assumed: {lost:.1%} of runs lost; analysed with {FAMILIES[family].label}. A fit chooses its family by rungs "
-        "left out, which widens the interval where it chooses another.",
+        "left out; where it chooses another, the width is that one's.",
     ]
     return [*lines, f"{BOOTSTRAP_REMARK[0].upper()}{BOOTSTRAP_REMARK[1:]}."] if cells > FEW else lines
 
