@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import look, new_figure, plain_log_axis, styled
+from analysis.figures.style import look, new_figure, plain_log_axis, short_counts, styled
 from analysis.solve import Array
 
 if TYPE_CHECKING:
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 6
+SMOOTHED = 25
+"""A line is the mean over one part in so many of a run's logged rows; the rows themselves are drawn faintly."""
 
 
 def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
-    """Training loss as thin lines, held-out loss as points, for the largest rungs.
+    """Training loss as lines, smoothed, and held-out loss as points, for the largest rungs.
 
     Args:
         curves: Columns arm, rung, run, tokens, train_loss, validation_loss; loss in nats per token.
@@ -27,7 +29,7 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
     curves = curves[curves["arm"].isin(arms)]
     longest = curves.groupby("rung", sort=False)["flops" if "flops" in curves else "tokens"].max()
     rungs = list(longest.sort_values(kind="stable").index[-PANELS:])
-    columns = min(len(rungs), 3)
+    columns = 2 if len(rungs) == 4 else min(len(rungs), 3)
     lines = -(-len(rungs) // columns)
     with styled():
         figure = new_figure(2.5 * columns + 0.5, 2.1 * lines + 0.3)
@@ -40,7 +42,9 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
                 for at, (_, run) in enumerate(part[part["arm"] == arm].groupby("run", sort=True)):
                     run = run.sort_values("tokens", kind="stable")
                     train = run[run["train_loss"].notna()]
-                    axes.plot(train["tokens"], train["train_loss"], color=dress.colour, linewidth=0.7, alpha=0.7)
+                    smooth = train["train_loss"].rolling(-(-len(train) // SMOOTHED), center=True, min_periods=1).mean()
+                    axes.plot(train["tokens"], train["train_loss"], color=dress.colour, linewidth=0.4, alpha=0.25)
+                    axes.plot(train["tokens"], smooth, color=dress.colour, linewidth=1.0)
                     held = run[run["validation_loss"].notna()]
                     axes.plot(
                         held["tokens"],
@@ -72,3 +76,4 @@ def _scale(axes: Axes, part: pd.DataFrame, values: Array) -> None:
         bottom = float(values.min())
         axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
         plain_log_axis(axes, "x", span=right / left, small=True)
+        axes.xaxis.set_major_formatter(short_counts)

@@ -110,7 +110,7 @@ def plain_log_axis(axes: Axes, which: str, *, span: float, small: bool = False) 
         axis.set_major_locator(MaxNLocator(nbins=5 if small else 6, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
     else:
-        subs = (1.0, 2.0, 5.0) if span < 300 else (1.0,)
+        subs = (1.0, 2.0, 5.0) if span < (100 if small else 300) else (1.0,)
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
         axis.set_minor_locator(LogLocator(base=10, subs=tuple(range(2, 10)), numticks=30))
     axis.set_major_formatter(FuncFormatter(_plain))
