@@ -131,6 +131,25 @@ def plan_totals(plan: Plan) -> dict[str, Any]:
     }
 
 
+MOST_FORESEEN = 200
+"""Runs up to which `to_go` reads all records at every look."""
+
+
+def to_go(plan: Plan) -> list[str]:
+    """What is left of a campaign in a sentence, as `plan_totals` predicts it; nothing where all is done or runs are many."""
+    if len(plan.runs) > MOST_FORESEEN:
+        return []
+    totals = plan_totals(plan)
+    if not totals["hours_left"]:
+        return []
+    left = f"{hours_text(totals['hours_left'])} of training to go"
+    wait = f"{hours_text(totals['wall_hours_left'])} to wait at {totals['runs_at_once']} at once"
+    basis = "assumed speed" if "assumed" in totals["bases"] else "from finished runs"
+    whole = [f"price of the whole {totals['price']:,.2f}"] if totals["price"] is not None else []
+    whole += [f"{totals['kilowatt_hours']:,.3g} kWh" if totals["kilowatt_hours"] is not None else ""]
+    return ["; ".join(part for part in (left, wait, *whole) if part) + f" ({basis})."]
+
+
 def tuning_hours(plan: Plan, costs: dict[str, Cost]) -> list[tuple[float, PlacementTable]]:
     """GPU-hours of each study of ``[tune]``, all its trials counted at full length, with its placement."""
     if plan.campaign.tune is None:

@@ -23,7 +23,7 @@ from sweeps.endings import given_up
 from sweeps.nodes import sentences
 from sweeps.placement import slurm_tables
 from sweeps.plan import Plan, PlannedRun
-from sweeps.show import hours_text
+from sweeps.show import hours_text, to_go
 from sweeps.slurm import Task
 from sweeps.survey import Survey, survey
 
@@ -223,6 +223,7 @@ def status_table(plan: Plan) -> RenderableType:
         notes.append(f"{spent:,.2f} of {planned_gpu_hours(plan):,.2f} planned GPU-hours spent, all attempts counted.")
     if redone := sum({row.run: row.redone for row in found}.values()):
         notes.append(f"{redone:,} steps were taken again, for attempts ended after their last resume points.")
+    notes += to_go(plan)
     notes += [*seen.answer.notes, *sentences(plan.root)]
     if (free := _free_bytes(plan.root)) < FULL_BYTES:
         notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Make room: runs that cannot save their state end.")

@@ -8,7 +8,7 @@ import pytest
 from sweeps.campaign import load_campaign
 from sweeps.cost import fit_speed, wall_hours
 from sweeps.plan import plan
-from sweeps.show import plan_costs, plan_totals
+from sweeps.show import plan_costs, plan_totals, to_go
 
 ASSUMED = 36e9
 SIZES = np.array([2.2e5, 3.5e5, 5.1e5, 6.8e5, 1.15e6])
@@ -66,3 +66,11 @@ def test_money_and_energy_follow_the_hours_of_what_is_planned(tmp_path: Path) ->
 def test_tuning_is_counted(tmp_path: Path) -> None:
     totals = plan_totals(plan(load_campaign("quick-tuned"), tmp_path))
     assert 0.0 < totals["tuning_gpu_hours"] < totals["gpu_hours"]
+
+
+def test_status_says_what_is_left_and_what_it_costs(tmp_path: Path) -> None:
+    left = to_go(plan(load_campaign("quick", settings=("placement.price=2.5",)), tmp_path))
+    assert len(left) == 1
+    assert "to wait at" in left[0]
+    assert "price of the whole" in left[0]
+    assert left[0].endswith("(assumed speed).")
