@@ -107,7 +107,7 @@ class _Bench(NamedTuple):
         else:
             one = forecasts(found, self.truth, self.target, margin=self.margin)[0]
             width, excludes = one.width, one.excludes
-            bias = one.bias if one.width is not None else None
+            bias = one.bias
         return Row(
             name=name,
             design=", ".join(
@@ -229,11 +229,11 @@ def _verdict(
 ) -> list[str]:
     if wanted is None:
         return []
-    within = f" within {budget:,.4g} GPU-hours" if budget is not None else ""
+    within = f" within {budget:,.4g} hours" if budget is not None else ""
     if cheapest is not None:
         return [
             f"The cheapest design that reaches a width of {wanted:g} at the loss of {rung}{within}: {cheapest.design}; "
-            f"width {cheapest.width:.3f}, {cheapest.hours:,.3g} GPU-hours, {2 * cheapest.cells} runs."
+            f"width {cheapest.width:.3f}, {cheapest.hours:,.3g} hours, {2 * cheapest.cells} runs."
         ]
     lines = [f"No design of the search reaches a width of {wanted:g} at the loss of {rung}{within}."]
     reaching = [row for row in frontier if row.width is not None and row.width <= wanted]
@@ -241,15 +241,15 @@ def _verdict(
     if affordable:
         lines.append(f"The narrowest there is: {affordable[-1].design}, width {affordable[-1].width:.3f}.")
     elif frontier:
-        lines.append(f"The cheapest that gives an interval at all takes {frontier[0].hours:,.3g} GPU-hours.")
+        lines.append(f"The cheapest that gives an interval at all takes {frontier[0].hours:,.3g} hours.")
     if reaching:
         row = reaching[0]
-        lines.append(f"What would: {row.design}; {row.hours:,.3g} GPU-hours, width {row.width:.3f}.")
+        lines.append(f"What would: {row.design}; {row.hours:,.3g} hours, width {row.width:.3f}.")
     elif frontier and frontier[-1].width is not None:
         factor = (frontier[-1].width / wanted) ** 2
         lines.append(
             f"What would: about {factor:.1f} times the seeds of {frontier[-1].design} "
-            f"({frontier[-1].hours * factor:,.3g} GPU-hours), or noise {frontier[-1].width / wanted:.1f} times smaller."
+            f"({frontier[-1].hours * factor:,.3g} hours), or noise {frontier[-1].width / wanted:.1f} times smaller."
         )
     return lines
 

@@ -169,9 +169,9 @@ class Forecast(Strict, frozen=True):
     """Median of the narrower interval by the paired difference line, the baseline's exponent taken as fitted."""
     excludes: float
     """Share of studies whose interval leaves out the margin."""
-    bias: float
+    bias: float | None
     """Median over studies of estimated over true ratio, minus one."""
-    coverage: float
+    coverage: float | None
     """Share of the studies with an interval whose interval holds the true ratio."""
     unanswered: float
     """Share of studies without an interval at this loss."""
@@ -275,8 +275,8 @@ def forecasts(simulated: Simulated, truth: Truth, at: Array, *, margin: float = 
                 width_high=float(np.quantile(width, 0.9)) if enough else None,
                 paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 else None,
                 excludes=float(np.sum((low > edge) | (high < edge)) / len(known)),
-                bias=float(np.expm1(np.median(found.ratio[known, k] - np.log(true)))) if enough else float("nan"),
-                coverage=float(np.mean((low <= np.log(true)) & (np.log(true) <= high))) if enough else float("nan"),
+                bias=float(np.expm1(np.median(found.ratio[known, k] - np.log(true)))) if enough else None,
+                coverage=float(np.mean((low <= np.log(true)) & (np.log(true) <= high))) if enough else None,
                 unanswered=1.0 - answered,
             )
         )

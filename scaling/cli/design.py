@@ -171,8 +171,8 @@ def show(answer: Answer, *, unit: str) -> None:
                     f"{_number(row.width_low)}-{_number(row.width_high)}",
                     _number(row.paired_width),
                     f"{row.excludes:.0%}",
-                    f"{row.bias:+.1%}",
-                    f"{row.coverage:.1%}",
+                    _share(row.bias, "+.1%"),
+                    _share(row.coverage, ".1%"),
                 ]
                 for name, row in zip(answer.rungs, answer.forecasts, strict=True)
             ],
@@ -221,6 +221,10 @@ def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:
         if not shown or (row.width or 0.0) < gain * (shown[-1].width or 0.0):
             shown.append(row)
     return shown
+
+
+def _share(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)
 
 
 def _number(value: float | None) -> str:

@@ -130,6 +130,8 @@ def test_intervals_cover_the_assumed_ratio_and_lose_it_when_the_law_has_another_
         truth = Truth(laws, cells)
         at = truth.loss(cells.flops[-1:], 1)
         row = forecasts(simulate(cells, truth, noise, at, family="lines", studies=600), truth, at)[0]
+        assert row.coverage is not None
+        assert row.bias is not None
         return row.coverage, abs(row.bias)
 
     right, unbiased = at_the_end(MOONLIGHT)
