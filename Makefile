@@ -10,7 +10,7 @@ OWN_UV := $(filter .uv/bin/uv,$(UV))
 export OMP_NUM_THREADS ?= 1
 export UV_LINK_MODE ?= hardlink
 
-.PHONY: setup demo test lint types unit notebooks bench lock clean
+.PHONY: setup demo test lint types unit notebooks results bench lock clean
 
 demo: $(READY)
 	$(BIN)/scaling demo
@@ -31,6 +31,11 @@ unit: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -W default notebooks
+
+# What is kept under results/, again from its records: reports of ladders, comparisons of arms at one budget.
+results: $(READY)
+	for table in results/*/runs.csv; do folder=$${table%/runs.csv}; \
+	    if [ -f $$folder/compare.md ]; then verb=compare; else verb=report; fi; $(BIN)/scaling $$verb $$folder || exit 1; done
 
 bench: $(READY)
 	for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
