@@ -49,13 +49,13 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Entry point of the console script."""
-    verb = tyro.cli(
-        VERBS,
-        prog="scaling",
-        description="How much training compute does one way of training save over another at the same loss?",
-        config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
-    )
     try:
+        verb = tyro.cli(
+            VERBS,
+            prog="scaling",
+            description="How much training compute does one way of training save over another at the same loss?",
+            config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
+        )
         verb.run()
     except Refusal as refusal:
         print(f"scaling: {refusal}", file=sys.stderr)

@@ -97,19 +97,22 @@ def report(title: str, seconds: dict[str, tuple[float, float]], flops: int = 0) 
 
 
 def ceiling() -> float:
-    """FLOP/s, by CPU time, of the best of several large bf16 products."""
+    """FLOP/s of one thread in the best of several large bf16 products."""
     x = torch.randn(2048, 2048).bfloat16()
     out = torch.empty_like(x)
     best = float("inf")
     for _ in range(5):
-        start = time.process_time()
+        start = time.perf_counter()
         torch.mm(x, x, out=out)
-        best = min(best, time.process_time() - start)
-    return 2 * 2048**3 / best
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best / torch.get_num_threads()
 
 
 def products_alone(shapes: Iterable[tuple[int, ...]]) -> float:
-    """CPU seconds of the products of five steps, nothing else: the best of several for each shape."""
+    """CPU seconds of the products of five steps, nothing else: the best of several for each shape.
+
+    From wall-clock and the number of threads: the system counts CPU time of several threads too late for milliseconds.
+    """
     total = 0.0
     for (rows, columns), count in Counter((shape[0], shape[1]) for shape in shapes).items():
         x = torch.randn(1, rows, columns).bfloat16()
@@ -123,11 +126,11 @@ def products_alone(shapes: Iterable[tuple[int, ...]]) -> float:
         ):
             best = float("inf")
             for _ in range(8):
-                start = time.process_time()
+                start = time.perf_counter()
                 product()
-                best = min(best, time.process_time() - start)
+                best = min(best, time.perf_counter() - start)
             total += 5 * count * best
-    return total
+    return total * torch.get_num_threads()
 
 
 def bench_wide(layers: int, rounds: int) -> None:
