@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from analysis.audit import audit
 from analysis.compare import Comparison
 from analysis.figures.style import as_bytes, save
+from analysis.pictures import pictures
+from analysis.search import Search
 from analysis.study import Study, write_study
 from analysis.summary import (
     compute_unit,
@@ -23,7 +25,6 @@ from analysis.summary import (
     ratio_text,
 )
 from analysis.tables import latex, markdown
-from scaling.errors import Refusal
 from scaling.records import write_atomic
 from scaling.units import human
 
@@ -55,7 +56,7 @@ def write_report(
     folder: Path | str,
     *,
     curves: pd.DataFrame | None = None,
-    trials: pd.DataFrame | None = None,
+    search: Search | None = None,
     title: str | None = None,
 ) -> Path:
     """Write report.html, fits.json and the figures; the same files, byte for byte, for the same values.
@@ -65,92 +66,29 @@ def write_report(
         frame: The checked table it was made from.
         folder: Gets report.html, fits.json, tables.md and tables.tex; figures/ under it gets each figure as SVG, PDF and PNG.
         curves: Logged steps (columns arm, rung, run, step, tokens, flops, train_loss, validation_loss), if there are.
-        trials: The checked table of the search for settings, if there was one.
+        search: What is known of the search for settings, if there was one.
         title: Heading of the page.
 
     Returns:
         The path of report.html.
     """
     folder = Path(folder)
-    figures = _figures(study, frame, curves, trials)
+    figures = pictures(study, frame, curves, search)
     for name, (figure, _) in figures.items():
         save(figure, folder / "figures", name)
     write_study(study, folder / "fits.json")
     write_atomic(folder / "tables.md", markdown(study).encode())
     write_atomic(folder / "tables.tex", latex(study).encode())
     title = title or f"{', '.join(study.arms[1:])} against {study.baseline}"
-    page = "\n".join(_page(study, frame, trials, figures, title))
+    page = "\n".join(_page(study, frame, search, figures, title))
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
-
-
-def _figures(
-    study: Study, frame: pd.DataFrame, curves: pd.DataFrame | None, trials: pd.DataFrame | None
-) -> dict[str, tuple[Figure, str]]:
-    from analysis.figures.curves import training_curves
-    from analysis.figures.laws import loss_against_compute
-    from analysis.figures.ratio import ratio_curve
-    from analysis.figures.search import has_bowls, learning_rate_bowls
-
-    made: dict[str, tuple[Figure, str]] = {}
-    for comparison in study.comparisons:
-        several = len(study.comparisons) > 1
-        name = f"loss-{_slug(comparison.challenger)}" if several else "loss"
-        made[name] = (
-            loss_against_compute(study, frame, comparison),
-            "Loss against training compute. Points are runs, lines are fitted laws, dashed beyond the runs; bands are "
-            "95 % intervals of the laws. The arrow is the headline. Below: observed over fitted loss.",
-        )
-    made["ratio"] = (
-        ratio_curve(study),
-        "FLOPs that reach the baseline's loss, relative to the baseline, against the baseline's compute. Grey and "
-        "dashed: at least one law is beyond its runs there.",
-    )
-    if curves is not None and len(curves):
-        made["curves"] = (
-            training_curves(curves, study.arms),
-            "Training loss (lines) and held-out loss (points) of the largest rungs.",
-        )
-    searched = frame if trials is None else trials
-    if has_bowls(searched):
-        made["learning-rates"] = (
-            learning_rate_bowls(searched, study.arms),
-            "Loss against peak learning rate. A best rate on the edge of what was tried is hollow: it is no optimum.",
-        )
-    if study.design == "grid":
-        for arm in study.arms:
-            made |= _grid_figures(study, frame, arm)
-    return made
-
-
-def _grid_figures(study: Study, frame: pd.DataFrame, arm: str) -> dict[str, tuple[Figure, str]]:
-    from analysis.figures.isoflop import isoflop_valleys, surface_contours
-    from analysis.isoflop import allocations, allocations_text
-
-    try:
-        found = allocations(frame, arm)
-    except Refusal:
-        return {}
-    made = {
-        f"surface-{_slug(arm)}": (
-            surface_contours(found, frame, study.arms),
-            f"Lines of equal loss of {arm} over parameters and tokens, its runs, and the best split of compute; dotted "
-            "lines are equal compute.",
-        )
-    }
-    if len(found.valleys) >= 2:
-        made[f"valleys-{_slug(arm)}"] = (isoflop_valleys(found, study.arms), allocations_text(found))
-    return made
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
 def _page(
     study: Study,
     frame: pd.DataFrame,
-    trials: pd.DataFrame | None,
+    search: Search | None,
     figures: dict[str, tuple[Figure, str]],
     title: str,
 ) -> Iterable[str]:
@@ -160,7 +98,7 @@ def _page(
     for comparison in study.comparisons:
         yield f"<p class=lead>{html.escape(headline_text(comparison))}</p>"
         yield from (f"<p>{html.escape(line)}</p>" for line in explanation(study, comparison))
-    yield from _audit(study, frame, trials)
+    yield from _audit(study, frame, search)
     yield "<h2>Figures</h2>"
     for name, (figure, caption) in figures.items():
         svg = as_bytes(figure, "svg").decode()
@@ -169,12 +107,16 @@ def _page(
         yield from _comparison(study, comparison)
     yield "<h2>Laws</h2>"
     yield f"<pre>{html.escape(chr(10).join(fit_text(fit) for fit in study.fits.values()))}</pre>"
+    if search is not None and search.notes:
+        yield "<h2>The search for settings</h2><ul>"
+        yield from (f"<li>{html.escape(note)}</li>" for note in search.notes)
+        yield "</ul>"
     yield from _runs(study, frame)
     yield "</body></html>"
 
 
-def _audit(study: Study, frame: pd.DataFrame, trials: pd.DataFrame | None) -> Iterable[str]:
-    checks = audit(frame, study, trials)
+def _audit(study: Study, frame: pd.DataFrame, search: Search | None) -> Iterable[str]:
+    checks = audit(frame, study, None if search is None else search.trials)
     rows = [
         f"<tr><td class=l><span class={check.verdict}>{check.verdict}</span></td><td class=w>{html.escape(check.question)}"
         f"</td><td class=w>{html.escape(check.evidence)}</td><td class=w>{html.escape(check.remedy)}</td></tr>"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, look, new_figure, plain_log_axis, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,4 +65,45 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
         grid[0].legend(loc="best")
         figure.supxlabel("peak learning rate", fontsize=9)
         figure.supylabel("loss (nats per token)", fontsize=9)
+    return figure
+
+
+def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
+    """The match ratio against the number of trials that each arm had.
+
+    Args:
+        budget: As in `analysis.search.Search`.
+        arms: All arms, which give the looks.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    with styled():
+        figure = new_figure(4.6, 2.9)
+        axes = figure.add_subplot()
+        axes.axhline(1.0, color=MUTED, linewidth=0.8)
+        for (arm, against), rows in budget.groupby(["arm", "against"], sort=False):
+            rows = rows.sort_values("trials", kind="stable")
+            dress = look(arms, str(arm))
+            equal = against == "equal"
+            axes.plot(
+                rows["trials"],
+                rows["ratio"],
+                color=dress.colour,
+                marker=dress.marker,
+                markersize=3.5,
+                linewidth=1.2,
+                linestyle="-" if equal else "--",
+                label=f"{arm}, as many as {rows['baseline'].iloc[0]}" if equal else f"{arm}, all of its trials",
+            )
+            if equal:
+                axes.fill_between(
+                    rows["trials"], rows["low"], rows["high"], color=dress.colour, alpha=0.15, linewidth=0
+                )
+        axes.set_yscale("log")
+        shown = budget.loc[budget["trials"] > 1, ["low", "high"]]
+        plain_log_axis(axes, "y", span=float(shown["high"].max() / shown["low"].min()) if len(shown) else 2.0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("trials for each arm at each rung")
+        axes.set_ylabel("FLOPs to match the baseline")
+        axes.legend(loc="upper right")
     return figure

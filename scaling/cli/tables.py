@@ -11,10 +11,12 @@ from tyro.conf import Positional
 
 from scaling.cli.common import TableName, default_root, next_step, print_json
 from scaling.errors import Refusal
+from scaling.spec import as_dict
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.search import Search
     from analysis.study import Study
 
 
@@ -77,12 +79,23 @@ class OnTable:
             "or give the path of a CSV or Parquet file."
         )
 
-    def trials(self) -> pd.DataFrame | None:
-        """The runs of the search for settings, where the table's folder has them."""
-        from analysis.load import read_table
+    def search(self) -> Search | None:
+        """The search for settings, where the folder of the results has its trials."""
+        import pandas as pd
 
-        file = self.results() / "trials.csv"
-        return read_table(file) if file.exists() else None
+        from analysis.load import read_table
+        from analysis.search import Search
+        from scaling.records import read_json
+        from sweeps.tuning.facts import Tuning
+        from sweeps.tuning.show import notes
+
+        file, facts = self.results() / "trials.csv", self.results() / "tuning.json"
+        if not file.exists():
+            return None
+        if not facts.exists():
+            return Search(read_table(file))
+        tuning = read_json(facts, Tuning)
+        return Search(read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning)))
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
         """The table's fits and ratios, and the table."""
@@ -188,7 +201,8 @@ class Audit(OnTable):
         from analysis.audit import audit, audit_text
 
         study, frame = self.fitted()
-        checks = audit(frame, study, self.trials())
+        search = self.search()
+        checks = audit(frame, study, None if search is None else search.trials)
         if self.json:
             print_json(checks)
         else:
@@ -216,5 +230,5 @@ class Report(OnTable):
         folder = self.results()
         curves = folder / "curves.parquet"
         steps = pd.read_parquet(curves) if curves.exists() else None
-        page = write_report(study, frame, folder, curves=steps, trials=self.trials(), title=Path(self.table).stem)
+        page = write_report(study, frame, folder, curves=steps, search=self.search(), title=Path(self.table).stem)
         return page, study

@@ -80,10 +80,11 @@ def study_table(tuning: Tuning) -> RenderableType:
             verdict = bracket.verdict + (f", widened {bracket.widened}x" if bracket.widened else "")
             table.add_row(*head, bracket.name, bowl(study, bracket), Text(found), Text(verdict, style=style))
             head = [""] * 4
-    return Group(table, Text(), *(Text(line) for line in _notes(tuning)))
+    return Group(table, Text(), *(Text(line) for line in notes(tuning)))
 
 
-def _notes(tuning: Tuning) -> list[str]:
+def notes(tuning: Tuning) -> list[str]:
+    """Sentences beside the table of studies: what was spent and is to come, edges, laws, what transfer costs."""
     held_out = any(study.held_out for study in tuning.studies)
     lines = ["* held out: the laws have not seen it."] if held_out else []
     lines += [
