@@ -34,6 +34,9 @@ from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand,
 from sweeps.snapshot import code_digest, take_snapshot
 from sweeps.submit import submit_slurm
 
+IDLE = {"scontrol": "echo 'MaxArraySize = 1001'", "squeue": "exit 0", "sacct": "exit 0", "srun": "exit 0"}
+"""A cluster with nothing in its queue and its books, but for what a test replaces."""
+
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -270,10 +273,7 @@ def test_nothing_is_submitted_for_a_run_whose_job_cannot_be_looked_up(
 ) -> None:
     ready = planned(campaigns)
     commands(
-        scontrol="echo 'MaxArraySize = 1001'",
-        squeue="exit 0",
-        sacct="exit 0",
-        srun="exit 0",
+        **IDLE,
         sbatch="echo Submitted batch job 5",
     )
     assert len(submit_slurm(ready).queued) == 4
@@ -289,10 +289,7 @@ def test_a_run_that_starts_from_another_waits_for_it(campaigns: Any, commands: A
     branch = msgspec.structs.replace(branch, spec=msgspec.structs.replace(branch.spec, branch_of=trunk.id))
     folder = campaigns.folder / "bin"
     commands(
-        scontrol="echo 'MaxArraySize = 1001'",
-        squeue="exit 0",
-        sacct="exit 0",
-        srun="exit 0",
+        **IDLE,
         sbatch='cat "$1" >> $(dirname $0)/scripts; echo Submitted batch job $(ls $(dirname $0)/*.sh 2>/dev/null | wc -l)7',
     )
     both = msgspec.structs.replace(ready, runs=(trunk, branch))
@@ -308,7 +305,7 @@ def test_a_run_whose_predecessor_is_not_on_its_way_is_left(campaigns: Any, comma
     branch = msgspec.structs.replace(
         ready.runs[2], spec=msgspec.structs.replace(ready.runs[2].spec, branch_of="0" * 12)
     )
-    commands(scontrol="echo 'MaxArraySize = 1001'", squeue="exit 0", sacct="exit 0", srun="exit 0", sbatch="exit 1")
+    commands(**IDLE, sbatch="exit 1")
     alone = submit_slurm(msgspec.structs.replace(ready, runs=(branch,)))
     assert alone.left == [branch.id]
     assert any("neither done nor on its way" in note for note in alone.notes)
@@ -333,10 +330,7 @@ def test_folders_that_jobs_execute_from_are_private_and_refused_where_others_may
 ) -> None:
     ready = planned(campaigns)
     commands(
-        scontrol="echo 'MaxArraySize = 1001'",
-        squeue="exit 0",
-        sacct="exit 0",
-        srun="exit 0",
+        **IDLE,
         sbatch="echo Submitted batch job 5",
     )
     submit_slurm(ready)
@@ -352,7 +346,7 @@ def test_a_disk_without_room_is_a_sentence_and_not_a_traceback(
     campaigns: Any, commands: Any, no_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = planned(campaigns)
-    commands(scontrol="echo 'MaxArraySize = 1001'", squeue="exit 0", sacct="exit 0", srun="exit 0", sbatch="exit 1")
+    commands(**IDLE, sbatch="exit 1")
 
     def no_room(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
