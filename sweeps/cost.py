@@ -18,6 +18,7 @@ import msgspec
 
 from scaling.errors import Refusal
 from scaling.flops import train_flops, train_flops_per_token
+from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import RunDirectory, RunRecord
 from scaling.spec import RunSpec
 from sweeps.placement import PlacementTable
@@ -81,67 +82,100 @@ def predict(run: PlannedRun, table: PlacementTable, measured: list[RunRecord]) -
     if like:
         rate = statistics.median(_flops_per_second(record) for record in like)
         return cost(work / rate / devices / 3600, "like", f"{rate:.3g} FLOP/s, measured at this size")
-    assumed = table.peak_flops / max(table.slurm.devices, 1) * table.utilisation
+    peak = table.peak_flops / max(table.slurm.devices, 1)
     if comparable:
-        points = tuple(sorted((*_work(record.spec), 1.0 / _tokens_per_second(record)) for record in comparable))
-        speed = fit_speed(points, assumed)
-        flops, layers = _work(run.spec)
-        seconds = run.spec.budget.tokens * speed.seconds_per_token(flops, layers) / devices
+        points = tuple(sorted((*work_of(record.spec), 1.0 / _tokens_per_second(record)) for record in comparable))
+        speed = fit_speed(points, peak)
+        seconds = run.spec.budget.tokens * speed.seconds_per_token(work_of(run.spec)) / devices
         sizes = len({record.spec.shape for record in comparable})
-        told = (
-            f"{speed.layer * 1e6:.3g} us a layer and step and {speed.rate:.3g} FLOP/s beyond, from "
-            f"{sizes} other size{'s' if sizes > 1 else ''}"
-        )
-        return cost(seconds / 3600, "fitted", told)
-    return cost(work / assumed / devices / 3600, "assumed", assumption(table))
+        return cost(seconds / 3600, "fitted", f"{speed}, from {sizes} other size{'s' if sizes > 1 else ''}")
+    return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", assumption(table))
+
+
+class Work(NamedTuple):
+    """What a token of a run asks of a device."""
+
+    layers: float
+    """Layers over tokens of a batch: a step's fixed work is shared by them."""
+    activations: float
+    """Layers times width: what is read and written beside matrix products grows with it."""
+    flops: float
+    """Of matrix products, the optimizer's among them."""
+
+
+def work_of(spec: RunSpec) -> Work:
+    """What a token of a run asks for."""
+    shape = spec.shape
+    products = train_flops_per_token(shape, CONVENTION) + run_optimizer_flops(spec) / spec.budget.tokens
+    return Work(layers=shape.layers / spec.batch_tokens, activations=shape.layers * shape.width, flops=products)
 
 
 class Speed(NamedTuple):
-    """How long a token takes: a fixed time for each layer of a step, shared by the batch's tokens, and its FLOPs."""
+    """How long each kind of `Work` takes on one device."""
 
     layer: float
-    """Seconds a layer and step: launches, Python, the optimizer; what leaves small models below the device's speed."""
+    """Seconds of a layer and step: launches, Python, the optimizer's own passes."""
+    activation: float
+    """Seconds of a token, layer and unit of width: norms, softmax, gates, residual sums, forward and backward."""
     rate: float
-    """FLOP/s that a large model would come to."""
+    """FLOP/s of matrix products."""
 
-    def seconds_per_token(self, flops: float, layers: float) -> float:
-        """Of one device.
+    def seconds_per_token(self, work: Work) -> float:
+        """The three one after another."""
+        return self.layer * work.layers + self.activation * work.activations + work.flops / self.rate
 
-        Args:
-            flops: Of a token.
-            layers: Divided by the tokens of a batch.
-        """
-        return self.layer * layers + flops / self.rate
+    def __str__(self) -> str:
+        """The three, for the explanation of a prediction."""
+        return (
+            f"{self.layer * 1e6:.3g} us a layer and step, {self.activation * 1e9:.3g} ns a token, layer and unit of width,"
+            f" {self.rate:.3g} FLOP/s"
+        )
 
 
-TRUST = (0.05, 0.5)
-"""Spread of ln speed between like runs, and of the assumed speed around the one that a large model comes to."""
+LIKE_RUNS = 0.05
+"""Spread of ln speed between runs of one shape."""
+LAYER = (1e-3, 1.0)
+"""Seconds of a layer and step before anything is measured, and the spread of their logarithm: some hundred launches."""
+BALANCE = (128.0, 0.7)
+"""Width at which a layer's element-wise work takes as long as its products, and the spread of its logarithm."""
+PRODUCTS = (0.8, 0.5)
+"""Share of the peak that large matrix products reach, and the spread of its logarithm."""
 
 
 @functools.lru_cache(maxsize=64)
-def fit_speed(points: tuple[tuple[float, float, float], ...], assumed: float) -> Speed:
-    """The likeliest `Speed` under measured runs, with the assumed one as what is known beforehand.
+def fit_speed(points: tuple[tuple[float, float, float, float], ...], peak: float) -> Speed:
+    """The likeliest `Speed` under measured runs, with what is assumed of a device as what is known beforehand.
 
-    One size alone cannot tell the fixed time from the rate, so the rate then stays near the assumption; two sizes
-    outvote it.
+    One measured size says how fast all is together and hardly how the time divides, which is what other sizes hang on;
+    `LAYER`, `BALANCE` and `PRODUCTS` then decide. Further sizes outvote them.
 
     Args:
-        points: FLOPs of a token, layers over tokens of a batch, seconds of a token on one device.
-        assumed: FLOP/s.
+        points: The `Work` of a token and its seconds on one device.
+        peak: FLOP/s of one device.
     """
     import numpy as np
+    from numpy.typing import NDArray
+    from scipy.optimize import least_squares
 
-    flops, layers, seconds = np.array(points).T
+    *work, seconds = np.array(points).T
     # Runs of one size are one observation with many repeats: their systematic error is shared.
-    _, size, counts = np.unique(flops, return_inverse=True, return_counts=True)
-    weight = 1.0 / counts[size]
-    rates = assumed * np.exp(np.linspace(-4.0, 4.0, 401))[:, None, None]
-    most = float(np.max(seconds / layers))
-    fixed = most * np.linspace(0.0, 1.0, 201)[None, :, None]
-    misfit = np.log(fixed * layers + flops / rates) - np.log(seconds)
-    loss = np.sum(weight * misfit**2, axis=2) / TRUST[0] ** 2 + np.log(rates[..., 0] / assumed) ** 2 / TRUST[1] ** 2
-    at, of = np.unravel_index(int(np.argmin(loss)), loss.shape)
-    return Speed(layer=float(fixed[0, of, 0]), rate=float(rates[at, 0, 0]))
+    _, size, counts = np.unique(work[2], return_inverse=True, return_counts=True)
+    weight = 1.0 / np.sqrt(counts[size]) / LIKE_RUNS
+    rate = peak * PRODUCTS[0]
+    known = np.log([LAYER[0], _WEIGHTS_OF_A_LAYER * BALANCE[0] * 6.0 / rate, rate])
+    spread = np.array([LAYER[1], BALANCE[1], PRODUCTS[1]])
+
+    def misfit(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+        layer, activation, rate = np.exp(logarithms)
+        predicted = layer * work[0] + activation * work[1] + work[2] / rate
+        return np.concatenate([weight * np.log(predicted / seconds), (logarithms - known) / spread])
+
+    layer, activation, rate = np.exp(least_squares(misfit, known).x).tolist()
+    return Speed(layer=layer, activation=activation, rate=rate)
+
+
+_WEIGHTS_OF_A_LAYER = 12.0
+"""Of a Llama-like block over its width squared, near enough for what is known beforehand."""
 
 
 def wall_hours(hours: Iterable[float], slots: int) -> float:
@@ -188,8 +222,3 @@ def _tokens_per_second(record: RunRecord) -> float:
 
 def _flops_per_second(record: RunRecord) -> float:
     return _tokens_per_second(record) * train_flops_per_token(record.spec.shape, CONVENTION)
-
-
-def _work(spec: RunSpec) -> tuple[float, float]:
-    """FLOPs of a token, and layers over tokens of a batch."""
-    return train_flops_per_token(spec.shape, CONVENTION), spec.shape.layers / spec.batch_tokens

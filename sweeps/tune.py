@@ -110,9 +110,14 @@ class Tuner:
         return wanted
 
     def runs(self, wanted: list[PlannedRun]) -> Plan:
-        """Runs of studies as a plan that any executor takes. Its files lie beside the campaign's own."""
+        """Runs of studies as a plan that any executor takes, after those whose weights they start from.
+
+        Its files lie beside the campaign's own.
+        """
         campaign = msgspec.structs.replace(self.template.campaign, name=f"{self.campaign.name}-trials")
-        return msgspec.structs.replace(self.template, campaign=campaign, runs=tuple(wanted))
+        starts = {run.spec.initial.run for run in wanted if run.spec.initial is not None}
+        before = [run for run in self.template.distinct() if run.id in starts]
+        return msgspec.structs.replace(self.template, campaign=campaign, runs=(*before, *wanted))
 
     def told(self) -> Told:
         """Studies with their trials as they stand, those that the next step will tell included; nothing is written."""

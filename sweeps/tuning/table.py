@@ -98,6 +98,13 @@ def check(campaign: Campaign) -> None:
         if tuned:
             raise Refusal(f'{campaign.file}, [[arms]] "{tuned[0].name}": is tuned, and there is no [tune]. Add one.')
         return
+    settled = {arm.name for arm in campaign.arms if not arm.tuned and arm.reuse is None}
+    for arm in tuned:
+        if arm.initial is not None and arm.initial.arm not in settled:
+            raise Refusal(
+                f'{campaign.file}, [[arms]] "{arm.name}": is tuned and starts from "{arm.initial.arm}", whose settings '
+                "the same studies decide. Tune that arm in a campaign of its own and write its settings here."
+            )
     if not tuned:
         raise Refusal(f"{where}: no arm is tuned. Write tuned = true into the [[arms]] that it is meant for.")
     for name in {*table.rungs} & {*table.held_out}:

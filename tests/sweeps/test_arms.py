@@ -14,6 +14,7 @@ from scaling.spec import Initial
 from sweeps.campaign import built_in, load_campaign
 from sweeps.dispatch import _Campaign, run_local
 from sweeps.plan import Plan, plan
+from sweeps.tune import tune
 
 CAMPAIGN = (
     campaign_head("arms")
@@ -57,6 +58,23 @@ def test_whether_the_parent_is_charged_is_another_run(tiny_text: Path, tmp_path:
 def test_an_arm_that_starts_from_no_arm_before_it_is_refused(tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r'starts from arm "upcycled", and the arms before it are dense'):
         planned(tmp_path, tiny_text, parent="upcycled")
+
+
+def test_trials_of_an_upcycled_arm_train_what_they_start_from_first(tiny_text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "arms.toml"
+    tables = CAMPAIGN.format(text=tiny_text, parent="dense", charged="true").replace("peak_lr = 1e-3", "tuned = true")
+    search = (
+        "[tune]\ntrials = 2\nstartup = 2\nin_flight = 2\nwiden = 0\n[tune.search.peak_lr]\nlow = 1e-3\nhigh = 1e-2\n"
+    )
+    file.write_text(tables + search)
+    tuning = tune(load_campaign(file), tmp_path, progress=False)
+    assert [trial.loss is not None for study in tuning.studies for trial in study.trials] == [True, True]
+    made = plan(load_campaign(file), tmp_path)
+    states = {run.arm: made.state(run) for run in made.runs}
+    assert states == {"dense": "finished", "upcycled": "finished"}
+    file.write_text(file.read_text().replace("peak_lr = 1e-2", "tuned = true"))
+    with pytest.raises(Refusal, match='starts from "dense", whose settings the same studies decide'):
+        load_campaign(file)
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name in ("moe-small", "upcycled-small")])

@@ -1,49 +1,55 @@
 """Predicted hours: what one measured size says of the others, how runs fill a machine, what they cost."""
 
+import math
 from pathlib import Path
 
-import numpy as np
+import msgspec
+import pandas as pd
 import pytest
 
 from sweeps.campaign import load_campaign
-from sweeps.cost import fit_speed, wall_hours
+from sweeps.cost import Speed, Work, fit_speed, wall_hours, work_of
 from sweeps.plan import plan
 from sweeps.show import plan_costs, plan_totals, to_go
 
-ASSUMED = 36e9
-SIZES = np.array([2.2e5, 3.5e5, 5.1e5, 6.8e5, 1.15e6])
-LAYERS = 3 / 1024
+RESULTS = Path(__file__).parents[2] / "results"
+PEAK = 100e9
+WORKS = [Work(layers=3 / 1024, activations=3.0 * width, flops=216.0 * width**2) for width in (32, 48, 64, 96, 128, 256)]
 
 
-def seconds(layer: float, rate: float) -> list[float]:
-    return (layer * LAYERS + SIZES / rate).tolist()
+def points(truth: Speed, *which: int) -> tuple[tuple[float, float, float, float], ...]:
+    return tuple((*WORKS[k], truth.seconds_per_token(WORKS[k])) for k in which)
 
 
-@pytest.mark.parametrize("rate", [27e9, 36e9, 46e9])
-def test_one_measured_size_predicts_the_others_within_a_quarter(rate: float) -> None:
-    truth = seconds(3.2e-3, rate)
-    speed = fit_speed(((SIZES[0], LAYERS, truth[0]),), ASSUMED)
-    for flops, known in zip(SIZES[1:], truth[1:], strict=True):
-        assert speed.seconds_per_token(flops, LAYERS) == pytest.approx(known, rel=0.25)
+def test_measured_sizes_outvote_what_is_assumed() -> None:
+    truth = Speed(layer=5e-3, activation=30e-9, rate=30e9)
+    one, two = fit_speed(points(truth, 0), PEAK), fit_speed(points(truth, 0, 2, 4), PEAK)
+    known = truth.seconds_per_token(WORKS[5])
+    assert two.seconds_per_token(WORKS[5]) == pytest.approx(known, rel=0.2)
+    assert abs(math.log(one.seconds_per_token(WORKS[5]) / known)) > 0.4
 
 
-def test_two_measured_sizes_outvote_the_assumption() -> None:
-    truth = seconds(2e-3, 4 * ASSUMED)
-    points = tuple((SIZES[k], LAYERS, truth[k]) for k in (0, 3))
-    speed = fit_speed(points, ASSUMED)
-    assert speed.seconds_per_token(SIZES[4], LAYERS) == pytest.approx(truth[4], rel=0.1)
+def test_repeats_of_one_size_are_one_observation() -> None:
+    truth = Speed(layer=1e-3, activation=80e-9, rate=90e9)
+    once, often = fit_speed(points(truth, 0, 2), PEAK), fit_speed(points(truth, *[0] * 20, 2), PEAK)
+    assert often == pytest.approx(once, rel=0.05)
 
 
-def test_measured_rungs_of_the_kept_campaign_are_predicted_from_the_first() -> None:
-    """Rungs of results/demo: seconds a token, AdamW, two seeds of 21k to 60k and one of 83k, two runs at a time.
-
-    The largest is left out: other work shared the machine while it ran, and it took 2.4 times what its FLOPs take.
-    """
-    flops = (216_576, 348_672, 510_720, 681_984)
-    measured = (15.01e-6, 15.83e-6, 21.10e-6, 25.58e-6)
-    speed = fit_speed(((float(flops[0]), LAYERS, measured[0]),), ASSUMED)
-    for count, known in zip(flops[1:], measured[1:], strict=True):
-        assert speed.seconds_per_token(count, LAYERS) == pytest.approx(known, rel=0.25)
+@pytest.mark.parametrize("arm", ["adamw", "muon"])
+@pytest.mark.parametrize("known", [1, 2, 3, 4])
+def test_the_first_rungs_measurement_predicts_the_others_within_a_quarter(arm: str, known: int, tmp_path: Path) -> None:
+    """The kept campaign's own clocks: trials of its first rungs, then every later rung's runs."""
+    folder = RESULTS / "cpu-hour"
+    frame = pd.concat([pd.read_csv(folder / name) for name in ("trials.csv", "runs.csv")])
+    campaign = msgspec.structs.replace(load_campaign("cpu-hour"), untuned=False)
+    works = {run.rung: work_of(run.spec) for run in plan(campaign, tmp_path).runs if run.arm == arm}
+    frame = frame[(frame["arm"] == arm) & (frame["status"] == "finished")]
+    seconds = frame["seconds"] / frame["tokens"]
+    first = list(works)[:known]
+    measured = tuple((*works[rung], value) for rung, value in zip(frame["rung"], seconds, strict=True) if rung in first)
+    speed = fit_speed(measured, PEAK)
+    for rung in list(works)[known:]:
+        assert speed.seconds_per_token(works[rung]) == pytest.approx(seconds[frame["rung"] == rung].median(), rel=0.25)
 
 
 def test_runs_fill_the_slots_that_fall_free() -> None:
