@@ -10,7 +10,7 @@ from analysis.conventions import TIMES
 from analysis.definitions import ARROW
 from analysis.fit import Fit
 from analysis.laws import Law, LossSurface, PowerLaw
-from analysis.match import MatchRatio
+from analysis.match import MatchRatio, compute_law
 from analysis.reference import MOONLIGHT_ARROW
 from analysis.study import Study
 from scaling.units import FLOPS_PER_PFLOPS_DAY
@@ -129,10 +129,17 @@ def explanation(study: Study, comparison: Comparison) -> list[str]:
         )
     line = comparison.difference
     if line is not None and line.p < 0.05 and study.design == "ladder":
-        trend = "shrinks" if line.slope * line.level < 0 else "grows"
+        shrinks = line.slope * line.level < 0
+        floors = max(compute_law(fit.law).floor for fit in comparison.fits.values())
+        meaning = (
+            "the floor of the law taken here accounts for some of that, and without one it is a ratio that "
+            if floors > 0
+            else "that is a ratio that "
+        )
         lines.append(
-            f"The advantage {trend} with compute inside these runs (p = {line.p:.2g}, paired t test on "
-            f"{line.cells} cells); one number hides that."
+            f"The arms' difference in log loss {'shrinks' if shrinks else 'grows'} with compute inside these runs "
+            f"(p = {line.p:.2g}, paired t test on {line.cells} cells); {meaning}"
+            f"{'rises towards' if shrinks else 'moves away from'} 1."
         )
     for found in comparison.definitions:
         if found.name == ARROW:

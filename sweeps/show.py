@@ -266,7 +266,7 @@ def _notes(plan: Plan) -> list[str]:
     done = f"{totals['finished']} finished" + (f", {totals['diverged']} diverged" if totals["diverged"] else "")
     lines = [
         "shape: layers x width / heads. N: weights of the blocks. D: tokens. C: FLOPs, 6ND.",
-        f"{len(plan.rungs)} rungs x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
+        f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
     lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
@@ -276,8 +276,8 @@ def _notes(plan: Plan) -> list[str]:
         lines += [f"Hours are {kind}." for kind in kinds]
     elif totals["bases"] != ["itself"]:
         lines.append(
-            "Hours of runs that are not done come from finished runs like them; other sizes from a fixed time a layer "
-            "and step and a rate fitted to those."
+            "Hours of runs that are not done come from finished runs like them; those of other sizes from what layers, "
+            "activations and matrix products took there."
         )
     if plan.provisional:
         lines.append(

@@ -10,6 +10,7 @@ from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
 from analysis.match import compute_law
 from analysis.study import Study
+from analysis.summary import ratio_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,9 +124,11 @@ def _arrow(comparison: Comparison, axes: Axes, factor: float) -> None:
         arrowprops={"arrowstyle": "-|>", "color": "#222222", "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
         zorder=4,
     )
-    interval = "" if point.low is None or point.high is None else f" [{point.low:.3g}, {point.high:.3g}]"
+    interval = (
+        "" if point.low is None or point.high is None else f" [{ratio_text(point.low)}, {ratio_text(point.high)}]"
+    )
     axes.annotate(
-        f"×{point.ratio:.3g}{interval} FLOPs",
+        f"×{ratio_text(point.ratio)}{interval} FLOPs",
         xy=(min(ends), point.loss),
         xytext=(-4, -4),
         textcoords="offset points",

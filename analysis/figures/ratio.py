@@ -10,6 +10,7 @@ from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
 from analysis.match import compute_law
 from analysis.study import Study
+from analysis.summary import ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ def ratio_curve(study: Study) -> Figure:
         plain_log_axis(axes, "y", span=top / bottom)
         axes.set_xlabel(f"{study.baseline}'s {label}")
         axes.set_ylabel("FLOPs to match the loss,\nrelative to " + study.baseline)
-        axes.legend(loc="best")
+        axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
 
@@ -49,7 +50,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     edges = inside | np.roll(inside, 1) | np.roll(inside, -1)
     axes.fill_between(x, low, high, where=np.isfinite(low), color=MUTED, alpha=0.13, linewidth=0.0)
     axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
-    _other_laws(comparison, axes, factor, named=comparison is study.comparisons[0])
+    _other_laws(comparison, axes, factor, dress.colour, named=comparison is study.comparisons[0])
     axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=BEYOND)
     axes.plot(
         x[inside],
@@ -70,7 +71,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
         zorder=4,
     )
     axes.annotate(
-        f"{head.ratio:.3g}",
+        ratio_text(head.ratio),
         xy=(head.baseline_compute * factor, head.ratio),
         xytext=(5, -11),
         textcoords="offset points",
@@ -85,7 +86,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()
 
 
-def _other_laws(comparison: Comparison, axes: Axes, factor: float, *, named: bool) -> None:
+def _other_laws(comparison: Comparison, axes: Axes, factor: float, colour: str, *, named: bool) -> None:
     """The curve under every other family as a thin line: what the band does not hold."""
     losses = np.array([point.loss for point in comparison.curve])
     first = named
@@ -96,5 +97,7 @@ def _other_laws(comparison: Comparison, axes: Axes, factor: float, *, named: boo
             continue
         baseline, challenger = (law.compute(reached) for law in laws)
         label = "other laws through the same runs" if first else None
-        axes.plot(baseline * factor, challenger / baseline, color="#555555", linewidth=0.6, label=label, zorder=1.5)
+        axes.plot(
+            baseline * factor, challenger / baseline, color=colour, alpha=0.7, linewidth=0.6, label=label, zorder=1.5
+        )
         first = False

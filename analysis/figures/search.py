@@ -105,5 +105,5 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trials for each arm at each rung")
         axes.set_ylabel("FLOPs to match the baseline")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
     return figure

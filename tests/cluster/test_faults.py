@@ -28,6 +28,7 @@ from conftest import (
 
 from scaling.errors import Refusal
 from sweeps import arrays, submit
+from sweeps.plan import Plan, PlannedRun
 from sweeps.status import status
 from sweeps.submit import submit_slurm
 
@@ -131,6 +132,28 @@ def test_a_crashed_controller_is_named_and_does_no_harm(cluster: Cluster, counti
     wait_until_done(planned)
     assert_finished_once(planned)
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
+
+
+def test_a_controller_that_crashes_under_a_young_job_starts_nothing_twice(cluster: Cluster, counting: Counting) -> None:
+    """What it had not saved is queued again by SLURM while it still runs, or after it has ended."""
+    planned = counting.plan(steps=100)
+    counting.submit(planned)
+    until(lambda: any(planned.directory(run).is_locked() for run in planned.runs), 30, "nothing started")
+    cluster.crash_controller()
+    time.sleep(3)
+    cluster.start_controller()
+    until(lambda: all(over_or_held(planned, run) for run in planned.runs), 120, "neither done nor explained")
+    cluster.start()  # drained nodes come back, as their administrator would have them
+    for run in planned.runs:
+        if not planned.directory(run).record_file.exists():
+            cluster.ask("scontrol", "release", task_of(planned, run))
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)
+
+
+def over_or_held(planned: Plan, run: PlannedRun) -> bool:
+    """Whether the run has its record, or `status` says how to release its job."""
+    return planned.directory(run).record_file.exists() or "scontrol release" in (of(planned, run).reason or "")
 
 
 def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
@@ -246,14 +269,18 @@ def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
 
 
-def test_a_cluster_without_accounting_finishes_a_campaign(
-    cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("accounting", ["none", "stopped"])
+def test_a_cluster_whose_accounting_does_not_answer_finishes_a_campaign(
+    cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accounting: str
 ) -> None:
-    shims = tmp_path / "bin"
-    shims.mkdir()
-    (shims / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
-    (shims / "sacct").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
+    if accounting == "stopped":
+        cluster.stop_accounting()  # the next test finds it started again
+    else:
+        shims = tmp_path / "bin"
+        shims.mkdir()
+        (shims / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+        (shims / "sacct").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
     planned = counting.plan(steps=60, slurm="minutes = 5\nparallel = 3")
     counting.submit(planned)
     waiting = planned.runs[-1]

@@ -9,11 +9,12 @@ import pytest
 
 from sweeps.campaign import load_campaign
 from sweeps.cost import Speed, Work, fit_speed, wall_hours, work_of
+from sweeps.placement import PEAKS
 from sweeps.plan import plan
 from sweeps.show import plan_costs, plan_totals, to_go
 
 RESULTS = Path(__file__).parents[2] / "results"
-PEAK = 100e9
+PEAK = PEAKS["cpu"]
 WORKS = [Work(layers=3 / 1024, activations=3.0 * width, flops=216.0 * width**2) for width in (32, 48, 64, 96, 128, 256)]
 
 
