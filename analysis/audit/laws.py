@@ -55,20 +55,20 @@ def floor(case: Case) -> Finding:
 
 def spread(case: Case) -> Finding:
     """Other laws give a ratio inside the interval."""
-    worst = Finding("pass", "other laws give a ratio inside the interval")
+    beyond = []
     for comparison in case.study.comparisons:
         head = comparison.headline
         ratios = [m.ratio for m in comparison.models if m.ratio is not None]
         if head.low is None or head.high is None:
             return Finding("fail", f"{comparison.challenger}: no interval: {comparison.interval}", "Add cells.")
         if ratios and (min(ratios) < head.low or max(ratios) > head.high):
-            worst = Finding(
-                "warn",
+            beyond.append(
                 f"{comparison.challenger}: other laws give {min(ratios):.3g} to {max(ratios):.3g}, beyond the interval "
-                f"{head.low:.3g} to {head.high:.3g}",
-                "Quote the spread beside the interval.",
+                f"{head.low:.3g} to {head.high:.3g}"
             )
-    return worst
+    if beyond:
+        return Finding("warn", "; ".join(beyond), "Quote the spread beside the interval.")
+    return Finding("pass", "other laws give a ratio inside the interval")
 
 
 def leans(case: Case) -> Finding:
