@@ -22,14 +22,7 @@ def parent(directory: RunDirectory, initial: Initial) -> tuple[RunDirectory, Run
     Raises:
         Refusal: It is not there, not finished, or has lost its weights.
     """
-    found = RunDirectory(directory.path.parent / initial.run)
-    record = found.record() if found.path.is_dir() else None
-    if record is None or record.status != "finished":
-        state = found.state() if found.path.is_dir() else "nowhere"
-        raise Refusal(
-            f"{directory.path.name} starts from the weights of run {initial.run}, which is {state}. "
-            "Train that run first; a submission of the campaign that wishes for both does so in order."
-        )
+    found, record = _finished(directory, initial)
     if not found.weights_file.exists():
         raise Refusal(
             f"{found.weights_file}: the weights are gone, and {directory.path.name} starts from them. Put the file back, "
@@ -38,11 +31,34 @@ def parent(directory: RunDirectory, initial: Initial) -> tuple[RunDirectory, Run
     return found, record
 
 
+def _finished(directory: RunDirectory, initial: Initial) -> tuple[RunDirectory, RunRecord]:
+    found = RunDirectory(directory.path.parent / initial.run)
+    record = found.record() if found.path.is_dir() else None
+    if record is None or record.status != "finished":
+        state = found.state() if found.path.is_dir() else "nowhere"
+        raise Refusal(
+            f"{directory.path.name} starts from the weights of run {initial.run}, which is {state}. "
+            "Train that run first; a submission of the campaign that wishes for both does so in order."
+        )
+    return found, record
+
+
 def charged_flops(directory: RunDirectory, initial: Initial | None) -> dict[str, int]:
     """What the parent cost under every convention, its own parents included where they were charged; empty if not charged."""
+    parents = charged_parents(directory, initial)
+    return dict(parents[0].flops) if parents else {}
+
+
+def charged_parents(directory: RunDirectory, initial: Initial | None) -> list[RunRecord]:
+    """Records of the runs that a run stands on and pays for, the nearest first.
+
+    Raises:
+        Refusal: One of them is not there.
+    """
     if initial is None or not initial.charged:
-        return {}
-    return dict(parent(directory, initial)[1].flops)
+        return []
+    where, record = _finished(directory, initial)
+    return [record, *charged_parents(where, record.spec.initial)]
 
 
 def load_initial(directory: RunDirectory, initial: Initial, model: Decoder) -> None:

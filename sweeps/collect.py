@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.flops import CONVENTIONS, train_flops
+from scaling.initial import charged_parents
 from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import write_atomic
 from sweeps.plan import Plan, PlannedRun
@@ -24,8 +25,9 @@ RUN_COLUMNS = (
     "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "reason",
 )  # fmt: skip
 """Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
-the optimizer's matrix products cost where they say so (`scaling.optim.ledger`), `loss` is the held-out loss at the last token in nats per token, `seconds` is training time and `cpu_seconds`
-what it cost the processors, of runs on a CPU."""
+the optimizer's matrix products cost where they say so (`scaling.optim.ledger`), `loss` is the held-out loss at the last
+token in nats per token, `seconds` is training time and `cpu_seconds` what it cost the processors, of runs on a CPU. FLOPs
+and times of a run include those of the runs that it started from and is charged for."""
 
 CURVE_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
@@ -80,7 +82,10 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     record = plan.directory(run).record() if done else None
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
-    optimizer = run_optimizer_flops(run.spec, tokens)
+    before = charged_parents(plan.directory(run), run.spec.initial) if record else []
+    optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
+    paid = [*([record] if record else []), *before]
+    processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
     return run.identity | {
         "status": now.state,
         "params": run.parameters,
@@ -93,8 +98,8 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "flops_attention_with_optimizer": flops["attention"] + optimizer,
         "loss": record.validation_loss if record else None,
         "train_loss": record.train_loss if record else None,
-        "seconds": record.seconds if record else None,
-        "cpu_seconds": record.cpu_seconds if record and record.device.kind == "cpu" else None,
+        "seconds": sum(one.seconds for one in paid) if record else None,
+        "cpu_seconds": sum(processors) if record and len(processors) == len(paid) else None,
         "tokens_per_second": record.tokens_per_second if record else None,
         "peak_lr": run.spec.optimizer.peak_lr,
         "batch_tokens": run.spec.batch_tokens,

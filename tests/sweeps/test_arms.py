@@ -9,16 +9,18 @@ import pytest
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from scaling.errors import Refusal
+from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import RunDirectory
 from scaling.spec import Initial
 from sweeps.campaign import built_in, load_campaign
+from sweeps.collect import collect
 from sweeps.dispatch import _Campaign, run_local
 from sweeps.plan import Plan, plan
 from sweeps.tune import tune
 
 CAMPAIGN = (
     campaign_head("arms")
-    + arm_table("dense", "peak_lr = 1e-2", optimizer="adamw")
+    + arm_table("dense", "peak_lr = 1e-2", optimizer="muon")
     + arm_table(
         "upcycled",
         "peak_lr = 1e-3",
@@ -48,6 +50,12 @@ def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text
     assert records["upcycled"].spec.initial == Initial(run=records["dense"].spec.id, how="upcycle", charged=True)
     assert records["upcycled"].initial_flops == records["dense"].flops
     assert records["upcycled"].validation_loss < records["dense"].validation_loss
+    dense, upcycled = (row for _, row in collect(outcome.plan).iterrows())
+    assert dense.seconds == records["dense"].seconds
+    assert upcycled.seconds == pytest.approx(dense.seconds + records["upcycled"].seconds)
+    assert upcycled.cpu_seconds == pytest.approx(dense.cpu_seconds + records["upcycled"].cpu_seconds)
+    own = sum(run_optimizer_flops(record.spec) for record in records.values())
+    assert upcycled.flops_with_optimizer - upcycled.flops == own > dense.flops_with_optimizer - dense.flops > 0
 
 
 def test_whether_the_parent_is_charged_is_another_run(tiny_text: Path, tmp_path: Path) -> None:
