@@ -131,6 +131,8 @@ def fit_arm(
     objective = objective or (HUBER if law == "surface" else LEAST_SQUARES)
     fitted = solve(form, rows, objective)
     fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
+    if fit.status == "failed":
+        raise Refusal(f"{name}: these runs carry no law {law}. {fit.remark} Fit another.")
     used = frame.loc[cells.numbers - 1]
     run = np.unique(run_of(used).to_numpy(dtype=str), return_inverse=True)[1]
     clustered = run.max() + 1 < len(rows.loss)

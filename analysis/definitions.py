@@ -74,8 +74,8 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
 def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) -> list[Definition]:
     """The laws read at the largest run of each arm.
 
-    At the challenger's, with the t interval of the paired difference line: the exponent of the baseline's law is then
-    taken as it was fitted, which is what makes this interval narrower than the headline's.
+    At the challenger's, under laws without a floor, with the t interval of the paired difference line: the exponent of
+    the baseline's law is then taken as it was fitted. Under a floor the differences of log loss follow no line.
     """
     b, c = compute_law(baseline.law), compute_law(challenger.law)
     found = []
@@ -87,7 +87,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
             continue
         point = at_loss(baseline, challenger, loss)
         low = high = None
-        if difference is not None and who == "challenger":
+        if difference is not None and who == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
             moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
             if min(moved) > b.floor:

@@ -286,8 +286,13 @@ def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
     floor = [j for j, slot in enumerate(plan.slots) if slot.column is None and not plan.form.terms[slot.term]]
     if any(np.exp(theta[j]) < 1e-4 * problem.loss.min() for j in floor):
         return "at_bound", "the floor ends at 0: these runs ask for none. Use the law without a floor."
-    if fitted.certificate.gap > 1e-6:
+    if not fitted.certificate.gap <= 1e-6:  # a gap that is no number is no minimum either
         return "failed", f"the search stopped {fitted.certificate.gap:.1g} of the objective above a minimum."
+    if name == "surface" and _moves_together(fitted):
+        return "not_identified", (
+            "parameters and tokens move together in these runs, so nothing tells what either does alone. Use a law of "
+            "compute, or add runs that split the same compute otherwise."
+        )
     if floor:
         from analysis.identify import floor_range
 
@@ -298,6 +303,15 @@ def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
                 "(95 %); neither floor nor exponent is identified."
             )
     return "converged", ""
+
+
+TOGETHER = 1e-4
+"""Share of the spread of ln D that ln N leaves unexplained, below which the two count as one: about 1 % of scatter."""
+
+
+def _moves_together(fitted: Fitted) -> bool:
+    params, tokens = (fitted.problem.z[j] for j, slot in enumerate(fitted.design.slots) if slot.column)
+    return bool(1.0 - float(np.asarray(np.corrcoef(params, tokens))[0, 1]) ** 2 < TOGETHER)
 
 
 __all__ = [

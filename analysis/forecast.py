@@ -152,7 +152,8 @@ def forecast(
         searched: Designs among which the cheapest is looked for.
         laws: Assumed.
         noise: Assumed.
-        family: Row of ``analysis.families.FAMILIES``; ``lines``, or ``shared-floor`` where the laws have a floor.
+        family: Row of ``analysis.families.FAMILIES``; without it the one that the laws were fitted with, else
+            ``lines``, or ``shared-floor`` where the laws have a floor.
         lost: Chance that a run gives no loss.
         margin: Ratio that the interval is to leave out.
         wanted: Width that is looked for.
@@ -165,7 +166,7 @@ def forecast(
     """
     cells = Cells(*(np.array([point[k] for point in points], dtype=np.float64) for k in (1, 2, 3)))
     truth = Truth(laws, cells)
-    family = family or ("shared-floor" if laws.has_floor else "lines")
+    family = family or laws.family or ("shared-floor" if laws.has_floor else "lines")
     own = [at for at, count in enumerate(plan) if count]
     at = truth.loss(cells.flops[own], 1)
     bench = _Bench(points, cells, truth, noise, at[-1:], family, lost, margin, seed)
@@ -280,6 +281,7 @@ def laws_of(study: Study, arms: tuple[str, str], name: str) -> Laws:
                 challenger=two.law,
                 source=f"{name}, family {found.family}",
                 around=float(np.sqrt(min(ends) * max(ends))) * 8.64e19,
+                family=found.family if FAMILIES[found.family].design == "ladder" else None,
             )
     told = ", ".join(f"{found.challenger} against {found.baseline}" for found in study.comparisons)
     raise Refusal(

@@ -32,6 +32,8 @@ class Laws(Strict, frozen=True):
     source: str
     around: float
     """Training FLOPs at the middle of what they were fitted to."""
+    family: str | None = None
+    """Row of ``analysis.families.FAMILIES`` that they were fitted with, where it is one for ladders."""
 
     @property
     def has_floor(self) -> bool:
@@ -67,10 +69,11 @@ LAWS_ASSUMED: dict[str, Laws] = {
         around=1e21,
     ),
     "quick": Laws(
-        baseline=PowerLaw(scale=0.16627, exponent=0.11860),
-        challenger=PowerLaw(scale=0.18357, exponent=0.11006),
+        baseline=PowerLaw(scale=0.0039231, exponent=0.26769, floor=0.93063),
+        challenger=PowerLaw(scale=0.0033508, exponent=0.26769, floor=0.93063),
         source="AdamW and Muon of this project's campaign quick (results/demo): bytes, 21k to 151k parameters",
         around=4e11,
+        family="one-multiplier",
     ),
 }
 """Laws to plan with, by name."""
@@ -126,6 +129,7 @@ class Truth:
     """
 
     def __init__(self, laws: Laws, cells: Cells) -> None:
+        self.has_floor = laws.has_floor
         order = np.argsort(cells.flops)
         x, n = np.log(cells.flops[order]), np.log(cells.params[order])
         x, first = np.unique(x, return_index=True)
@@ -166,7 +170,8 @@ class Forecast(Strict, frozen=True):
     width_high: float | None
     """Ninetieth."""
     paired_width: float | None
-    """Median of the narrower interval by the paired difference line, the baseline's exponent taken as fitted."""
+    """Median of the interval by the paired difference line, the baseline's exponent taken as fitted; None under laws with
+    a floor, whose differences of log loss follow no line."""
     excludes: float
     """Share of studies whose interval leaves out the margin."""
     bias: float | None
@@ -256,6 +261,7 @@ def forecasts(simulated: Simulated, truth: Truth, at: Array, *, margin: float = 
     found, other = simulated.laws, simulated.paired
     compute = [truth.flops(at, arm) for arm in (0, 1)]
     result = []
+    straight = not truth.has_floor
     for k, loss in enumerate(at):
         known = np.isfinite(found.low[:, k]) & np.isfinite(found.high[:, k])
         low, high, width = found.low[known, k], found.high[known, k], found.width[known, k]
@@ -273,7 +279,7 @@ def forecasts(simulated: Simulated, truth: Truth, at: Array, *, margin: float = 
                 width=float(np.median(width)) if enough else None,
                 width_low=float(np.quantile(width, 0.1)) if enough else None,
                 width_high=float(np.quantile(width, 0.9)) if enough else None,
-                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 else None,
+                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 and straight else None,
                 excludes=float(np.sum((low > edge) | (high < edge)) / len(known)),
                 bias=float(np.expm1(np.median(found.ratio[known, k] - np.log(true)))) if enough else None,
                 coverage=float(np.mean((low <= np.log(true)) & (np.log(true) <= high))) if enough else None,

@@ -33,8 +33,8 @@ FAR_BELOW = 1e-2
 def law_text(law: Law) -> str:
     """A law as a formula with four to five digits."""
     if isinstance(law, LossSurface):
-        return f"{law.E:.4g} + {law.A:.5g} N^-{law.alpha:.4f} + {law.B:.5g} D^-{law.beta:.4f}"
-    power = f"{law.scale:.4g} C^-{law.exponent:.5f}"
+        return f"{law.E:.4g} + {law.A:.5g} N^{-law.alpha:.4f} + {law.B:.5g} D^{-law.beta:.4f}"
+    power = f"{law.scale:.4g} C^{-law.exponent:.5f}"
     return f"{law.floor:.4g} + {power}" if law.floor else power
 
 
@@ -67,7 +67,7 @@ def show(study: Study, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
     console.print(f"[bold]{study.table}[/bold]", markup=True)
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
-    for title in ("arm", "law (C in PFLOP/s-days)", "runs", "error", "fit"):
+    for title in ("arm alone", "law (C in PFLOP/s-days)", "runs", "error", "fit"):
         table.add_column(title, justify="right" if title in ("runs", "error") else "left")
     for fit in study.fits.values():
         table.add_row(fit.arm, law_text(fit.law), str(fit.points), f"{fit.rms:.2%}", fit.status.replace("_", " "))
@@ -86,7 +86,7 @@ def _show_comparison(study: Study, comparison: Comparison, console: Console) -> 
     note = f"C in {compute_unit(comparison)[0]}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note, caption_justify="left")
     for title in point_header(comparison):
-        table.add_column(title, justify="left" if title in ("support", "95 % interval") else "right")
+        table.add_column(title, justify="left" if title in ("support", "95 % interval") else "right", overflow="fold")
     for point in sorted([*comparison.rungs, comparison.headline], key=lambda point: -point.loss):
         style = None if point.support == "interpolated" else "dim"
         table.add_row(*point_cells(comparison, point), style=style)
@@ -113,7 +113,8 @@ def headline_text(comparison: Comparison) -> str:
 
 def explanation(study: Study, comparison: Comparison) -> list[str]:
     """What a reader must know beside the headline, a sentence or two each."""
-    lines = [f"Law: {comparison.family}, {_label(comparison)}; {comparison.reason}."]
+    laws = "; ".join(f"{arm} {law_text(fit.law)}" for arm, fit in comparison.fits.items())
+    lines = [f"Law: {comparison.family}, {_label(comparison)}: {laws}; {comparison.reason}."]
     lines.append(f"Interval: {comparison.interval}.")
     if any(point.support != "interpolated" for point in comparison.rungs):
         lines.append(
@@ -242,6 +243,8 @@ def fit_text(fit: Fit) -> str:
 def arm_text(found: ArmFit) -> str:
     """One arm's law with its errors, the other loss functions and the points that move it most."""
     lines = [fit_text(found.fit)]
+    if found.fit.status == "not_identified":
+        return "\n".join(lines)  # numbers that the runs do not determine help nobody
     if found.resamples:
         lines.append(
             f"  {found.resamples:,} resamples of {found.units} {found.unit}; effective rows {found.effective:.0f}"

@@ -70,10 +70,7 @@ def peak_lr(campaign: Campaign, arm: ArmTable, rung: Rung) -> float:
     for rate in (own, rung.peak_lr, campaign.training.peak_lr):
         if rate is not None:
             return rate
-    raise Refusal(
-        f'{campaign.file}, rung "{rung.name}", arm "{arm.name}": no peak_lr is given. '
-        "Put one into the arm, the rung or [training], or name a rule in the arm."
-    )
+    raise Refusal("no peak_lr is given. Put one into the arm, the rung or [training], or name a rule in the arm.")
 
 
 def _listed(campaign: Campaign, table: RungTable) -> Rung:

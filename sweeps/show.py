@@ -49,7 +49,7 @@ def groups(planned: Plan) -> None:
             title=f"{arm}, rung {run.rung}", title_justify="left", header_style="bold", box=None, pad_edge=False
         )
         for column in ("parameter", "shape", "algorithm", "seen as", "rule"):
-            table.add_column(column, no_wrap=column != "rule")
+            table.add_column(column, overflow="fold")
         for claimed in assign(run.spec.optimizer, shapes):
             if not re.match(r"blocks\.[1-9]", claimed.name):
                 size = " x ".join(map(str, claimed.shape))

@@ -202,9 +202,9 @@ def status_table(plan: Plan) -> RenderableType:
     found = status(plan, seen)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("arm", "rung", "run", "state"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("done", "loss", "tokens/s", "left", "tries"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     seeds = len({run.seed for run in plan.runs}) > 1
     for row in found:
         table.add_row(

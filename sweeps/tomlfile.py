@@ -120,16 +120,16 @@ def _explain(message: str, tables: Any, kind: type[msgspec.Struct]) -> str:
             f"{place}: {field} is {value!r}, which TOML reads as a fraction, and a count is wanted. "
             f"Write it in full: {int(value):_}."
         )
-    return f"{place}: {field} is {value!r}. {_wanted(problem)}"
+    return f"{place}: {field} is {value!r}. {_wanted(problem, _words(kind, steps))}"
 
 
-def _wanted(problem: str) -> str:
-    """What would be accepted, from msgspec's sentence."""
+def _wanted(problem: str, words: list[str]) -> str:
+    """What would be accepted, from msgspec's sentence and the words that the field may hold."""
     plain = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
     if "matching regex" in plain:
         return "Use letters, digits, dot, underscore and hyphen, and begin with a letter or digit."
     if "Invalid enum value" in plain:
-        return "That is not one of the accepted words; see the comments of the built-in campaigns."
+        return f"Write one of {', '.join(words)}."
     return f"{plain.removesuffix('.')}. Change the value."
 
 
@@ -167,13 +167,24 @@ def _place(tables: Any, steps: list[str | int]) -> str:
 
 def _fields(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
     """Names of the fields of the Struct that a path leads to."""
+    struct = _struct(_type_at(kind, steps))
+    return sorted(field.encode_name for field in struct.fields) if struct else []
+
+
+def _words(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
+    """Words that the field at the end of a path may hold."""
+    found = _type_at(kind, steps)
+    parts = found.types if isinstance(found, inspect.UnionType) else (found,)
+    return [f'"{word}"' for part in parts if isinstance(part, inspect.LiteralType) for word in part.values]
+
+
+def _type_at(kind: type[msgspec.Struct], steps: list[str | int]) -> inspect.Type:
     current: inspect.Type = inspect.type_info(kind)
     for step in steps:
         struct = _struct(current)
         if isinstance(step, str) and struct is not None:
             current = next((field.type for field in struct.fields if field.encode_name == step), current)
-    struct = _struct(current)
-    return sorted(field.encode_name for field in struct.fields) if struct else []
+    return current
 
 
 def _struct(found: inspect.Type) -> inspect.StructType | None:

@@ -57,6 +57,10 @@ CAMPAIGN_FAULTS = {
     "impossible shape": (("width = 16\nheads = 2", "width = 16\nheads = 3"), ["tiny.toml", '"a"', "16", "3"]),
     "missing data": (('path = "', 'path = "/nowhere'), ["tiny.toml", "[data]", "nowhere"]),
     "unknown optimizer": (('optimizer = "muon"', 'optimizer = "muonn"'), ["tiny.toml", '"muonn"', '"muon"']),
+    "unknown word": (
+        ('device = "cpu"', 'device = "tpu"'),
+        ["tiny.toml", "[placement]", "'tpu'", '"auto", "cpu", "cuda"'],
+    ),
     "no TOML": (("[model]", "[model"), ["tiny.toml", "TOML"]),
     "ragged batch": (("batch_tokens = 128", "batch_tokens = 100"), ["tiny.toml", "100", "context 16"]),
 }
@@ -101,6 +105,48 @@ def test_a_faulty_table_is_one_sentence_and_status_2(
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert [part for part in said if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--law", "power", "--arm", "muon", "--delta", "nan"), "--delta nan: give a number above 0"),
+        (("--law", "power", "--arm", "muon", "--delta", "-1"), "--delta -1: give a number above 0"),
+        (("--delta", "0.01"), "--delta belongs to --law"),
+        (("--holdout", "0"), "at least one rung is left out"),
+        (("--law", "surface", "--arm", "muon"), "these runs carry no law surface"),
+    ],
+)
+def test_a_fit_that_cannot_be_meant_is_one_sentence_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    assert run(monkeypatch, "fit", "moonlight", *words) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message
+
+
+def test_fits_are_kept_of_a_tables_own_answer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    kept = Path(__file__).parents[1] / "results" / "demo"
+    (folder / "runs.csv").write_bytes((kept / "runs.csv").read_bytes())
+    assert run(monkeypatch, "fit", folder, "--family", "lines") == 0
+    assert f"Next: scaling report {folder} --family lines" in capsys.readouterr().out
+    assert not (folder / "fits.json").exists()
+    assert run(monkeypatch, "fit", folder) == 0
+    assert f"Wrote {folder / 'fits.json'}" in capsys.readouterr().out
+
+
+def test_the_papers_points_stand_until_a_campaign_of_that_name_has_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "collect", "moonlight", "--root", tmp_path) == 0
+    assert f"Next: scaling submit moonlight --root {tmp_path}" in capsys.readouterr().out
+    assert run(monkeypatch, "fit", "moonlight", "--root", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"]["adamw"]["points"] == 5
 
 
 def test_plan_of_moonlight_is_table_2_to_every_printed_digit(

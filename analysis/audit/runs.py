@@ -42,6 +42,12 @@ def finished(case: Case) -> Finding:
             "run: these may be points of one run before its learning rate had decayed",
             "Add a column run. Compare ends of schedules only.",
         )
+    if not {"status", "schedule_tokens", "run", "step"} & set(frame.columns):
+        return Finding(
+            "warn",
+            "the table has no column that says whether a run's schedule had ended",
+            "Add a column status or schedule_tokens. Compare ends of schedules only.",
+        )
     return Finding("pass", "every run that was used stands in the table once, at its end")
 
 

@@ -88,7 +88,7 @@ def effort(case: Case) -> Finding:
         return Finding(
             "warn",
             f"{', '.join(without)} had no search of its own; settings tried: {told}",
-            "Read its ratio as a lower bound of what it can do, and quote a searched arm beside it.",
+            "What it can do at its own settings is not known; quote a searched arm beside it.",
         )
     return Finding("pass", f"equal numbers of settings tried: {told}")
 

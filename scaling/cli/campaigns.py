@@ -44,7 +44,7 @@ class Plan(OnCampaign):
             show.plan(plan)
             if saved := saved_flops(plan):
                 print(f"Branches start from their trunks' resume points and save {saved:.3g} FLOPs.")
-            next_step(f"scaling {'tune' if plan.campaign.untuned else 'submit'} {self.campaign}")
+            self.next_step("tune" if plan.campaign.untuned else "submit")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tune(OnCampaign):
             print_json(study_rows(tuning))
             return
         show(tuning)
-        next_step(f"scaling {'submit' if tuning.complete else 'tune'} {self.campaign}")
+        self.next_step("submit" if tuning.complete else "tune")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Submit(OnCampaign):
 
         outcome = run_local(self.planned(), workers=self.workers, retry=self.retry, order=self.order)
         report_outcome(outcome)
-        next_step(f"scaling {'collect' if outcome.complete else 'status'} {self.campaign}")
+        self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
             sys.exit(1)
 
@@ -127,7 +127,7 @@ class Submit(OnCampaign):
             for script in submission.scripts():
                 print(f"\n{script}")
         report_submission(submission, dry_run=self.dry_run)
-        next_step(f"scaling {'submit --executor slurm' if self.dry_run else 'status'} {self.campaign}")
+        self.next_step("submit --executor slurm" if self.dry_run else "status")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Collect(OnCampaign):
         table = collect(plan)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
-        next_step(f"scaling fit {self.campaign}")
+        self.next_step("fit" if finished else "submit")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,11 @@ def default_root() -> Path:
     return Path(os.environ.get("SCALING_ROOT", "."))
 
 
+def under(root: Path) -> list[str]:
+    """The option that names a root, where it is not the default."""
+    return [] if root == default_root() else ["--root", str(root)]
+
+
 @dataclass(frozen=True)
 class OnCampaign:
     """A verb about a campaign."""
@@ -34,6 +40,12 @@ class OnCampaign:
     """Folder that holds data/, runs/ and results/; the environment variable SCALING_ROOT sets another default."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """TABLE.KEY=VALUE in place of what the file says, such as placement.slurm.partition=short; may be repeated."""
+
+    def next_step(self, verb: str) -> None:
+        """What a reader does now with this campaign, under the same root and settings."""
+        settings = () if verb == "fit" else self.set  # a table of runs has its settings behind it
+        words = [*under(self.root), *(word for setting in settings for word in ("--set", setting))]
+        next_step(shlex.join(["scaling", *verb.split(), self.campaign, *words]))
 
     def loaded(self, *, hyperparameters: str | None = None) -> Campaign:
         """The campaign."""

@@ -90,7 +90,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) 
     table = Table(box=None, header_style="bold", pad_edge=False)
     shown = [number for number, name in enumerate(head) if name != without]
     for number in shown:
-        table.add_column(head[number], justify="left" if number < 2 else "right", no_wrap=True)
+        table.add_column(head[number], justify="left" if number < 2 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(row[number] for number in shown))
     return table

@@ -151,7 +151,7 @@ def show(answer: Answer, *, unit: str) -> None:
         for name in left:
             made.add_column(name)
         for name in right:
-            made.add_column(name, justify="right", no_wrap=True)
+            made.add_column(name, justify="right", overflow="fold")
         for row in rows:
             made.add_row(*row)
         return made
@@ -180,7 +180,7 @@ def show(answer: Answer, *, unit: str) -> None:
     )
     print(
         "width: of the 95 % interval of the ratio, median and 10th to 90th percentile over studies; paired line: the "
-        "narrower interval that takes the baseline's exponent as fitted.\n"
+        "interval of the paired differences, which takes the baseline's exponent as fitted; none under laws with a floor.\n"
     )
     console.print(
         table(

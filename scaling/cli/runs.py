@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, subcommand
 
-from scaling.cli.common import OnCampaign, RunDir, next_step, print_json
+from scaling.cli.common import OnCampaign, RunDir, print_json
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and can continue: EX_TEMPFAIL."""
@@ -31,7 +31,7 @@ class Prepare(OnCampaign):
             f"{plan.data}: {human(manifest.train.tokens)} training and {human(manifest.validation.tokens)} validation "
             f"tokens, vocabulary {manifest.vocabulary:,}."
         )
-        next_step(f"scaling submit {self.campaign}")
+        self.next_step("submit")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from scaling.cli.common import TableName, default_root, next_step, print_json
+from scaling.cli.common import TableName, default_root, next_step, print_json, under
 from scaling.errors import Refusal
 from scaling.spec import as_dict
 
@@ -59,6 +62,19 @@ class OnTable:
             return self.root / "results" / load_campaign(self.table).name
         return self.root / "results" / self.table
 
+    def collected(self) -> Path | None:
+        """The campaign's table, where it has one; the paper's points stand until a campaign of that name has a run."""
+        file = self.results() / "runs.csv"
+        if not file.exists() or (self.table == "moonlight" and _nothing_finished(file)):
+            return None
+        return file
+
+    def chosen(self) -> list[str]:
+        """Options that ask for another answer than the table's own, as they are written."""
+        named = [("--baseline", self.baseline), ("--challenger", self.challenger), ("--family", self.family)]
+        words = [word for flag, value in named if value is not None for word in (flag, value)]
+        return words + (["--extrapolate"] if self.extrapolate else [])
+
     def read(self) -> pd.DataFrame:
         """The table of runs, its columns checked."""
         from analysis.load import read_table
@@ -67,15 +83,15 @@ class OnTable:
         convention = None if self.convention == "none" else self.convention
         if self.is_file:
             return read_table(Path(self.table), convention=convention)
-        collected = self.results() / "runs.csv"
-        if collected.exists():
+        collected = self.collected()
+        if collected is not None:
             frame = read_table(collected, convention=convention)
             frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
             return frame
         if self.table == "moonlight":
             return moonlight_table()
         raise Refusal(
-            f"{collected}: there is no such table. Collect the campaign first (scaling collect {self.table}), "
+            f"{self.results() / 'runs.csv'}: there is no such table. Collect the campaign first (scaling collect {self.table}), "
             "or give the path of a CSV or Parquet file."
         )
 
@@ -112,6 +128,20 @@ class OnTable:
         return study, frame
 
 
+def _nothing_finished(file: Path) -> bool:
+    import pandas as pd
+
+    return not (pd.read_csv(file)["status"] == "finished").any()
+
+
+def _threshold(text: str | None) -> float:
+    with contextlib.suppress(ValueError):
+        value = float(str(text))
+        if 0.0 < value < math.inf:
+            return value
+    raise Refusal(f'--delta {text}: give a number above 0 such as 1e-3, or "robust".')
+
+
 @dataclass(frozen=True)
 class Fit(OnTable):
     """Fit a law to each arm and give the FLOPs-to-match ratio with its interval."""
@@ -130,7 +160,12 @@ class Fit(OnTable):
     """Print everything with full precision."""
 
     def run(self) -> None:
-        """Print the fits; for a campaign, write fits.json too."""
+        """Print the fits; for a campaign, write fits.json too, unless options ask for something else than its own answer."""
+        for name, given in (("--delta", self.delta), ("--arm", self.arm)):
+            if given is not None and self.law is None and not (name == "--arm" and self.allocation):
+                raise Refusal(f"{name} belongs to --law, which is not given. Add --law power, or leave {name} out.")
+        if self.holdout is not None and (self.law is not None or self.allocation):
+            raise Refusal("--holdout scores laws of both arms. Leave out --law and --allocation.")
         if self.law is not None:
             self._one_law(self.law)
         elif self.allocation:
@@ -145,25 +180,23 @@ class Fit(OnTable):
         from analysis.study import write_study
 
         study, _ = self.fitted()
-        if (self.results() / "runs.csv").exists():
+        kept = self.collected() is not None and not self.chosen()
+        if kept:
             write_study(study, self.results() / "fits.json")
         if self.json:
             print_json(study)
-        else:
-            summary.show(study)
-            next_step(f"scaling report {self.table}")
+            return
+        summary.show(study)
+        if kept:
+            print(f"Wrote {self.results() / 'fits.json'}")
+        next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
 
     def _one_law(self, law: str) -> None:
         from analysis import summary
         from analysis.arm import fit_arm
         from analysis.fit import Objective
 
-        try:
-            fixed = (
-                None if self.delta in (None, "robust") else Objective(function="huber", delta=float(str(self.delta)))
-            )
-        except ValueError:
-            raise Refusal(f'--delta {self.delta}: give a number such as 1e-3, or "robust".') from None
+        fixed = None if self.delta in (None, "robust") else Objective(function="huber", delta=_threshold(self.delta))
         found = fit_arm(self.read(), law, self.arm, objective="robust" if self.delta == "robust" else fixed)
         if self.json:
             print_json(found)
@@ -182,6 +215,8 @@ class Fit(OnTable):
     def _hold_out(self, rungs: int) -> None:
         from analysis.holdout import hold_out, holdout_text
 
+        if rungs < 1:
+            raise Refusal(f"--holdout {rungs}: at least one rung is left out. Give 1.")
         found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
         if self.json:
             print_json(found)

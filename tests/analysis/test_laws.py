@@ -98,6 +98,13 @@ def test_a_floor_that_the_points_do_not_ask_for_is_said_to_be_zero() -> None:
     assert fit_arm(frame, "power-floor", resamples=0).fit.status in ("at_bound", "not_identified")
 
 
+def test_a_surface_is_not_told_from_runs_whose_tokens_follow_their_parameters() -> None:
+    params = np.geomspace(1e7, 1e9, 8)
+    frame = pd.DataFrame({"arm": "a", "params": params, "tokens": 20 * params, "flops": 120 * params**2})
+    frame["loss"] = LAWS["surface"].loss(LAWS["surface"].example, {"params": params, "tokens": 20 * params})
+    assert fit_arm(frame, "surface", resamples=0).fit.status == "not_identified"
+
+
 def test_a_threshold_tied_to_the_residuals_finds_their_scale_through_outliers() -> None:
     form = LAWS["power"]
     noise = np.random.default_rng(5)
