@@ -306,12 +306,15 @@ def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
 
 
 TOGETHER = 1e-4
-"""Share of the spread of ln D that ln N leaves unexplained, below which the two count as one: about 1 % of scatter."""
+"""Share of the spread of ln D that ln N leaves unexplained, up to which the two count as one: about 1 % of scatter."""
 
 
 def _moves_together(fitted: Fitted) -> bool:
-    params, tokens = (fitted.problem.z[j] for j, slot in enumerate(fitted.design.slots) if slot.column)
-    return bool(1.0 - float(np.asarray(np.corrcoef(params, tokens))[0, 1]) ** 2 < TOGETHER)
+    params, tokens = (np.asarray(fitted.problem.z[:, j]) for j, slot in enumerate(fitted.design.slots) if slot.column)
+    params, tokens = params - params.mean(), tokens - tokens.mean()
+    # Products and no quotient: sizes that are all the same have no spread, and leave nothing unexplained either.
+    spread = float(params @ params) * float(tokens @ tokens)
+    return spread - float(params @ tokens) ** 2 <= max(TOGETHER * spread, 1e-20)
 
 
 __all__ = [

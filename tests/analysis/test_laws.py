@@ -98,11 +98,26 @@ def test_a_floor_that_the_points_do_not_ask_for_is_said_to_be_zero() -> None:
     assert fit_arm(frame, "power-floor", resamples=0).fit.status in ("at_bound", "not_identified")
 
 
-def test_a_surface_is_not_told_from_runs_whose_tokens_follow_their_parameters() -> None:
-    params = np.geomspace(1e7, 1e9, 8)
-    frame = pd.DataFrame({"arm": "a", "params": params, "tokens": 20 * params, "flops": 120 * params**2})
-    frame["loss"] = LAWS["surface"].loss(LAWS["surface"].example, {"params": params, "tokens": 20 * params})
-    assert fit_arm(frame, "surface", resamples=0).fit.status == "not_identified"
+GRID = np.geomspace(1e7, 1e9, 8)
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "status"),
+    [
+        (GRID, 20 * GRID, "not_identified"),
+        (np.full(8, 1e8), 20 * GRID, "not_identified"),
+        (GRID, np.full(8, 1e10), "not_identified"),
+        (GRID, 20 * GRID[[1, 0, 3, 2, 5, 4, 7, 6]], "converged"),
+        (np.repeat(GRID[::2], 2), np.tile([1e9, 1e10], 4), "converged"),
+    ],
+    ids=["a ladder", "one size", "one budget", "a scattered ladder", "a grid"],
+)
+def test_a_surface_is_told_only_from_runs_that_split_compute_in_several_ways(
+    params: np.ndarray, tokens: np.ndarray, status: str
+) -> None:
+    frame = pd.DataFrame({"arm": "a", "params": params, "tokens": tokens, "flops": 6 * params * tokens})
+    frame["loss"] = LAWS["surface"].loss(LAWS["surface"].example, {"params": params, "tokens": tokens})
+    assert fit_arm(frame, "surface", resamples=0).fit.status == status
 
 
 def test_a_threshold_tied_to_the_residuals_finds_their_scale_through_outliers() -> None:
