@@ -81,7 +81,9 @@ def hold_out(
     ladder = is_ladder(frame, arms)
     everything = select(frame, arms)
     levels = np.unique(everything.rung)
-    if rungs < 1 or len(levels) - rungs < 3:
+    if rungs < 1:
+        raise Refusal(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
+    if len(levels) - rungs < 3:
         raise Refusal(
             f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {len(levels) - rungs}; a law needs "
             "at least 3 to be fitted. Hold out fewer, or train more sizes."

@@ -84,7 +84,7 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
     before = charged_parents(plan.directory(run), run.spec.initial) if record else []
     optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
-    paid = [*([record] if record else []), *before]
+    paid = [record, *before] if record else []
     processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
     return run.identity | {
         "status": now.state,

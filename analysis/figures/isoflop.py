@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, OVER_LINES, look, new_figure, plain_log_axis, styled
 from analysis.isoflop import Allocations
 
 if TYPE_CHECKING:
@@ -106,5 +106,5 @@ def surface_contours(found: Allocations, frame: pd.DataFrame, arms: list[str]) -
         plain_log_axis(axes, "y", span=y[-1] / y[0])
         axes.set_xlabel("parameters N")
         axes.set_ylabel("tokens D")
-        axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+        axes.legend(loc="upper left", **OVER_LINES)
     return figure

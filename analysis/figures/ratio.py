@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.compare import Comparison
-from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import BEYOND, MUTED, OVER_LINES, compute_label, look, new_figure, plain_log_axis, styled
 from analysis.match import compute_law
 from analysis.study import Study
 from analysis.summary import ratio_text
@@ -35,7 +35,7 @@ def ratio_curve(study: Study) -> Figure:
         plain_log_axis(axes, "y", span=top / bottom)
         axes.set_xlabel(f"{study.baseline}'s {label}")
         axes.set_ylabel("FLOPs to match the loss,\nrelative to " + study.baseline)
-        axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+        axes.legend(loc="best", **OVER_LINES)
     return figure
 
 

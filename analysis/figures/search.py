@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, OVER_LINES, look, new_figure, plain_log_axis, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,5 +105,5 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trials for each arm at each rung")
         axes.set_ylabel("FLOPs to match the baseline")
-        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+        axes.legend(loc="upper right", **OVER_LINES)
     return figure

@@ -46,6 +46,9 @@ SETTINGS: dict[str, Any] = {
 
 BEYOND = (4, 2.5)
 """Dashes of a law beyond its data, in points."""
+OVER_LINES: dict[str, Any] = {"frameon": True, "framealpha": 0.9, "edgecolor": "none"}
+"""Of a legend that may lie on lines, which would strike through its words."""
+
 MUTED = "#777777"
 
 

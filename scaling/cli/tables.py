@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -19,6 +19,7 @@ from scaling.spec import as_dict
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.fit import Objective
     from analysis.search import Search
     from analysis.study import Study
 
@@ -134,12 +135,18 @@ def _nothing_finished(file: Path) -> bool:
     return not (pd.read_csv(file)["status"] == "finished").any()
 
 
-def _threshold(text: str | None) -> float:
+def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
+    from analysis.fit import Objective
+
+    if delta is None:
+        return None
+    if delta == "robust":
+        return "robust"
     with contextlib.suppress(ValueError):
-        value = float(str(text))
+        value = float(delta)
         if 0.0 < value < math.inf:
-            return value
-    raise Refusal(f'--delta {text}: give a number above 0 such as 1e-3, or "robust".')
+            return Objective(function="huber", delta=value)
+    raise Refusal(f'--delta {delta}: give a number above 0 such as 1e-3, or "robust".')
 
 
 @dataclass(frozen=True)
@@ -161,9 +168,10 @@ class Fit(OnTable):
 
     def run(self) -> None:
         """Print the fits; for a campaign, write fits.json too, unless options ask for something else than its own answer."""
-        for name, given in (("--delta", self.delta), ("--arm", self.arm)):
-            if given is not None and self.law is None and not (name == "--arm" and self.allocation):
-                raise Refusal(f"{name} belongs to --law, which is not given. Add --law power, or leave {name} out.")
+        if self.delta is not None and self.law is None:
+            raise Refusal("--delta belongs to --law, which is not given. Add --law power, or leave --delta out.")
+        if self.arm is not None and self.law is None and not self.allocation:
+            raise Refusal("--arm belongs to --law, which is not given. Add --law power, or leave --arm out.")
         if self.holdout is not None and (self.law is not None or self.allocation):
             raise Refusal("--holdout scores laws of both arms. Leave out --law and --allocation.")
         if self.law is not None:
@@ -194,10 +202,8 @@ class Fit(OnTable):
     def _one_law(self, law: str) -> None:
         from analysis import summary
         from analysis.arm import fit_arm
-        from analysis.fit import Objective
 
-        fixed = None if self.delta in (None, "robust") else Objective(function="huber", delta=_threshold(self.delta))
-        found = fit_arm(self.read(), law, self.arm, objective="robust" if self.delta == "robust" else fixed)
+        found = fit_arm(self.read(), law, self.arm, objective=_objective(self.delta))
         if self.json:
             print_json(found)
         else:
@@ -215,8 +221,6 @@ class Fit(OnTable):
     def _hold_out(self, rungs: int) -> None:
         from analysis.holdout import hold_out, holdout_text
 
-        if rungs < 1:
-            raise Refusal(f"--holdout {rungs}: at least one rung is left out. Give 1.")
         found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
         if self.json:
             print_json(found)
