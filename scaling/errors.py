@@ -6,12 +6,20 @@ import difflib
 from collections.abc import Iterable
 
 
-class Refusal(Exception):
+class UserError(Exception):
     """An input that cannot be used. The command line prints it and exits with status 2.
 
     The message says where (file, table, field), what was found, what would be accepted, and what to do.
-    Modules subclass it where a caller may want to catch one kind, as in ``analysis.laws.UnreachableLoss``.
+    Modules subclass it where a caller may want to catch one kind, as in ``analysis.fitting.laws.UnreachableLoss``.
     """
+
+
+class ConfigError(UserError):
+    """A campaign file, or an option that stands for one of its fields, cannot be used."""
+
+
+class DataError(UserError):
+    """Text, a tokenizer or token shards cannot be used."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

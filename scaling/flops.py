@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scaling.errors import Refusal, unknown_name
-from scaling.spec import ModelShape, Strict
+from scaling.errors import UserError, unknown_name
+from scaling.spec import ModelConfig, Strict
 
 
 class ParamCount(Strict, frozen=True):
@@ -48,7 +48,7 @@ class ParamCount(Strict, frozen=True):
         return self.without_embedding + self.embedding
 
 
-def count_parameters(shape: ModelShape) -> ParamCount:
+def count_parameters(shape: ModelConfig) -> ParamCount:
     """Weights of a shape by part.
 
     Source: the blocks of a dense model are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns
@@ -59,11 +59,11 @@ def count_parameters(shape: ModelShape) -> ParamCount:
     attention, latent_norms = _attention_weights(shape)
     feed_forward = 3 * shape.width * shape.ffn_width
     blocks, idle = shape.layers * (attention + feed_forward), 0
-    if (mixture := shape.mixture) is not None:
+    if (mixture := shape.moe) is not None:
         layers, expert = shape.layers - mixture.dense_layers, 3 * shape.width * shape.expert_width
         router = shape.width * mixture.experts
         blocks += layers * ((mixture.experts + mixture.shared) * expert + router - feed_forward)
-        idle = layers * (mixture.experts - mixture.active) * expert
+        idle = layers * (mixture.experts - mixture.top_k) * expert
     return ParamCount(
         embedding=vocabulary_matrix,
         blocks=blocks,
@@ -74,43 +74,43 @@ def count_parameters(shape: ModelShape) -> ParamCount:
     )
 
 
-def _attention_weights(shape: ModelShape) -> tuple[int, int]:
+def _attention_weights(shape: ModelConfig) -> tuple[int, int]:
     """Weights of one layer's attention: matrices, and norms inside it."""
-    width, latent = shape.width, shape.latent
+    width, latent = shape.width, shape.mla
     if latent is None:
         return 4 * width**2, 0
-    queries = shape.heads * (latent.plain + latent.rotary)
-    from_query = width * queries if latent.q_rank is None else latent.q_rank * (width + queries)
-    from_latent = latent.kv_rank * shape.heads * (latent.plain + latent.value)
-    into_latent = width * (latent.kv_rank + latent.rotary)
-    output = shape.heads * latent.value * width
-    return from_query + into_latent + from_latent + output, latent.kv_rank + (latent.q_rank or 0)
+    queries = shape.heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+    from_query = width * queries if latent.q_lora_rank is None else latent.q_lora_rank * (width + queries)
+    from_latent = latent.kv_lora_rank * shape.heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    into_latent = width * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+    output = shape.heads * latent.v_head_dim * width
+    return from_query + into_latent + from_latent + output, latent.kv_lora_rank + (latent.q_lora_rank or 0)
 
 
-def _attention_channels(shape: ModelShape) -> int:
+def _attention_channels(shape: ModelConfig) -> int:
     """Channels of all heads that scores and mixing multiply: queries' and values'."""
-    if shape.latent is None:
+    if shape.mla is None:
         return 2 * shape.width
-    return shape.heads * (shape.latent.plain + shape.latent.rotary + shape.latent.value)
+    return shape.heads * (shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim + shape.mla.v_head_dim)
 
 
-def _six_nd(shape: ModelShape) -> int:
+def _six_nd(shape: ModelConfig) -> int:
     return 6 * count_parameters(shape).activated
 
 
-def _matmul(shape: ModelShape) -> int:
+def _matmul(shape: ModelConfig) -> int:
     return 6 * count_parameters(shape).matmul
 
 
-def _attention_full(shape: ModelShape) -> int:
+def _attention_full(shape: ModelConfig) -> int:
     return _matmul(shape) + 6 * shape.layers * _attention_channels(shape) * shape.context
 
 
-def _attention(shape: ModelShape) -> int:
+def _attention(shape: ModelConfig) -> int:
     return _matmul(shape) + 3 * shape.layers * _attention_channels(shape) * shape.context
 
 
-CONVENTIONS: dict[str, Callable[[ModelShape], int]] = {
+CONVENTIONS: dict[str, Callable[[ModelConfig], int]] = {
     # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B); with
     # experts, the N that a token meets.
     "6nd": _six_nd,
@@ -125,17 +125,17 @@ CONVENTIONS: dict[str, Callable[[ModelShape], int]] = {
 """FLOPs of forward and backward per token in a full context, by the name of the convention."""
 
 
-def train_flops_per_token(shape: ModelShape, convention: str = "6nd") -> int:
+def train_flops_per_token(shape: ModelConfig, convention: str = "6nd") -> int:
     """Forward and backward FLOPs of one token.
 
     Raises:
-        Refusal: The convention has no row in `CONVENTIONS`.
+        UserError: The convention has no row in `CONVENTIONS`.
     """
     if convention not in CONVENTIONS:
-        raise Refusal(unknown_name("FLOP convention", convention, CONVENTIONS))
+        raise UserError(unknown_name("FLOP convention", convention, CONVENTIONS))
     return CONVENTIONS[convention](shape)
 
 
-def train_flops(shape: ModelShape, tokens: int, convention: str = "6nd") -> int:
+def train_flops(shape: ModelConfig, tokens: int, convention: str = "6nd") -> int:
     """Training FLOPs of a run: `tokens` times `train_flops_per_token`."""
     return tokens * train_flops_per_token(shape, convention)

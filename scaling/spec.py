@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -36,16 +36,16 @@ def ffn_width(width: int, multiple: int) -> int:
     return -(-8 * width // (3 * multiple)) * multiple
 
 
-class Mixture(Strict, frozen=True):
+class MoEConfig(Strict, frozen=True):
     """Experts in place of the feed-forward: which of them a token meets, with what weight, and how load is balanced.
 
     Raises:
-        Refusal: More experts would be active than there are.
+        UserError: More experts would be active than there are.
     """
 
     experts: Positive
     """Routed experts of a layer."""
-    active: Positive
+    top_k: Positive
     """Routed experts that a token meets."""
     shared: NonNegative = 0
     """Experts that every token meets beside them."""
@@ -56,8 +56,8 @@ class Mixture(Strict, frozen=True):
     score: Literal["sigmoid", "topk-softmax", "softmax-topk"] = "sigmoid"
     """``sigmoid``: DeepSeek-V3's, chosen scores made to sum to one; ``topk-softmax``: softmax over the chosen logits,
     so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
-    gate_scale: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
-    """What the weights are multiplied by. None: what `scaling.models.gate.gate_scale` computes for sigmoid, else 1."""
+    routed_scaling_factor: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    """What the weights are multiplied by. None: what `scaling.models.moe.routed_scaling_factor` computes for sigmoid, else 1."""
     bias_rate: Annotated[float, msgspec.Meta(ge=0.0)] = 1e-3
     """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
     sequence_loss: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
@@ -65,42 +65,44 @@ class Mixture(Strict, frozen=True):
 
     def __post_init__(self) -> None:
         """Refuse what no router can do."""
-        if self.active > self.experts:
-            raise Refusal(
-                f"a token would meet {self.active} of {self.experts} experts. Use active = {self.experts} or fewer."
+        if self.top_k > self.experts:
+            raise UserError(
+                f"a token would meet {self.top_k} of {self.experts} experts. Use top_k = {self.experts} or fewer."
             )
 
 
-class LatentAttention(Strict, frozen=True):
+class MLAConfig(Strict, frozen=True):
     """Multi-head latent attention with decoupled rotary channels (DeepSeek-V2, arXiv:2405.04434, Section 2.1).
 
     Raises:
-        Refusal: The rotary channels are odd.
+        UserError: The rotary channels are odd.
     """
 
-    kv_rank: Positive
+    kv_lora_rank: Positive
     """Channels that keys and values are made from."""
-    plain: Positive
+    qk_nope_head_dim: Positive
     """Channels of a query or key head without position."""
-    rotary: Positive
+    qk_rope_head_dim: Positive
     """Channels of a query head with position; all key heads of a token share theirs."""
-    value: Positive
+    v_head_dim: Positive
     """Channels of a value head."""
-    q_rank: Positive | None = None
+    q_lora_rank: Positive | None = None
     """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""
-    rope_base: Annotated[float, msgspec.Meta(gt=1.0)] = 50_000.0
+    rope_theta: Annotated[float, msgspec.Meta(gt=1.0)] = 50_000.0
 
     def __post_init__(self) -> None:
         """Refuse what rotary embedding cannot turn."""
-        if self.rotary % 2:
-            raise Refusal(f"rotary = {self.rotary} is odd, and rotary embedding turns pairs. Use {self.rotary + 1}.")
+        if self.qk_rope_head_dim % 2:
+            raise UserError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, and rotary embedding turns pairs. Use {self.qk_rope_head_dim + 1}."
+            )
 
 
-class ModelShape(Strict, frozen=True):
+class ModelConfig(Strict, frozen=True):
     """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, attention without biases; with experts or latent attention by choice.
 
     Raises:
-        Refusal: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
+        UserError: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
     """
 
     layers: Positive
@@ -113,24 +115,24 @@ class ModelShape(Strict, frozen=True):
     family: str = "decoder"
     ffn: Positive | None = None
     """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
-    mixture: Mixture | None = None
-    latent: LatentAttention | None = None
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse a shape that no model can have."""
-        if self.mixture is not None:
-            self._check_mixture(self.mixture)
-        if self.latent is not None:
+        if self.moe is not None:
+            self._check_mixture(self.moe)
+        if self.mla is not None:
             return  # its heads have sizes of their own
         if self.width % self.heads:
             fitting = (n for n in range(1, self.width + 1) if self.width % n == 0 and self.width // n % 2 == 0)
             best = min(fitting, key=lambda heads: abs(heads - self.heads), default=1)
-            raise Refusal(
+            raise UserError(
                 f"width {self.width} is not a multiple of heads {self.heads}. "
                 f"Use {best} heads of size {self.width // best}, or a width that {self.heads} divides."
             )
         if (self.width // self.heads) % 2:
-            raise Refusal(
+            raise UserError(
                 f"width {self.width} with {self.heads} heads gives heads of odd size {self.width // self.heads}, "
                 "and rotary embedding turns pairs. Use an even head size."
             )
@@ -148,16 +150,16 @@ class ModelShape(Strict, frozen=True):
     @property
     def expert_width(self) -> int:
         """Hidden units of one expert."""
-        return self.ffn_width // (self.mixture.granularity if self.mixture else 1)
+        return self.ffn_width // (self.moe.granularity if self.moe else 1)
 
-    def _check_mixture(self, mixture: Mixture) -> None:
+    def _check_mixture(self, mixture: MoEConfig) -> None:
         if self.ffn_width % mixture.granularity:
-            raise Refusal(
+            raise UserError(
                 f"granularity {mixture.granularity} does not divide the {self.ffn_width} hidden units of the feed-forward. "
                 f"Use an ffn_multiple that it divides, such as {mixture.granularity * 8}."
             )
         if mixture.dense_layers >= self.layers:
-            raise Refusal(
+            raise UserError(
                 f"dense_layers {mixture.dense_layers} leaves none of the {self.layers} layers to the experts. "
                 "Use fewer dense layers, or the family decoder."
             )
@@ -175,7 +177,7 @@ class Budget(Strict, frozen=True):
 
 
 class OptimizerSpec(Strict, frozen=True):
-    """An optimizer by its row in ``scaling.optim.recipes.OPTIMIZERS``, every option of that row filled in.
+    """An optimizer by its row in ``scaling.optim.registry.OPTIMIZERS``, every option of that row filled in.
 
     `peak_lr` and `weight_decay` are shared by all parameters unless an option says otherwise.
     """
@@ -199,7 +201,7 @@ class Schedule(Strict, frozen=True):
     def __post_init__(self) -> None:
         """Refuse a decay that the kind does not have, and a ``wsd`` without one."""
         if (self.kind == "wsd") != (self.decay_tokens is not None):
-            raise Refusal(
+            raise UserError(
                 f'schedule "{self.kind}" {"needs" if self.kind == "wsd" else "does not take"} decay_tokens; '
                 "warm-up-stable-decay is the one kind that takes it."
             )
@@ -209,7 +211,7 @@ class DataSpec(Strict, frozen=True):
     """Which tokens a run sees, by content: two runs with equal values see the same tokens in the same order."""
 
     source: str
-    """Row of ``scaling.data.sources.SOURCES`` that the shards were made from."""
+    """Row of ``scaling.data.sources.registry.SOURCES`` that the shards were made from."""
     manifest: str | None = None
     """SHA-256 of the shards' manifest; None until the data are prepared, and such a run cannot start."""
     repeat: bool = False
@@ -225,10 +227,10 @@ class Evaluation(Strict, frozen=True):
     """Measurements at equal distances before the last."""
     dynamics: Positive | None = None
     """How often, at equal distances and with the last step, sizes of updates, attention logits and spectra of weights
-    are measured (`scaling.dynamics`); None never. The run's other numbers are the same either way."""
+    are measured (`scaling.training.diagnostics`); None never. The run's other numbers are the same either way."""
 
 
-class Initial(Strict, frozen=True):
+class WarmStart(Strict, frozen=True):
     """Weights that a run starts from: those of another finished run, whose directory lies beside its own."""
 
     run: str
@@ -243,11 +245,11 @@ class RunSpec(Strict, frozen=True):
     """Everything that decides the numbers of one run.
 
     Raises:
-        Refusal: The batch is not whole windows, the budget is less than one batch, or `budget.flops` is not what
+        UserError: The batch is not whole windows, the budget is less than one batch, or `budget.flops` is not what
             shape and tokens give.
     """
 
-    shape: ModelShape
+    model: ModelConfig
     budget: Budget
     batch_tokens: Positive
     optimizer: OptimizerSpec
@@ -258,40 +260,40 @@ class RunSpec(Strict, frozen=True):
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: Annotated[float, msgspec.Meta(gt=0.0)] | None = 1.0
     """Global norm that gradients are clipped to; None clips nothing."""
-    initial: Initial | None = None
+    warm_start: WarmStart | None = None
     """Where the weights come from; None draws them from the seed."""
     branch_of: str | None = None
     """Id of a longer ``wsd`` run that this one shares its steps with up to the start of its own decay. It may start
-    from that run's resume point (`scaling.branches`); its numbers are those of the run trained whole."""
+    from that run's checkpoint (`scaling.training.warm_start`); its numbers are those of the run trained whole."""
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         from scaling.flops import train_flops
 
-        context = self.shape.context
+        context = self.model.context
         if self.batch_tokens % context:
-            raise Refusal(
+            raise UserError(
                 f"batch_tokens {self.batch_tokens:,} is not a whole number of windows of context {context:,}; "
                 f"use {max(self.batch_tokens // context, 1) * context:,}."
             )
         if self.budget.tokens < self.batch_tokens:
-            raise Refusal(
+            raise UserError(
                 f"a budget of {self.budget.tokens:,} tokens is less than one batch of {self.batch_tokens:,}; "
                 "train longer or use a smaller batch."
             )
         ramps = self.schedule.warmup_tokens + (self.schedule.decay_tokens or 0)
         if ramps > self.budget.tokens:
-            raise Refusal(
+            raise UserError(
                 f"warm-up and decay take {ramps:,} tokens, and the budget is {self.budget.tokens:,}; shorten them."
             )
         if self.branch_of is not None and self.branch_tokens < self.schedule.warmup_tokens:
-            raise Refusal(
+            raise UserError(
                 "branch_of names a trunk, and the run's own decay starts before its warm-up is over, so there is nothing "
                 "to share. Shorten the warm-up, or train the run whole."
             )
-        counted = train_flops(self.shape, self.budget.tokens)
+        counted = train_flops(self.model, self.budget.tokens)
         if counted != self.budget.flops:
-            raise Refusal(
+            raise UserError(
                 f"budget.flops says {self.budget.flops:.6g}, and shape and tokens give {counted:.6g} under the "
                 'convention "6nd". Plan the campaign again; do not write FLOPs by hand.'
             )
@@ -303,7 +305,7 @@ class RunSpec(Strict, frozen=True):
 
     @property
     def branch_tokens(self) -> int:
-        """Tokens at the last step border before the decay of a ``wsd`` schedule; all tokens for the other kinds.
+        """Tokens at the last step boundary before the decay of a ``wsd`` schedule; all tokens for the other kinds.
 
         Up to here a longer run with the same warm-up has taken the same steps.
         """
@@ -331,9 +333,9 @@ class Placement(Strict, frozen=True):
     graphs: bool = False
     """With `compile`: forward and backward pass of a model whose step launches would bound, as CUDA graphs."""
     checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
-    """Seconds between resume points: what a kill can cost."""
+    """Seconds between checkpoints: what a kill can cost."""
     keep_tokens: tuple[Positive, ...] = ()
-    """Tokens at which a resume point is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
+    """Tokens at which a checkpoint is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
     devices: Positive = 1
     """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
     nodes: Positive = 1
@@ -349,7 +351,7 @@ class Placement(Strict, frozen=True):
         return self.devices * self.nodes
 
 
-ADDED_LATER = frozenset({"ffn", "mixture", "latent", "initial", "branch_of", "dynamics"})
+ADDED_LATER = frozenset({"ffn", "moe", "mla", "warm_start", "branch_of", "dynamics"})
 """Fields that came after the first runs. Where they are None an id does not see them, so those runs keep theirs."""
 
 

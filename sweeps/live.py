@@ -10,8 +10,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sweeps.plan import Plan, PlannedRun
-from sweeps.status import run_status
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.reporting.status import run_status
 
 LINE_SECONDS = 60.0
 
@@ -19,7 +19,7 @@ LINE_SECONDS = 60.0
 class Live:
     """Follows the runs' metrics files; used as a context."""
 
-    def __init__(self, plan: Plan, *, progress: bool | None = None) -> None:
+    def __init__(self, plan: CampaignPlan, *, progress: bool | None = None) -> None:
         self.plan = plan
         self.console = Console(stderr=True)
         bars = sys.stderr.isatty() if progress is None else progress

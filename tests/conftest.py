@@ -26,7 +26,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_shards(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Byte shards of `tiny_text`."""
     from scaling.data.prepare import prepare
-    from scaling.data.sources import DataConfig
+    from scaling.data.sources.registry import DataConfig
 
     folder = tmp_path_factory.mktemp("shards") / "text"
     prepare(DataConfig(source="text", path=str(tiny_text)), folder, progress=False)

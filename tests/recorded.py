@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scaling.flops import CONVENTIONS, train_flops
-from scaling.records import Code, Device, RunDirectory, RunRecord, write_json
+from scaling.io import write_json
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Code, Device, RunRecord
 from scaling.spec import RunSpec
 
 Loss = Callable[[RunSpec], float | None]
@@ -20,7 +22,7 @@ def write_record(directory: RunDirectory, spec: RunSpec, loss: float | None) -> 
         validation_loss=loss,
         train_loss=loss,
         tokens=tokens,
-        flops={name: train_flops(spec.shape, tokens, name) for name in CONVENTIONS},
+        flops={name: train_flops(spec.model, tokens, name) for name in CONVENTIONS},
         parameters={},
         groups={},
         bytes_per_token=1.0,

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from scaling.logbook import Logbook
-from scaling.records import RunDirectory, RunRecord
+from scaling.run.directory import RunDirectory
+from scaling.run.record import RunRecord
 from scaling.spec import Placement, RunSpec
-from scaling.train import train
+from scaling.training.loop import train
+from scaling.training.metrics import MetricsLogger
 
 
 def place(spec: RunSpec, folder: Path, shards: Path, *, every: float = 0.0, micro_batch: int | None = None) -> Path:
-    """A run directory on the CPU that saves a resume point at every step unless told otherwise."""
+    """A run directory on the CPU that saves a checkpoint at every step unless told otherwise."""
     directory = RunDirectory(folder / spec.id)
     directory.create(spec, Placement(data=str(shards), device="cpu", checkpoint_seconds=every, micro_batch=micro_batch))
     return directory.path
@@ -40,12 +41,12 @@ def finish(path: Path) -> RunRecord:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
     """Call `act` once, in the middle of the callbacks that follow optimizer step `step`."""
-    original, done = Logbook.on_train_batch_end, []
+    original, done = MetricsLogger.on_train_batch_end, []
 
-    def hooked(self: Logbook, trainer: object, *rest: object) -> None:
+    def hooked(self: MetricsLogger, trainer: object, *rest: object) -> None:
         original(self, trainer, *rest)  # type: ignore[arg-type]
         if trainer.global_step == step and not done:  # type: ignore[attr-defined]
             done.append(True)
             act()  # type: ignore[operator]
 
-    monkeypatch.setattr(Logbook, "on_train_batch_end", hooked)
+    monkeypatch.setattr(MetricsLogger, "on_train_batch_end", hooked)

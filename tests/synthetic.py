@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.laws import LossSurface, PowerLaw
+from analysis.fitting.laws import LossSurface, PowerLaw
 
 ADAMW = PowerLaw(scale=2.6, exponent=0.054)
 MUON = PowerLaw(scale=2.5, exponent=0.054)

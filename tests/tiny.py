@@ -7,17 +7,17 @@ from scaling.spec import (
     Budget,
     DataSpec,
     Evaluation,
-    LatentAttention,
-    Mixture,
-    ModelShape,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
     OptimizerSpec,
     RunSpec,
     Schedule,
 )
 
-TINY = ModelShape(layers=1, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
+TINY = ModelConfig(layers=1, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
 
-TINY_MOONLIGHT = ModelShape(
+TINY_MOONLIGHT = ModelConfig(
     layers=2,
     width=16,
     heads=2,
@@ -25,14 +25,14 @@ TINY_MOONLIGHT = ModelShape(
     context=16,
     ffn_multiple=16,
     family="moonlight-moe",
-    mixture=Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02),
-    latent=LatentAttention(kv_rank=8, plain=4, rotary=4, value=8),
+    moe=MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02),
+    mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
 )
 
 
 def make_spec(
     *,
-    shape: ModelShape = TINY,
+    shape: ModelConfig = TINY,
     steps: int = 12,
     windows: int = 8,
     optimizer: str = "adamw",
@@ -42,12 +42,12 @@ def make_spec(
     times: int = 1,
 ) -> RunSpec:
     """A run of tiny shape and few steps."""
-    from scaling.optim.recipes import complete
+    from scaling.optim.registry import complete
 
     batch_tokens = windows * shape.context
     tokens = steps * batch_tokens
     return RunSpec(
-        shape=shape,
+        model=shape,
         budget=Budget(tokens=tokens, flops=train_flops(shape, tokens)),
         batch_tokens=batch_tokens,
         optimizer=complete(OptimizerSpec(name=optimizer, peak_lr=peak_lr)),

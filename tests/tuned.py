@@ -10,10 +10,10 @@ from recorded import write_record
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from scaling.spec import RunSpec
-from sweeps.campaign import Campaign, load_campaign
-from sweeps.plan import Plan
-from sweeps.tune import Executed
-from sweeps.tuning.facts import Tuning
+from sweeps.config.campaign import Campaign, load_campaign
+from sweeps.config.tuning_results import Tuning
+from sweeps.planning.plan import CampaignPlan
+from sweeps.tuning.tuner import ExecutionResult
 
 CAMPAIGN = (
     campaign_head("tiny-tuned")
@@ -63,10 +63,10 @@ def bowl(spec: RunSpec) -> float:
 
 def recorder(
     loss: Callable[[RunSpec], float | None] = bowl, log: list[str] | None = None
-) -> Callable[[Plan], Executed]:
+) -> Callable[[CampaignPlan], ExecutionResult]:
     """An executor that trains nothing and writes what the bowl says."""
 
-    def execute(trials: Plan) -> Executed:
+    def execute(trials: CampaignPlan) -> ExecutionResult:
         for run in trials.distinct():
             directory = trials.directory(run)
             if directory.record() is None:
@@ -74,7 +74,7 @@ def recorder(
                 write_record(directory, run.spec, loss(run.spec))
                 if log is not None:
                     log.append(run.id)
-        return Executed(failed={}, waiting=False)
+        return ExecutionResult(failed={}, waiting=False)
 
     return execute
 

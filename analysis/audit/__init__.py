@@ -1,4 +1,4 @@
-"""Is the comparison fair? The checks that a sceptic would run, each with its evidence and what would mend it.
+"""Is the comparison fair? The checks that a sceptic would run, each with its evidence and what would fix it.
 
 A check that cannot see what it needs says so with a warning: silence in a table is not a pass.
 """
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from analysis.audit import laws, runs, tuning
 from analysis.audit.case import Case, Finding, Verdict
-from analysis.study import Study
+from analysis.ratio.study import Study
 from scaling.spec import Strict
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Check(Strict, frozen=True):
+class AuditCheck(Strict, frozen=True):
     """One question put to a study."""
 
     name: str
@@ -29,12 +29,12 @@ class Check(Strict, frozen=True):
     """What would turn it into a pass; empty where it is one."""
 
 
-def audit(frame: pd.DataFrame, study: Study, trials: pd.DataFrame | None = None) -> list[Check]:
+def audit(frame: pd.DataFrame, study: Study, trials: pd.DataFrame | None = None) -> list[AuditCheck]:
     """All checks of `CHECKS` on a study and the table it was made from.
 
     Args:
-        frame: The checked table (`analysis.load.read_table`).
-        study: What ``analysis.study.fit_table`` gave for it.
+        frame: The checked table (`analysis.data.table.read_table`).
+        study: What ``analysis.ratio.study.fit_table`` gave for it.
         trials: The checked table of the search for settings (``trials.csv`` of a campaign), where there is one.
     """
     frame = frame[frame["arm"].isin(study.arms)]
@@ -44,7 +44,9 @@ def audit(frame: pd.DataFrame, study: Study, trials: pd.DataFrame | None = None)
     for name, (question, check) in CHECKS.items():
         found = check(case)
         made.append(
-            Check(name=name, question=question, verdict=found.verdict, evidence=found.evidence, remedy=found.remedy)
+            AuditCheck(
+                name=name, question=question, verdict=found.verdict, evidence=found.evidence, remedy=found.remedy
+            )
         )
     return made
 
@@ -70,7 +72,7 @@ CHECKS: dict[str, tuple[str, Callable[[Case], Finding]]] = {
 """What is asked of every comparison, in the order of the report."""
 
 
-def audit_text(checks: list[Check]) -> str:
+def audit_text(checks: list[AuditCheck]) -> str:
     """The checks as lines for the terminal."""
     lines = []
     for check in checks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from analysis.study import Study
+from analysis.ratio.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.audit.case import Case, Finding
-from analysis.compare import Comparison
-from analysis.match import compute_law
-from analysis.summary import compute_unit
+from analysis.ratio.compare import Comparison
+from analysis.ratio.formatting import compute_unit
+from analysis.ratio.match import compute_law
 
 
 def extrapolated(case: Case) -> Finding:

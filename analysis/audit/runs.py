@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.audit.case import Case, Finding
-from analysis.conventions import TIMES
+from analysis.ratio.cost_metrics import TIMES
 
 
 def finished(case: Case) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from analysis.audit.case import Case, Finding
-from analysis.cells import run_of
+from analysis.data.cells import run_of
 
 if TYPE_CHECKING:
     import pandas as pd

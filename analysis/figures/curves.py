@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.data.cells import Array
 from analysis.figures.style import look, new_figure, plain_log_axis, short_counts, styled
-from analysis.solve import Array
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,13 +9,13 @@ from analysis.figures.style import LOOKS, MUTED, new_figure, plain_log_axis, sty
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analysis.forecast import Answer
+    from analysis.power.forecast import DesignForecast
 
 NAMED = 6
 """Designs of the frontier that are named in the picture; the table has all."""
 
 
-def width_against_cost(answer: Answer) -> Figure:
+def width_against_cost(answer: DesignForecast) -> Figure:
     """Designs as points, the frontier as a line with its designs numbered and named below, the plan as a square."""
     with styled():
         figure = new_figure(6.4, 4.6)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures.style import MUTED, OVER_LINES, look, new_figure, plain_log_axis, styled
-from analysis.isoflop import Allocations
+from analysis.single_arm.isoflop import Allocations
 
 if TYPE_CHECKING:
     import pandas as pd

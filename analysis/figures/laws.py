@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
-from analysis.match import compute_law
-from analysis.study import Study
-from analysis.summary import ratio_text
+from analysis.ratio.compare import Comparison
+from analysis.ratio.formatting import ratio_text
+from analysis.ratio.match import compute_law
+from analysis.ratio.study import Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
 def _draw_arm(
     study: Study, frame: pd.DataFrame, comparison: Comparison, arm: str, upper: Axes, lower: Axes, factor: float
 ) -> None:
-    from analysis.summary import law_math
+    from analysis.ratio.formatting import law_math
 
     fit, band, dress = comparison.fits[arm], comparison.bands[arm], look(study.arms, arm)
     used = frame.loc[[row - 1 for row in fit.rows]]

@@ -11,8 +11,8 @@ from analysis.figures.style import LOOKS, MUTED, new_figure, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analysis.arm import ArmFit
-    from analysis.solve import Array
+    from analysis.data.cells import Array
+    from analysis.single_arm.fit_arm import ArmFit
 
 NAMES = {"alpha": r"$\alpha$", "beta": r"$\beta$", "A": "$A$", "B": "$B$", "E": "$E$"}
 
@@ -21,7 +21,7 @@ def posterior_pairs(draws: dict[str, Array], centre: dict[str, float]) -> Figure
     """Each pair of a law's numbers over resamples of the runs; crosses mark the fit.
 
     Args:
-        draws: One array a number, whole laws in the same order (`analysis.arm.resampled_laws`). Constants far from 1 are
+        draws: One array a number, whole laws in the same order (`analysis.single_arm.fit_arm.resampled_laws`). Constants far from 1 are
             drawn as logarithms.
         centre: The fit's own numbers.
     """

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.compare import Comparison
 from analysis.figures.style import BEYOND, MUTED, OVER_LINES, compute_label, look, new_figure, plain_log_axis, styled
-from analysis.match import compute_law
-from analysis.study import Study
-from analysis.summary import ratio_text
+from analysis.ratio.compare import Comparison
+from analysis.ratio.formatting import ratio_text
+from analysis.ratio.match import compute_law
+from analysis.ratio.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

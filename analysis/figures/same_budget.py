@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures.style import MUTED, look, new_figure, short_counts, styled
-from analysis.same_budget import Outcome
+from analysis.single_arm.same_budget import BudgetOutcome
 from scaling.units import human
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def final_losses(found: Sequence[Outcome], rung: str) -> Figure:
+def final_losses(found: Sequence[BudgetOutcome], rung: str) -> Figure:
     """One line an arm: the mean held-out loss, its interval over seeds as a bar, the baseline as a line through all.
 
     Args:
-        found: What `analysis.same_budget.outcomes` returns.
+        found: What `analysis.single_arm.same_budget.outcomes` returns.
         rung: Which size.
     """
     here = [outcome for outcome in found if outcome.rung == rung]
@@ -49,7 +49,7 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
     """Held-out loss minus the baseline's against tokens; bands are 95 % intervals over seeds.
 
     Args:
-        table: What `analysis.same_budget.gaps` returns.
+        table: What `analysis.single_arm.same_budget.gaps` returns.
         arms: All arms, which give the looks.
         baseline: The arm at zero.
         rung: Which size.

@@ -72,7 +72,7 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
     """The match ratio against the number of trials that each arm had.
 
     Args:
-        budget: As in `analysis.search.Search`.
+        budget: As in `analysis.data.tuning.Search`.
         arms: All arms, which give the looks.
     """
     from matplotlib.ticker import MaxNLocator

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from scaling.records import write_atomic
+from scaling.io import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

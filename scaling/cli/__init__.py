@@ -1,7 +1,7 @@
 """The command line: one verb a class, its fields the arguments, its docstrings the help.
 
 The only package that sees all three others. Each verb imports what it needs when it runs, so that ``scaling --help``
-answers at once. A `Refusal` becomes one sentence on stderr and exit status 2.
+answers at once. A `UserError` becomes one sentence on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scaling.cli.compare import Compare
 from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
-from scaling.errors import Refusal
+from scaling.errors import UserError
 
 VERBS = (
     Annotated[Demo, subcommand("demo")]
@@ -57,8 +57,8 @@ def main() -> None:
             config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
         )
         verb.run()
-    except Refusal as refusal:
-        print(f"scaling: {refusal}", file=sys.stderr)
+    except UserError as error:
+        print(f"scaling: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("scaling: interrupted; the same command continues.", file=sys.stderr)

@@ -12,8 +12,8 @@ from scaling.cli.common import OnCampaign, default_root, next_step, print_json
 from scaling.cli.tables import Report
 
 if TYPE_CHECKING:
-    from sweeps.dispatch import Outcome
-    from sweeps.submission import Submission
+    from sweeps.local import LocalOutcome
+    from sweeps.slurm.submission import Submission
 
 WATCH_SECONDS = 5.0
 
@@ -31,19 +31,19 @@ class Plan(OnCampaign):
 
     def run(self) -> None:
         """Print the plan and write plan.jsonl."""
-        from sweeps import show
-        from sweeps.branches import saved_flops
+        from sweeps.planning.branches import saved_flops
+        from sweeps.reporting import plan_table
 
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            print_json({"runs": show.plan_rows(plan), "totals": show.plan_totals(plan)})
+            print_json({"runs": plan_table.plan_rows(plan), "totals": plan_table.plan_totals(plan)})
         elif self.groups:
-            show.groups(plan)
+            plan_table.groups(plan)
         else:
-            show.plan(plan)
+            plan_table.plan(plan)
             if saved := saved_flops(plan):
-                print(f"Branches start from their trunks' resume points and save {saved:.3g} FLOPs.")
+                print(f"Branches start from their trunks' checkpoints and save {saved:.3g} FLOPs.")
             self.next_step("tune" if plan.campaign.untuned else "submit")
 
 
@@ -64,8 +64,8 @@ class Tune(OnCampaign):
 
     def run(self) -> None:
         """Tune to the end, or as far as it goes now."""
-        from sweeps.tune import tune, tuning_status
-        from sweeps.tuning.show import show, study_rows
+        from sweeps.reporting.tuning_table import show, study_rows
+        from sweeps.tuning.tuner import tune, tuning_status
 
         if self.status:
             tuning = tuning_status(self.loaded(), self.root)
@@ -102,7 +102,7 @@ class Submit(OnCampaign):
         if self.executor == "slurm":
             self._slurm()
             return
-        from sweeps.dispatch import run_local
+        from sweeps.local import run_local
 
         outcome = run_local(self.planned(), workers=self.workers, retry=self.retry, order=self.order)
         report_outcome(outcome)
@@ -111,8 +111,8 @@ class Submit(OnCampaign):
             sys.exit(1)
 
     def _slurm(self) -> None:
-        from sweeps import show
-        from sweeps.submit import submit_slurm
+        from sweeps.reporting import plan_table
+        from sweeps.slurm.submit import submit_slurm
 
         submission = submit_slurm(
             self.planned(),
@@ -123,7 +123,7 @@ class Submit(OnCampaign):
             snapshot=not self.working_tree,
         )
         if self.dry_run:
-            show.plan(submission.plan)
+            plan_table.plan(submission.plan)
             for script in submission.scripts():
                 print(f"\n{script}")
         report_submission(submission, dry_run=self.dry_run)
@@ -143,7 +143,7 @@ class Status(OnCampaign):
         """Print the table, once or again and again."""
         from rich.live import Live
 
-        from sweeps import status
+        from sweeps.reporting import status
 
         plan = self.planned()
         if self.json:
@@ -163,7 +163,7 @@ class Collect(OnCampaign):
 
     def run(self) -> None:
         """Write both files."""
-        from sweeps.collect import collect
+        from sweeps.reporting.collect import collect
 
         plan = self.planned()
         table = collect(plan)
@@ -183,13 +183,13 @@ class Demo:
 
     def run(self) -> None:
         """Plan, train what is missing, collect, fit, report."""
-        from analysis import summary
-        from sweeps import show
-        from sweeps.collect import collect
-        from sweeps.dispatch import run_local
+        from analysis.reporting import terminal
+        from sweeps.local import run_local
+        from sweeps.reporting import plan_table
+        from sweeps.reporting.collect import collect
 
         planned = OnCampaign("quick", self.root).planned()
-        show.plan(planned)
+        plan_table.plan(planned)
         # A demo that was killed is started again to be finished, so what failed is tried again too.
         outcome = run_local(planned, workers=self.workers, retry="failed")
         report_outcome(outcome)
@@ -198,11 +198,11 @@ class Demo:
             sys.exit(1)
         collect(outcome.plan)
         page, study = Report("quick", root=self.root).write()
-        summary.show(study)
+        terminal.show(study)
         print(f"Report: {page}")
 
 
-def report_outcome(outcome: Outcome) -> None:
+def report_outcome(outcome: LocalOutcome) -> None:
     """Say what one call on this machine did."""
     parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were there"]
     parts += [f"{len(outcome.failed)} failed"] if outcome.failed else []

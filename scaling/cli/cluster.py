@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from scaling.cli.common import OnCampaign
 
 if TYPE_CHECKING:
-    from sweeps.plan import Plan, PlannedRun
+    from sweeps.planning.plan import CampaignPlan, PlannedRun
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Doctor(OnCampaign):
 
     def run(self) -> None:
         """Print the checks; status 1 if one fails."""
-        from sweeps.doctor import examine, show
+        from sweeps.slurm.doctor import examine, show
 
         checks = examine(self.planned(), probe=self.probe)
         show(checks)
@@ -40,9 +40,9 @@ class _OnRuns(OnCampaign):
     only: str | None = None
     """Only the run whose id begins so."""
 
-    def chosen(self, plan: Plan) -> list[PlannedRun]:
+    def chosen(self, plan: CampaignPlan) -> list[PlannedRun]:
         """The runs that the options name; all without any."""
-        from sweeps.manage import select
+        from sweeps.slurm.operations import select
 
         return select(plan, arm=self.arm, rung=self.rung, run=self.only)
 
@@ -58,7 +58,7 @@ class Logs(OnCampaign):
 
     def run(self) -> None:
         """Print the log."""
-        from sweeps.manage import select, show_log
+        from sweeps.slurm.operations import select, show_log
 
         plan = self.planned()
         show_log(plan, select(plan, run=self.run_id)[0], follow=self.follow)
@@ -66,11 +66,11 @@ class Logs(OnCampaign):
 
 @dataclass(frozen=True)
 class Cancel(_OnRuns):
-    """End runs on SLURM, each at a resume point; they stay cancelled until they are asked for again."""
+    """End runs on SLURM, each at a checkpoint; they stay cancelled until they are asked for again."""
 
     def run(self) -> None:
         """Cancel the jobs of the runs chosen."""
-        from sweeps.manage import cancel
+        from sweeps.slurm.operations import cancel
 
         plan = self.planned()
         jobs = cancel(plan, self.chosen(plan))
@@ -79,16 +79,16 @@ class Cancel(_OnRuns):
 
 @dataclass(frozen=True)
 class Clean(_OnRuns):
-    """Delete the resume points of runs that are done; weights, metrics and records stay."""
+    """Delete the checkpoints of runs that are done; weights, metrics and records stay."""
 
     dry_run: bool = False
     """Only say what would go."""
 
     def run(self) -> None:
         """Delete, and say how much."""
-        from sweeps.manage import clean
+        from sweeps.slurm.operations import clean
 
         plan = self.planned()
         files, size = clean(plan, self.chosen(plan), dry_run=self.dry_run)
         done = "would be deleted" if self.dry_run else "deleted"
-        print(f"{plan.campaign.name}: {len(files)} resume points, {size / 1e6:,.1f} MB {done}.")
+        print(f"{plan.campaign.name}: {len(files)} checkpoints, {size / 1e6:,.1f} MB {done}.")

@@ -12,8 +12,8 @@ import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
-    from sweeps.campaign import Campaign
-    from sweeps.plan import Plan
+    from sweeps.config.campaign import Campaign
+    from sweeps.planning.plan import CampaignPlan
 
 CampaignName = Annotated[str, arg(metavar="CAMPAIGN")]
 TableName = Annotated[str, arg(metavar="TABLE")]
@@ -49,13 +49,13 @@ class OnCampaign:
 
     def loaded(self, *, hyperparameters: str | None = None) -> Campaign:
         """The campaign."""
-        from sweeps.campaign import load_campaign
+        from sweeps.config.campaign import load_campaign
 
         return load_campaign(self.campaign, hyperparameters=hyperparameters, settings=self.set)
 
-    def planned(self, *, hyperparameters: str | None = None) -> Plan:
+    def planned(self, *, hyperparameters: str | None = None) -> CampaignPlan:
         """The campaign's runs against what the disk holds."""
-        from sweeps.plan import plan
+        from sweeps.planning.plan import plan
 
         return plan(self.loaded(hyperparameters=hyperparameters), self.root)
 

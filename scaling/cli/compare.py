@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from scaling.cli.common import print_json
 from scaling.cli.tables import OnTable
-from scaling.records import write_atomic
+from scaling.io import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from analysis.same_budget import Outcome, Overtaking
+    from analysis.single_arm.same_budget import BudgetOutcome, Overtaking
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Compare(OnTable):
         """Print the table; write the figures where the results of this table are."""
         from rich.console import Console
 
-        from analysis.same_budget import gaps, outcomes, overtakings
-        from analysis.study import choose_arms
-        from analysis.tables import markdown_table
+        from analysis.ratio.study import choose_arms
+        from analysis.reporting.tables import markdown_table
+        from analysis.single_arm.same_budget import gaps, outcomes, overtakings
 
         frame = self.read()
         arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
@@ -62,7 +62,7 @@ def _read(file: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def _cells(found: Sequence[Outcome], baseline: str) -> tuple[list[str], list[list[str]]]:
+def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], list[list[str]]]:
     from scaling.units import human
 
     def signed(value: float | None) -> str:
@@ -107,7 +107,7 @@ def _sentence(found: Overtaking) -> str:
 
 def _draw(
     folder: Path,
-    found: Sequence[Outcome],
+    found: Sequence[BudgetOutcome],
     arms: Sequence[str],
     along: pd.DataFrame | None,
     curves: pd.DataFrame | None,

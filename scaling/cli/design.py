@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.cli.common import OnCampaign, print_json
-from scaling.errors import Refusal, unknown_name
+from scaling.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from analysis.forecast import Answer, Row
-    from analysis.power import Laws, Noise
+    from analysis.power.forecast import DesignForecast, Row
+    from analysis.power.simulate import Laws, Noise
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Design(OnCampaign):
 
     def run(self) -> None:
         """Print the forecast; draw width against cost where the results of this campaign are."""
-        from analysis.forecast import forecast
-        from sweeps import design as designs
-        from sweeps.show import plan_costs
+        from analysis.power.forecast import forecast
+        from sweeps.planning import designs as designs
+        from sweeps.planning.cost import plan_costs
 
         self._check()
         plan = self.planned()
@@ -79,43 +79,43 @@ class Design(OnCampaign):
         print(f"Wrote {figure}")
 
     def _check(self) -> None:
-        from analysis.families import FAMILIES
+        from analysis.fitting.families import LAW_FAMILIES
 
-        ladders = [name for name, row in FAMILIES.items() if row.design == "ladder"]
+        ladders = [name for name, row in LAW_FAMILIES.items() if row.design == "ladder"]
         if self.family is not None and self.family not in ladders:
-            raise Refusal(f"--family: {unknown_name('family', self.family, ladders)}")
+            raise UserError(f"--family: {unknown_name('family', self.family, ladders)}")
         if not 0.0 <= self.lost < 1.0:
-            raise Refusal(
+            raise UserError(
                 f"--lost: found {self.lost:g}, and a chance lies between 0 and 1. Give 0.05 for one run in twenty."
             )
         if self.studies < 20:
-            raise Refusal(f"--studies: found {self.studies}; widths and chances need 20 or more. Give 1000.")
+            raise UserError(f"--studies: found {self.studies}; widths and chances need 20 or more. Give 1000.")
         for flag, value in (
             ("--margin", self.margin),
             ("--width", self.width),
             ("--budget-gpu-hours", self.budget_gpu_hours),
         ):
             if value is not None and not value > 0.0:
-                raise Refusal(f"{flag}: found {value:g}; it must be above 0.")
+                raise UserError(f"{flag}: found {value:g}; it must be above 0.")
 
 
 def _laws(name: str | None, arms: tuple[str, str], middle: float) -> Laws:
-    from analysis.power import LAWS_ASSUMED, nearest
+    from analysis.power.simulate import LAWS_ASSUMED, nearest
 
     if name is None:
         return LAWS_ASSUMED[nearest(LAWS_ASSUMED, middle)]
     if name in LAWS_ASSUMED:
         return LAWS_ASSUMED[name]
     if not name.endswith(".json"):
-        raise Refusal(f"--law: {unknown_name('law', name, LAWS_ASSUMED)} Or give the path of a fits.json.")
-    from analysis.forecast import laws_of
-    from analysis.study import read_study
+        raise UserError(f"--law: {unknown_name('law', name, LAWS_ASSUMED)} Or give the path of a fits.json.")
+    from analysis.power.forecast import laws_of
+    from analysis.ratio.study import read_study
 
     return laws_of(read_study(Path(name)), arms, name)
 
 
 def _noise(text: str | None, middle: float) -> Noise:
-    from analysis.power import NOISES, Noise, nearest
+    from analysis.power.simulate import NOISES, Noise, nearest
 
     if text is None:
         return NOISES[nearest(NOISES, middle)]
@@ -124,16 +124,16 @@ def _noise(text: str | None, middle: float) -> Noise:
     try:
         cell, difference = (float(part) for part in text.split(","))
     except ValueError:
-        raise Refusal(
+        raise UserError(
             f"--noise: {unknown_name('noise', text, NOISES)} Or give two numbers, the standard deviations of ln loss "
             "that a cell shares and of the difference of its arms, as in --noise 0.0045,0.0008."
         ) from None
     if min(cell, difference) < 0.0 or difference == 0.0:
-        raise Refusal(f"--noise: found {text}; the first must not be negative, the second must be above 0.")
+        raise UserError(f"--noise: found {text}; the first must not be negative, the second must be above 0.")
     return Noise(cell=cell, difference=difference, source="given on the command line")
 
 
-def _draw(answer: Answer, folder: Path) -> Path:
+def _draw(answer: DesignForecast, folder: Path) -> Path:
     from analysis.figures.design import width_against_cost
     from analysis.figures.style import save
 
@@ -141,7 +141,7 @@ def _draw(answer: Answer, folder: Path) -> Path:
     return folder / "design.svg"
 
 
-def show(answer: Answer, *, unit: str) -> None:
+def show(answer: DesignForecast, *, unit: str) -> None:
     """The forecast as tables and sentences."""
     from rich.console import Console
     from rich.table import Table

@@ -22,7 +22,7 @@ class Prepare(OnCampaign):
     def run(self) -> None:
         """Prepare, and say what there is."""
         from scaling.units import human
-        from sweeps.plan import with_data
+        from sweeps.planning.plan import with_data
 
         plan = with_data(self.planned())
         manifest = plan.manifest
@@ -60,18 +60,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one run directory, from its last resume point if there is one."""
+    """Train one run directory, from its last checkpoint if there is one."""
 
     run_dir: Positional[RunDir]
     """Directory with spec.json and placement.json, as `submit` writes it."""
 
     def run(self) -> None:
         """Train, and say what came out."""
-        from scaling.train import train
+        from scaling.training.loop import train
 
         record = train(self.run_dir)
         if record is None:
-            print("Stopped at a resume point; the same command continues.")
+            print("Stopped at a checkpoint; the same command continues.")
             sys.exit(STOPPED)
         print(f"{record.status}, held-out loss {record.validation_loss} nats per token")
 
@@ -95,8 +95,8 @@ class Evaluate:
 
     def run(self) -> None:
         """Score and print."""
-        from scaling.data.sources import DataConfig
-        from scaling.evaluate import evaluate
+        from scaling.data.sources.registry import DataConfig
+        from scaling.evaluation.loss import evaluate
 
         text = None if self.text is None else DataConfig(source="text", path=self.text)
         found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device)
@@ -124,7 +124,7 @@ class Export:
 
     def run(self) -> None:
         """Write, and name the files."""
-        from scaling.models.export import export_hf
+        from scaling.export.huggingface import export_hf
 
         for file in export_hf(self.run_dir, self.folder, data=self.data):
             print(file)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from scaling.cli.common import TableName, default_root, next_step, print_json, under
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.fit import Objective
-    from analysis.search import Search
-    from analysis.study import Study
+    from analysis.data.tuning import TuningTables
+    from analysis.fitting.fit import Objective
+    from analysis.ratio.study import Study
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OnTable:
         if self.is_file:
             return Path(self.table).with_suffix("")
         if self.table.endswith(".toml"):
-            from sweeps.campaign import load_campaign
+            from sweeps.config.campaign import load_campaign
 
             return self.root / "results" / load_campaign(self.table).name
         return self.root / "results" / self.table
@@ -78,8 +78,8 @@ class OnTable:
 
     def read(self) -> pd.DataFrame:
         """The table of runs, its columns checked."""
-        from analysis.load import read_table
-        from analysis.reference import moonlight_table
+        from analysis.data.table import read_table
+        from analysis.moonlight import moonlight_table
 
         convention = None if self.convention == "none" else self.convention
         if self.is_file:
@@ -91,32 +91,34 @@ class OnTable:
             return frame
         if self.table == "moonlight":
             return moonlight_table()
-        raise Refusal(
+        raise UserError(
             f"{self.results() / 'runs.csv'}: there is no such table. Collect the campaign first (scaling collect {self.table}), "
             "or give the path of a CSV or Parquet file."
         )
 
-    def search(self) -> Search | None:
+    def search(self) -> TuningTables | None:
         """The search for settings, where the folder of the results has its trials."""
         import pandas as pd
 
-        from analysis.load import read_table
-        from analysis.search import Search
-        from scaling.records import read_json
-        from sweeps.tuning.facts import Tuning
-        from sweeps.tuning.show import notes
+        from analysis.data.table import read_table
+        from analysis.data.tuning import TuningTables
+        from scaling.io import read_json
+        from sweeps.config.tuning_results import Tuning
+        from sweeps.reporting.tuning_table import notes
 
         file, facts = self.results() / "trials.csv", self.results() / "tuning.json"
         if not file.exists():
             return None
         if not facts.exists():
-            return Search(read_table(file))
+            return TuningTables(read_table(file))
         tuning = read_json(facts, Tuning)
-        return Search(read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning)))
+        return TuningTables(
+            read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
+        )
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
         """The table's fits and ratios, and the table."""
-        from analysis.study import fit_table
+        from analysis.ratio.study import fit_table
 
         frame = self.read()
         study = fit_table(
@@ -136,7 +138,7 @@ def _nothing_finished(file: Path) -> bool:
 
 
 def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
-    from analysis.fit import Objective
+    from analysis.fitting.fit import Objective
 
     if delta is None:
         return None
@@ -146,7 +148,7 @@ def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
         value = float(delta)
         if 0.0 < value < math.inf:
             return Objective(function="huber", delta=value)
-    raise Refusal(f'--delta {delta}: give a number above 0 such as 1e-3, or "robust".')
+    raise UserError(f'--delta {delta}: give a number above 0 such as 1e-3, or "robust".')
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,11 @@ class Fit(OnTable):
     def run(self) -> None:
         """Print the fits; for a campaign, write fits.json too, unless options ask for something else than its own answer."""
         if self.delta is not None and self.law is None:
-            raise Refusal("--delta belongs to --law, which is not given. Add --law power, or leave --delta out.")
+            raise UserError("--delta belongs to --law, which is not given. Add --law power, or leave --delta out.")
         if self.arm is not None and self.law is None and not self.allocation:
-            raise Refusal("--arm belongs to --law, which is not given. Add --law power, or leave --arm out.")
+            raise UserError("--arm belongs to --law, which is not given. Add --law power, or leave --arm out.")
         if self.holdout is not None and (self.law is not None or self.allocation):
-            raise Refusal("--holdout scores laws of both arms. Leave out --law and --allocation.")
+            raise UserError("--holdout scores laws of both arms. Leave out --law and --allocation.")
         if self.law is not None:
             self._one_law(self.law)
         elif self.allocation:
@@ -184,8 +186,8 @@ class Fit(OnTable):
             self._ratio()
 
     def _ratio(self) -> None:
-        from analysis import summary
-        from analysis.study import write_study
+        from analysis.ratio.study import write_study
+        from analysis.reporting import terminal
 
         study, _ = self.fitted()
         kept = self.collected() is not None and not self.chosen()
@@ -194,23 +196,23 @@ class Fit(OnTable):
         if self.json:
             print_json(study)
             return
-        summary.show(study)
+        terminal.show(study)
         if kept:
             print(f"Wrote {self.results() / 'fits.json'}")
         next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
 
     def _one_law(self, law: str) -> None:
-        from analysis import summary
-        from analysis.arm import fit_arm
+        from analysis.reporting import terminal
+        from analysis.single_arm.fit_arm import fit_arm
 
         found = fit_arm(self.read(), law, self.arm, objective=_objective(self.delta))
         if self.json:
             print_json(found)
         else:
-            print(summary.arm_text(found))
+            print(terminal.arm_text(found))
 
     def _allocate(self) -> None:
-        from analysis.isoflop import allocations, allocations_text
+        from analysis.single_arm.isoflop import allocations, allocations_text
 
         found = allocations(self.read(), self.arm)
         if self.json:
@@ -219,7 +221,7 @@ class Fit(OnTable):
             print(allocations_text(found))
 
     def _hold_out(self, rungs: int) -> None:
-        from analysis.holdout import hold_out, holdout_text
+        from analysis.single_arm.holdout import hold_out, holdout_text
 
         found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
         if self.json:
@@ -263,7 +265,7 @@ class Report(OnTable):
         """Fit, draw, write; the page and what it shows."""
         import pandas as pd
 
-        from analysis.report import write_report
+        from analysis.reporting.html import write_report
 
         study, frame = self.fitted()
         folder = self.results()

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from scaling.data.documents import Half
 from scaling.data.shards import TokenStream
-from scaling.errors import Refusal
+from scaling.data.sources.documents import Split
+from scaling.errors import DataError
 
 
-class NotEnoughTokens(Refusal):
+class NotEnoughTokens(DataError):
     """A run or an evaluation needs more tokens than the stream holds."""
 
 
@@ -30,7 +30,7 @@ class Batches:
     seed and the epoch alone: another batch size cuts the same sequence of windows elsewhere.
 
     Args:
-        folder: Shards and manifest.
+        folder: RowSharding and manifest.
         context: Inputs of a window.
         windows: Windows of one optimizer step, all processes together.
         seed: Decides the order.
@@ -39,7 +39,7 @@ class Batches:
 
     Raises:
         NotEnoughTokens: The stream holds fewer windows than `steps` need and `repeat` is False, or not even one.
-        Refusal: The folder cannot be read.
+        DataError: The folder cannot be read.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ def held_out(folder: Path | str, *, context: int, tokens: int) -> npt.NDArray[np
     """The first windows of the validation split, the same for every run with this context.
 
     Args:
-        folder: Shards and manifest.
+        folder: RowSharding and manifest.
         context: Inputs of a window.
         tokens: Targets wanted; whole windows of them are taken.
 
@@ -145,7 +145,7 @@ def held_out(folder: Path | str, *, context: int, tokens: int) -> npt.NDArray[np
     return windows
 
 
-_VALIDATION: Half = "validation"
+_VALIDATION: Split = "validation"
 
 
 @functools.lru_cache(maxsize=2)

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.data.documents import Document, Half, content_digest, half_by_content
-from scaling.data.meter import Meter
 from scaling.data.shards import MANIFEST, Manifest, read_manifest
-from scaling.data.sources import SOURCES, DataConfig
+from scaling.data.sources.documents import Document, Split, content_digest, split_by_hash
+from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_digest
-from scaling.data.writer import HalfState, HalfWriter
-from scaling.errors import Refusal
-from scaling.records import write_atomic, write_json
+from scaling.data.writer import ShardWriter, ShardWriterState
+from scaling.errors import DataError
+from scaling.io import write_atomic, write_json
+from scaling.run.progress import ProgressReporter
 from scaling.spec import Strict
 
 PROGRESS = "progress.json"
@@ -51,19 +51,19 @@ class Progress(Strict, frozen=True):
     """Documents of the source that are dealt with."""
     chain: str = ""
     """Hash over the contents of all of them in order: whether the source is still the one that was begun with."""
-    train: HalfState = HalfState()
-    validation: HalfState = HalfState()
+    train: ShardWriterState = ShardWriterState()
+    validation: ShardWriterState = ShardWriterState()
 
 
 class _SourceChanged(Exception):
     """The documents already dealt with are not the ones that the source gives now."""
 
 
-def wish_hash(config: DataConfig) -> str:
+def config_hash(config: DataConfig) -> str:
     """SHA-256 of everything that decides the shards; no path is in it, so a moved folder of text is the same wish.
 
     Raises:
-        Refusal: The files that the configuration names are not there.
+        DataError: The files that the configuration names are not there.
     """
     facts = [
         LAYOUT,
@@ -81,22 +81,22 @@ def default_folder(config: DataConfig, root: Path) -> Path:
     """Where the shards of this wish belong: ``<root>/data/<source>-<8 digits of the wish's hash>``.
 
     Raises:
-        Refusal: The files that the configuration names are not there.
+        DataError: The files that the configuration names are not there.
     """
-    return root / "data" / f"{config.source}-{wish_hash(config)[:8]}"
+    return root / "data" / f"{config.source}-{config_hash(config)[:8]}"
 
 
 def prepared(config: DataConfig, folder: Path) -> Manifest | None:
     """What the folder holds, or None while its preparation has not finished.
 
     Raises:
-        Refusal: It holds the shards of another wish.
+        DataError: It holds the shards of another wish.
     """
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_manifest(folder)
-    if manifest.wish != wish_hash(config):
-        raise _other_wish(folder)
+    if manifest.wish != config_hash(config):
+        raise _other_config(folder)
     return manifest
 
 
@@ -109,7 +109,7 @@ def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -
         progress: True for a bar, False for silence; None for a bar on a terminal and a line now and then elsewhere.
 
     Raises:
-        Refusal: The text or the tokenizer cannot be used, the folder holds something else, or the disk is full.
+        DataError: The text or the tokenizer cannot be used, the folder holds something else, or the disk is full.
     """
     done = prepared(config, folder)
     if done is not None:
@@ -117,11 +117,11 @@ def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -
     tokenizer = open_tokenizer(config.tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Meter(config.source, progress) as meter, _claim(folder, meter):
+        with ProgressReporter(config.source, progress) as meter, _claim(folder, meter):
             done = prepared(config, folder)  # another process may have written it while this one waited
             if done is not None:
                 return done
-            begun = _begun(folder, wish_hash(config))
+            begun = _begun(folder, config_hash(config))
             try:
                 return _write(config, folder, tokenizer, begun, meter)
             except _SourceChanged:
@@ -130,16 +130,18 @@ def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise Refusal(
+        raise DataError(
             f"data folder {folder}: no room to write ({error.strerror}). "
             "Make room and prepare again: it goes on from where it stopped. train_tokens in [data] makes less of it."
         ) from None
 
 
-def _write(config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progress, meter: Meter) -> Manifest:
-    writers: dict[Half, HalfWriter] = {
-        "train": HalfWriter(folder, "train", begun.train),
-        "validation": HalfWriter(folder, "validation", begun.validation),
+def _write(
+    config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progress, meter: ProgressReporter
+) -> Manifest:
+    writers: dict[Split, ShardWriter] = {
+        "train": ShardWriter(folder, "train", begun.train),
+        "validation": ShardWriter(folder, "validation", begun.validation),
     }
     train, validation = writers["train"], writers["validation"]
 
@@ -194,7 +196,7 @@ class _Batch(msgspec.Struct):
     """Documents for the tokenizer, and where the source stands behind them."""
 
     texts: list[str]
-    halves: list[Half]
+    halves: list[Split]
     documents: int
     chain: bytes
     done: float | None
@@ -211,14 +213,14 @@ def _batches(documents: Iterator[Document], validation_fraction: float, begun: P
     held_out: set[bytes] = set()
     done: float | None = 0.0
     texts: list[str] = []
-    halves: list[Half] = []
+    halves: list[Split] = []
     for number, (text, half, done) in enumerate(documents, start=1):
         digest = content_digest(text)
         chain = hashlib.blake2b(chain + digest, digest_size=16).digest()
         if number == begun.documents and chain.hex() != begun.chain:
             raise _SourceChanged
         if half is None:
-            half = half_by_content(digest, validation_fraction)
+            half = split_by_hash(digest, validation_fraction)
         elif half == "validation":
             held_out.add(digest)
         elif digest in held_out:  # a published training set may hold copies of its validation set
@@ -243,7 +245,7 @@ def _begun(folder: Path, wish: str) -> Progress:
     if not path.exists():
         foreign = sorted(file.name for file in folder.glob("*.bin"))
         if foreign:
-            raise Refusal(
+            raise DataError(
                 f"data folder {folder}: holds {foreign[0]} and no manifest, so this program did not write it. "
                 "Choose an empty folder."
             )
@@ -251,23 +253,23 @@ def _begun(folder: Path, wish: str) -> Progress:
     try:
         begun = msgspec.json.decode(path.read_bytes(), type=Progress)
     except msgspec.DecodeError as error:
-        raise Refusal(f"{path}: damaged ({error}). Remove the folder and prepare the data again.") from None
+        raise DataError(f"{path}: damaged ({error}). Remove the folder and prepare the data again.") from None
     if begun.wish != wish:
-        raise _other_wish(folder)
+        raise _other_config(folder)
     # Somebody may have removed a shard; then the start is the only safe point.
-    states: list[tuple[Half, HalfState]] = [("train", begun.train), ("validation", begun.validation)]
-    whole = all(HalfWriter(folder, half, state).is_there() for half, state in states)
+    states: list[tuple[Split, ShardWriterState]] = [("train", begun.train), ("validation", begun.validation)]
+    whole = all(ShardWriter(folder, half, state).is_there() for half, state in states)
     return begun if whole else Progress(wish=wish)
 
 
-def _other_wish(folder: Path) -> Refusal:
-    return Refusal(
+def _other_config(folder: Path) -> DataError:
+    return DataError(
         f"data folder {folder}: holds the shards of another [data] table, or of text that has changed since. "
         "Choose another folder, or remove this one and prepare again."
     )
 
 
-def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validation: HalfWriter) -> None:
+def _refuse_empty(config: DataConfig, folder: Path, train: ShardWriter, validation: ShardWriter) -> None:
     """A half without a document is found out at the end alone, and cannot be gone on from."""
     if train.documents and validation.documents:
         return
@@ -277,13 +279,13 @@ def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validatio
     total = train.documents + validation.documents
     where = config.path or config.name or SOURCES[config.source].label
     if not total:
-        raise Refusal(f"[data] {where}: there is no text in it. Name files that hold some.")
+        raise DataError(f"[data] {where}: there is no text in it. Name files that hold some.")
     if config.validation is not None:
         empty = "validation set" if train.documents else "training set"
-        raise Refusal(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
+        raise DataError(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
     empty, side = ("held out", "larger") if train.documents else ("left to train on", "smaller")
     capped = "" if config.train_tokens is None else "a larger train_tokens, "
-    raise Refusal(
+    raise DataError(
         f"[data] {where}: of the documents read, {total:,}, none is {empty} at validation_fraction = {config.validation_fraction:g}. "
         f"Use {capped}a {side} fraction or more files, or name a validation set in validation."
     )
@@ -294,7 +296,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _claim(folder: Path, meter: Meter) -> Iterator[None]:
+def _claim(folder: Path, meter: ProgressReporter) -> Iterator[None]:
     """Hold the folder; the kernel lets go of it with the process, however that ends."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from scaling.data.documents import Half
+from scaling.data.sources.documents import Split
 from scaling.data.tokenizer import TokenizerInfo
-from scaling.errors import Refusal
+from scaling.errors import DataError
 from scaling.spec import Strict
 
 MAGIC = 20240520
@@ -36,7 +36,7 @@ class Shard(Strict, frozen=True):
     """Of the whole file, header included."""
 
 
-class Split(Strict, frozen=True):
+class SplitInfo(Strict, frozen=True):
     """The shards of one half, in the order of the stream."""
 
     shards: tuple[Shard, ...]
@@ -62,17 +62,17 @@ class Manifest(Strict, frozen=True):
     options: dict[str, str | int | float | None]
     """The wish it was made for (`DataConfig`), paths as they were then."""
     wish: str
-    """What it was made from, machine-independent (`scaling.data.prepare.wish_hash`)."""
+    """What it was made from, machine-independent (`scaling.data.prepare.config_hash`)."""
     tokenizer: TokenizerInfo
-    train: Split
-    validation: Split
+    train: SplitInfo
+    validation: SplitInfo
 
     @property
     def vocabulary(self) -> int:
         """Ids are below this."""
         return self.tokenizer.vocabulary
 
-    def split(self, half: Half) -> Split:
+    def split(self, half: Split) -> SplitInfo:
         """The half by its name."""
         return self.train if half == "train" else self.validation
 
@@ -96,19 +96,19 @@ def read_manifest(folder: Path | str) -> Manifest:
     """What a folder of shards holds.
 
     Raises:
-        Refusal: There is no such folder, its preparation has not finished, or the file is not a manifest.
+        DataError: There is no such folder, its preparation has not finished, or the file is not a manifest.
     """
     path = Path(folder) / MANIFEST
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError):
         what = "holds no manifest.json" if Path(folder).is_dir() else "is not there"
-        raise Refusal(
+        raise DataError(
             f"data folder {folder}: {what}, so there are no finished token shards. "
             "Write them with: scaling data prepare CAMPAIGN."
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Refusal(
+        raise DataError(
             f"{path}: not a manifest of token shards: {error}. Remove the folder and prepare the data again."
         ) from None
 
@@ -128,7 +128,7 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
         tokens: What the manifest says it holds, where there is one.
 
     Raises:
-        Refusal: The file is missing, foreign, of another version, or not as long as header or manifest say.
+        DataError: The file is missing, foreign, of another version, or not as long as header or manifest say.
     """
     again = "Remove the folder and prepare the data again."
     try:
@@ -136,20 +136,20 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
     except OSError as error:
-        raise Refusal(f"token shard {path}: cannot be read ({error.strerror}). {again}") from None
+        raise DataError(f"token shard {path}: cannot be read ({error.strerror}). {again}") from None
     values = np.frombuffer(start, dtype="<i4") if len(start) == HEADER_BYTES else np.zeros(3, dtype="<i4")
     if values[0] != MAGIC:
-        raise Refusal(f"{path}: not a token shard: it does not start with the number {MAGIC}. {again}")
+        raise DataError(f"{path}: not a token shard: it does not start with the number {MAGIC}. {again}")
     if values[1] != VERSION:
-        raise Refusal(f"{path}: a token shard of version {values[1]}, and this program reads {VERSION}. {again}")
+        raise DataError(f"{path}: a token shard of version {values[1]}, and this program reads {VERSION}. {again}")
     count = int(values[2])
     if size != HEADER_BYTES + TOKEN.itemsize * count:
         held = (size - HEADER_BYTES) // TOKEN.itemsize
-        raise Refusal(
+        raise DataError(
             f"{path}: its header says {count:,} tokens and the file holds {held:,}: it was cut short. {again}"
         )
     if tokens is not None and tokens != count:
-        raise Refusal(f"{path}: holds {count:,} tokens and the manifest says {tokens:,}. {again}")
+        raise DataError(f"{path}: holds {count:,} tokens and the manifest says {tokens:,}. {again}")
     # A plain view of the map: every slice of a memmap object costs microseconds, more than its copy.
     return np.asarray(np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,)))
 
@@ -157,7 +157,7 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
 class TokenStream:
     """Several shards as one stream, memory-mapped; headers and lengths are checked when it is made."""
 
-    def __init__(self, folder: Path, half: Half = "train") -> None:
+    def __init__(self, folder: Path, half: Split = "train") -> None:
         self.split = read_manifest(folder).split(half)
         # An empty file cannot be mapped, and adds nothing.
         self._shards = [open_shard(folder / shard.file, shard.tokens) for shard in self.split.shards if shard.tokens]
@@ -189,14 +189,14 @@ def verify(folder: Path) -> Manifest:
     """The manifest, after every byte of every shard was read and its SHA-256 compared.
 
     Raises:
-        Refusal: A shard is missing, cut short, or has other content than the manifest says.
+        DataError: A shard is missing, cut short, or has other content than the manifest says.
     """
     manifest = read_manifest(folder)
     for shard in (*manifest.train.shards, *manifest.validation.shards):
         open_shard(folder / shard.file, shard.tokens)
         found = file_digest(folder / shard.file)
         if found != shard.sha256:
-            raise Refusal(
+            raise DataError(
                 f"{folder / shard.file}: its content has changed since it was written (SHA-256 {found[:12]}..., and the "
                 f"manifest says {shard.sha256[:12]}...). Remove the folder and prepare the data again."
             )

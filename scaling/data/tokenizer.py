@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scaling.errors import Refusal
+from scaling.errors import DataError
 from scaling.spec import Strict
 
 BYTES = "bytes"
 
 LARGEST_VOCABULARY = 2**16
-"""Shards hold uint16."""
+"""RowSharding hold uint16."""
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 """Names of the token that ends a document, the first that the vocabulary has."""
@@ -49,7 +49,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of that name: ``bytes`` or a file's path.
 
     Raises:
-        Refusal: No such file, not a tokenizers file, no end-of-document token, or a vocabulary over 65,536.
+        DataError: No such file, not a tokenizers file, no end-of-document token, or a vocabulary over 65,536.
     """
     return ByteTokenizer() if name == BYTES else FileTokenizer(Path(name))
 
@@ -58,14 +58,14 @@ def tokenizer_digest(name: str) -> str | None:
     """SHA-256 of the tokenizers file; None for bytes.
 
     Raises:
-        Refusal: There is no such file.
+        DataError: There is no such file.
     """
     if name == BYTES:
         return None
     try:
         return hashlib.sha256(Path(name).read_bytes()).hexdigest()
     except OSError as error:
-        raise Refusal(
+        raise DataError(
             f"[data] tokenizer {name}: the file cannot be read ({error.strerror}). "
             'Give the path of a tokenizers JSON file, relative to the campaign file, or "bytes".'
         ) from None
@@ -87,7 +87,7 @@ class FileTokenizer:
     """A tokenizers JSON file. Adds no special token but the separator, and cuts or pads nothing."""
 
     def __init__(self, path: Path) -> None:
-        from scaling.data.sources import optional_package
+        from scaling.data.sources.registry import optional_package
 
         digest = tokenizer_digest(str(path))
         optional_package("tokenizers", f"[data] tokenizer {path}")
@@ -96,7 +96,7 @@ class FileTokenizer:
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise Refusal(
+            raise DataError(
                 f"[data] tokenizer {path}: not a tokenizers JSON file ({error}). "
                 'Give the tokenizer.json that the library writes, or "bytes".'
             ) from None
@@ -108,13 +108,13 @@ class FileTokenizer:
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         vocabulary = max(ids.values(), default=-1) + 1
         if vocabulary > LARGEST_VOCABULARY:
-            raise Refusal(
+            raise DataError(
                 f"[data] tokenizer {path}: its vocabulary of {vocabulary:,} does not fit the shards' 16 bits "
                 f"({LARGEST_VOCABULARY:,}). Use a smaller one; scaling experiments rarely need more than 50,000."
             )
         separator = next((ids[name] for name in SEPARATORS if name in ids), None)
         if separator is None:
-            raise Refusal(
+            raise DataError(
                 f"[data] tokenizer {path}: it has no token that ends a document; known are {', '.join(SEPARATORS)}. "
                 "Add one of them to the file's special tokens."
             )

@@ -1,4 +1,4 @@
-"""Shards as they grow: appended to, flushed to disk, taken up again after a kill, closed with their header."""
+"""RowSharding as they grow: appended to, flushed to disk, taken up again after a kill, closed with their header."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from scaling.data.documents import Half
-from scaling.data.shards import HEADER_BYTES, TOKEN, Shard, Split, file_digest, header
+from scaling.data.shards import HEADER_BYTES, TOKEN, Shard, SplitInfo, file_digest, header
+from scaling.data.sources.documents import Split
 from scaling.spec import Strict
 
 SHARD_TOKENS = 100_000_000
 """Tokens of a full shard: 200 MB, the size in which public token sets are cut."""
 
 
-class HalfState(Strict, frozen=True):
+class ShardWriterState(Strict, frozen=True):
     """What of one half is on disk for good."""
 
     shards: tuple[Shard, ...] = ()
@@ -28,13 +28,13 @@ class HalfState(Strict, frozen=True):
     bytes: int = 0
 
 
-class HalfWriter:
+class ShardWriter:
     """The shards of one half, taken up where a state says they were left.
 
     A shard's header counts 0 tokens until it is finished, so a reader refuses one that is being written.
     """
 
-    def __init__(self, folder: Path, half: Half, begun: HalfState) -> None:
+    def __init__(self, folder: Path, half: Split, begun: ShardWriterState) -> None:
         self.folder = folder
         self.half = half
         self.documents = begun.documents
@@ -75,20 +75,20 @@ class HalfWriter:
             if self._open_tokens == SHARD_TOKENS:
                 self._finish_shard()
 
-    def state(self) -> HalfState:
+    def state(self) -> ShardWriterState:
         """What has been written, after it has reached the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return HalfState(
+        return ShardWriterState(
             shards=tuple(self._shards), open_tokens=self._open_tokens, documents=self.documents, bytes=self.bytes
         )
 
-    def finish(self) -> Split:
+    def finish(self) -> SplitInfo:
         """Everything that was written, the last shard finished."""
         if self._open_tokens:
             self._finish_shard()
-        return Split(shards=tuple(self._shards), documents=self.documents, bytes=self.bytes)
+        return SplitInfo(shards=tuple(self._shards), documents=self.documents, bytes=self.bytes)
 
     def close(self) -> None:
         """Let go of the file; what is not finished can be taken up again."""

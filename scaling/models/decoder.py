@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scaling.models.cross_entropy import ChunkLoss, loss_and_gradient, next_token_loss
-from scaling.spec import ModelShape
+from scaling.models.loss import ChunkLoss, loss_and_gradient, next_token_loss
+from scaling.spec import ModelConfig
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
@@ -47,7 +47,7 @@ class Rotary(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.heads = shape.heads
         self.query, self.key, self.value, self.output = (
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
     """Keep no activations inside a block for the backward pass, but compute them again."""
     chunk_loss: ChunkLoss = staticmethod(loss_and_gradient)
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
@@ -122,15 +122,15 @@ class Decoder(nn.Module):
         if shape.tied:  # one parameter, under the name of the embedding
             self.head.weight = self.embedding.weight
 
-    def make_rotary(self, shape: ModelShape) -> Rotary:
+    def make_rotary(self, shape: ModelConfig) -> Rotary:
         """The position embedding that all blocks share."""
         return Rotary(shape.head_size, shape.context)
 
-    def make_attention(self, shape: ModelShape) -> nn.Module:
+    def make_attention(self, shape: ModelConfig) -> nn.Module:
         """Attention of one block."""
         return Attention(shape)
 
-    def make_feed_forward(self, shape: ModelShape, layer: int) -> nn.Module:
+    def make_feed_forward(self, shape: ModelConfig, layer: int) -> nn.Module:
         """Feed-forward of block `layer`."""
         return FeedForward(shape.width, shape.ffn_width)
 

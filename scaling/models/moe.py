@@ -1,25 +1,86 @@
-"""Mixture of experts in the style of DeepSeek-V3 and Moonlight; with plain attention, of Mixtral.
+"""Which experts a token meets, with what weight, and the bias that keeps their load even without a loss.
 
-No token is dropped and no expert has a capacity: tokens are sorted by expert and every expert multiplies its own, by
-torch's grouped product where the device has it and by a loop where not. Both give the same numbers.
-
-Letters in comments: N tokens, H width, E experts, K active ones, F hidden units of an expert.
+Source: DeepSeek-V3 (arXiv:2412.19437, Section 2.1.2) with Moonlight's form of the update (arXiv:2502.16982, Section 3.3).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.models.decoder import Attention, Decoder, FeedForward, Rotary
-from scaling.models.latent import MultiHeadLatentAttention
-from scaling.models.precision import autocast_dtype
-from scaling.models.router import Router, sequence_loss
-from scaling.spec import Mixture, ModelShape
+from scaling.models.loss import autocast_dtype, without_autocast
+from scaling.models.mla import MultiHeadLatentAttention
+from scaling.spec import ModelConfig, MoEConfig
+
+
+class Router(nn.Module):
+    """Scores of experts, the top of them, and their weights. Letters: N tokens, H width, E experts, K active ones."""
+
+    bias: Tensor
+    """Added to the scores for the choice alone, never to a weight; ``(E,)`` fp32, part of the state."""
+    load: Tensor
+    """Choices since the last optimizer step in this process; ``(E,)`` int64, zero whenever the state is saved."""
+
+    def __init__(self, width: int, mixture: MoEConfig) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.scale = scale_of(mixture)
+        self.weight = nn.Parameter(torch.empty(mixture.experts, width))
+        self.register_buffer("bias", torch.zeros(mixture.experts, dtype=torch.float32))
+        self.register_buffer("load", torch.zeros(mixture.experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(N, H)`` to weights ``(N, K)``, experts ``(N, K)`` and all scores ``(N, E)``; in fp32 whatever the autocast."""
+        with without_autocast(x.device.type):
+            logits = F.linear(x.float(), self.weight.float())
+            scores = logits.sigmoid() if self.mixture.score == "sigmoid" else logits.softmax(dim=-1)
+            chosen = (scores.detach() + self.bias).topk(self.mixture.top_k, dim=-1).indices
+            weights = scores.gather(-1, chosen)
+            if self.mixture.score != "softmax-topk":
+                # For softmax scores this is the softmax over the chosen logits.
+                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            return weights * self.scale, chosen, scores
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """Raise the bias of experts below the mean load and lower it above, by `bias_rate` each, keeping its mean.
+
+        Args:
+            load: Choices of one optimizer step over all processes and micro-batches, ``(E,)``. Only the sign of the
+                distance to the mean counts, so a pass that is recomputed and counted twice changes nothing.
+        """
+        shortage = torch.sign(load.double().mean() - load.double())
+        self.bias += self.mixture.bias_rate * (shortage - shortage.mean()).float()
+        self.load.zero_()
+
+
+def scale_of(mixture: MoEConfig) -> float:
+    """The gate scaling factor of a mixture, stated or computed."""
+    if mixture.routed_scaling_factor is not None:
+        return mixture.routed_scaling_factor
+    return routed_scaling_factor(mixture.experts, mixture.top_k) if mixture.score == "sigmoid" else 1.0
+
+
+def sequence_loss(scores: Tensor, chosen: Tensor, windows: int) -> Tensor:
+    """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a window is even.
+
+    Args:
+        scores: All scores, ``(N, E)``.
+        chosen: Chosen experts, ``(N, K)``.
+        windows: Windows that the N tokens are.
+    """
+    experts, chosen = scores.shape[-1], chosen.view(windows, -1)  # (B, T * K)
+    load = scores.new_zeros(windows, experts).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+    share = (scores / scores.sum(dim=-1, keepdim=True)).view(windows, -1, experts).mean(dim=1)  # (B, E)
+    return (load * (experts / chosen.shape[1]) * share).sum(dim=1).mean()
+
 
 ALIGNMENT = 16
 """Bytes that the grouped product wants a row to be a multiple of."""
@@ -81,10 +142,10 @@ class Experts(nn.Module):
         return expert_product(hidden, down, counts)
 
 
-class MixtureFeedForward(nn.Module):
+class MoEFeedForward(nn.Module):
     """Router, routed experts, and the experts that every token meets."""
 
-    def __init__(self, shape: ModelShape, mixture: Mixture) -> None:
+    def __init__(self, shape: ModelConfig, mixture: MoEConfig) -> None:
         super().__init__()
         self.mixture = mixture
         self.router = Router(shape.width, mixture)
@@ -104,10 +165,10 @@ class MixtureFeedForward(nn.Module):
                 self.sequence_loss = sequence_loss(scores, chosen, len(x))
         order = chosen.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        rows: Tensor = _Dispatch.apply(flat, order, back, self.mixture.active)
+        rows: Tensor = _Dispatch.apply(flat, order, back, self.mixture.top_k)
         expert_output = self.experts(rows, counts)
         returned: Tensor = _Return.apply(expert_output, order, back)
-        by_choice = returned.view(len(flat), self.mixture.active, -1)  # (N, K, H)
+        by_choice = returned.view(len(flat), self.mixture.top_k, -1)  # (N, K, H)
         mixed: Tensor = (by_choice * weights.unsqueeze(-1).to(by_choice.dtype)).sum(dim=1).view_as(x)
         if self.mixture.shared:
             mixed = mixed + self.shared(x)
@@ -146,39 +207,39 @@ class _Return(torch.autograd.Function):
         return given[order], None, None
 
 
-class MixtureDecoder(Decoder):
+class MoEDecoder(Decoder):
     """A decoder with experts in all but its first layers, and latent attention where the shape has it."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__(shape)
         self._imbalance: Tensor | None = None
 
-    def make_rotary(self, shape: ModelShape) -> Rotary:
+    def make_rotary(self, shape: ModelConfig) -> Rotary:
         """Over the channels of a head that carry position."""
-        if shape.latent is None:
+        if shape.mla is None:
             return super().make_rotary(shape)
-        return Rotary(shape.latent.rotary, shape.context, shape.latent.rope_base)
+        return Rotary(shape.mla.qk_rope_head_dim, shape.context, shape.mla.rope_theta)
 
-    def make_attention(self, shape: ModelShape) -> nn.Module:
+    def make_attention(self, shape: ModelConfig) -> nn.Module:
         """Latent attention, or the plain one."""
-        return Attention(shape) if shape.latent is None else MultiHeadLatentAttention(shape, shape.latent)
+        return Attention(shape) if shape.mla is None else MultiHeadLatentAttention(shape, shape.mla)
 
-    def make_feed_forward(self, shape: ModelShape, layer: int) -> nn.Module:
+    def make_feed_forward(self, shape: ModelConfig, layer: int) -> nn.Module:
         """Experts, or one feed-forward in the first layers."""
-        if shape.mixture is None or layer < shape.mixture.dense_layers:
+        if shape.moe is None or layer < shape.moe.dense_layers:
             return super().make_feed_forward(shape, layer)
-        return MixtureFeedForward(shape, shape.mixture)
+        return MoEFeedForward(shape, shape.moe)
 
-    def mixtures(self) -> list[MixtureFeedForward]:
+    def mixtures(self) -> list[MoEFeedForward]:
         """The layers with experts, in order."""
-        return [module for module in self.modules() if isinstance(module, MixtureFeedForward)]
+        return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
 
     def auxiliary_loss(self) -> Tensor | None:
         """The sequence-wise balance loss of the last forward pass, summed over layers, with its weight."""
         terms = [mixture.sequence_loss for mixture in self.mixtures() if mixture.sequence_loss is not None]
-        if not terms or self.shape.mixture is None:
+        if not terms or self.shape.moe is None:
             return None
-        return self.shape.mixture.sequence_loss * torch.stack(terms).sum()
+        return self.shape.moe.sequence_loss * torch.stack(terms).sum()
 
     def end_of_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """Move the biases by the load of all processes and micro-batches of this step."""
@@ -191,3 +252,21 @@ class MixtureDecoder(Decoder):
     def load_imbalance(self) -> float | None:
         """Load of the busiest expert over the mean, in the worst layer of the last step; 1 is even."""
         return None if self._imbalance is None else float(self._imbalance)
+
+
+DRAWS = 100_000
+"""Routings in the mean; it moves by less than 1e-4 with other draws."""
+
+
+@functools.cache
+def routed_scaling_factor(experts: int, active: int) -> float:
+    """Mean of ``1 / ||p||`` over routings of standard normal logits, to three decimals.
+
+    `p` are the sigmoid scores of the `active` largest logits, made to sum to one. Independent outputs of equal size,
+    weighted by `p`, add up to ``||p||`` times that size. 64 experts with 6 active give 2.446.
+    Source: Moonlight, arXiv:2502.16982, Appendix C.
+    """
+    logits = np.random.Generator(np.random.PCG64(0)).standard_normal((DRAWS, experts))
+    chosen = 1 / (1 + np.exp(-np.partition(logits, experts - active, axis=1)[:, experts - active :]))
+    weights = chosen / chosen.sum(axis=1, keepdims=True)
+    return round(float((1 / np.linalg.norm(weights, axis=1)).mean()), 3)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from scaling.errors import Refusal
-from scaling.initial import check_upcycled
+from scaling.errors import UserError
 from scaling.models.decoder import Decoder
-from scaling.spec import ModelShape
+from scaling.models.registry import check_upcycled
+from scaling.spec import ModelConfig
 
 EXPERTS, ROUTER = ".experts.", ".router."
 
@@ -35,7 +35,7 @@ def load_weights(model: Decoder, file: Path, *, how: Literal["copy", "upcycle"])
         how: Whether experts become copies of the feed-forward.
 
     Raises:
-        Refusal: The file is no safetensors, or is of a model of another shape.
+        UserError: The file is no safetensors, or is of a model of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -49,16 +49,16 @@ def load_weights(model: Decoder, file: Path, *, how: Literal["copy", "upcycle"])
             for tensor, name in sources.values():
                 _fill(tensor, weights.get_slice(name), shapes[name])
     except SafetensorError as error:
-        raise Refusal(f"{file}: not a whole safetensors file ({error}). Train that run again.") from None
+        raise UserError(f"{file}: not a whole safetensors file ({error}). Train that run again.") from None
 
 
-def upcycled(dense: Mapping[str, Tensor], shape: ModelShape, *, seed: int) -> dict[str, Tensor]:
+def upcycled(dense: Mapping[str, Tensor], shape: ModelConfig, *, seed: int) -> dict[str, Tensor]:
     """The state of an upcycled model from the state of a dense one, both in memory.
 
     Raises:
-        Refusal: The shape has parts that no dense model can fill.
+        UserError: The shape has parts that no dense model can fill.
     """
-    from scaling.models import build_model
+    from scaling.models.registry import build_model
 
     check_upcycled(shape)
     model = build_model(shape)
@@ -89,13 +89,13 @@ def _check(file: Path, sources: dict[str, tuple[Tensor, str]], shapes: dict[str,
         wanted = tuple(tensor.shape[-len(shapes[name]) :]) if name in shapes else tuple(tensor.shape)
         if shapes.get(name) != wanted:
             found = "x".join(map(str, shapes[name])) if name in shapes else "absent"
-            raise Refusal(
+            raise UserError(
                 f"{file}: weight {name} is {found}, and this run's shape makes it {'x'.join(map(str, wanted))}. "
                 "Start from a run of the same layers, width, heads, feed-forward and vocabulary."
             )
     extra = sorted(shapes.keys() - {name for _, name in sources.values()})
     if extra:
-        raise Refusal(
+        raise UserError(
             f"{file}: weight {extra[0]} has no place in this run's shape. Start from a run of the same layers and family."
         )
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from scaling.errors import Refusal
-from scaling.optim.coefficients import polynomials
-from scaling.optim.exchange import Batch, Exchange, Group, State, gradient
-from scaling.optim.newton_schulz import Workspace, orthogonalise_
-from scaling.optim.shards import local
+from scaling.errors import UserError
+from scaling.optim.distributed.base import Batch, Group, ShardingStrategy, State, gradient
+from scaling.optim.distributed.fsdp import local
+from scaling.optim.newton_schulz.coefficients import polynomials
+from scaling.optim.newton_schulz.iteration import Workspace, orthogonalise_
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -35,16 +35,16 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: Parameter groups, complete: `params` (names with parameters), `algorithm`, `lr`, `weight_decay`, and
             for muon `view`, `momentum`, `nesterov`, `ns_steps`, `coefficients`, `form`, `ns_dtype`, `rms`, `update_rms`;
-            for adamw `betas`, `eps`. `scaling.optim.recipes.build` makes them.
-        exchange: How the matrices are spread over processes; `scaling.optim.distributed.exchange_for` chooses.
+            for adamw `betas`, `eps`. `scaling.optim.registry.build` makes them.
+        exchange: How the matrices are spread over processes; `scaling.optim.distributed.select.exchange_for` chooses.
 
     A parameter without a gradient is left alone for that step, decay included, as torch's optimizers do.
 
     Raises:
-        Refusal: A parameter is not stored in float32.
+        UserError: A parameter is not stored in float32.
     """
 
-    def __init__(self, groups: Iterable[Group], exchange: Exchange) -> None:
+    def __init__(self, groups: Iterable[Group], exchange: ShardingStrategy) -> None:
         super().__init__([_with_fused_flag(group) for group in groups], {})
         self.exchange = exchange
         self.workspace = Workspace()
@@ -184,7 +184,7 @@ def _fresh_adamw_state(parameter: Tensor) -> State:
 def _refuse_rounded_weights(group: Group) -> None:
     for name, parameter in zip(group["param_names"], group["params"], strict=True):
         if parameter.dtype != torch.float32:
-            raise Refusal(
+            raise UserError(
                 f"{name} is stored in {parameter.dtype}; its small updates would be rounded away (a third of the movement "
                 'is left at a learning rate of 2e-5). Keep weights in float32 and compute in bf16: precision = "bf16".'
             )

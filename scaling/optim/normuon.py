@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scaling.optim.exchange import Batch, Group, State
+from scaling.optim.distributed.base import Batch, Group, State
 from scaling.optim.muon import MuonAdamW
 
 

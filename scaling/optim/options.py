@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from scaling.optim.coefficients import CoefficientSet, Form
+from scaling.optim.newton_schulz.coefficients import CoefficientSet, Form
 from scaling.spec import Positive, Strict
 
 Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]

@@ -7,16 +7,12 @@ the better part of the trials, because a bowl of losses is steep on the side whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from scaling.spec import Strict
-from sweeps.tuning.space import Dimension, Values
-
-Verdict = Literal["bracketed", "low edge", "high edge", "flat", "too few"]
-"""``flat``: the loss does not tell where the optimum is; ``too few``: fewer trials than the parabola has numbers."""
+from sweeps.config.search_space import Dimension, Values
+from sweeps.config.tuning_results import Bracket, Verdict
 
 EDGE = 0.08
 """An optimum within this share of the range of its end is on the edge."""
@@ -27,32 +23,6 @@ KEPT_SHARE = 0.8
 """Of the trials, the better ones that the parabola is fitted to, if they are enough."""
 
 Array = npt.NDArray[np.float64]
-
-
-class Bracket(Strict, frozen=True):
-    """Where the optimum of one hyper-parameter lies."""
-
-    name: str
-    verdict: Verdict
-    best: float
-    """In the best trial."""
-    optimum: float
-    """The parabola's lowest point, or `best` where there is none inside the range."""
-    low: float | None
-    """95 % interval of the optimum; None where the parabola is not resolved."""
-    high: float | None
-    range_low: float
-    """What was searched in the end."""
-    range_high: float
-    searched_low: float
-    """The lowest and highest values that were tried."""
-    searched_high: float
-    curvature: float
-    """Second derivative of the loss on the scale, nats per squared unit; 0 where it was not fitted."""
-    widened: int = 0
-    """Times that the range was widened."""
-    note: str = ""
-    """Why a search on the edge was not widened."""
 
 
 def brackets(

@@ -1,4 +1,4 @@
-"""One study: an arm at a rung. Asked and told in generations, from records alone.
+"""One study: an arm at a rung. ProposedTrial and told in generations, from records alone.
 
 The trials of a generation are asked together and see only the generations before theirs, so what is asked does not
 depend on which of them ends first, nor on how often the tuner was killed: the set of trials is a function of the
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.flops import train_flops
-from scaling.records import RunDirectory, RunRecord
+from scaling.run.directory import RunDirectory
+from scaling.run.record import RunRecord
 from scaling.spec import Budget, RunSpec, Strict
-from sweeps.tuning.bracket import Bracket, brackets
-from sweeps.tuning.journal import add_running, tell
-from sweeps.tuning.sampling import Sampling, Seen, grid, propose
-from sweeps.tuning.space import Dimension, Values, with_values
-from sweeps.tuning.table import HalvingTable
+from sweeps.config.search_space import Dimension, Values, with_values
+from sweeps.config.tune import HalvingConfig
+from sweeps.config.tuning_results import Bracket
+from sweeps.tuning.bracket import brackets
+from sweeps.tuning.samplers import CompletedTrial, Sampling, grid, propose
+from sweeps.tuning.trials import add_running, tell
 
 if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution
@@ -38,7 +40,7 @@ OTHER_POINTS = 10_000
 """Where the quasi-random sequence goes on for trials whose proposal was tried before."""
 
 
-class Asked(Strict, frozen=True):
+class ProposedTrial(Strict, frozen=True):
     """One line of trials.jsonl: what the journal can be rebuilt from, together with the runs' records."""
 
     study: str
@@ -60,7 +62,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class TuningStudy:
     """What is searched for one arm at one rung, and how. Everything that changes is in the journal and the records."""
 
     name: str
@@ -73,7 +75,7 @@ class Study:
     trials: int
     in_flight: int
     widen: int
-    halving: HalvingTable | None = None
+    halving: HalvingConfig | None = None
     held_out: bool = False
     records: RecordsOf = field(compare=False)
     _judged: dict[Any, tuple[Bracket, ...]] = field(default_factory=dict, compare=False, repr=False)
@@ -87,7 +89,7 @@ class Study:
     @property
     def guess(self) -> float:
         """The loss of a uniform guess, nats per token: what a diverged run is told as."""
-        return math.log(self.template.shape.vocabulary)
+        return math.log(self.template.model.vocabulary)
 
     def spec(self, values: Values) -> RunSpec:
         """The full run of a setting."""
@@ -106,7 +108,7 @@ class Study:
             warmup_tokens=round(full.schedule.warmup_tokens * share),
             decay_tokens=None if decay is None else round(decay * share),
         )
-        budget = Budget(tokens=tokens, flops=train_flops(full.shape, tokens))
+        budget = Budget(tokens=tokens, flops=train_flops(full.model, tokens))
         return msgspec.structs.replace(full, budget=budget, schedule=schedule)
 
     def read(self, study: OptunaStudy) -> list[Trial]:
@@ -129,7 +131,7 @@ class Study:
             failed: Ids of runs that were tried and cannot be run.
 
         Raises:
-            Refusal: Too many runs failed, or the trials on disk belong to another template.
+            UserError: Too many runs failed, or the trials on disk belong to another template.
         """
         trials = self.read(study)
         self._refuse_foreign(trials)
@@ -151,9 +153,9 @@ class Study:
         """How many trials are to be asked now: the rest of a generation, or the next one if all are told."""
         live = _live(trials)
         if len(trials) - len(live) > FAILURES:
-            raise Refusal(
+            raise UserError(
                 f"{self.name}: {len(trials) - len(live)} trials failed, the last as run {trials[-1].run}. "
-                "Mend what its log says; then the same command goes on, with other trials in their place."
+                "Fix what its log says; then the same command goes on, with other trials in their place."
             )
         untold = [index for index, trial in enumerate(live) if trial.state == "running"]
         generation = (untold[0] if untold else len(live)) // self.in_flight
@@ -165,7 +167,7 @@ class Study:
         index = len(live)
         first = index // self.in_flight * self.in_flight
         seen = [
-            Seen(
+            CompletedTrial(
                 values=trial.values,
                 loss=trial.loss if number < first else None,
                 pruned=number < first and trial.state == "pruned",
@@ -173,7 +175,7 @@ class Study:
             for number, trial in enumerate(live)
         ]
         dimensions, _ = self.ranges(trials)
-        context = self.template.shape.context
+        context = self.template.model.context
         values = propose(self.sampling, dimensions, seen, index, context)
         tried = [trial.values for trial in trials]
         again = msgspec.structs.replace(self.sampling, sampler="quasi-random")
@@ -296,7 +298,7 @@ class Study:
         names = {dimension.name for dimension in self.dimensions}
         for trial in trials:
             if set(trial.values) != names or self.spec(trial.values).id != trial.run:
-                raise Refusal(
+                raise UserError(
                     f"study {self.name}: trial {trial.number} belongs to run {trial.run}, which this campaign does not "
                     "make: its data, its model or what it searches were changed since. Give the campaign another name, "
                     "or move its tuning folder away; finished runs are found again."
@@ -320,7 +322,7 @@ class RecordsOf:
         return self._known[run]
 
 
-def rebuild(study: OptunaStudy, lines: Sequence[Asked], dimensions: Sequence[Dimension]) -> int:
+def rebuild(study: OptunaStudy, lines: Sequence[ProposedTrial], dimensions: Sequence[Dimension]) -> int:
     """Trials that were asked and that the journal has lost, put back as running ones; how many."""
     there = len(study.get_trials(deepcopy=False))
     for line in sorted(lines, key=lambda line: line.number)[there:]:

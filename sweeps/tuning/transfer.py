@@ -14,9 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from sweeps.tuning.bracket import Bracket
-from sweeps.tuning.facts import LawFacts
-from sweeps.tuning.space import Dimension, Values
+from sweeps.config.search_space import Dimension, Values
+from sweeps.config.tuning_results import Bracket, FittedRule
 
 SCALED = ("peak_lr", "batch_tokens", "weight_decay")
 """Hyper-parameters that follow a power law of compute; the others are constants."""
@@ -51,7 +50,7 @@ class Optimum(msgspec.Struct, frozen=True, kw_only=True):
         return max(math.log(found.high / found.low) / 3.92, 0.02)
 
 
-def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool = False) -> LawFacts:
+def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool = False) -> FittedRule:
     """The law of one hyper-parameter.
 
     Args:
@@ -75,7 +74,7 @@ def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool =
         if not constant and name in SCALED:
             note = "; ".join(filter(None, [note, "one compute gives no exponent"]))
         value = _constant(name, inside)
-        return LawFacts(
+        return FittedRule(
             name=name, coefficient=value, exponent=0.0, low=None, high=None, rungs=rungs, kind="constant", note=note
         )
     x = np.log([optimum.compute for optimum in inside])
@@ -94,7 +93,7 @@ def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool =
     rng = np.random.default_rng(seed)
     drawn = y + rng.normal(size=(DRAWS, len(y))) * np.hypot(sd, scatter)
     low, high = (float(q) for q in np.quantile(drawn @ slope_of, [0.025, 0.975]))
-    return LawFacts(
+    return FittedRule(
         name=name,
         coefficient=math.exp(intercept),
         exponent=exponent,
@@ -106,7 +105,7 @@ def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool =
     )
 
 
-def predict(laws: Sequence[LawFacts], compute: float, dimensions: Sequence[Dimension], context: int) -> Values:
+def predict(laws: Sequence[FittedRule], compute: float, dimensions: Sequence[Dimension], context: int) -> Values:
     """The setting that the laws give for a run of so much compute, within the limits of each hyper-parameter."""
     rows = {dimension.name: dimension for dimension in dimensions}
     values = {}

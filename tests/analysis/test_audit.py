@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.audit import CHECKS, Check, audit, audit_text
-from analysis.load import check_table
-from analysis.reference import moonlight_table
-from analysis.study import fit_table
+from analysis.audit import CHECKS, AuditCheck, audit, audit_text
+from analysis.data.table import check_table
+from analysis.moonlight import moonlight_table
+from analysis.ratio.study import fit_table
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def fair() -> pd.DataFrame:
     )
 
 
-def checks(frame: pd.DataFrame) -> dict[str, Check]:
+def checks(frame: pd.DataFrame) -> dict[str, AuditCheck]:
     table = check_table(frame)
     return {check.name: check for check in audit(table, fit_table(table, resamples=100, extrapolate=True))}
 

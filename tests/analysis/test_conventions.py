@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.load import check_table
-from analysis.study import fit_table
-from analysis.summary import explanation
+from analysis.data.table import check_table
+from analysis.ratio.study import fit_table
+from analysis.reporting.terminal import explanation
 
 
 def test_charging_the_optimizer_raises_the_ratio_by_its_share() -> None:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from synthetic import grid
 
-from analysis.isoflop import Valley, allocations, valley_bias
-from analysis.laws import LossSurface
-from analysis.load import check_table
-from analysis.study import Study, fit_table
+from analysis.data.table import check_table
+from analysis.fitting.laws import LossSurface
+from analysis.ratio.study import Study, fit_table
+from analysis.single_arm.isoflop import Valley, allocations, valley_bias
 
 BASE = LossSurface(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
-BETTER = LossSurface(
+CV_IMPROVEMENT = LossSurface(
     E=BASE.E, A=BASE.A * 1.2**-BASE.alpha, B=BASE.B * 1.5**-BASE.beta, alpha=BASE.alpha, beta=BASE.beta
 )
 HOFFMANN = LossSurface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -18,7 +18,7 @@ HOFFMANN = LossSurface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return fit_table(grid({"adamw": BASE, "muon": BETTER}, noise=0.002), resamples=200)
+    return fit_table(grid({"adamw": BASE, "muon": CV_IMPROVEMENT}, noise=0.002), resamples=200)
 
 
 def test_isoflop_tables_are_fitted_by_surfaces(study: Study) -> None:

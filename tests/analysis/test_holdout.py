@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.holdout import hold_out, holdout_text
-from analysis.reference import moonlight_table
-from scaling.errors import Refusal
+from analysis.moonlight import moonlight_table
+from analysis.single_arm.holdout import hold_out, holdout_text
+from scaling.errors import UserError
 
 
 def test_a_law_predicts_its_own_largest_run() -> None:
@@ -30,7 +30,7 @@ def test_interval_covers_the_next_run() -> None:
 
 
 def test_too_few_rungs_would_remain() -> None:
-    with pytest.raises(Refusal, match="leaves 2"):
+    with pytest.raises(UserError, match="leaves 2"):
         hold_out(moonlight_table(), rungs=3)
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from synthetic import ladder
 
-from analysis.cells import Cells, select
-from analysis.families import FAMILIES, fit_family, ratio_of
-from analysis.fit import Fitted
-from analysis.intervals import bootstrap, percentile, t_interval
-from analysis.load import check_table
-from analysis.paired import difference
-from analysis.reference import MOONLIGHT_LINES
-from analysis.solve import Array
+from analysis.data.cells import Array, Cells, select
+from analysis.data.table import check_table
+from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
+from analysis.fitting.fit import Fitted
+from analysis.moonlight import MOONLIGHT_LINES
+from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
+from analysis.uncertainty.paired import difference
 
 LOSS = 2.418
 TRUTH = float(np.log(MOONLIGHT_LINES["muon"].compute(LOSS) / MOONLIGHT_LINES["adamw"].compute(LOSS)))
@@ -34,7 +33,7 @@ def draw(seed: int, rungs: int = 5, seeds: int = 1) -> tuple[Cells, Fitted]:
         largest=4.04 * 8.64e19,
     )
     cells = select(check_table(frame), ("adamw", "muon"))
-    return cells, fit_family(FAMILIES["lines"], cells.rows, 2, best_of=1)
+    return cells, fit_family(LAW_FAMILIES["lines"], cells.rows, 2, best_of=1)
 
 
 def log_ratio(fitted: Fitted, theta: Array) -> Array:
@@ -79,7 +78,7 @@ def test_paired_bootstrap_covers() -> None:
 
 
 def test_rows_of_checkpoints_as_independent_are_too_narrow() -> None:
-    from analysis.arm import fit_arm
+    from analysis.single_arm.fit_arm import fit_arm
 
     generator = np.random.default_rng(0)
     frame = ladder({"a": MOONLIGHT_LINES["adamw"]}, rungs=40, shared=0.004)
@@ -102,10 +101,10 @@ def test_rows_of_checkpoints_as_independent_are_too_narrow() -> None:
 
 
 def test_resampling_in_one_step_is_close_to_refitting() -> None:
-    from analysis import intervals
-    from analysis.design import Rows
-    from analysis.fit import HUBER, form_named, solve
-    from analysis.laws import LAWS
+    from analysis.data.cells import Rows
+    from analysis.fitting.fit import HUBER, form_named, solve
+    from analysis.fitting.laws import LAWS
+    from analysis.uncertainty import intervals
 
     generator = np.random.default_rng(4)
     params = np.exp(generator.uniform(17, 22, 300))

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.arm import fit_arm, quantities
-from analysis.design import Rows
-from analysis.fit import EFFICIENT, Objective, form_named, solve, tied_to_scale
-from analysis.laws import LAWS, LawForm, LossSurface, PowerLaw, UnreachableLoss
-from analysis.solve import minimise
-from scaling.errors import Refusal
+from analysis.data.cells import Rows
+from analysis.fitting.fit import EFFICIENT, Objective, form_named, solve, tied_to_scale
+from analysis.fitting.laws import LAWS, LawForm, LossSurface, PowerLaw, UnreachableLoss
+from analysis.fitting.solver import minimise
+from analysis.single_arm.fit_arm import fit_arm, quantities
+from scaling.errors import UserError
 
 
 def points(form: LawForm) -> Rows:
@@ -48,7 +48,7 @@ def test_noise_free_points_give_a_converged_fit(name: str) -> None:
 
 
 def test_derivatives_are_those_of_the_objective() -> None:
-    from analysis.solve import _derivatives, objective, predict, residuals
+    from analysis.fitting.solver import _derivatives, objective, predict, residuals
 
     form = form_named("surface")
     rows = points(form)
@@ -86,9 +86,9 @@ def test_the_best_split_is_best() -> None:
 def test_too_few_runs_for_a_law() -> None:
     frame = pd.DataFrame({"arm": "a", "params": [1e7, 2e7, 3e7], "tokens": 1e9, "loss": [3.0, 2.9, 2.8]})
     frame["flops"] = 6 * frame["params"] * frame["tokens"]
-    with pytest.raises(Refusal, match="3 usable runs"):
+    with pytest.raises(UserError, match="3 usable runs"):
         fit_arm(frame, "surface")
-    with pytest.raises(Refusal, match='did you mean "power-floor"'):
+    with pytest.raises(UserError, match='did you mean "power-floor"'):
         fit_arm(frame, "powerfloor")
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.load import TableError, check_table, read_table
-from analysis.study import fit_table
-from scaling.errors import Refusal
+from analysis.data.table import TableError, check_table, read_table
+from analysis.ratio.study import fit_table
+from scaling.errors import UserError
 
 
 @pytest.fixture
@@ -17,14 +17,14 @@ def table() -> pd.DataFrame:
     return ladder({"adamw": ADAMW, "muon": MUON})
 
 
-def refusal(frame: pd.DataFrame, **options: object) -> str:
-    with pytest.raises(Refusal) as caught:
+def error(frame: pd.DataFrame, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
         fit_table(check_table(frame, "runs.csv", **options))  # type: ignore[arg-type]
     return str(caught.value)
 
 
 def test_a_missing_column_names_it_and_what_looks_like_it(table: pd.DataFrame) -> None:
-    text = refusal(table.rename(columns={"arm": "optimizer"}))
+    text = error(table.rename(columns={"arm": "optimizer"}))
     assert "column arm is missing" in text
     assert '"optimizer" looks like arm' in text
 
@@ -32,35 +32,35 @@ def test_a_missing_column_names_it_and_what_looks_like_it(table: pd.DataFrame) -
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_loss_that_is_not_finite(table: pd.DataFrame, value: float) -> None:
     table.loc[3, "loss"] = value
-    assert "runs.csv, column loss, row 4" in refusal(table)
+    assert "runs.csv, column loss, row 4" in error(table)
 
 
 def test_ten_thousand_nan() -> None:
     many = ladder({"adamw": ADAMW, "muon": MUON}, rungs=5000).assign(loss=np.nan)
-    assert "9,999 more rows" in refusal(many)
+    assert "9,999 more rows" in error(many)
 
 
 @pytest.mark.parametrize("value", [0.0, -1e18])
 def test_compute_that_is_not_positive(table: pd.DataFrame, value: float) -> None:
     table.loc[2, "flops"] = value
-    assert "column flops, row 3: found" in refusal(table)
+    assert "column flops, row 3: found" in error(table)
 
 
 def test_text_in_place_of_a_number(table: pd.DataFrame) -> None:
     frame = table.astype({"params": object})
     frame.loc[0, "params"] = "125M"
-    assert "column params, row 1: found '125M'" in refusal(frame)
+    assert "column params, row 1: found '125M'" in error(frame)
 
 
 def test_flops_that_contradict_a_label(table: pd.DataFrame) -> None:
     table.loc[0, "params"] *= 399 / 339
-    text = refusal(table)
+    text = error(table)
     assert "column flops, row 1 of arm adamw" in text
     assert "label" in text
 
 
 def test_a_strict_convention_refuses_another_count(table: pd.DataFrame) -> None:
-    assert "6 * params * tokens" in refusal(table.assign(flops=table["flops"] * 1.3), convention="6nd")
+    assert "6 * params * tokens" in error(table.assign(flops=table["flops"] * 1.3), convention="6nd")
 
 
 def test_a_consistent_other_count_is_taken_as_it_is(table: pd.DataFrame) -> None:
@@ -69,33 +69,33 @@ def test_a_consistent_other_count_is_taken_as_it_is(table: pd.DataFrame) -> None
 
 
 def test_two_rungs(table: pd.DataFrame) -> None:
-    assert "2 distinct computes" in refusal(table.iloc[:4])
+    assert "2 distinct computes" in error(table.iloc[:4])
 
 
 def test_one_arm(table: pd.DataFrame) -> None:
-    assert "one arm alone" in refusal(table[table["arm"] == "muon"])
+    assert "one arm alone" in error(table[table["arm"] == "muon"])
 
 
 def test_equal_losses(table: pd.DataFrame) -> None:
-    assert "a loss that falls with compute" in refusal(table.assign(loss=2.5))
+    assert "a loss that falls with compute" in error(table.assign(loss=2.5))
 
 
 def test_rising_loss(table: pd.DataFrame) -> None:
-    assert "does not fall with compute" in refusal(table.assign(loss=table["loss"].to_numpy()[::-1]))
+    assert "does not fall with compute" in error(table.assign(loss=table["loss"].to_numpy()[::-1]))
 
 
 def test_arms_without_a_common_loss(table: pd.DataFrame) -> None:
     table.loc[table["arm"] == "muon", "loss"] *= 0.3
-    assert "no loss in common" in refusal(table)
+    assert "no loss in common" in error(table)
     assert fit_table(check_table(table), extrapolate=True).comparisons[0].headline.support != "interpolated"
 
 
 def test_an_unnamed_baseline(table: pd.DataFrame) -> None:
-    assert "--baseline sgd" in refusal(table.replace({"arm": {"adamw": "sgd"}}))
+    assert "--baseline sgd" in error(table.replace({"arm": {"adamw": "sgd"}}))
 
 
 def test_a_misspelt_baseline(table: pd.DataFrame) -> None:
-    with pytest.raises(Refusal, match='did you mean "adamw"'):
+    with pytest.raises(UserError, match='did you mean "adamw"'):
         fit_table(table, baseline="adam")
 
 

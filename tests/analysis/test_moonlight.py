@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.definitions import ARROW
-from analysis.match import at_loss
-from analysis.reference import (
+from analysis.moonlight import (
     MOONLIGHT_BATCH,
     MOONLIGHT_LINES,
     MOONLIGHT_LOSSES,
@@ -13,7 +11,9 @@ from analysis.reference import (
     MOONLIGHT_READ,
     moonlight_table,
 )
-from analysis.study import Study, fit_table, read_study, write_study
+from analysis.ratio.definitions import ARROW
+from analysis.ratio.match import at_loss
+from analysis.ratio.study import Study, fit_table, read_study, write_study
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_advantage_shrinks_inside_the_data(study: Study) -> None:
 
 
 def test_five_points_cannot_choose_a_floor() -> None:
-    from analysis.cells import select
-    from analysis.fit import fit_law
+    from analysis.data.cells import select
+    from analysis.fitting.fit import fit_law
 
     cells = select(moonlight_table(), ("muon",))
     assert fit_law("power-floor", cells.rows, arm="muon").status == "not_identified"
@@ -117,7 +117,7 @@ def test_ratio_without_each_size(study: Study) -> None:
 
 
 def test_learning_rates_of_table_2_follow_a_power_of_compute() -> None:
-    from analysis.hyper import fit_hyper
+    from analysis.single_arm.hyper import fit_hyper
 
     rates = (9.503e-4, 9.143e-4, 8.825e-4, 8.561e-4, 8.305e-4)
     table = moonlight_table().assign(peak_lr=[rate for rate in rates for _ in range(2)])

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import ladder
 
-from analysis.compare import Comparison
-from analysis.laws import PowerLaw
-from analysis.study import fit_table
+from analysis.fitting.laws import PowerLaw
+from analysis.ratio.compare import Comparison
+from analysis.ratio.study import fit_table
 
 LAWS = st.builds(
     PowerLaw, scale=st.floats(1.0, 4.0), exponent=st.floats(0.03, 0.12), floor=st.sampled_from([0.0, 0.0, 0.8])

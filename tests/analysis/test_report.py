@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 from synthetic import ADAMW, MUON, grid, ladder
 
-from analysis.laws import LAWS, LossSurface
-from analysis.load import check_table
-from analysis.reference import moonlight_table
-from analysis.report import write_report
-from analysis.study import fit_table, read_study
-from analysis.tables import latex, markdown
+from analysis.data.table import check_table
+from analysis.fitting.laws import LAWS, LossSurface
+from analysis.moonlight import moonlight_table
+from analysis.ratio.study import fit_table, read_study
+from analysis.reporting.html import write_report
+from analysis.reporting.tables import latex, markdown
 
 
 def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_markdown_and_latex_hold_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("small", [True, False])
 def test_small_runs_are_not_sold_as_the_paper(small: bool) -> None:
-    from analysis.summary import beside_the_paper
+    from analysis.reporting.terminal import beside_the_paper
 
     size = 1e-6 if small else 1.0
     laws = {"adamw": ADAMW, "muon": ADAMW.__class__(scale=ADAMW.scale * 0.2**0.054, exponent=0.054)}

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.load import check_table
-from analysis.same_budget import gaps, last_crossing, outcomes, overtakings
+from analysis.data.table import check_table
+from analysis.single_arm.same_budget import gaps, last_crossing, outcomes, overtakings
 
 SEEDS = 5
 

@@ -21,16 +21,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from synthetic import ladder
 
-from analysis.cells import select
-from analysis.design import Rows
-from analysis.families import FAMILIES, fit_family, ratio_of
-from analysis.fit import HUBER, form_named, solve
-from analysis.intervals import bootstrap, percentile, t_interval
-from analysis.laws import LAWS
-from analysis.load import check_table, read_table
-from analysis.reference import MOONLIGHT_LINES
-from analysis.solve import Array
-from analysis.study import fit_table
+from analysis.data.cells import Array, Rows, select
+from analysis.data.table import check_table, read_table
+from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
+from analysis.fitting.fit import HUBER, form_named, solve
+from analysis.fitting.laws import LAWS
+from analysis.moonlight import MOONLIGHT_LINES
+from analysis.ratio.study import fit_table
+from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
 
 POINTS = ROOT.parent / "shared" / "reference" / "chinchilla" / "points.csv"
 DELTA = 1e-3
@@ -199,7 +197,7 @@ def time_chinchilla(
 
 def time_table() -> None:
     """A table of 100,000 checkpoints of 500 runs, from the file to the ratio and the clustered errors."""
-    from analysis.arm import fit_arm
+    from analysis.single_arm.fit_arm import fit_arm
 
     surface = LAWS["surface"].example
     generator = np.random.default_rng(0)
@@ -230,9 +228,11 @@ def time_table() -> None:
 
 def time_import() -> None:
     """The first import in a fresh interpreter."""
-    seconds = best_of(lambda: subprocess.run([sys.executable, "-c", "import analysis.study"], check=True, cwd=ROOT), 3)
+    seconds = best_of(
+        lambda: subprocess.run([sys.executable, "-c", "import analysis.ratio.study"], check=True, cwd=ROOT), 3
+    )
     bare = best_of(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True, cwd=ROOT), 3)
-    print(f"import analysis.study: {seconds:.2f} s, of which the interpreter {bare:.2f} s")
+    print(f"import analysis.ratio.study: {seconds:.2f} s, of which the interpreter {bare:.2f} s")
 
 
 def coverage(studies: int = 1000) -> None:
@@ -245,7 +245,7 @@ def coverage(studies: int = 1000) -> None:
             frame = ladder(MOONLIGHT_LINES, rungs=rungs, seeds=seeds, shared=0.0045, own=0.0008 / np.sqrt(2), seed=seed,
                            smallest=0.209 * 8.64e19, largest=4.04 * 8.64e19)  # fmt: skip
             cells = select(check_table(frame), ("adamw", "muon"))
-            fitted = fit_family(FAMILIES["lines"], cells.rows, 2, best_of=1)
+            fitted = fit_family(LAW_FAMILIES["lines"], cells.rows, 2, best_of=1)
 
             def quantity(theta: Array, fitted=fitted) -> Array:  # type: ignore[no-untyped-def]
                 return ratio_of(fitted, theta, np.array([loss]))  # noqa: B023

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from scaling.data.batches import Batches
-from scaling.data.shards import HEADER_BYTES, MANIFEST, Manifest, Split
+from scaling.data.shards import HEADER_BYTES, MANIFEST, Manifest, SplitInfo
 from scaling.data.tokenizer import ByteTokenizer
-from scaling.data.writer import HalfState, HalfWriter
-from scaling.records import write_json
+from scaling.data.writer import ShardWriter, ShardWriterState
+from scaling.io import write_json
 
 TOKENS = 40_000_000
 SHAPES = ((128, 16), (512, 128), (2048, 256), (8192, 64))
@@ -26,9 +26,9 @@ SHAPES = ((128, 16), (512, 128), (2048, 256), (8192, 64))
 
 def write(folder: Path) -> None:
     """One training shard of random tokens."""
-    writer = HalfWriter(folder, "train", HalfState())
+    writer = ShardWriter(folder, "train", ShardWriterState())
     writer.add(np.random.default_rng(0).integers(0, 50_000, TOKENS).astype(np.uint16), TOKENS)
-    empty = Split(shards=(), documents=0, bytes=0)
+    empty = SplitInfo(shards=(), documents=0, bytes=0)
     manifest = Manifest(
         source="text", options={}, wish="", tokenizer=ByteTokenizer.info, train=writer.finish(), validation=empty
     )

@@ -12,29 +12,29 @@ import time
 import numpy as np
 import pandas as pd
 
-from analysis.cells import Cells as Chosen
-from analysis.families import FAMILIES, fit_family, ratio_of
-from analysis.intervals import t_interval
-from analysis.power import LAWS_ASSUMED, NOISES, Cells, Truth, draw, forecasts, rows_of, simulate
-from analysis.reference import moonlight_table
-from analysis.solve import Array
-from analysis.study import fit_table
+from analysis.data.cells import Array
+from analysis.data.cells import Cells as Chosen
+from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
+from analysis.moonlight import moonlight_table
+from analysis.power.simulate import LAWS_ASSUMED, NOISES, PlannedCells, Truth, draw, forecasts, rows_of, simulate
+from analysis.ratio.study import fit_table
+from analysis.uncertainty.intervals import t_interval
 
 
-def one_by_one(loss: Array, cells: Cells, at: Array) -> Array:
+def one_by_one(loss: Array, cells: PlannedCells, at: Array) -> Array:
     """Widths of each study's interval at each loss, by the functions of `scaling fit`."""
     number = np.tile(np.arange(len(cells.flops)), 2)
     widths = []
     for study in loss:
         rows = rows_of(cells, study)
-        fitted = fit_family(FAMILIES["lines"], rows, 2, best_of=8)
+        fitted = fit_family(LAW_FAMILIES["lines"], rows, 2, best_of=8)
         chosen = Chosen(rows, number, number, number, ("adamw", "muon"), [])
         low, high = t_interval(fitted, chosen, lambda theta, fitted=fitted: ratio_of(fitted, theta, at))  # type: ignore[misc]
         widths.append(np.exp(high) - np.exp(low))
     return np.array(widths)
 
 
-def whole(loss: Array, cells: Cells) -> tuple[Array, dict[str, int]]:
+def whole(loss: Array, cells: PlannedCells) -> tuple[Array, dict[str, int]]:
     """Width at the challenger's largest run by `fit_table`, and which families it chose."""
     widths, chosen = [], dict[str, int]()
     for study in loss:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=0)
     options = parser.parse_args()
     own = moonlight_table().query("arm == 'adamw'")
-    cells = Cells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
+    cells = PlannedCells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
     truth = Truth(LAWS_ASSUMED["moonlight"], cells)
     at = truth.loss(cells.flops, 1)
     noise = NOISES["moonlight"]

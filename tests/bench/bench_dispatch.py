@@ -26,10 +26,10 @@ from cluster import Cluster, why_not
 from submitit import SlurmExecutor
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
-from sweeps import status
-from sweeps.campaign import load_campaign
-from sweeps.plan import Plan, plan, with_data
-from sweeps.submit import submit_slurm
+from sweeps.config.campaign import load_campaign
+from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.reporting import status
+from sweeps.slurm.submit import submit_slurm
 
 CAMPAIGN = (
     "seeds = {seeds}"
@@ -50,7 +50,7 @@ def timed(action: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def campaign(folder: Path, runs: int) -> Plan:
+def campaign(folder: Path, runs: int) -> CampaignPlan:
     """A plan of so many runs under a folder of its own."""
     text = folder / "text"
     text.mkdir(parents=True)

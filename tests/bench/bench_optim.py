@@ -32,15 +32,15 @@ from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
 from scaling.flops import train_flops
 from scaling.models.decoder import Decoder
-from scaling.optim.ledger import update_flops
 from scaling.optim.muon import MuonAdamW
-from scaling.optim.products import gram, quadratic
-from scaling.optim.recipes import build
-from scaling.records import RunDirectory
-from scaling.spec import Budget, Evaluation, ModelShape, OptimizerSpec, Placement, RunSpec, ffn_width
-from scaling.train import train
-from sweeps.campaign import load_campaign
-from sweeps.plan import plan
+from scaling.optim.newton_schulz.matmul import gram, quadratic
+from scaling.optim.optimizer_flops import update_flops
+from scaling.optim.registry import build
+from scaling.run.directory import RunDirectory
+from scaling.spec import Budget, Evaluation, ModelConfig, OptimizerSpec, Placement, RunSpec, ffn_width
+from scaling.training.loop import train
+from sweeps.config.campaign import load_campaign
+from sweeps.planning.plan import plan
 
 MOONLIGHT = {"339.7M": (12, 1536), "1.59B": (20, 2560)}
 RUNGS = {"0.8M": (4, 128), "1.9M": (6, 160), "5.3M": (8, 256)}
@@ -169,7 +169,7 @@ def whole_step(model: Decoder, windows: torch.Tensor, optimizer: torch.optim.Opt
 def bench_small(rounds: int) -> None:
     """Whole training steps of small decoders: what the Muon arm costs beside the AdamW arm."""
     for (layers, width), tokens in [((2, 32), 2048), ((4, 64), 2048), ((2, 32), 8192), ((4, 64), 8192)]:
-        shape = ModelShape(layers=layers, width=width, heads=width // 16, vocabulary=512, context=128, ffn_multiple=8)
+        shape = ModelConfig(layers=layers, width=width, heads=width // 16, vocabulary=512, context=128, ffn_multiple=8)
         model = Decoder(shape)
         model.initialise(0)
         windows = torch.randint(512, (tokens // 128, 129))
@@ -221,10 +221,10 @@ def run_briefly(spec: RunSpec, folder: Path, steps: int) -> tuple[list[float], f
     tokens = steps * spec.batch_tokens
     shortened = msgspec.structs.replace(
         spec,
-        budget=Budget(tokens=tokens, flops=train_flops(spec.shape, tokens)),
+        budget=Budget(tokens=tokens, flops=train_flops(spec.model, tokens)),
         schedule=msgspec.structs.replace(spec.schedule, warmup_tokens=tokens // 10),
         data=msgspec.structs.replace(spec.data, repeat=True, manifest=manifest_hash(folder / "data")),
-        evaluation=Evaluation(tokens=spec.shape.context, times=0),
+        evaluation=Evaluation(tokens=spec.model.context, times=0),
     )
     with tempfile.TemporaryDirectory() as runs:
         directory = RunDirectory(Path(runs) / shortened.id)
@@ -245,7 +245,7 @@ def bench_cuda(rounds: int) -> None:
         flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
         seconds = timed({name: each.step for name, each in arms(named).items()}, rounds, "cuda")
         report(f"{label}: {layers} layers of width {width}", seconds, flops)
-    from scaling.optim.symmetric import AVAILABLE, product_with_own_transpose
+    from scaling.optim.newton_schulz.triton_kernel import AVAILABLE, product_with_own_transpose
 
     print("\nX X^T of one (s, 2.75 s) matrix in bf16: cuBLAS and the symmetric kernel, ms")
     for side in (512, 1024, 1536, 2048, 2560, 4096):

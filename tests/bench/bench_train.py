@@ -33,12 +33,12 @@ from tiny import make_spec
 from scaling.data.batches import Batches
 from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
-from scaling.data.sources import DataConfig
+from scaling.data.sources.registry import DataConfig
 from scaling.flops import count_parameters, train_flops_per_token
-from scaling.models import build_model
-from scaling.records import RunDirectory
-from scaling.spec import Evaluation, ModelShape, Placement, RunSpec
-from scaling.train import train
+from scaling.models.registry import build_model
+from scaling.run.directory import RunDirectory
+from scaling.spec import Evaluation, ModelConfig, Placement, RunSpec
+from scaling.training.loop import train
 from scaling.units import human
 
 ROUNDS = 3
@@ -46,11 +46,11 @@ PEAK_BF16 = 989.4e12
 """NVIDIA H100 and H200, dense, from the data sheet."""
 
 
-def shape(layers: int, width: int, *, vocabulary: int, context: int, head: int = 64) -> ModelShape:
-    return ModelShape(layers=layers, width=width, heads=width // head, vocabulary=vocabulary, context=context)
+def shape(layers: int, width: int, *, vocabulary: int, context: int, head: int = 64) -> ModelConfig:
+    return ModelConfig(layers=layers, width=width, heads=width // head, vocabulary=vocabulary, context=context)
 
 
-def run_spec(model: ModelShape, data: Path, *, windows: int, steps: int, precision: str) -> RunSpec:
+def run_spec(model: ModelConfig, data: Path, *, windows: int, steps: int, precision: str) -> RunSpec:
     spec = make_spec(shape=model, steps=steps, windows=windows, peak_lr=1e-4, manifest=manifest_hash(data))
     return msgspec.structs.replace(
         spec,
@@ -75,12 +75,12 @@ def harness(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, 
 
 def plain(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, compiled: bool) -> float:
     """The same for a loop without a harness: model, torch's AdamW, and nothing else."""
-    model = build_model(spec.shape)
+    model = build_model(spec.model)
     model.initialise(0)
     model.to(device)
-    windows = spec.batch_tokens // spec.shape.context
+    windows = spec.batch_tokens // spec.model.context
     micro_batch = micro_batch or windows
-    vocabulary = spec.shape.vocabulary
+    vocabulary = spec.model.vocabulary
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         logits = model(batch[:, :-1]).float().view(-1, vocabulary)
@@ -88,7 +88,7 @@ def plain(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, co
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = Batches(data, context=spec.shape.context, windows=windows, repeat=True)
+    batches = Batches(data, context=spec.model.context, windows=windows, repeat=True)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     every = max(1, spec.steps // 200)
     rates, since = [], time.perf_counter()
@@ -125,11 +125,11 @@ def compare(
     mine, other = statistics.median(ours), statistics.median(theirs)
     overhead = spec.batch_tokens / mine - spec.batch_tokens / other
     line = (
-        f"{name:>12}  {human(count_parameters(spec.shape).blocks):>7}  {human(mine):>7} tokens/s  "
+        f"{name:>12}  {human(count_parameters(spec.model).blocks):>7}  {human(mine):>7} tokens/s  "
         f"plain {human(other):>7}  ratio {mine / other:5.3f}  {overhead * 1e6:+8.0f} us a step"
     )
     if device == "cuda":
-        per_token = train_flops_per_token(spec.shape, "attention")
+        per_token = train_flops_per_token(spec.model, "attention")
         line += f"  MFU {mine * per_token / PEAK_BF16:6.1%}  plain {other * per_token / PEAK_BF16:6.1%}"
         line += f"  {torch.cuda.max_memory_allocated() / 2**30:5.1f} GiB"
         torch.cuda.reset_peak_memory_stats()
@@ -138,7 +138,7 @@ def compare(
 
 def packed(spec: RunSpec, data: Path, *, device: str, runs: int = 4) -> None:
     """So many small runs at once against one after another, all in processes of their own."""
-    from scaling.packing import train_packed
+    from scaling.training.pool import train_packed
 
     seconds = {}
     for at_once in (1, runs):

@@ -1,6 +1,6 @@
 """Ask and tell on one journal file: trials a second with one and with four processes, and TPE against a recorded grid.
 
-Run: ``python tests/bench/bench_tune.py``. The journal is ours (a kernel lock, a trial in one record, a mended end of
+Run: ``python tests/bench/bench_tune.py``. The journal is ours (a kernel lock, a trial in one record, a fixed end of
 file) beside Optuna's own way (its symlink lock, a record for each parameter and attribute), in one run on one disk.
 Trials a second belong to the disk's fsync and can only be compared within a run.
 """
@@ -22,7 +22,7 @@ sys.path[:0] = [
     str(Path(__file__).parents[1] / "sweeps"),
 ]
 
-from sweeps.tuning.journal import Journal, add_running, tell
+from sweeps.tuning.trials import Journal, add_running, tell
 
 TRIALS = 80
 

@@ -22,8 +22,8 @@ sys.path[:0] = [str(HOUSE), str(HOUSE / "tests")]
 
 from tuned import TUNE, loader, told
 
-from scaling.records import RunDirectory
-from sweeps.tune import Tuner, tune, tuning_status
+from scaling.run.directory import RunDirectory
+from sweeps.tuning.tuner import Tuner, tune, tuning_status
 
 SMALL = TUNE.replace("trials = 8", "trials = 4").replace("startup = 4", "startup = 2").replace('\nheld_out = ["c"]', "")
 SCRIPT = """

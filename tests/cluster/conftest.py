@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster import Cluster, port_is_open, until, why_not
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
-from scaling.records import Attempt, RunDirectory
-from sweeps import arrays, snapshot, submit
-from sweeps.campaign import load_campaign
-from sweeps.collect import collect
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, PlannedRun, plan, with_data
-from sweeps.status import RunStatus, status
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Attempt
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, PlannedRun, plan, with_data
+from sweeps.reporting.collect import collect
+from sweeps.reporting.status import RunStatus, status
+from sweeps.slurm import array_records, snapshot, submit
 
 CAMPAIGN = (
     campaign_head("count", evaluation="")
@@ -87,7 +88,7 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def copied_code(folder: Path, train: str) -> Path:
-    """A code snapshot with another scaling/train.py; the real one stands beside it."""
+    """A code snapshot with another scaling/training/loop.py; the real one stands beside it."""
     target = folder / train
     if not target.exists():
         for file in snapshot._files(snapshot.code_root()):
@@ -109,7 +110,9 @@ def faulty_snapshot(folder: Path) -> Path:
     return copied_code(folder, "faulty_train")
 
 
-def four_runs(text: Path, folder: Path, *, steps: int, step_seconds: float, slurm: str, runs_per_gpu: int = 1) -> Plan:
+def four_runs(
+    text: Path, folder: Path, *, steps: int, step_seconds: float, slurm: str, runs_per_gpu: int = 1
+) -> CampaignPlan:
     """Two rungs, two arms, planned under ``folder/root``."""
     file = folder / "count.toml"
     values = {"text": text, "tokens": steps * 128, "step_seconds": step_seconds}
@@ -121,16 +124,16 @@ def real_plan(
     text: Path,
     folder: Path,
     *,
-    slurm: str = "minutes = 5",
+    slurm: str = "time_minutes = 5",
     steps: int = 24,
     every: float = 0.0,
     runs_per_gpu: int = 1,
-) -> Plan:
+) -> CampaignPlan:
     """Four runs that train, and save their state after every step or every so many seconds."""
     return four_runs(text, folder, steps=steps, step_seconds=every, slurm=slurm, runs_per_gpu=runs_per_gpu)
 
 
-def numbers_of(planned: Plan) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+def numbers_of(planned: CampaignPlan) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
     """What must be equal, digit for digit, whatever happened: results, and curves without their clocks."""
     table = collect(planned)
     columns = ["arm", "cell", "run", "status", "params", "tokens", "flops", "flops_attention", "loss", "train_loss"]
@@ -143,7 +146,7 @@ def numbers_of(planned: Plan) -> tuple[list[tuple[object, ...]], list[tuple[obje
 
 
 @pytest.fixture(scope="session")
-def local(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def local(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> CampaignPlan:
     """`real_plan` as the local executor trains it, undisturbed."""
     outcome = run_local(real_plan(tiny_text, tmp_path_factory.mktemp("local")), workers=2, progress=False)
     assert outcome.complete
@@ -167,14 +170,14 @@ class Counting:
         self.folder = folder
 
     def plan(
-        self, *, steps: int = 40, step_seconds: float = 0.05, slurm: str = "minutes = 5", runs_per_gpu: int = 1
-    ) -> Plan:
+        self, *, steps: int = 40, step_seconds: float = 0.05, slurm: str = "time_minutes = 5", runs_per_gpu: int = 1
+    ) -> CampaignPlan:
         """Four runs: two rungs, two arms."""
         return four_runs(
             self.text, self.folder, steps=steps, step_seconds=step_seconds, slurm=slurm, runs_per_gpu=runs_per_gpu
         )
 
-    def submit(self, planned: Plan, **options: Any) -> submit.Submission:
+    def submit(self, planned: CampaignPlan, **options: Any) -> submit.Submission:
         """`submit_slurm` with the counting snapshot."""
         return submit.submit_slurm(planned, **options)
 
@@ -194,7 +197,7 @@ def expected(run: PlannedRun) -> float:
     return int(value[:8], 16) / 16**8
 
 
-def assert_finished_once(planned: Plan, *, redone: int | None = None) -> None:
+def assert_finished_once(planned: CampaignPlan, *, redone: int | None = None) -> None:
     """Every run finished with an undisturbed run's numbers; at most `redone` steps were taken twice."""
     table = collect(planned)
     assert list(table["status"]) == ["finished"] * len(planned.runs), table[["cell", "status", "reason"]]
@@ -207,7 +210,7 @@ def assert_finished_once(planned: Plan, *, redone: int | None = None) -> None:
             assert len(steps) - len(set(steps)) <= redone
 
 
-def wait_until_done(planned: Plan, *, seconds: float = 90.0) -> None:
+def wait_until_done(planned: CampaignPlan, *, seconds: float = 90.0) -> None:
     """Until every run has a record."""
     try:
         until(lambda: all(planned.directory(run).record_file.exists() for run in planned.runs), seconds, "not done")
@@ -215,12 +218,12 @@ def wait_until_done(planned: Plan, *, seconds: float = 90.0) -> None:
         raise TimeoutError([(row.cell, row.arm, row.state, row.step, row.reason) for row in status(planned)]) from None
 
 
-def of(planned: Plan, run: PlannedRun) -> RunStatus:
+def of(planned: CampaignPlan, run: PlannedRun) -> RunStatus:
     """The run's row of `status`."""
     return next(row for row in status(planned) if row.run == run.id)
 
 
-def under_way(planned: Plan, run: PlannedRun, *, step: int = 1) -> bool:
+def under_way(planned: CampaignPlan, run: PlannedRun, *, step: int = 1) -> bool:
     """Whether the run has taken so many steps and is not done."""
     directory = planned.directory(run)
     return len(directory.metrics()) >= step and not directory.record_file.exists()
@@ -231,14 +234,14 @@ def starts(directory: RunDirectory) -> list[Attempt]:
     return [attempt for attempt in directory.attempts() if attempt.event == "start"]
 
 
-def task_of(planned: Plan, run: PlannedRun) -> str:
+def task_of(planned: CampaignPlan, run: PlannedRun) -> str:
     """SLURM's id of the run's job."""
-    job = arrays.locations(arrays.all_arrays(planned.root))[run.id].job
+    job = array_records.locations(array_records.all_arrays(planned.root))[run.id].job
     assert job is not None
     return job
 
 
-def wait_for_steps(planned: Plan, *runs: PlannedRun, step: int = 1) -> None:
+def wait_for_steps(planned: CampaignPlan, *runs: PlannedRun, step: int = 1) -> None:
     """Until the runs have taken so many steps."""
     until(lambda: all(under_way(planned, run, step=step) for run in runs), 60, "the runs did not start")
     time.sleep(0.01)

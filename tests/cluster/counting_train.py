@@ -1,8 +1,8 @@
-"""Stands in for scaling/train.py in the code snapshot of tests about SLURM: steps that are counted, not trained.
+"""Stands in for scaling/training/loop.py in the code snapshot of tests about SLURM: steps that are counted, not trained.
 
 Each step's loss is a hash of the one before, so a run that repeats, skips or loses a step ends with other numbers. It
-keeps the promises of the real one: the run's claim, a resume point at a step border when a signal asks for it, attempts
-noted, metrics a line a step, the record last. A step takes `checkpoint_seconds` of the placement; a resume point is
+keeps the promises of the real one: the run's claim, a checkpoint at a step boundary when a signal asks for it, attempts
+noted, metrics a line a step, the record last. A step takes `checkpoint_seconds` of the placement; a checkpoint is
 written every tenth.
 """
 
@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 from scaling.flops import CONVENTIONS, train_flops
-from scaling.records import Code, Device, MetricsRow, RunDirectory, RunRecord, append_line, write_atomic, write_json
+from scaling.io import append_line, write_atomic, write_json
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Code, Device, MetricsRow, RunRecord
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -84,7 +86,7 @@ def save(directory, step, value):
 def row(spec, step, value):
     tokens = step * spec.batch_tokens
     return MetricsRow(
-        step=step, tokens=tokens, flops=train_flops(spec.shape, tokens), train_loss=loss_after(value),
+        step=step, tokens=tokens, flops=train_flops(spec.model, tokens), train_loss=loss_after(value),
         learning_rate=0.0, grad_norm=None, tokens_per_second=1.0, mfu=None,
     )  # fmt: skip
 
@@ -93,7 +95,7 @@ def record(directory, spec, value):
     tokens = spec.steps * spec.batch_tokens
     return RunRecord(
         spec=spec, status="finished", validation_loss=loss_after(value), train_loss=loss_after(value), tokens=tokens,
-        flops={name: train_flops(spec.shape, tokens, name) for name in CONVENTIONS}, parameters={}, groups={},
+        flops={name: train_flops(spec.model, tokens, name) for name in CONVENTIONS}, parameters={}, groups={},
         bytes_per_token=1.0, seconds=1.0, tokens_per_second=1.0, mfu=None, device=Device(name="none", kind="cpu"),
         code=Code(commit=None, dirty=None, versions={}), manifest=str(spec.data.manifest),
         attempts=sum(attempt.event == "start" for attempt in directory.attempts()), finished_at=time.time(),

@@ -1,4 +1,4 @@
-"""Stands in for scaling/train.py in the code snapshot of tests about faults: the real one, disturbed at a step.
+"""Stands in for scaling/training/loop.py in the code snapshot of tests about faults: the real one, disturbed at a step.
 
 A file ``fault-NAME`` in the run's directory orders a fault at the step that it names; it strikes once.
 """
@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from scaling.true_train import train, train_one_process
 
-from scaling.logbook import Logbook
-from scaling.resume import resume_points
+from scaling.training.checkpoint import resume_points
+from scaling.training.metrics import MetricsLogger
 
 __all__ = ["train", "train_one_process"]
 
-as_it_is = Logbook.on_train_batch_end
+as_it_is = MetricsLogger.on_train_batch_end
 
 
 def disturbed(self, trainer, module, *rest):
-    """After the logbook's part of a step, and before that step's resume point."""
+    """After the logbook's part of a step, and before that step's checkpoint."""
     as_it_is(self, trainer, module, *rest)
     for name, strike in FAULTS.items():
         order = self.directory.path / f"fault-{name}"
@@ -51,7 +51,7 @@ def truncated(directory, module):
 
 
 def full(directory, module):
-    """The disk, so that the resume point of this step finds no room."""
+    """The disk, so that the checkpoint of this step finds no room."""
     with (directory.path.parent.parent / "filler").open("wb") as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 12))
@@ -59,6 +59,6 @@ def full(directory, module):
 
 
 FAULTS = {"killed": killed, "nan": nan, "torn": torn, "truncated": truncated, "full": full}
-Logbook.on_train_batch_end = disturbed
+MetricsLogger.on_train_batch_end = disturbed
 
 assert Path(__file__).name == "train.py", "this file is only for code snapshots"

@@ -10,10 +10,10 @@ from cluster import Cluster, until
 from conftest import Counting, assert_finished_once, numbers_of, of, starts, wait_until_done
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
-from sweeps.campaign import load_campaign
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, plan, with_data
-from sweeps.submit import submit_slurm
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
@@ -27,7 +27,7 @@ CAMPAIGN = (
 )
 
 
-def branched(text: Path, folder: Path) -> Plan:
+def branched(text: Path, folder: Path) -> CampaignPlan:
     """A trunk and a branch of it for each arm."""
     folder.mkdir()
     file = folder / "branched.toml"

@@ -26,11 +26,11 @@ from conftest import (
     wait_until_done,
 )
 
-from scaling.errors import Refusal
-from sweeps import arrays, submit
-from sweeps.plan import Plan, PlannedRun
-from sweeps.status import status
-from sweeps.submit import submit_slurm
+from scaling.errors import UserError
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.reporting.status import status
+from sweeps.slurm import array_records, submit
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = pytest.mark.cluster
 
@@ -60,7 +60,7 @@ def test_a_killed_task_is_retried_from_its_last_resume_point(cluster: Cluster, c
 
 
 def test_a_run_that_is_always_killed_is_given_up_and_says_why(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(slurm="minutes = 5\ntries = 2")
+    planned = counting.plan(slurm="time_minutes = 5\ntries = 2")
     victim = planned.runs[0]
     directory = planned.directory(victim)
     directory.create(victim.spec, victim.placement)
@@ -93,9 +93,9 @@ def test_a_run_that_fails_by_itself_is_not_started_again_until_asked(cluster: Cl
 def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_it_alone_or_among_others(
     cluster: Cluster, counting: Counting, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = counting.plan(steps=60, step_seconds=0.1, slurm="minutes = 5\ncpus = 5")  # one run on each node
+    planned = counting.plan(steps=60, step_seconds=0.1, slurm="time_minutes = 5\ncpus = 5")  # one run on each node
     (tmp_path / "wide").mkdir()
-    both = real_plan(tiny_text, tmp_path / "wide", slurm="minutes = 5\nnodes = 2", steps=800, every=0.2)
+    both = real_plan(tiny_text, tmp_path / "wide", slurm="time_minutes = 5\nnodes = 2", steps=800, every=0.2)
     both = msgspec.structs.replace(both, runs=both.runs[:1])
     with monkeypatch.context() as real:
         real.setattr(submit, "take_snapshot", faulty_snapshot)
@@ -123,10 +123,10 @@ def test_a_crashed_controller_is_named_and_does_no_harm(cluster: Cluster, counti
     wait_for_steps(planned, *planned.runs, step=10)
     time.sleep(3)
     cluster.crash_controller()
-    from sweeps.survey import survey
+    from sweeps.slurm.queue_state import survey
 
     assert any("queue could not be asked" in note for note in survey(planned.root).answer.notes)
-    with pytest.raises(Refusal, match="SLURM cannot be asked"):
+    with pytest.raises(UserError, match="SLURM cannot be asked"):
         counting.submit(planned)
     cluster.start_controller()
     wait_until_done(planned)
@@ -151,13 +151,13 @@ def test_a_controller_that_crashes_under_a_young_job_starts_nothing_twice(cluste
     assert_finished_once(planned, redone=0)
 
 
-def over_or_held(planned: Plan, run: PlannedRun) -> bool:
+def over_or_held(planned: CampaignPlan, run: PlannedRun) -> bool:
     """Whether the run has its record, or `status` says how to release its job."""
     return planned.directory(run).record_file.exists() or "scontrol release" in (of(planned, run).reason or "")
 
 
 def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(steps=60, slurm="minutes = 5\nparallel = 2")
+    planned = counting.plan(steps=60, slurm="time_minutes = 5\nparallel = 2")
     counting.submit(planned)
     running, waiting = planned.runs[0], planned.runs[-1]
     wait_for_steps(planned, running, step=5)
@@ -189,7 +189,7 @@ def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Coun
 
 
 def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(steps=80, slurm='minutes = 5\npartition = "low"\ncpus = 4')
+    planned = counting.plan(steps=80, slurm='time_minutes = 5\npartition = "low"\ncpus = 4')
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
@@ -201,7 +201,7 @@ def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counti
 
 def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, counting: Counting) -> None:
     # SLURM looks at limits every few seconds and may ask up to a minute early: this run of 25 s is asked in time.
-    planned = counting.plan(steps=50, step_seconds=0.5, slurm="minutes = 1\nsignal_seconds = 50")
+    planned = counting.plan(steps=50, step_seconds=0.5, slurm="time_minutes = 1\nsignal_seconds = 50")
     counting.submit(planned)
     wait_until_done(planned, seconds=240)
     assert_finished_once(planned, redone=0)
@@ -224,7 +224,7 @@ print(submit.submit_slurm(plan(load_campaign({file!r}), {root!r})).queued)
 KILLED_AFTER_SBATCH = """
 import os, signal
 from sweeps import arrays, submit
-arrays.with_job = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+array_records.with_job = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 KILLED_BEFORE_SBATCH = """
@@ -246,7 +246,7 @@ def test_two_submitters_at_once_submit_each_run_once(cluster: Cluster, counting:
     planned = counting.plan(steps=20)
     both = [submitter(counting), submitter(counting)]
     assert [process.wait(60) for process in both] == [0, 0]
-    assert sum(len(array.runs) for array in arrays.all_arrays(planned.root)) == 4
+    assert sum(len(array.runs) for array in array_records.all_arrays(planned.root)) == 4
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
@@ -258,9 +258,9 @@ def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
 ) -> None:
     planned = counting.plan(steps=20)
     assert submitter(counting, fault).wait(60) == -signal.SIGKILL
-    (begun,) = arrays.all_arrays(planned.root)
+    (begun,) = array_records.all_arrays(planned.root)
     assert begun.job is None
-    monkeypatch.setattr("sweeps.repair.IN_FLIGHT_SECONDS", 2.0)
+    monkeypatch.setattr("sweeps.slurm.reconcile.IN_FLIGHT_SECONDS", 2.0)
     again = counting.submit(planned)
     adopted = fault == KILLED_AFTER_SBATCH
     assert (len(again.joined) + len(again.done), len(again.queued)) == ((4, 0) if adopted else (0, 4))
@@ -281,7 +281,7 @@ def test_a_cluster_whose_accounting_does_not_answer_finishes_a_campaign(
         (shims / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
         (shims / "sacct").chmod(0o755)
         monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
-    planned = counting.plan(steps=60, slurm="minutes = 5\nparallel = 3")
+    planned = counting.plan(steps=60, slurm="time_minutes = 5\nparallel = 3")
     counting.submit(planned)
     waiting = planned.runs[-1]
     wait_for_steps(planned, planned.runs[0], step=5)

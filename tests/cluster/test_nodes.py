@@ -9,9 +9,9 @@ import pytest
 from cluster import Cluster, until
 from conftest import Counting, assert_finished_once, of, starts, wait_for_steps, wait_until_done
 
-from sweeps import arrays
-from sweeps.nodes import bad_nodes, sentences
-from sweeps.survey import survey
+from sweeps.slurm import array_records
+from sweeps.slurm.bad_nodes import bad_nodes, sentences
+from sweeps.slurm.queue_state import survey
 
 pytestmark = pytest.mark.cluster
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.cluster
 def test_a_node_on_which_two_runs_fail_at_their_start_is_left_out_and_the_runs_go_elsewhere(
     cluster: Cluster, counting: Counting
 ) -> None:
-    planned = counting.plan(steps=20, slurm="minutes = 5\ncpus = 8")  # one run on each node
+    planned = counting.plan(steps=20, slurm="time_minutes = 5\ncpus = 8")  # one run on each node
     (planned.root / "broken-node").write_text("node2")
     counting.submit(planned)
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert bad_nodes(planned.root) == {"node2": 2}
     assert sentences(planned.root)[0].startswith("node2 is left out")
-    again = counting.plan(steps=21, slurm="minutes = 5\ncpus = 8")
+    again = counting.plan(steps=21, slurm="time_minutes = 5\ncpus = 8")
     submission = counting.submit(again)
     assert any("node2 is left out" in note for note in submission.notes)
     assert "ExcNodeList=node2" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
@@ -37,7 +37,7 @@ def test_a_node_that_fails_jobs_before_they_can_say_so_is_left_out_by_the_next_s
 ) -> None:
     profile = counting.folder / "profile.toml"
     profile.write_text("setup = ['[ \"$SLURMD_NODENAME\" != node2 ] || exit 1']\n")
-    planned = counting.plan(steps=10, slurm="minutes = 5\ncpus = 8")
+    planned = counting.plan(steps=10, slurm="time_minutes = 5\ncpus = 8")
     counting.submit(planned)
     until(lambda: not cluster.ask("squeue", "-h"), 60, "the jobs did not end")
     until(lambda: len(list(survey(planned.root).jobs_that_never_began())) >= 2, 20, "the accounting is behind")
@@ -51,7 +51,7 @@ def test_a_node_that_fails_jobs_before_they_can_say_so_is_left_out_by_the_next_s
 def test_a_process_that_stands_still_is_ended_with_a_reason_and_its_run_continues(
     cluster: Cluster, counting: Counting
 ) -> None:
-    planned = counting.plan(steps=40, slurm="minutes = 5\nstall_seconds = 3")
+    planned = counting.plan(steps=40, slurm="time_minutes = 5\nstall_seconds = 3")
     victim = planned.runs[0]
     directory = planned.directory(victim)
     counting.submit(planned)
@@ -62,4 +62,4 @@ def test_a_process_that_stands_still_is_ended_with_a_reason_and_its_run_continue
     assert "left no trace of a step for 3 s" in (directory.attempts()[1].reason or "")
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs[1:])
     assert not of(planned, victim).reason
-    assert not (directory.path / arrays.CANCELLED).exists()
+    assert not (directory.path / array_records.CANCELLED).exists()

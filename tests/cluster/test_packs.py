@@ -20,16 +20,16 @@ from conftest import (
     wait_until_done,
 )
 
-from sweeps.manage import cancel
-from sweeps.plan import Plan
-from sweeps.status import status
-from sweeps.submit import submit_slurm
+from sweeps.planning.plan import CampaignPlan
+from sweeps.reporting.status import status
+from sweeps.slurm.operations import cancel
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 
 def test_a_pack_trains_to_the_numbers_of_runs_alone(
-    cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path
+    cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     packed = real_plan(tiny_text, tmp_path, runs_per_gpu=4)
     submission = submit_slurm(packed)
@@ -64,7 +64,7 @@ def test_in_a_pack_a_killed_run_continues_a_failed_one_waits_and_the_others_do_n
 def test_preemption_reaches_every_run_of_a_pack_and_cancelling_one_leaves_its_neighbours(
     cluster: Cluster, counting: Counting
 ) -> None:
-    planned = counting.plan(steps=100, slurm='minutes = 5\npartition = "low"', runs_per_gpu=4)
+    planned = counting.plan(steps=100, slurm='time_minutes = 5\npartition = "low"', runs_per_gpu=4)
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     unwanted = planned.runs[0]

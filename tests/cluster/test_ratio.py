@@ -9,20 +9,20 @@ import pytest
 from cluster import Cluster
 from conftest import numbers_of, wait_until_done
 
-from analysis.conventions import TIMES
-from analysis.load import read_table
-from analysis.study import Study, fit_table
+from analysis.data.table import read_table
+from analysis.ratio.cost_metrics import TIMES
+from analysis.ratio.study import Study, fit_table
 from scaling.spec import as_dict
-from sweeps.campaign import load_campaign
-from sweeps.collect import collect
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, plan, with_data
-from sweeps.submit import submit_slurm
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.reporting.collect import collect
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 
-def quick(root: Path) -> Plan:
+def quick(root: Path) -> CampaignPlan:
     """The campaign quick with a twentieth of its tokens, one seed, and without its largest rung."""
     whole = load_campaign(
         "quick",
@@ -32,7 +32,7 @@ def quick(root: Path) -> Plan:
     return with_data(plan(msgspec.structs.replace(whole, rungs=rungs), root), progress=False)
 
 
-def fitted(done: Plan) -> Study:
+def fitted(done: CampaignPlan) -> Study:
     """What ``scaling fit`` finds."""
     collect(done)
     return fit_table(read_table(done.results / "runs.csv"))

@@ -8,20 +8,20 @@ import pytest
 from cluster import Cluster, until
 from conftest import Counting, assert_finished_once, wait_for_steps, wait_until_done
 
-from scaling.errors import Refusal
-from sweeps.doctor import Check, examine
-from sweeps.manage import cancel, clean, select, show_log
-from sweeps.status import status
+from scaling.errors import UserError
+from sweeps.reporting.status import status
+from sweeps.slurm.doctor import ClusterCheck, examine
+from sweeps.slurm.operations import cancel, clean, select, show_log
 
 pytestmark = pytest.mark.cluster
 
 
-def verdicts(checks: list[Check]) -> dict[str, str]:
+def verdicts(checks: list[ClusterCheck]) -> dict[str, str]:
     return {check.name: check.verdict for check in checks}
 
 
 def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Cluster, counting: Counting) -> None:
-    found = verdicts(examine(counting.plan(slurm="minutes = 5\ngpus = 2")))
+    found = verdicts(examine(counting.plan(slurm="time_minutes = 5\ngpus = 2")))
     assert found.pop("run root") in ("warn", "pass")
     assert set(found.values()) == {"pass"}
 
@@ -30,10 +30,10 @@ def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Clust
     ("slurm", "said"),
     [
         ('partition = "mian"', 'no partition "mian"'),
-        ("minutes = 500", "allows 120; the job would wait for ever"),
-        ("gpus = 99", "SLURM would refuse"),
+        ("time_minutes = 500", "allows 120; the job would wait for ever"),
+        ("gpus_per_node = 99", "SLURM would refuse"),
         ("nodes = 7", "SLURM would refuse"),
-        ("minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
+        ("time_minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
     ],
 )
 def test_doctor_fails_what_would_never_start(cluster: Cluster, counting: Counting, slurm: str, said: str) -> None:
@@ -42,7 +42,7 @@ def test_doctor_fails_what_would_never_start(cluster: Cluster, counting: Countin
 
 
 def test_doctor_probes_that_a_node_can_write_and_import(cluster: Cluster, counting: Counting) -> None:
-    probe = examine(counting.plan(slurm="minutes = 5"), probe=True)[-1]
+    probe = examine(counting.plan(slurm="time_minutes = 5"), probe=True)[-1]
     assert (probe.name, probe.verdict) == ("probe of a", "pass"), probe.finding
     assert not list((counting.folder / "root" / "submissions").glob(".probe*"))
 
@@ -68,7 +68,7 @@ def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
 ) -> None:
     planned = counting.plan(steps=30)
     finished, other = planned.runs[0], planned.runs[1]
-    with pytest.raises(Refusal, match="printed nothing yet"):
+    with pytest.raises(UserError, match="printed nothing yet"):
         show_log(planned, finished)
     counting.submit(planned)
     wait_until_done(planned)
@@ -89,9 +89,9 @@ def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
 
 def test_a_run_that_is_not_in_the_plan_is_not_selected(counting: Counting) -> None:
     planned = counting.plan()
-    with pytest.raises(Refusal, match='did you mean "muon"'):
+    with pytest.raises(UserError, match='did you mean "muon"'):
         select(planned, arm="moun")
-    with pytest.raises(Refusal, match="no run of this plan begins"):
+    with pytest.raises(UserError, match="no run of this plan begins"):
         select(planned, run="zzz")
-    with pytest.raises(Refusal, match="4 runs of this plan begin"):
+    with pytest.raises(UserError, match="4 runs of this plan begin"):
         select(planned, run="")

@@ -13,23 +13,23 @@ from cluster import Cluster, until
 from conftest import real_plan, starts, wait_for_steps, wait_until_done
 from safetensors.numpy import load_file
 
-from sweeps.plan import Plan, PlannedRun
-from sweeps.submit import submit_slurm
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 
-def only_one(plan: Plan) -> tuple[Plan, PlannedRun]:
+def only_one(plan: CampaignPlan) -> tuple[CampaignPlan, PlannedRun]:
     """The plan with one run left, Muon's on the first rung."""
     run = next(run for run in plan.runs if run.rung == "a" and run.arm == "muon")
     return msgspec.structs.replace(plan, runs=(run,)), run
 
 
-@pytest.mark.parametrize("slurm", ["tasks = 2", "nodes = 2"])
+@pytest.mark.parametrize("slurm", ["tasks_per_node = 2", "nodes = 2"])
 def test_several_tasks_train_to_the_weights_of_one(
-    cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path, slurm: str
+    cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path, slurm: str
 ) -> None:
-    there, keep = only_one(real_plan(tiny_text, tmp_path, slurm=f"minutes = 5\n{slurm}"))
+    there, keep = only_one(real_plan(tiny_text, tmp_path, slurm=f"time_minutes = 5\n{slurm}"))
     assert len(submit_slurm(there).queued) == 1
     wait_until_done(there, seconds=180)
     record, alone = there.directory(keep).record(), local.directory(keep).record()
@@ -45,14 +45,14 @@ def test_several_tasks_train_to_the_weights_of_one(
 def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_other(
     cluster: Cluster, tiny_text: Path, tmp_path: Path
 ) -> None:
-    there, run = only_one(real_plan(tiny_text, tmp_path, slurm="minutes = 5\ntasks = 2", steps=600, every=0.2))
+    there, run = only_one(real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\ntasks = 2", steps=600, every=0.2))
     directory = there.directory(run)
     submit_slurm(there)
 
     def ranks() -> list[int]:
         """The two processes of the present attempt, the one that keeps the books first."""
         first = starts(directory)[-1].pid
-        others = [pid for pid in cluster.processes() if b"sweeps.worker" in command_of(pid) and pid != first]
+        others = [pid for pid in cluster.processes() if b"sweeps.slurm.job" in command_of(pid) and pid != first]
         return [first, *(pid for pid in others if b"srun" not in command_of(pid))]
 
     wait_for_steps(there, run, step=2)

@@ -9,12 +9,12 @@ import pytest
 from cluster import Cluster, until
 from conftest import faulty_snapshot, numbers_of, real_plan, starts, wait_until_done
 
-from scaling.resume import newest_resume_point, step_of
-from sweeps import submit
-from sweeps.nodes import bad_nodes
-from sweeps.plan import Plan, PlannedRun
-from sweeps.status import status
-from sweeps.submit import submit_slurm
+from scaling.training.checkpoint import newest_resume_point, step_of
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.reporting.status import status
+from sweeps.slurm import submit
+from sweeps.slurm.bad_nodes import bad_nodes
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
@@ -24,7 +24,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "take_snapshot", faulty_snapshot)
 
 
-def order(plan: Plan, run: PlannedRun, fault: str, *, step: int) -> None:
+def order(plan: CampaignPlan, run: PlannedRun, fault: str, *, step: int) -> None:
     """Ask for a fault before anything is submitted."""
     directory = plan.directory(run)
     directory.create(run.spec, run.placement)
@@ -32,7 +32,7 @@ def order(plan: Plan, run: PlannedRun, fault: str, *, step: int) -> None:
 
 
 def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_numbers_and_a_poisoned_run_is_data(
-    cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path
+    cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     there = real_plan(tiny_text, tmp_path)
     killed, torn, truncated, poisoned = there.runs
@@ -57,14 +57,14 @@ def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_num
 
 
 def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
-    cluster: Cluster, local: Plan, tiny_text: Path, tmp_path: Path
+    cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(root)], check=False).returncode:
         pytest.skip("this machine mounts no file systems for tests")
     try:
-        there = real_plan(tiny_text, tmp_path, slurm="minutes = 5\nparallel = 1")
+        there = real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\nparallel = 1")
         for run in there.runs:
             order(there, run, "full", step=18)
         submit_slurm(there)

@@ -8,10 +8,10 @@ import pytest
 from cluster import Cluster
 from tuned import CAMPAIGN, told
 
-import sweeps.tune
-from scaling.records import RunDirectory
-from sweeps.campaign import load_campaign
-from sweeps.tune import tune
+import sweeps.tuning.tuner
+from scaling.run.directory import RunDirectory
+from sweeps.config.campaign import load_campaign
+from sweeps.tuning.tuner import tune
 
 pytestmark = pytest.mark.cluster
 
@@ -31,7 +31,7 @@ def test_slurm_and_the_local_executor_tell_the_same_trials(
 ) -> None:
     (tmp_path / "profile.toml").write_text("")
     monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
-    monkeypatch.setattr(sweeps.tune, "POLL_SECONDS", 0.3)
+    monkeypatch.setattr(sweeps.tuning.tuner, "POLL_SECONDS", 0.3)
     file = tmp_path / "tiny-tuned.toml"
     file.write_text(CAMPAIGN.format(text=tiny_text, tune=TUNE) + "[placement.slurm]\nminutes = 5\nparallel = 2\n")
     here = tune(load_campaign(file), tmp_path / "local", workers=1, progress=False)

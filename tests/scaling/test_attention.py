@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from scaling import attention
-from scaling.spec import LatentAttention, Mixture, ModelShape
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.training import attention_backend
 
-SHAPE = ModelShape(layers=1, width=32, heads=2, vocabulary=8, context=16)
-LATENT = ModelShape(
+SHAPE = ModelConfig(layers=1, width=32, heads=2, vocabulary=8, context=16)
+LATENT = ModelConfig(
     layers=2, width=32, heads=2, vocabulary=8, context=16, ffn=16, family="moonlight-moe",
-    mixture=Mixture(experts=2, active=1, dense_layers=1), latent=LatentAttention(kv_rank=8, plain=8, rotary=8, value=8),
+    moe=MoEConfig(experts=2, top_k=1, dense_layers=1), mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["plain", "latent"])
-def test_kernels_that_take_the_shape_are_measured(shape: ModelShape) -> None:
-    seconds = attention.measure(
+def test_kernels_that_take_the_shape_are_measured(shape: ModelConfig) -> None:
+    seconds = attention_backend.measure(
         shape, windows=2, device=torch.device("cpu"), precision="fp32", candidates=(SDPBackend.MATH,)
     )
     assert seconds["MATH"] > 0
@@ -30,14 +30,17 @@ def test_the_choice_of_the_first_attempt_is_the_choice_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([{"MATH": 2.0, "FLASH_ATTENTION": 1.0}, {"MATH": 1.0, "FLASH_ATTENTION": 2.0}])
-    monkeypatch.setattr(attention, "measure", lambda *_, **__: next(answers))
+    monkeypatch.setattr(attention_backend, "measure", lambda *_, **__: next(answers))
     gpu = torch.device("cuda")
     first, second = (
-        attention.chosen_kernel(tmp_path, SHAPE, windows=2, device=gpu, precision="bf16") for _ in range(2)
+        attention_backend.chosen_kernel(tmp_path, SHAPE, windows=2, device=gpu, precision="bf16") for _ in range(2)
     )
     assert first is second is SDPBackend.FLASH_ATTENTION
 
 
 def test_on_a_cpu_torch_chooses(tmp_path: Path) -> None:
-    assert attention.chosen_kernel(tmp_path, SHAPE, windows=2, device=torch.device("cpu"), precision="fp32") is None
+    assert (
+        attention_backend.chosen_kernel(tmp_path, SHAPE, windows=2, device=torch.device("cpu"), precision="fp32")
+        is None
+    )
     assert not list(tmp_path.iterdir())

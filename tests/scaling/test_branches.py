@@ -11,13 +11,13 @@ import pytest
 from safetensors.torch import load_file
 from tiny import make_spec
 
-from scaling.branches import refuse_foreign
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
-from scaling.logbook import Logbook
-from scaling.records import RunDirectory
+from scaling.errors import UserError
+from scaling.run.directory import RunDirectory
 from scaling.spec import Placement, RunSpec, Schedule
-from scaling.train import train
+from scaling.training.loop import train
+from scaling.training.metrics import MetricsLogger
+from scaling.training.warm_start import refuse_foreign
 
 BATCH = 128
 
@@ -68,15 +68,15 @@ def test_a_killed_branch_goes_on_from_its_own_point(
     trunk: RunDirectory, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(wsd(20, 5, tiny_shards), tmp_path / "whole", tiny_shards)
-    original, done = Logbook.on_train_batch_end, []
+    original, done = MetricsLogger.on_train_batch_end, []
 
-    def stop_once(self: Logbook, trainer: object, *rest: object) -> None:
+    def stop_once(self: MetricsLogger, trainer: object, *rest: object) -> None:
         original(self, trainer, *rest)  # type: ignore[arg-type]
         if trainer.global_step == 17 and not done:  # type: ignore[attr-defined]
             done.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Logbook, "on_train_batch_end", stop_once)
+    monkeypatch.setattr(MetricsLogger, "on_train_batch_end", stop_once)
     branch = run(wsd(20, 5, tiny_shards, branch_of=trunk.path.name), tmp_path, tiny_shards)
     assert branch.record() is None
     train(branch.path, progress=False)
@@ -101,11 +101,11 @@ def test_the_trunk_is_not_changed_by_the_points_it_keeps(
 
 def test_a_trunk_with_other_first_steps_is_refused(tiny_shards: Path) -> None:
     trunk = wsd(30, 6, tiny_shards)
-    with pytest.raises(Refusal, match="they differ in seed"):
+    with pytest.raises(UserError, match="they differ in seed"):
         refuse_foreign(wsd(12, 3, tiny_shards, branch_of=trunk.id, seed=1), trunk)
-    with pytest.raises(Refusal, match="Make the trunk longer"):
+    with pytest.raises(UserError, match="Make the trunk longer"):
         refuse_foreign(wsd(29, 3, tiny_shards, branch_of=trunk.id), trunk)
-    with pytest.raises(Refusal, match='need the schedule "wsd"'):
+    with pytest.raises(UserError, match='need the schedule "wsd"'):
         refuse_foreign(make_spec(), trunk)
 
 

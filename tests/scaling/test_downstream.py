@@ -13,8 +13,8 @@ from running import finish, place
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash
-from scaling.downstream import TASKS, downloads, score_tasks
-from scaling.errors import Refusal
+from scaling.errors import UserError
+from scaling.evaluation.tasks import TASKS, downloads, score_tasks
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_exported_run_is_scored_with_the_usual_shots(run: Path, calls: list[
 
 
 def test_programs_of_the_model_are_run_only_with_leave(run: Path, calls: list[dict[str, Any]]) -> None:
-    with pytest.raises(Refusal, match="humaneval: scoring runs the programs"):
+    with pytest.raises(UserError, match="humaneval: scoring runs the programs"):
         score_tasks(run, ["mmlu", "humaneval"])
     assert calls == []
     score_tasks(run, ["humaneval"], allow_code=True)
@@ -64,12 +64,12 @@ def test_programs_of_the_model_are_run_only_with_leave(run: Path, calls: list[di
 def test_downloads_are_named_before_anything_is_fetched() -> None:
     assert downloads(["gsm8k"]) == ["gsm8k: the data set openai/gsm8k from the Hugging Face Hub"]
     assert len(downloads(TASKS)) == len(TASKS)
-    with pytest.raises(Refusal, match='did you mean "gsm8k"'):
+    with pytest.raises(UserError, match='did you mean "gsm8k"'):
         downloads(["gsm8"])
 
 
 def test_a_missing_package_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(Refusal, match=r"pip install 'scaling-harness\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'scaling-harness\[eval\]'"):
         score_tasks(run, ["mmlu"])

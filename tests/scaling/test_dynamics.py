@@ -13,12 +13,13 @@ from running import at_step, finish, numbers, place
 from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
-from scaling.optim.measure import parameter_class
-from scaling.optim.recipes import complete
-from scaling.records import DynamicsRow, RunDirectory
+from scaling.errors import UserError
+from scaling.optim.diagnostics import parameter_class
+from scaling.optim.registry import complete
+from scaling.run.directory import RunDirectory
+from scaling.run.record import DynamicsRow
 from scaling.spec import OptimizerSpec, Placement, RunSpec
-from scaling.train import train
+from scaling.training.loop import train
 
 STEPS, TIMES = 12, 3
 
@@ -91,7 +92,7 @@ def test_a_compiled_model_cannot_be_clipped(tiny_shards: Path, tmp_path: Path) -
     spec = a_spec(tiny_shards, qk_clip=100.0)
     directory = RunDirectory(tmp_path / spec.id)
     directory.create(spec, Placement(data=str(tiny_shards), device="cpu", compile=True))
-    with pytest.raises(Refusal, match=r"qk_clip = 100.* Set compile = false"):
+    with pytest.raises(UserError, match=r"qk_clip = 100.* Set compile = false"):
         train(directory.path, progress=False)
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.data.sources import DataConfig
-from scaling.errors import Refusal
-from scaling.evaluate import evaluate
-from scaling.models import build_model
-from scaling.records import RunDirectory
+from scaling.data.sources.registry import DataConfig
+from scaling.errors import UserError
+from scaling.evaluation.loss import evaluate
+from scaling.models.registry import build_model
+from scaling.run.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_text_is_scored_token_by_token_up_to_its_last(run: Path, tmp_path: Pat
     # By hand: one stream of bytes with a zero after each document, windows of 16 inputs.
     record = RunDirectory(run).record()
     assert record is not None
-    model = build_model(record.spec.shape)
+    model = build_model(record.spec.model)
     model.load_state_dict(load_file(run / "weights.safetensors"))
     stream = torch.tensor(list(b"".join(text.encode() + b"\0" for text in texts)))
     losses = []
@@ -76,10 +76,10 @@ def test_unlike_text_is_harder_than_the_text_it_learned(run: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="there is no such directory"):
+    with pytest.raises(UserError, match="there is no such directory"):
         evaluate(tmp_path / "nowhere")
     unfinished = place(make_spec(seed=5, manifest=manifest_hash(read_manifest(tiny_shards))), tmp_path, tiny_shards)
-    with pytest.raises(Refusal, match="it is planned, and only a finished run"):
+    with pytest.raises(UserError, match="it is planned, and only a finished run"):
         evaluate(unfinished)
-    with pytest.raises(Refusal, match="holds no manifest"):
+    with pytest.raises(UserError, match="holds no manifest"):
         evaluate(run, data=tmp_path)

@@ -5,36 +5,36 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
-from scaling.models import build_model
-from scaling.models.published import PUBLISHED
-from scaling.spec import LatentAttention, Mixture, ModelShape
+from scaling.models.presets import PUBLISHED
+from scaling.models.registry import build_model
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
-MIXTURE = Mixture(experts=8, active=2, shared=1, dense_layers=1, granularity=2)
-LATENT = LatentAttention(kv_rank=24, plain=12, rotary=8, value=20)
+MIXTURE = MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2)
+LATENT = MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)
 
 SHAPES = {
-    "tiny": ModelShape(layers=2, width=32, heads=2, vocabulary=256, context=64, ffn_multiple=8),
-    "tied": ModelShape(layers=3, width=48, heads=4, vocabulary=100, context=16, ffn_multiple=16, tied=True),
+    "tiny": ModelConfig(layers=2, width=32, heads=2, vocabulary=256, context=64, ffn_multiple=8),
+    "tied": ModelConfig(layers=3, width=48, heads=4, vocabulary=100, context=16, ffn_multiple=16, tied=True),
     **{
-        f"moonlight-{layers}-layers": ModelShape(
+        f"moonlight-{layers}-layers": ModelConfig(
             layers=layers, width=128 * layers, heads=layers, vocabulary=50_304, context=8192
         )
         for layers in (12, 14, 16, 18, 20)
     },
     **PUBLISHED,
-    "experts": ModelShape(
+    "experts": ModelConfig(
         layers=2, width=32, heads=2, vocabulary=256, context=64, ffn=64, family="mixtral-moe",
-        mixture=Mixture(experts=4, active=3, score="topk-softmax"),
+        moe=MoEConfig(experts=4, top_k=3, score="topk-softmax"),
     ),
-    "moonlight-moe": ModelShape(
+    "moonlight-moe": ModelConfig(
         layers=3, width=32, heads=4, vocabulary=256, context=64, ffn_multiple=16, family="moonlight-moe",
-        mixture=MIXTURE, latent=LATENT,
+        moe=MIXTURE, mla=LATENT,
     ),
-    "query-rank": ModelShape(
+    "query-rank": ModelConfig(
         layers=2, width=32, heads=4, vocabulary=64, context=32, ffn_multiple=16, tied=True, family="moonlight-moe",
-        mixture=MIXTURE, latent=LatentAttention(kv_rank=24, plain=12, rotary=8, value=20, q_rank=16),
+        moe=MIXTURE, mla=MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20, q_lora_rank=16),
     ),
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def grouped_flops(rows: tuple[int, ...], stack: tuple[int, ...], *_: object, **_
     return 2 * rows[0] * rows[1] * stack[-1]
 
 
-def counted_flops(shape: ModelShape, windows: int = 2) -> int:
+def counted_flops(shape: ModelConfig, windows: int = 2) -> int:
     """What FlopCounterMode sees in one forward and backward pass."""
     with torch.device("meta"):
         model = build_model(shape)
@@ -57,23 +57,23 @@ def counted_flops(shape: ModelShape, windows: int = 2) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_full_attention_convention_is_what_torch_counts(shape: ModelShape) -> None:
+def test_full_attention_convention_is_what_torch_counts(shape: ModelConfig) -> None:
     assert counted_flops(shape) == train_flops(shape, 2 * shape.context, "attention-full")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_conventions_differ_by_exactly_the_part_they_name(shape: ModelShape) -> None:
+def test_conventions_differ_by_exactly_the_part_they_name(shape: ModelConfig) -> None:
     parameters = count_parameters(shape)
     per_token = {name: train_flops_per_token(shape, name) for name in CONVENTIONS}
     assert per_token["matmul"] - per_token["6nd"] == 6 * parameters.head
     full = per_token["attention-full"] - per_token["matmul"]
     assert full == 2 * (per_token["attention"] - per_token["matmul"])
-    if shape.latent is None:
+    if shape.mla is None:
         assert full == 12 * shape.layers * shape.width * shape.context
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_parameters_by_part_are_the_models(shape: ModelShape) -> None:
+def test_parameters_by_part_are_the_models(shape: ModelConfig) -> None:
     with torch.device("meta"):
         model = build_model(shape)
     parameters = count_parameters(shape)
@@ -86,12 +86,12 @@ def test_parameters_by_part_are_the_models(shape: ModelShape) -> None:
 
 @pytest.mark.parametrize(("layers", "millions"), [(12, 339.7), (14, 545.9), (16, 822.1), (18, 1146.6), (20, 1586.0)])
 def test_moonlights_sizes_follow_from_depth_alone(layers: int, millions: float) -> None:
-    shape = ModelShape(layers=layers, width=128 * layers, heads=layers, vocabulary=1, context=8192)
+    shape = ModelConfig(layers=layers, width=128 * layers, heads=layers, vocabulary=1, context=8192)
     assert round(count_parameters(shape).blocks / 1e6, 1) == millions
 
 
 def test_unknown_convention_is_refused_with_the_near_name() -> None:
-    with pytest.raises(Refusal, match='did you mean "matmul"'):
+    with pytest.raises(UserError, match='did you mean "matmul"'):
         train_flops_per_token(SHAPES["tiny"], "matmull")
 
 

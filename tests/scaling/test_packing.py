@@ -14,9 +14,9 @@ from running import numbers, place
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.packing import device_slots, train_packed
-from scaling.records import RunDirectory
-from scaling.train import train
+from scaling.run.directory import RunDirectory
+from scaling.training.loop import train
+from scaling.training.pool import device_slots, train_packed
 
 
 def _kill(path: Path) -> None:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.models.decoder import Decoder
-from scaling.processes import share_of_batch
-from scaling.records import RunDirectory, RunRecord
+from scaling.run.directory import RunDirectory
+from scaling.run.record import RunRecord
 from scaling.spec import Placement, RunSpec
+from scaling.training.launch import share_of_batch
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path
 def test_processes_that_are_stopped_together_continue_together(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
-    from scaling.resume import newest_resume_point
+    from scaling.training.checkpoint import newest_resume_point
 
     whole = directory_for(spec, tmp_path / "whole", tiny_shards, devices=2, strategy=strategy, checkpoint_seconds=0.0)
     stopped = directory_for(
@@ -75,7 +76,7 @@ def test_processes_that_are_stopped_together_continue_together(
     reference = finish(whole)
     killer = threading.Thread(target=_kill_a_worker, args=(stopped,), daemon=True)
     killer.start()
-    with pytest.raises(Refusal, match=r"process \d of 2 ended with code -9|process \d"):
+    with pytest.raises(UserError, match=r"process \d of 2 ended with code -9|process \d"):
         finish(stopped)
     killer.join()
     assert newest_resume_point(RunDirectory(stopped).checkpoints) is not None
@@ -88,12 +89,12 @@ def test_processes_that_are_stopped_together_continue_together(
 
 
 def _kill_a_worker(path: Path) -> None:
-    """As soon as there is a resume point, kill one of the processes that train."""
+    """As soon as there is a checkpoint, kill one of the processes that train."""
     import multiprocessing
     import os
     import signal
 
-    from scaling.resume import resume_points
+    from scaling.training.checkpoint import resume_points
 
     while len(resume_points(RunDirectory(path).checkpoints)) < 2:
         time.sleep(0.005)
@@ -103,15 +104,17 @@ def _kill_a_worker(path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_what_would() -> None:
-    with pytest.raises(Refusal, match=r"3 processes do not divide the 8 windows .* Use 2 of them, or a batch of 144\."):
+    with pytest.raises(
+        UserError, match=r"3 processes do not divide the 8 windows .* Use 2 of them, or a batch of 144\."
+    ):
         share_of_batch(make_spec(windows=8), Placement(data="x", devices=3))
-    with pytest.raises(Refusal, match=r"share of the 8 windows is 4: use one of 1, 2, 4"):
+    with pytest.raises(UserError, match=r"share of the 8 windows is 4: use one of 1, 2, 4"):
         share_of_batch(make_spec(windows=8), Placement(data="x", devices=2, micro_batch=3))
     assert share_of_batch(make_spec(windows=8), Placement(data="x", devices=4, micro_batch=1)) == (2, 1)
 
 
 def test_several_nodes_are_not_started_from_one_process(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="Start one process a device with srun or torchrun"):
+    with pytest.raises(UserError, match="Start one process a device with srun or torchrun"):
         finish(directory_for(spec, tmp_path, tiny_shards, devices=2, nodes=2))
 
 
@@ -130,7 +133,7 @@ def test_too_little_memory_fails_the_run_with_the_micro_batch_that_fits(
     for micro_batch, remedy in ((None, 4), (4, 2)):
         placed = msgspec.structs.replace(RunDirectory(path).placement(), micro_batch=micro_batch)
         RunDirectory(path).create(spec, placed)
-        with pytest.raises(Refusal, match=rf"Set micro_batch = {remedy} in \[placement\]"):
+        with pytest.raises(UserError, match=rf"Set micro_batch = {remedy} in \[placement\]"):
             finish(path)
         assert RunDirectory(path).state() == "failed"
         assert "out of memory" in str(RunDirectory(path).attempts()[-1].reason)
@@ -149,13 +152,13 @@ def test_recomputed_activations_change_no_number(spec: RunSpec, tiny_shards: Pat
 def test_optimizer_seconds_leave_evaluation_and_saving_out(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scaling import logbook
+    from scaling.training import metrics
 
     def slow(*_: object, **__: object) -> float:
         time.sleep(0.5)
         return 1.0
 
-    monkeypatch.setattr(logbook, "held_out_loss", slow)
+    monkeypatch.setattr(metrics, "held_out_loss", slow)
     record = finish(directory_for(spec, tmp_path, tiny_shards))
     assert record.optimizer_seconds is not None
     assert 0 < record.optimizer_seconds < 0.05  # two sleeps in ten steps would make 0.1

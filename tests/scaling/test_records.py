@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from tiny import make_spec
 
-from scaling.errors import Refusal
-from scaling.records import Attempt, RunDirectory, append_line, read_lines, write_atomic
+from scaling.errors import UserError
+from scaling.io import append_line, read_lines, write_atomic
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Attempt
 from scaling.spec import Placement
 
 
@@ -44,13 +46,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
 def test_an_edited_spec_is_refused(directory: RunDirectory) -> None:
     text = directory.spec_file.read_text()
     directory.spec_file.write_text(text.replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(Refusal, match="not edited in place"):
+    with pytest.raises(UserError, match="not edited in place"):
         directory.spec()
 
 
 def test_a_file_that_is_no_spec_is_refused_by_name(directory: RunDirectory) -> None:
     directory.spec_file.write_text("{}")
-    with pytest.raises(Refusal, match=r"spec\.json: not a valid RunSpec"):
+    with pytest.raises(UserError, match=r"spec\.json: not a valid RunSpec"):
         directory.spec()
 
 

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 from tiny import make_spec
 
-from scaling.errors import Refusal
-from scaling.spec import ModelShape, Placement, RunSpec, canonical_json
+from scaling.errors import UserError
+from scaling.spec import ModelConfig, Placement, RunSpec, canonical_json
 
 
 def test_id_survives_a_round_trip_through_json() -> None:
@@ -49,12 +49,14 @@ def test_a_count_written_as_a_float_is_refused() -> None:
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do() -> None:
-    with pytest.raises((Refusal, msgspec.ValidationError), match=r"2304 is not a multiple of heads 20\. Use 18 heads"):
-        ModelShape(layers=18, width=2304, heads=20, vocabulary=256, context=128)
+    with pytest.raises(
+        (UserError, msgspec.ValidationError), match=r"2304 is not a multiple of heads 20\. Use 18 heads"
+    ):
+        ModelConfig(layers=18, width=2304, heads=20, vocabulary=256, context=128)
 
 
 def test_flops_that_shape_and_tokens_do_not_give_are_refused() -> None:
     built = msgspec.to_builtins(make_spec())
     built["budget"]["flops"] += 1
-    with pytest.raises((Refusal, msgspec.ValidationError), match="convention"):
+    with pytest.raises((UserError, msgspec.ValidationError), match="convention"):
         msgspec.convert(built, RunSpec)

@@ -17,14 +17,15 @@ from tiny import TINY, make_spec
 
 from scaling.data.batches import Batches
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
+from scaling.errors import UserError
+from scaling.io import write_json
 from scaling.models.decoder import Decoder
-from scaling.module import ahead
-from scaling.optim.recipes import OPTIMIZERS
-from scaling.records import RunDirectory, write_json
-from scaling.resume import AtomicCheckpointIO, newest_resume_point, resume_points
+from scaling.optim.registry import OPTIMIZERS
+from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
-from scaling.train import train
+from scaling.training.checkpoint import AtomicCheckpointIO, newest_resume_point, resume_points
+from scaling.training.loop import train
+from scaling.training.module import ahead
 
 STEPS = 24
 
@@ -158,14 +159,14 @@ def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Pat
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Refusal, match="micro_batch 3 does not divide the 8 windows"):
+    with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 windows"):
         train(place(spec, tmp_path, tiny_shards, micro_batch=3), progress=False)
 
 
 def test_other_data_than_planned_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="the run was planned for"):
+    with pytest.raises(UserError, match="the run was planned for"):
         train(place(make_spec(manifest="0" * 64), tmp_path, tiny_shards), progress=False)
-    with pytest.raises(Refusal, match="before its data were prepared"):
+    with pytest.raises(UserError, match="before its data were prepared"):
         train(place(make_spec(manifest=None), tmp_path, tiny_shards), progress=False)
 
 
@@ -191,7 +192,7 @@ def test_every_optimizer_learns_and_its_record_says_who_got_which_weights(
     assert record.validation_loss is not None
     assert record.validation_loss < 3.0 < 5.5  # ln 256 = 5.5 before training
     claimed = [parameter for names in record.groups.values() for parameter in names]
-    model = Decoder(spec.shape)
+    model = Decoder(spec.model)
     assert sorted(claimed) == sorted(dict(model.named_parameters()))
     assert record.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
 
@@ -216,12 +217,12 @@ def test_a_run_may_use_the_stream_to_its_last_window(tiny_shards: Path, tmp_path
 def test_batches_read_ahead_come_in_order_and_a_failed_read_comes_where_it_failed() -> None:
     def fetch(step: int) -> torch.Tensor:
         if step == 3:
-            raise Refusal("the disk is gone")
+            raise UserError("the disk is gone")
         return torch.tensor(step)
 
     read = ahead(fetch, range(9))
     assert [int(next(read)) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(Refusal, match="the disk is gone"):
+    with pytest.raises(UserError, match="the disk is gone"):
         next(read)
     assert [int(batch) for batch in ahead(torch.tensor, range(5))] == [0, 1, 2, 3, 4]
 
@@ -233,5 +234,5 @@ def test_graphs_are_refused_where_gradients_are_added_up(spec: RunSpec, tiny_sha
         RunDirectory(directory).placement_file,
         msgspec.structs.replace(placement, compile=True, graphs=True, micro_batch=4),
     )
-    with pytest.raises(Refusal, match="micro_batch smaller than the batch"):
+    with pytest.raises(UserError, match="micro_batch smaller than the batch"):
         train(directory, progress=False)

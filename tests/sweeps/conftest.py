@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
-from sweeps.campaign import load_campaign
-from sweeps.plan import Plan, plan
+from sweeps.config.campaign import load_campaign
+from sweeps.planning.plan import CampaignPlan, plan
 
 CAMPAIGN = (
     campaign_head("tiny", evaluation="times = 2")
@@ -30,7 +30,7 @@ class Campaigns:
 
     def plan(
         self, root: str = "root", *, tokens: int = 25_600, peak_lr: float = 1e-2, checkpoint_seconds: float = 0.2
-    ) -> Plan:
+    ) -> CampaignPlan:
         """The plan of two rungs and two arms."""
         file = self.folder / "tiny.toml"
         file.write_text(

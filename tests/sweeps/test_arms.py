@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
-from scaling.errors import Refusal
-from scaling.optim.ledger import run_optimizer_flops
-from scaling.records import RunDirectory
-from scaling.spec import Initial
-from sweeps.campaign import built_in, load_campaign
-from sweeps.collect import collect
-from sweeps.dispatch import _Campaign, run_local
-from sweeps.plan import Plan, plan
-from sweeps.tune import tune
+from scaling.errors import UserError
+from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.run.directory import RunDirectory
+from scaling.spec import WarmStart
+from sweeps.config.campaign import built_in, load_campaign
+from sweeps.local import _Campaign, run_local
+from sweeps.planning.plan import CampaignPlan, plan
+from sweeps.reporting.collect import collect
+from sweeps.tuning.tuner import tune
 
 CAMPAIGN = (
     campaign_head("arms")
@@ -34,7 +34,7 @@ CAMPAIGN = (
 )
 
 
-def planned(folder: Path, text: Path, *, parent: str = "dense", charged: str = "true") -> Plan:
+def planned(folder: Path, text: Path, *, parent: str = "dense", charged: str = "true") -> CampaignPlan:
     file = folder / "arms.toml"
     file.write_text(CAMPAIGN.format(text=text, parent=parent, charged=charged))
     return plan(load_campaign(file), folder)
@@ -47,7 +47,7 @@ def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text
     records: dict[str, Any] = {}
     for run in outcome.plan.runs:
         records[run.arm] = RunDirectory(outcome.plan.directory(run).path).record()
-    assert records["upcycled"].spec.initial == Initial(run=records["dense"].spec.id, how="upcycle", charged=True)
+    assert records["upcycled"].spec.warm_start == WarmStart(run=records["dense"].spec.id, how="upcycle", charged=True)
     assert records["upcycled"].initial_flops == records["dense"].flops
     assert records["upcycled"].validation_loss < records["dense"].validation_loss
     dense, upcycled = (row for _, row in collect(outcome.plan).iterrows())
@@ -64,7 +64,7 @@ def test_whether_the_parent_is_charged_is_another_run(tiny_text: Path, tmp_path:
 
 
 def test_an_arm_that_starts_from_no_arm_before_it_is_refused(tiny_text: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r'starts from arm "upcycled", and the arms before it are dense'):
+    with pytest.raises(UserError, match=r'starts from arm "upcycled", and the arms before it are dense'):
         planned(tmp_path, tiny_text, parent="upcycled")
 
 
@@ -81,7 +81,7 @@ def test_trials_of_an_upcycled_arm_train_what_they_start_from_first(tiny_text: P
     states = {run.arm: made.state(run) for run in made.runs}
     assert states == {"dense": "finished", "upcycled": "finished"}
     file.write_text(file.read_text().replace("peak_lr = 1e-2", "tuned = true"))
-    with pytest.raises(Refusal, match='starts from "dense", whose settings the same studies decide'):
+    with pytest.raises(UserError, match='starts from "dense", whose settings the same studies decide'):
         load_campaign(file)
 
 
@@ -91,7 +91,7 @@ def test_arms_of_a_mixture_campaign_see_the_same_tokens(name: str, tmp_path: Pat
     for cell in {run.cell for run in made.runs}:
         runs = [run for run in made.runs if run.cell == cell]
         assert len({(run.spec.budget.tokens, run.spec.batch_tokens, run.spec.seed) for run in runs}) == 1
-        assert len({run.spec.shape.family for run in runs}) == 2
+        assert len({run.spec.model.family for run in runs}) == 2
 
 
 def test_runs_go_to_the_emptiest_gpu(tiny_text: Path, tmp_path: Path) -> None:

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY, make_spec
 
-from scaling.errors import Refusal
-from scaling.optim.recipes import OPTIMIZERS
-from scaling.optim.search import SHARED, Search
-from sweeps.tuning.bracket import Bracket, brackets
-from sweeps.tuning.budget import budget_rows
-from sweeps.tuning.facts import LawFacts
-from sweeps.tuning.sampling import SAMPLERS, Sampling, Seen, propose
-from sweeps.tuning.space import Dimension, Values, values_of, with_values
-from sweeps.tuning.study import RecordsOf, Study, Trial
+from scaling.errors import UserError
+from scaling.optim.registry import OPTIMIZERS
+from scaling.optim.search_space import SHARED, SearchRange
+from sweeps.config.search_space import Dimension, Values, values_of, with_values
+from sweeps.config.tuning_results import Bracket, FittedRule
+from sweeps.tuning.bracket import brackets
+from sweeps.tuning.results import budget_rows
+from sweeps.tuning.samplers import SAMPLERS, CompletedTrial, Sampling, propose
+from sweeps.tuning.study import RecordsOf, Trial, TuningStudy
 from sweeps.tuning.transfer import Optimum, law
 
-RATE = Search(name="peak_lr", scale="log", low=1e-3, high=1e-1, least=1e-6, most=1.0)
-DECAY = Search(name="weight_decay", scale="log", low=0.01, high=1.0, least=1e-3, most=3.0)
+RATE = SearchRange(name="peak_lr", scale="log", low=1e-3, high=1e-1, least=1e-6, most=1.0)
+DECAY = SearchRange(name="weight_decay", scale="log", low=0.01, high=1.0, least=1e-3, most=3.0)
 DIMENSIONS = (Dimension(search=RATE), Dimension(search=DECAY))
 
 
@@ -80,8 +80,8 @@ def test_too_few_trials_are_called_that_and_none_have_no_verdict() -> None:
     }  # fmt: skip
 
 
-def make_study(best: float, *, widen: int, trials: int = 24) -> tuple[Study, list[Trial]]:
-    study = Study(
+def make_study(best: float, *, widen: int, trials: int = 24) -> tuple[TuningStudy, list[Trial]]:
+    study = TuningStudy(
         name="s", arm="adamw", rung="a", template=make_spec(shape=TINY), dimensions=DIMENSIONS,
         sampling=Sampling(sampler="tpe", startup=6, seed=0), trials=trials, in_flight=4, widen=widen,
         records=RecordsOf(Path("nowhere")),
@@ -125,10 +125,10 @@ def test_a_search_that_stays_on_the_edge_says_why(best: float, widen: int, reaso
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
 def test_a_sampler_asks_the_same_again_and_does_not_crowd_trials_in_flight(sampler: str) -> None:
     sampling = Sampling(sampler=sampler, startup=4, seed=3)
-    seen = [Seen(values=values, loss=loss) for values, loss in points(1e-2, count=6)]
+    seen = [CompletedTrial(values=values, loss=loss) for values, loss in points(1e-2, count=6)]
     asked: list[Values] = []
     for index in range(6, 9):
-        flying = [Seen(values=values, loss=None) for values in asked]
+        flying = [CompletedTrial(values=values, loss=None) for values in asked]
         asked.append(propose(sampling, DIMENSIONS, [*seen, *flying], index, 128))
         assert propose(sampling, DIMENSIONS, [*seen, *flying], index, 128) == asked[-1]
     assert len({tuple(values.values()) for values in asked}) == 3
@@ -144,17 +144,17 @@ def test_every_hyperparameter_of_a_row_gets_into_the_spec_and_out_again(name: st
     assert OPTIMIZERS[name].search, "a row without a search cannot be tuned"
     for row in (*OPTIMIZERS[name].search, *SHARED):
         dimension = Dimension(search=row)
-        value = dimension.at(0.4, spec.shape.context) if row.name != "batch_tokens" else 256.0
+        value = dimension.at(0.4, spec.model.context) if row.name != "batch_tokens" else 256.0
         changed = with_values(spec, {row.name: value})
         assert changed.id != spec.id
         assert values_of(changed, (row.name,))[row.name] == pytest.approx(value, rel=0.01)
-    with pytest.raises(Refusal, match='"peak_rl" is not known; did you mean "peak_lr"'):
+    with pytest.raises(UserError, match='"peak_rl" is not known; did you mean "peak_lr"'):
         with_values(spec, {"peak_rl": 1.0})
 
 
 @settings(max_examples=50, deadline=None)
 @given(share=st.floats(0, 1), row=st.sampled_from([row for o in OPTIMIZERS.values() for row in (*o.search, *SHARED)]))
-def test_a_value_goes_to_its_scale_and_back_and_stays_in_its_range(share: float, row: Search) -> None:
+def test_a_value_goes_to_its_scale_and_back_and_stays_in_its_range(share: float, row: SearchRange) -> None:
     assert row.value(row.position(row.low)) == pytest.approx(row.low)
     value = Dimension(search=row).at(share, 16)
     assert row.low * 0.74 - 1e-9 <= value <= row.high * 1.34  # a batch is rounded to windows of few divisors
@@ -194,7 +194,7 @@ def test_a_rung_on_the_edge_is_left_out_by_name_and_betas_are_constants() -> Non
     assert found.exponent == pytest.approx(math.log10(0.5))
     assert found.rungs == ("a", "b")
     assert "left out, with the optimum on an edge: c" in found.note
-    beta: LawFacts = law("beta2", three[:2])
+    beta: FittedRule = law("beta2", three[:2])
     assert (beta.kind, beta.coefficient) == ("constant", pytest.approx(7.5e-3))
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.flops import train_flops
-from scaling.records import RunDirectory
-from sweeps.branches import saved_flops
-from sweeps.campaign import load_campaign
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, plan
+from scaling.run.directory import RunDirectory
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.branches import saved_flops
+from sweeps.planning.plan import CampaignPlan, plan
 
 CAMPAIGN = (
     campaign_head("branched", training="peak_lr = 1e-2")
@@ -28,7 +28,9 @@ CAMPAIGN = (
 )
 
 
-def planned(text: Path, folder: Path, *, kind: str = "wsd", schedule: str = "decay = 0.2\nbranches = true") -> Plan:
+def planned(
+    text: Path, folder: Path, *, kind: str = "wsd", schedule: str = "decay = 0.2\nbranches = true"
+) -> CampaignPlan:
     file = folder / "branched.toml"
     file.write_text(CAMPAIGN.format(text=text, kind=kind, schedule=schedule))
     return plan(load_campaign(file), folder / "root")
@@ -45,7 +47,7 @@ def test_shorter_budgets_of_one_model_branch_off_the_longest(tiny_text: Path, tm
         assert runs[arm, "b"].spec.branch_of is None
         # One warm-up for all: a tenth of the shortest.
         assert {runs[arm, rung].spec.schedule.warmup_tokens for rung in ("a-20", "a-40", "a-80")} == {256}
-    shape = runs["adamw", "a-20"].spec.shape
+    shape = runs["adamw", "a-20"].spec.model
     assert saved_flops(made) == 2 * train_flops(shape, (16 + 32) * 128)
 
 
@@ -60,5 +62,5 @@ def test_a_branched_campaign_trains_only_the_decays_of_its_branches(tiny_text: P
 
 
 def test_branches_without_a_stable_phase_are_refused(tiny_text: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match='branches need kind = "wsd"; "cosine" has no trunk'):
+    with pytest.raises(UserError, match='branches need kind = "wsd"; "cosine" has no trunk'):
         planned(tiny_text, tmp_path, kind="cosine", schedule="branches = true")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import arm_table, campaign_head, rung_table
 
-from scaling.errors import Refusal
-from sweeps.campaign import built_in, load_campaign
-from sweeps.plan import plan
+from scaling.errors import UserError
+from sweeps.config.campaign import built_in, load_campaign
+from sweeps.planning.plan import plan
 
 GOOD = (
     campaign_head("good", training="tokens_per_parameter = 2", evaluation="").format(text="text")
@@ -71,7 +71,7 @@ def test_a_wrong_campaign_is_refused_with_place_and_remedy(
 ) -> None:
     assert change[0] in GOOD
     path = write(tmp_path, GOOD.replace(*change, 1))
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         plan(load_campaign(path), tmp_path / "root")
     sentence = str(refused.value)
     missing = [word for word in ("good.toml", *said) if word not in sentence]
@@ -83,7 +83,7 @@ def test_the_unchanged_campaign_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_built_in_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(Refusal, match='did you mean "moonlight"'):
+    with pytest.raises(UserError, match='did you mean "moonlight"'):
         load_campaign("monlight")
 
 

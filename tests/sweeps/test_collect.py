@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 from recorded import write_record
 
-from scaling.optim.ledger import run_optimizer_flops
-from scaling.records import DynamicsRow, append_line
-from sweeps.collect import DYNAMICS_COLUMNS, collect
+from scaling.io import append_line
+from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.run.record import DynamicsRow
+from sweeps.reporting.collect import DYNAMICS_COLUMNS, collect
 from tests.sweeps.conftest import Campaigns
 
 

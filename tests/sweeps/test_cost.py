@@ -7,11 +7,11 @@ import msgspec
 import pandas as pd
 import pytest
 
-from sweeps.campaign import load_campaign
-from sweeps.cost import Speed, Work, fit_speed, wall_hours, work_of
-from sweeps.placement import PEAKS
-from sweeps.plan import plan
-from sweeps.show import plan_costs, plan_totals, to_go
+from sweeps.config.campaign import load_campaign
+from sweeps.config.placement import PEAKS
+from sweeps.planning.cost import Speed, Work, fit_speed, plan_costs, wall_hours, work_of
+from sweeps.planning.plan import plan
+from sweeps.reporting.plan_table import plan_totals, to_go
 
 RESULTS = Path(__file__).parents[2] / "results"
 PEAK = PEAKS["cpu"]

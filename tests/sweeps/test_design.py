@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.cells import Cells as Chosen
-from analysis.cells import select
-from analysis.families import FAMILIES, fit_family, ratio_of
-from analysis.forecast import forecast
-from analysis.intervals import linear, t_interval
-from analysis.many import fit_studies, law_intervals
-from analysis.paired import difference
-from analysis.power import (
+from analysis.data.cells import Array, select
+from analysis.data.cells import Cells as Chosen
+from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
+from analysis.moonlight import moonlight_table
+from analysis.power.batched_fit import fit_studies, law_intervals
+from analysis.power.forecast import forecast
+from analysis.power.simulate import (
     LAWS_ASSUMED,
     NOISES,
-    Cells,
     Laws,
     Noise,
+    PlannedCells,
     Simulated,
     Truth,
     draw,
@@ -27,33 +26,33 @@ from analysis.power import (
     rows_of,
     simulate,
 )
-from analysis.reference import moonlight_table
-from analysis.solve import Array
-from analysis.study import fit_table
+from analysis.ratio.study import fit_table
+from analysis.uncertainty.intervals import linear, t_interval
+from analysis.uncertainty.paired import difference
 from scaling.cli import main
 
 MOONLIGHT = LAWS_ASSUMED["moonlight"]
 
 
-def moonlight_cells() -> Cells:
+def moonlight_cells() -> PlannedCells:
     """Of the paper's own five sizes."""
     own = moonlight_table().query("arm == 'adamw'")
-    return Cells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
+    return PlannedCells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
 
 
-def wide_cells() -> Cells:
+def wide_cells() -> PlannedCells:
     """Nine sizes, compute growing 300-fold."""
-    return Cells(
+    return PlannedCells(
         *(np.geomspace(low, factor * low, 9) for low, factor in ((1e7, 300**0.5), (2e8, 300**0.5), (1.2e16, 300.0)))
     )
 
 
-def real(loss: Array, kept: np.ndarray, cells: Cells, family: str, at: Array) -> tuple[Array, Array]:
+def real(loss: Array, kept: np.ndarray, cells: PlannedCells, family: str, at: Array) -> tuple[Array, Array]:
     """The interval as `scaling fit` makes it, one study."""
     count = len(cells.flops)
     rows = rows_of(cells, loss).take(kept)
     number = np.tile(np.arange(count), 2)[kept]
-    fitted = fit_family(FAMILIES[family], rows, 2, best_of=8)
+    fitted = fit_family(LAW_FAMILIES[family], rows, 2, best_of=8)
     chosen = Chosen(rows, number, number, number, ("adamw", "muon"), [])
     return t_interval(fitted, chosen, lambda theta: ratio_of(fitted, theta, at))
 
@@ -117,7 +116,7 @@ def test_the_noise_row_is_what_moonlights_residuals_say() -> None:
     line = difference(cells)
     assert line is not None
     assert NOISES["moonlight"].difference == pytest.approx(line.residual, rel=0.02)
-    own = linear(fit_family(FAMILIES["lines"], cells.rows, 2), cells).noise
+    own = linear(fit_family(LAW_FAMILIES["lines"], cells.rows, 2), cells).noise
     shared = float(np.sqrt(own[0, 1]))
     assert NOISES["moonlight"].cell == pytest.approx(shared, rel=0.15)
 

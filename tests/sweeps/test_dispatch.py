@@ -15,11 +15,12 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from scaling.records import Attempt, RunDirectory
-from sweeps.collect import collect
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, PlannedRun, with_data
-from sweeps.status import redone_steps, run_status
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Attempt
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+from sweeps.reporting.collect import collect
+from sweeps.reporting.status import redone_steps, run_status
 
 LONG = 96_000
 """Tokens of a run that takes some seconds, so that there is time to disturb it."""
@@ -36,13 +37,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def submit(tmp_path: Path) -> Iterator[Callable[[Plan], subprocess.Popen[bytes]]]:
+def submit(tmp_path: Path) -> Iterator[Callable[[CampaignPlan], subprocess.Popen[bytes]]]:
     """Submitters in processes of their own."""
     script = tmp_path / "submit.py"
     script.write_text(SUBMIT)
     begun: list[subprocess.Popen[bytes]] = []
 
-    def start(planned: Plan) -> subprocess.Popen[bytes]:
+    def start(planned: CampaignPlan) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(script), str(tmp_path / "tiny.toml"), str(planned.root)]
         begun.append(subprocess.Popen(command, start_new_session=True))
         return begun[-1]
@@ -60,13 +61,13 @@ def until(true: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def under_way(planned: Plan, run: PlannedRun) -> bool:
+def under_way(planned: CampaignPlan, run: PlannedRun) -> bool:
     """Whether a run has got somewhere and is not done."""
     now = run_status(planned, run)
     return now.state == "running" and 0 < now.step < now.steps
 
 
-def numbers(planned: Plan) -> list[tuple[object, ...]]:
+def numbers(planned: CampaignPlan) -> list[tuple[object, ...]]:
     """What has to be equal, digit for digit, whatever happened."""
     table = collect(planned)
     assert set(table["status"]) == {"finished"}
@@ -114,7 +115,7 @@ def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
-    campaigns: Any, submit: Callable[[Plan], subprocess.Popen[bytes]], signum: int
+    campaigns: Any, submit: Callable[[CampaignPlan], subprocess.Popen[bytes]], signum: int
 ) -> None:
     planned = with_data(campaigns.plan(tokens=LONG), progress=False)
     long = [run for run in planned.runs if run.rung == "b"]
@@ -125,11 +126,11 @@ def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
     until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), seconds=20)
     assert not all(planned.state(run) == "finished" for run in long)
     assert run_local(planned, workers=2, progress=False).complete
-    assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a resume point
+    assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a checkpoint
 
 
 def test_two_submitters_at_once_train_each_run_once(
-    campaigns: Any, submit: Callable[[Plan], subprocess.Popen[bytes]]
+    campaigns: Any, submit: Callable[[CampaignPlan], subprocess.Popen[bytes]]
 ) -> None:
     planned = with_data(campaigns.plan(), progress=False)
     other = submit(planned)

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.data.sources import DataConfig
-from scaling.errors import Refusal
-from sweeps.campaign import ArmTable, Campaign, LadderTable, ModelTable, TrainingTable, load_campaign
-from sweeps.ladder import rungs_of
-from sweeps.plan import plan
-from sweeps.rules import RULES, Power
-from sweeps.show import plan_rows
+from scaling.data.sources.registry import DataConfig
+from scaling.errors import UserError
+from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, SharedModelConfig, TrainingConfig, load_campaign
+from sweeps.config.hyperparameter_rules import RULES, Power
+from sweeps.planning.ladder import rungs_of
+from sweeps.planning.plan import plan
+from sweeps.reporting.plan_table import plan_rows
 
 TABLE_2 = [
     # name, N in millions, heads, layers, width, tokens, peak LR, batch in windows of 8192; arXiv:2502.16982, Table 2
@@ -54,10 +54,10 @@ def ladder(**fields: object) -> Campaign:
         file="test.toml",
         name="test",
         data=DataConfig(),
-        model=ModelTable(vocabulary=256, context=128, ffn_multiple=16),
-        arms=(ArmTable(name="adamw", optimizer="adamw", peak_lr=1e-3),),
-        training=TrainingTable(batch_tokens=2048),
-        ladder=LadderTable(**({"rule": "chinchilla", "head_size": 16, "width_per_layer": 32.0} | fields)),  # type: ignore[arg-type]
+        model=SharedModelConfig(vocabulary=256, context=128, ffn_multiple=16),
+        arms=(ArmConfig(name="adamw", optimizer="adamw", peak_lr=1e-3),),
+        training=TrainingConfig(batch_tokens=2048),
+        ladder=LadderConfig(**({"rule": "chinchilla", "head_size": 16, "width_per_layer": 32.0} | fields)),  # type: ignore[arg-type]
     )
 
 
@@ -80,7 +80,7 @@ def test_an_isoflop_profile_is_sizes_around_the_optimum_at_one_compute() -> None
 
 
 def test_rungs_that_round_to_the_same_model_are_refused() -> None:
-    with pytest.raises(Refusal, match="further apart"):
+    with pytest.raises(UserError, match="further apart"):
         rungs_of(ladder(sizes=(1_000_000, 1_001_000)))
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from scaling.errors import Refusal
-from sweeps.campaign import load_campaign
-from sweeps.tomlfile import override
+from scaling.errors import UserError
+from sweeps.config.campaign import load_campaign
+from sweeps.config.toml import override
 
 
 def test_a_setting_stands_in_for_the_files_value() -> None:
@@ -15,11 +15,11 @@ def test_a_setting_stands_in_for_the_files_value() -> None:
 
 
 def test_a_misspelt_setting_is_refused_like_a_misspelt_key() -> None:
-    with pytest.raises(Refusal, match="batch_tokens"):
+    with pytest.raises(UserError, match="batch_tokens"):
         load_campaign("quick", settings=["training.batch_token=512"])
 
 
 @pytest.mark.parametrize("setting", ["threads", "=3", "a b=1", "placement.$(x)=1", "name.first=1"])
 def test_what_sets_nothing_is_refused(setting: str) -> None:
-    with pytest.raises(Refusal, match="set"):
+    with pytest.raises(UserError, match="set"):
         override({"name": "quick"}, setting)

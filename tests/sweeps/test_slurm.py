@@ -18,21 +18,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from scaling.errors import Refusal
-from scaling.provenance import describe_code
-from scaling.records import MetricsRow, RunDirectory, append_line
-from sweeps import arrays, lease, nodes, worker
-from sweeps.aftermath import _why_give_up
-from sweeps.batch import batch_script
-from sweeps.campaign import load_campaign
-from sweeps.endings import Ending, fruitless
-from sweeps.lease import Lease, hold, is_held
-from sweeps.nodes import NodeFailure
-from sweeps.placement import SlurmTable
-from sweeps.plan import Plan, plan, with_data
-from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
-from sweeps.snapshot import code_digest, take_snapshot
-from sweeps.submit import submit_slurm
+from scaling.errors import UserError
+from scaling.io import append_line
+from scaling.run.directory import RunDirectory
+from scaling.run.provenance import describe_code
+from scaling.run.record import MetricsRow
+from sweeps.config.campaign import load_campaign
+from sweeps.config.placement import SlurmConfig
+from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.slurm import array_records, bad_nodes, job, lease
+from sweeps.slurm.bad_nodes import NodeFailure
+from sweeps.slurm.client import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
+from sweeps.slurm.job_exits import JobExit, exits_without_progress
+from sweeps.slurm.lease import Lease, hold, is_held
+from sweeps.slurm.requeue import _why_give_up
+from sweeps.slurm.sbatch import batch_script
+from sweeps.slurm.snapshot import code_digest, take_snapshot
+from sweeps.slurm.submit import submit_slurm
 
 IDLE = {"scontrol": "echo 'MaxArraySize = 1001'", "squeue": "exit 0", "sacct": "exit 0", "srun": "exit 0"}
 """A cluster with nothing in its queue and its books, but for what a test replaces."""
@@ -151,7 +153,7 @@ def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(monkeypatch: p
 # -- what is said to SLURM
 
 
-def planned(campaigns: Any) -> Plan:
+def planned(campaigns: Any) -> CampaignPlan:
     return with_data(campaigns.plan(), progress=False)
 
 
@@ -166,8 +168,8 @@ def test_a_dry_run_shows_scripts_and_cost_without_slurm(campaigns: Any, commands
 def test_more_gpu_hours_than_allowed_are_refused_before_anything_is_queued(
     campaigns: Any, commands: Any, no_profile: Path
 ) -> None:
-    no_profile.write_text("gpus = 8\n")
-    with pytest.raises(Refusal, match=re.escape("--max-gpu-hours allows 0.0. Nothing was submitted")):
+    no_profile.write_text("gpus_per_node = 8\n")
+    with pytest.raises(UserError, match=re.escape("--max-gpu-hours allows 0.0. Nothing was submitted")):
         submit_slurm(campaigns.plan(), dry_run=True, max_gpu_hours=0.0)
 
 
@@ -179,7 +181,7 @@ HOSTILE = [
     'a" ; touch {mark} "',
     "a\n#SBATCH --wrap=x\ntouch {mark}",
 ]
-SLURM_FIELDS = [field.name for field in msgspec.structs.fields(SlurmTable) if "str" in str(field.type)]
+SLURM_FIELDS = [field.name for field in msgspec.structs.fields(SlurmConfig) if "str" in str(field.type)]
 
 
 @pytest.mark.parametrize("payload", HOSTILE)
@@ -218,7 +220,7 @@ def test_no_text_of_a_campaign_file_is_executed(
             content += f"[placement.slurm]\n{field} = {text}\n"
     file.write_text(content)
     scripts = []
-    with contextlib.suppress(Refusal):
+    with contextlib.suppress(UserError):
         scripts = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True).scripts()
     for script in scripts:
         subprocess.run(["bash", "-c", script], capture_output=True, check=False)
@@ -233,7 +235,7 @@ def test_setup_lines_come_from_the_users_own_profile_only(campaigns: Any, no_pro
     assert "\nmodule load cuda\n" in submission.scripts()[0]
     assert "--partition=gpu" in submission.scripts()[0]
     no_profile.chmod(0o666)
-    with pytest.raises(Refusal, match="chmod go-w"):
+    with pytest.raises(UserError, match="chmod go-w"):
         submit_slurm(campaigns.plan(), dry_run=True)
 
 
@@ -265,7 +267,7 @@ def test_an_array_that_has_no_room_is_submitted_in_parts_and_the_rest_later(
     assert any("the same command submits the rest later" in note for note in first.notes)
     again = submit_slurm(ready)
     assert (len(again.joined), len(again.queued), len(again.left)) == (2, 0, 2)
-    assert sum(len(array.runs) for array in arrays.all_arrays(ready.root)) == 2
+    assert sum(len(array.runs) for array in array_records.all_arrays(ready.root)) == 2
 
 
 def test_nothing_is_submitted_for_a_run_whose_job_cannot_be_looked_up(
@@ -321,7 +323,7 @@ def test_runs_that_share_a_device_are_tasks_of_several_and_a_run_over_several_de
     submission = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
     assert "#SBATCH --array=0-1%2" in submission.scripts()[0]
     file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ntasks = 2\n")
-    with pytest.raises(Refusal, match="set runs_per_gpu = 1, or nodes, tasks and devices = 1"):
+    with pytest.raises(UserError, match="set runs_per_gpu = 1, or nodes, tasks and devices = 1"):
         submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
 
 
@@ -334,11 +336,11 @@ def test_folders_that_jobs_execute_from_are_private_and_refused_where_others_may
         sbatch="echo Submitted batch job 5",
     )
     submit_slurm(ready)
-    made = [ready.root / "code", ready.root / arrays.FOLDER, *(ready.directory(run).path for run in ready.runs)]
+    made = [ready.root / "code", ready.root / array_records.FOLDER, *(ready.directory(run).path for run in ready.runs)]
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in made} == {0o700}
     assert not [file for folder in made for file in folder.rglob("*") if file.stat().st_mode & 0o077]
     (ready.root / "code").chmod(0o770)
-    with pytest.raises(Refusal, match="chmod go-w"):
+    with pytest.raises(UserError, match="chmod go-w"):
         submit_slurm(ready)
 
 
@@ -351,8 +353,8 @@ def test_a_disk_without_room_is_a_sentence_and_not_a_traceback(
     def no_room(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(arrays, "write_json", no_room)
-    with pytest.raises(Refusal, match="No space left on device"):
+    monkeypatch.setattr(array_records, "write_json", no_room)
+    with pytest.raises(UserError, match="No space left on device"):
         submit_slurm(ready)
 
 
@@ -361,8 +363,8 @@ def test_a_disk_without_room_is_a_sentence_and_not_a_traceback(
 
 def failing(root: Path, *where: tuple[str, str]) -> None:
     """Note failures at their start of runs on nodes."""
-    (root / arrays.FOLDER).mkdir(exist_ok=True)
-    nodes.note_failures(
+    (root / array_records.FOLDER).mkdir(exist_ok=True)
+    bad_nodes.note_failures(
         root,
         [
             NodeFailure(node=node, run=run, job=str(number), restart=0, time=time.time())
@@ -374,19 +376,19 @@ def failing(root: Path, *where: tuple[str, str]) -> None:
 def test_two_runs_condemn_a_node_and_a_run_that_fails_everywhere_condemns_none(tmp_path: Path, commands: Any) -> None:
     commands(sinfo="printf 'n1\\nn2\\nn3\\n'")
     failing(tmp_path, ("a", "n1"), ("a", "n1"))
-    assert nodes.left_out(tmp_path) == []
+    assert bad_nodes.left_out(tmp_path) == []
     failing(tmp_path, ("a", "n1"), ("a", "n1"), ("b", "n1"))
-    assert nodes.left_out(tmp_path) == ["n1"]
+    assert bad_nodes.left_out(tmp_path) == ["n1"]
     failing(tmp_path, ("a", "n1"), ("a", "n1"), ("b", "n1"), ("b", "n2"))
-    assert nodes.left_out(tmp_path) == []  # b is at fault
+    assert bad_nodes.left_out(tmp_path) == []  # b is at fault
 
 
 def test_all_nodes_that_there_are_cannot_be_left_out(tmp_path: Path, commands: Any) -> None:
     failing(tmp_path, ("a", "n1"), ("b", "n1"))
     commands(sinfo="echo n1; echo n2")
-    assert nodes.left_out(tmp_path) == ["n1"]
+    assert bad_nodes.left_out(tmp_path) == ["n1"]
     commands(sinfo="echo n1")
-    assert nodes.left_out(tmp_path) == []
+    assert bad_nodes.left_out(tmp_path) == []
 
 
 # -- what a job does
@@ -396,11 +398,11 @@ def test_code_that_changed_after_submission_is_not_run(campaigns: Any, monkeypat
     ready = planned(campaigns)
     run = ready.runs[0]
     ready.directory(run).create(run.spec, run.placement)
-    array = arrays.new_array(ready.root, token="0" * 12, name="tiny-0", runs=[run.id], code="another code")
+    array = array_records.new_array(ready.root, token="0" * 12, name="tiny-0", runs=[run.id], code="another code")
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "1"}
-    command = [sys.executable, "-m", "sweeps.worker", str(arrays.path_of(ready.root, array))]
+    command = [sys.executable, "-m", "sweeps.slurm.job", str(array_records.path_of(ready.root, array))]
     done = subprocess.run(command, env=environment, check=False)
-    assert done.returncode == worker.REFUSED
+    assert done.returncode == job.REFUSED
     assert ready.state(run) == "failed"
     assert "submitted with another code" in (ready.directory(run).attempts()[-1].reason or "")
 
@@ -416,21 +418,21 @@ def test_a_snapshot_is_named_by_its_content_and_taken_once(tmp_path: Path) -> No
 
 
 def test_kills_without_progress_are_counted_and_progress_forgives_them() -> None:
-    def endings(*pairs: tuple[int, int]) -> list[Ending]:
-        return [Ending(job="1", status=status, step=step, time=0.0) for status, step in pairs]
+    def endings(*pairs: tuple[int, int]) -> list[JobExit]:
+        return [JobExit(job="1", status=status, step=step, time=0.0) for status, step in pairs]
 
-    assert fruitless(endings((137, 0), (137, 0))) == (2, 2)
-    assert fruitless(endings((137, 0), (137, 0), (137, 40))) == (1, 1)
-    assert fruitless(endings((137, 0), (75, 0), (0, 0))) == (1, 3)
+    assert exits_without_progress(endings((137, 0), (137, 0))) == (2, 2)
+    assert exits_without_progress(endings((137, 0), (137, 0), (137, 40))) == (1, 1)
+    assert exits_without_progress(endings((137, 0), (75, 0), (0, 0))) == (1, 3)
 
 
 @pytest.mark.parametrize(
-    ("processes", "step", "given_up"),
+    ("processes", "step", "abandoned"),
     [(1, 3, True), (2, 3, False), (1, 0, False)],
     ids=["it failed by itself", "a peer of it may be gone", "it may be the node"],
 )
 def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
-    processes: int, step: int, given_up: bool, tmp_path: Path
+    processes: int, step: int, abandoned: bool, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path)
     directory.note("start", step=0)
@@ -442,8 +444,8 @@ def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
                 tokens_per_second=1.0, mfu=None,
             ),
         )  # fmt: skip
-    error = Ending(job="1", status=1, step=0, starts=1, time=0.0)
-    assert (_why_give_up(directory, [], error, 3, processes=processes) is not None) == given_up
+    error = JobExit(job="1", status=1, step=0, starts=1, time=0.0)
+    assert (_why_give_up(directory, [], error, 3, processes=processes) is not None) == abandoned
     assert _why_give_up(directory, [error, error], error, 3, processes=processes) is not None
 
 
@@ -492,7 +494,7 @@ def test_a_lease_on_another_node_that_still_beats_is_respected(tmp_path: Path) -
 
 def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from sweeps.lease import hold\n"
+        "import sys, time; from pathlib import Path; from sweeps.slurm.lease import hold\n"
         "with hold(Path(sys.argv[1]), beat_seconds=0.05) as held:\n"
         "    print(held, flush=True); time.sleep(60)\n"
     )
@@ -508,20 +510,20 @@ def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
 
 def test_a_claim_is_given_once_and_moves_only_from_its_owner_or_from_a_dropped_array(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "runs" / "r").path.mkdir(parents=True)
-    first = arrays.new_array(tmp_path, token="first", name="n", runs=["r"], code="c")
-    arrays.new_array(tmp_path, token="third", name="n", runs=["r"], code="c")
-    assert arrays.claim(tmp_path, "r", "first")
-    assert not arrays.claim(tmp_path, "r", "second")
-    assert not arrays.claim(tmp_path, "r", "second", instead_of="somebody else")
-    assert arrays.claim(tmp_path, "r", "third", instead_of="first")
-    arrays.drop(tmp_path, first)
-    assert not arrays.claim(tmp_path, "r", "second")
-    (tmp_path / arrays.FOLDER / "third.json").unlink()
-    assert arrays.claim(tmp_path, "r", "second")
+    first = array_records.new_array(tmp_path, token="first", name="n", runs=["r"], code="c")
+    array_records.new_array(tmp_path, token="third", name="n", runs=["r"], code="c")
+    assert array_records.claim(tmp_path, "r", "first")
+    assert not array_records.claim(tmp_path, "r", "second")
+    assert not array_records.claim(tmp_path, "r", "second", instead_of="somebody else")
+    assert array_records.claim(tmp_path, "r", "third", instead_of="first")
+    array_records.drop(tmp_path, first)
+    assert not array_records.claim(tmp_path, "r", "second")
+    (tmp_path / array_records.FOLDER / "third.json").unlink()
+    assert array_records.claim(tmp_path, "r", "second")
 
 
 def test_the_script_is_valid_bash(campaigns: Any, no_profile: Path, tmp_path: Path) -> None:
-    script = batch_script(campaigns.plan(), SlurmTable(gpus=2, memory="16G"), name="n", token="t", tasks=3)
+    script = batch_script(campaigns.plan(), SlurmConfig(gpus_per_node=2, memory="16G"), name="n", token="t", tasks=3)
     assert subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
@@ -531,7 +533,7 @@ def test_code_that_runs_from_a_snapshot_says_which_commit_it_is(tmp_path: Path) 
         sys.executable,
         "-P",
         "-c",
-        "from scaling.provenance import describe_code; print(describe_code().commit)",
+        "from scaling.run.provenance import describe_code; print(describe_code().commit)",
     ]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True

@@ -17,15 +17,16 @@ import pytest
 from recorded import write_record
 from tuned import CAMPAIGN, TUNE, bowl, loader, recorder, told
 
-from scaling.errors import Refusal
-from scaling.records import RunDirectory, read_lines
-from sweeps.campaign import Campaign, load_campaign
-from sweeps.dispatch import run_local
-from sweeps.plan import Plan, plan, with_data
-from sweeps.tune import Executed, Tuner, budget_table, tune, tuning_status
-from sweeps.tuning.journal import Journal, add_running, mend, tell
-from sweeps.tuning.show import study_rows, study_table
-from sweeps.tuning.study import Asked
+from scaling.errors import UserError
+from scaling.io import read_lines
+from scaling.run.directory import RunDirectory
+from sweeps.config.campaign import Campaign, load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.reporting.tuning_table import study_rows, study_table
+from sweeps.tuning.study import ProposedTrial
+from sweeps.tuning.trials import Journal, add_running, fix, tell
+from sweeps.tuning.tuner import ExecutionResult, Tuner, budget_table, tune, tuning_status
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_every_arm_gets_the_same_number_of_trials_and_each_run_is_trained_once(
     adamw, reused, muon = tuning.arms
     assert (adamw.trials, reused.trials, muon.trials) == (24, 0, 24)
     assert adamw.flops == muon.flops
-    # Asked again, nothing is.
+    # ProposedTrial again, nothing is.
     assert told(tune(campaign(), tmp_path / "root", execute=recorder(log=trained), progress=False)) == told(tuning)
     assert max(Counter(trained).values()) == 1
 
@@ -56,7 +57,7 @@ def test_the_plan_takes_best_trials_where_there_were_some_and_the_law_elsewhere(
     root = tmp_path / "root"
     untuned = plan(campaign(), root)
     assert untuned.campaign.untuned
-    with pytest.raises(Refusal, match="Run: scaling tune tiny-tuned"):
+    with pytest.raises(UserError, match="Run: scaling tune tiny-tuned"):
         run_local(untuned, progress=False)
     tuning = tune(campaign(), root, execute=recorder(), progress=False)
     tuned = plan(campaign(), root)
@@ -129,13 +130,13 @@ def test_a_trial_whose_run_cannot_be_run_is_failed_and_another_is_asked(
     record = recorder()
     broken: list[str] = []
 
-    def execute(trials: Plan) -> Executed:
+    def execute(trials: CampaignPlan) -> ExecutionResult:
         victim = next(run for run in trials.runs if run.arm == "muon")
         if not broken:
             broken.append(victim.id)
             rest = tuple(run for run in trials.runs if run.id not in broken)
             record(msgspec.structs.replace(trials, runs=rest))
-            return Executed(failed={victim.id: "its process was killed three times"}, waiting=False)
+            return ExecutionResult(failed={victim.id: "its process was killed three times"}, waiting=False)
         return record(trials)
 
     tuning = tune(campaign(table), tmp_path / "root", execute=execute, progress=False)
@@ -151,7 +152,7 @@ def test_a_campaign_that_was_changed_under_its_trials_is_refused(
     changed = CAMPAIGN.replace("tokens = 3840", "tokens = 4096")
     file = tmp_path / "tiny-tuned.toml"
     file.write_text(changed.format(text=campaign().data.path, tune=TUNE))
-    with pytest.raises(Refusal, match="Give the campaign another name"):
+    with pytest.raises(UserError, match="Give the campaign another name"):
         tune(load_campaign(file), tmp_path / "root", execute=recorder(), progress=False)
 
 
@@ -173,7 +174,7 @@ def _tune_slowly(campaign: Campaign, root: Path) -> None:
     os.setsid()
     fork = multiprocessing.get_context("fork")
 
-    def execute(trials: Plan) -> Executed:
+    def execute(trials: CampaignPlan) -> ExecutionResult:
         for pair in zip(*[iter([*trials.distinct(), None])] * 2, strict=False):
             workers = []
             for run in filter(None, pair):
@@ -183,7 +184,7 @@ def _tune_slowly(campaign: Campaign, root: Path) -> None:
                 workers[-1].start()
             for worker in workers:
                 worker.join()
-        return Executed(failed={}, waiting=False)
+        return ExecutionResult(failed={}, waiting=False)
 
     tune(campaign, root, execute=execute, progress=False)
 
@@ -260,13 +261,13 @@ def test_a_torn_last_line_costs_nothing_that_was_written_whole(tmp_path: Path) -
     _ask_and_tell(path, 1, 2)
     runs = [trial.user_attrs["run"] for trial in Journal(path).study("shared").get_trials()]
     assert runs == ["0-0", "0-1", "0-2", "1-0", "1-1"]
-    assert mend(path) == 0
+    assert fix(path) == 0
 
 
 def test_the_ledger_has_every_trial_before_its_run_exists(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     tuner = Tuner(campaign(), tmp_path / "root", progress=False)
     wanted = tuner.step()
-    assert {run.id for run in wanted} == {line.run for line in read_lines(tuner.ledger, Asked)}
+    assert {run.id for run in wanted} == {line.run for line in read_lines(tuner.ledger, ProposedTrial)}
     assert not any(tuner.template.directory(run).path.exists() for run in wanted)
     assert [run.id for run in tuner.step()] == [run.id for run in wanted]
 

@@ -10,13 +10,13 @@ import pytest
 from tuned import TUNE, loader, recorder
 
 from analysis.audit import audit
-from analysis.load import read_table
-from analysis.study import fit_table
+from analysis.data.table import read_table
+from analysis.ratio.study import fit_table
 from scaling.spec import RunSpec
-from sweeps.campaign import Campaign
-from sweeps.collect import collect
-from sweeps.plan import Plan, plan
-from sweeps.tune import Executed, tune
+from sweeps.config.campaign import Campaign
+from sweeps.planning.plan import CampaignPlan, plan
+from sweeps.reporting.collect import collect
+from sweeps.tuning.tuner import ExecutionResult, tune
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def test_an_optimum_on_the_edge_fails(campaign: Callable[..., Campaign], tmp_pat
 def test_unequal_trials_fail(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     given: list[str] = []
 
-    def grudging(trials: Plan) -> Executed:
+    def grudging(trials: CampaignPlan) -> ExecutionResult:
         # The baseline's smallest rung gets its first generation and no other.
         runs = [run for run in trials.runs if (run.arm, run.rung) != ("adamw", "a") or not given or run.id in given]
         given.extend(run.id for run in runs if (run.arm, run.rung) == ("adamw", "a"))
         recorder()(msgspec.structs.replace(trials, runs=tuple(runs)))
-        return Executed(failed={}, waiting=not runs)
+        return ExecutionResult(failed={}, waiting=not runs)
 
     tune(campaign(RATE_ONLY), tmp_path, execute=grudging, progress=False)
     assert verdicts(tmp_path / "results" / "tiny-tuned" / "trials.csv")["equal-tuning"] == "fail"
@@ -84,7 +84,7 @@ def test_runs_in_the_middle_of_their_schedule_are_never_compared(
     campaign: Callable[..., Campaign], tmp_path: Path
 ) -> None:
     def slow_challenger(spec: RunSpec) -> bool:
-        return spec.optimizer.name == "muon" and spec.shape.layers == 4
+        return spec.optimizer.name == "muon" and spec.model.layers == 4
 
     tune(campaign(RATE_ONLY), tmp_path, execute=recorder(), progress=False)
     made = plan(campaign(RATE_ONLY), tmp_path)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tiny import TINY, make_spec
 
-from scaling.optim.search import Search
-from sweeps.tuning.sampling import Sampling
-from sweeps.tuning.space import Dimension
-from sweeps.tuning.study import RecordsOf, Study, Trial
+from scaling.optim.search_space import SearchRange
+from sweeps.config.search_space import Dimension
+from sweeps.tuning.samplers import Sampling
+from sweeps.tuning.study import RecordsOf, Trial, TuningStudy
 
 TABLE = Path(__file__).parents[2] / "results" / "tuning-grid" / "trials.csv"
 NAMES = ("peak_lr", "batch_tokens", "weight_decay")
@@ -29,9 +29,9 @@ def trials_until_good(recorded: dict[tuple[float, ...], float], *, sampler: str,
     dimensions = []
     for place, name in enumerate(NAMES):
         values = tuple(sorted({point[place] for point in recorded}))
-        row = Search(name=name, scale="log", low=values[0], high=values[-1], least=values[0], most=values[-1])
+        row = SearchRange(name=name, scale="log", low=values[0], high=values[-1], least=values[0], most=values[-1])
         dimensions.append(Dimension(search=row, values=values))
-    study = Study(
+    study = TuningStudy(
         name="replay", arm="adamw", rung="25k", template=make_spec(shape=TINY), dimensions=tuple(dimensions),
         sampling=Sampling(sampler=sampler, startup=startup, seed=seed), trials=len(recorded), in_flight=1, widen=0,
         records=RecordsOf(Path("nowhere")),

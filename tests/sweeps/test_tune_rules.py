@@ -11,14 +11,13 @@ import pandas as pd
 import pytest
 from tuned import CAMPAIGN, TUNE, bowl, loader, recorder, told
 
-from scaling.errors import Refusal
-from scaling.records import read_json
-from sweeps.campaign import Campaign, load_campaign
-from sweeps.plan import Plan, plan
-from sweeps.rules import rule
-from sweeps.tune import Executed, Tuner, read_tuning, tune
-from sweeps.tuning.facts import Tuning, facts_file
-from sweeps.tuning.rulefile import read_rule_file, write_rule_file
+from scaling.errors import UserError
+from scaling.io import read_json
+from sweeps.config.campaign import Campaign, load_campaign
+from sweeps.config.hyperparameter_rules import read_rule_file, rule, write_rule_file
+from sweeps.config.tuning_results import Tuning, facts_file
+from sweeps.planning.plan import CampaignPlan, plan
+from sweeps.tuning.tuner import ExecutionResult, Tuner, read_tuning, tune
 
 HALVED = TUNE.replace("in_flight = 2", "in_flight = 4") + "\n[tune.halving]\nshare = 0.25\nkeep = 0.5\n"
 
@@ -60,12 +59,12 @@ def test_a_rule_file_gives_other_campaigns_every_setting_that_was_found(
 
 def test_a_rule_file_that_is_none_is_refused(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     tuning = Tuner(campaign(), tmp_path / "root", progress=False).gather()
-    with pytest.raises(Refusal, match="there is no law for arm adamw"):
+    with pytest.raises(UserError, match="there is no law for arm adamw"):
         write_rule_file(tuning, "adamw", tmp_path / "x.toml")
-    with pytest.raises(Refusal, match="there is no such rule file"):
+    with pytest.raises(UserError, match="there is no such rule file"):
         rule(str(tmp_path / "x.toml"))
     (tmp_path / "x.toml").write_text("label = 3\n")
-    with pytest.raises(Refusal, match="not a rule file"):
+    with pytest.raises(UserError, match="not a rule file"):
         rule(str(tmp_path / "x.toml"))
 
 
@@ -109,11 +108,11 @@ def test_halving_that_is_interrupted_goes_on_as_if_it_had_not_been(
     whole = tune(campaign(HALVED), tmp_path / "whole", execute=recorder(), progress=False)
     record = recorder()
 
-    def half_of_them(trials: Plan) -> Executed:
+    def half_of_them(trials: CampaignPlan) -> ExecutionResult:
         import msgspec
 
         record(msgspec.structs.replace(trials, runs=trials.runs[len(trials.runs) // 2 :]))
-        return Executed(failed={}, waiting=True)
+        return ExecutionResult(failed={}, waiting=True)
 
     for _ in range(200):
         tuning = tune(campaign(HALVED), tmp_path / "parts", execute=half_of_them, progress=False)
@@ -164,12 +163,12 @@ def test_every_setting_that_was_tried_is_in_a_table_that_the_audit_reads(
 
 
 def test_unequal_trials_are_in_the_facts_and_settle_nothing(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
-    def adamw_only(trials: Plan) -> Executed:
+    def adamw_only(trials: CampaignPlan) -> ExecutionResult:
         import msgspec
 
         kept = tuple(run for run in trials.runs if run.arm == "adamw")
         recorder()(msgspec.structs.replace(trials, runs=kept))
-        return Executed(failed={}, waiting=not kept)
+        return ExecutionResult(failed={}, waiting=not kept)
 
     tune(campaign(), tmp_path, execute=adamw_only, progress=False)
     found = read_tuning(tmp_path, "tiny-tuned")
@@ -229,7 +228,7 @@ def test_the_noise_over_seeds_is_measured_where_rungs_are_repeated(
 def test_a_tune_table_that_cannot_be_is_refused_before_anything_is_trained(
     campaign: Callable[..., Campaign], tmp_path: Path, change: tuple[str, str], sentence: str
 ) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         Tuner(campaign(TUNE.replace(*change, 1)), tmp_path, progress=False)
 
 

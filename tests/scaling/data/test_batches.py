@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling.data.batches import Batches, NotEnoughTokens, held_out
-from scaling.data.documents import Half
-from scaling.data.shards import MANIFEST, Manifest, Shard, Split, header
+from scaling.data.shards import MANIFEST, Manifest, Shard, SplitInfo, header
+from scaling.data.sources.documents import Split
 from scaling.data.tokenizer import ByteTokenizer
-from scaling.records import write_json
+from scaling.io import write_json
 
 
 def write_streams(folder: Path, cuts: list[int], validation: int = 50) -> Path:
-    """Shards of the given sizes whose tokens are their own positions, so that a batch says where it came from."""
+    """RowSharding of the given sizes whose tokens are their own positions, so that a batch says where it came from."""
 
-    def split(half: Half, sizes: list[int]) -> Split:
+    def split(half: Split, sizes: list[int]) -> SplitInfo:
         shards, start = [], 0
         for number, size in enumerate(sizes):
             name = f"{half}-{number}.bin"
@@ -24,7 +24,7 @@ def write_streams(folder: Path, cuts: list[int], validation: int = 50) -> Path:
             (folder / name).write_bytes(content)
             shards.append(Shard(file=name, tokens=size, sha256=""))
             start += size
-        return Split(shards=tuple(shards), documents=1, bytes=start)
+        return SplitInfo(shards=tuple(shards), documents=1, bytes=start)
 
     manifest = Manifest(
         source="text",

@@ -9,8 +9,8 @@ import scaling.data.prepare as preparation
 import scaling.data.writer
 from scaling.data.prepare import PROGRESS, default_folder, prepare, prepared
 from scaling.data.shards import MANIFEST
-from scaling.data.sources import DataConfig
-from scaling.errors import Refusal
+from scaling.data.sources.registry import DataConfig
+from scaling.errors import UserError
 
 SMALL = {"SHARD_TOKENS": 3000, "CHECKPOINT_SECONDS": 0.0, "BATCH_BYTES": 500}
 """Several shards, and a checkpoint every few documents, from a text of 30 kB."""
@@ -24,7 +24,7 @@ from scaling.data.sources import DataConfig
 text, folder, action = sys.argv[1:]
 writer.SHARD_TOKENS, preparation.CHECKPOINT_SECONDS, preparation.BATCH_BYTES = {SHARD_TOKENS}, {CHECKPOINT_SECONDS}, {BATCH_BYTES}
 calls = 0
-add, write_json = writer.HalfWriter.add, preparation.write_json
+add, write_json = writer.ShardWriter.add, preparation.write_json
 
 def counted_add(self, ids, size):
     global calls
@@ -40,7 +40,7 @@ def killed_before_manifest(path, value):
         os.kill(os.getpid(), signal.SIGKILL)
     write_json(path, value)
 
-writer.HalfWriter.add, preparation.write_json = counted_add, killed_before_manifest
+writer.ShardWriter.add, preparation.write_json = counted_add, killed_before_manifest
 preparation.prepare(DataConfig(source="text", path=text), Path(folder))
 print(calls)
 """.format(**SMALL)
@@ -88,9 +88,9 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_pat
 def test_a_preparation_goes_on_from_its_checkpoint_and_not_from_the_start(text, tmp_path, small, monkeypatch):
     start(text, tmp_path / "killed", "80").communicate()
     added = []
-    add = scaling.data.writer.HalfWriter.add
+    add = scaling.data.writer.ShardWriter.add
     monkeypatch.setattr(
-        scaling.data.writer.HalfWriter, "add", lambda self, *given: (added.append(1), add(self, *given))
+        scaling.data.writer.ShardWriter, "add", lambda self, *given: (added.append(1), add(self, *given))
     )
     prepare(DataConfig(source="text", path=str(text)), tmp_path / "killed", progress=False)
     assert 20 <= len(added) < 40
@@ -142,27 +142,27 @@ def test_equal_wishes_share_a_folder_wherever_the_text_lies(text, tmp_path):
 
 def test_a_folder_of_another_wish_is_refused(text, tmp_path):
     prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards", progress=False)
-    with pytest.raises(Refusal, match=r"another \[data\] table"):
+    with pytest.raises(UserError, match=r"another \[data\] table"):
         prepare(DataConfig(source="text", path=str(text), train_tokens=9), tmp_path / "shards")
 
 
 def test_shards_that_somebody_else_wrote_are_left_alone(text, tmp_path):
     (tmp_path / "theirs.bin").write_bytes(b"precious")
-    with pytest.raises(Refusal, match=r"theirs\.bin and no manifest"):
+    with pytest.raises(UserError, match=r"theirs\.bin and no manifest"):
         prepare(DataConfig(source="text", path=str(text)), tmp_path, progress=False)
     assert (tmp_path / "theirs.bin").read_bytes() == b"precious"
 
 
 def test_a_split_without_validation_documents_is_refused_and_leaves_no_shards(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(Refusal, match="of the documents read, 1, none is held out"):
+    with pytest.raises(UserError, match="of the documents read, 1, none is held out"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
     assert not contents(tmp_path / "shards")
 
 
 def test_empty_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(Refusal, match="there is no text in it"):
+    with pytest.raises(UserError, match="there is no text in it"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
 
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path,
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-        with pytest.raises(Refusal, match=r"shards: no room to write .*it goes on"):
+        with pytest.raises(UserError, match=r"shards: no room to write .*it goes on"):
             prepare(config, folder, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path,
 
 
 def test_a_log_gets_a_plain_line_now_and_then(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("scaling.data.meter.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("scaling.run.progress.LINE_SECONDS", 0.0)
     prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards")
     written = capsys.readouterr().err
     assert "training tokens" in written
@@ -197,6 +197,6 @@ def test_a_log_gets_a_plain_line_now_and_then(text, tmp_path, monkeypatch, capsy
 def test_a_damaged_progress_file_is_refused(text, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / PROGRESS).write_text("{")
-    with pytest.raises(Refusal, match=r"progress\.json: damaged"):
+    with pytest.raises(UserError, match=r"progress\.json: damaged"):
         prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards", progress=False)
     assert not (tmp_path / "shards" / MANIFEST).exists()

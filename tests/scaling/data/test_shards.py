@@ -2,11 +2,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from scaling.data.documents import content_digest
 from scaling.data.prepare import prepare
 from scaling.data.shards import HEADER_BYTES, MANIFEST, TokenStream, manifest_hash, open_shard, read_manifest, verify
-from scaling.data.sources import DataConfig
-from scaling.errors import Refusal
+from scaling.data.sources.documents import content_digest
+from scaling.data.sources.registry import DataConfig
+from scaling.errors import UserError
 
 TEXTS = [f"Zeile {number}: größer, 大きい\n" * (1 + number % 7) for number in range(60)]
 
@@ -90,10 +90,10 @@ def flip(content, at):
 def test_a_damaged_shard_is_refused_when_it_is_opened(folder, change, sentence):
     shard = read_manifest(folder).train.shards[0]
     spoil(folder / shard.file, change)
-    with pytest.raises(Refusal, match=sentence) as refusal:
+    with pytest.raises(UserError, match=sentence) as error:
         TokenStream(folder)
-    assert shard.file in str(refusal.value)
-    assert "prepare the data again" in str(refusal.value)
+    assert shard.file in str(error.value)
+    assert "prepare the data again" in str(error.value)
 
 
 def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
@@ -101,23 +101,23 @@ def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
     shard = read_manifest(folder).validation.shards[0]
     spoil(folder / shard.file, lambda content: flip(content, HEADER_BYTES + 3))
     open_shard(folder / shard.file, shard.tokens)
-    with pytest.raises(Refusal, match="content has changed"):
+    with pytest.raises(UserError, match="content has changed"):
         verify(folder)
 
 
 def test_a_missing_shard_is_refused(folder):
     (folder / read_manifest(folder).train.shards[0].file).unlink()
-    with pytest.raises(Refusal, match=r"train-00000\.bin: cannot be read"):
+    with pytest.raises(UserError, match=r"train-00000\.bin: cannot be read"):
         TokenStream(folder)
 
 
 def test_a_folder_without_a_finished_preparation_is_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"is not there.*scaling data prepare"):
+    with pytest.raises(UserError, match=r"is not there.*scaling data prepare"):
         read_manifest(tmp_path / "nowhere")
-    with pytest.raises(Refusal, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text('{"source": 1}')
-    with pytest.raises(Refusal, match="not a manifest"):
+    with pytest.raises(UserError, match="not a manifest"):
         read_manifest(tmp_path)
 
 

@@ -7,13 +7,13 @@ import sys
 import pytest
 import zstandard
 
-from scaling.data import library
-from scaling.data.documents import content_digest, half_by_content
-from scaling.data.files import READERS, documents, find
 from scaling.data.prepare import default_folder, prepare
 from scaling.data.shards import read_manifest
-from scaling.data.sources import SOURCES, DataConfig
-from scaling.errors import Refusal
+from scaling.data.sources import stdlib
+from scaling.data.sources.documents import content_digest, split_by_hash
+from scaling.data.sources.registry import SOURCES, DataConfig
+from scaling.data.sources.text import READERS, documents, find
+from scaling.errors import UserError
 
 TEXTS = ["one\nline", "größer", "三"]
 
@@ -79,7 +79,7 @@ def test_copies_of_published_validation_documents_are_left_out_of_training(tmp_p
 
 
 def test_the_split_by_content_holds_out_the_fraction_asked_for():
-    halves = [half_by_content(content_digest(str(number)), 0.05) for number in range(20_000)]
+    halves = [split_by_hash(content_digest(str(number)), 0.05) for number in range(20_000)]
     # Binomial with n = 20,000 and p = 0.05: four standard deviations are 123.
     assert abs(halves.count("validation") - 1000) < 123
 
@@ -99,26 +99,26 @@ REFUSED_FILES = {
 @pytest.mark.parametrize(("name", "content", "sentence"), REFUSED_FILES.values(), ids=REFUSED_FILES.keys())
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         list(documents(str(tmp_path)))
 
 
 def test_a_table_without_the_text_column_is_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, "body")
-    with pytest.raises(Refusal, match=r"no field .text.; it has body"):
+    with pytest.raises(UserError, match=r"no field .text.; it has body"):
         list(documents(str(tmp_path)))
 
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path):
-    with pytest.raises(Refusal, match="no such file or folder, and as a pattern it matches nothing"):
+    with pytest.raises(UserError, match="no such file or folder, and as a pattern it matches nothing"):
         find(str(tmp_path / "nowhere"))
-    with pytest.raises(Refusal, match="holds no file that can be read"):
+    with pytest.raises(UserError, match="holds no file that can be read"):
         find(str(tmp_path))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(Refusal, match=r"suffix '\.csv' is not known. Accepted: \.txt"):
+    with pytest.raises(UserError, match=r"suffix '\.csv' is not known. Accepted: \.txt"):
         find(str(tmp_path / "a.csv"))
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(Refusal, match="every file in it is in the validation set"):
+    with pytest.raises(UserError, match="every file in it is in the validation set"):
         find(str(tmp_path), str(tmp_path / "a.txt"))
 
 
@@ -131,7 +131,7 @@ REFUSED_TABLES = {
 
 @pytest.mark.parametrize(("table", "sentence"), REFUSED_TABLES.values(), ids=REFUSED_TABLES.keys())
 def test_a_data_table_that_contradicts_itself_is_refused(table, sentence):
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         DataConfig(**table)
 
 
@@ -144,15 +144,15 @@ def test_relative_paths_are_taken_from_the_campaign_file(tmp_path):
 
 
 def test_reading_a_data_table_imports_nothing_heavy():
-    code = "import sys, scaling.data.sources; print(sorted({'torch','numpy','datasets','tokenizers','pyarrow'} & set(sys.modules)))"
+    code = "import sys, scaling.data.sources.registry; print(sorted({'torch','numpy','datasets','tokenizers','pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_the_library_of_this_interpreter_is_enough_and_each_file_is_in_it_once():
     texts = [document.text for document in SOURCES["python-library"].documents(DataConfig())]
-    assert sum(map(len, texts)) > 0.9 * library.ENOUGH_BYTES
+    assert sum(map(len, texts)) > 0.9 * stdlib.ENOUGH_BYTES
     assert len(set(texts)) == len(texts)
-    again = [document.text for document in itertools.islice(library.documents(), 50)]
+    again = [document.text for document in itertools.islice(stdlib.documents(), 50)]
     assert again == texts[:50]
 
 
@@ -166,13 +166,13 @@ def test_packages_are_read_only_where_the_library_is_small(tmp_path, monkeypatch
         "site/d.c",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("#" * (library.LARGEST_PACKAGE_FILE + 1 if "large" in name else 100))
+        (tmp_path / name).write_text("#" * (stdlib.LARGEST_PACKAGE_FILE + 1 if "large" in name else 100))
     roots = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site", "platlib": tmp_path / "site"}
-    monkeypatch.setattr(library.sysconfig, "get_path", lambda key: str(roots[key]))
-    monkeypatch.setattr(library, "ENOUGH_BYTES", 100)
-    assert [name for name, _, _ in library.find()] == ["json/decoder.py"]
-    monkeypatch.setattr(library, "ENOUGH_BYTES", 1000)
-    assert {name for name, _, _ in library.find()} == {"json/decoder.py", "packages/a/b.py", "packages/c.md"}
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda key: str(roots[key]))
+    monkeypatch.setattr(stdlib, "ENOUGH_BYTES", 100)
+    assert [name for name, _, _ in stdlib.find()] == ["json/decoder.py"]
+    monkeypatch.setattr(stdlib, "ENOUGH_BYTES", 1000)
+    assert {name for name, _, _ in stdlib.find()} == {"json/decoder.py", "packages/a/b.py", "packages/c.md"}
 
 
 @pytest.fixture
@@ -243,14 +243,14 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
         config = DataConfig(source="text", path=str(tmp_path / "a.txt"), tokenizer=str(tokenizer))
         return prepare(config, tmp_path / "shards", progress=False)
 
-    with pytest.raises(Refusal, match="65,537 does not fit the shards' 16 bits"):
+    with pytest.raises(UserError, match="65,537 does not fit the shards' 16 bits"):
         asked(word_level(tmp_path / "large.json", ["</s>", *map(str, range(65_536))]))
-    with pytest.raises(Refusal, match="no token that ends a document"):
+    with pytest.raises(UserError, match="no token that ends a document"):
         asked(word_level(tmp_path / "endless.json", ["a", "b"]))
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(Refusal, match=r"none\.json: not a tokenizers JSON file"):
+    with pytest.raises(UserError, match=r"none\.json: not a tokenizers JSON file"):
         asked(tmp_path / "none.json")
-    with pytest.raises(Refusal, match=r"gone\.json: the file cannot be read"):
+    with pytest.raises(UserError, match=r"gone\.json: the file cannot be read"):
         asked(tmp_path / "gone.json")
 
 
@@ -260,7 +260,7 @@ def test_a_missing_extra_is_a_sentence_that_says_how_to_install_it(tmp_path, mon
     config = DataConfig(
         source="text", path=str(tmp_path / "a.txt"), tokenizer=str(word_level(tmp_path / "t.json", ["</s>"]))
     )
-    with pytest.raises(Refusal, match=r"needs the package tokenizers.*pip install 'scaling-harness\[data\]'"):
+    with pytest.raises(UserError, match=r"needs the package tokenizers.*pip install 'scaling-harness\[data\]'"):
         prepare(config, tmp_path / "shards")
 
 
@@ -281,7 +281,7 @@ def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch):
         ({"validation": "train"}, "is the split that is trained on"),
     ):
         options = {"source": "hf", "name": str(folder), **change}
-        with pytest.raises(Refusal, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             prepare(DataConfig(**options), tmp_path / "other", progress=False)
         for left in (tmp_path / "other").iterdir():
             left.unlink()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scaling.models.cross_entropy import next_token_loss
+from scaling.models.loss import next_token_loss
 
 
 @settings(max_examples=30, deadline=None)

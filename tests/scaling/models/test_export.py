@@ -10,17 +10,19 @@ from tiny import make_spec
 
 from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
-from scaling.data.sources import DataConfig
+from scaling.data.sources.registry import DataConfig
 from scaling.data.tokenizer import ByteTokenizer
-from scaling.errors import Refusal
+from scaling.errors import UserError
+from scaling.export.huggingface import export_hf
+from scaling.export.tokenizer import byte_tokenizer
 from scaling.flops import CONVENTIONS, count_parameters, train_flops
-from scaling.models import build_model
-from scaling.models.export import export_hf
-from scaling.models.tokenizer_files import byte_tokenizer
-from scaling.records import Code, Device, RunDirectory, RunRecord, write_json
-from scaling.spec import ModelShape, Placement, as_dict
+from scaling.io import write_json
+from scaling.models.registry import build_model
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Code, Device, RunRecord
+from scaling.spec import ModelConfig, Placement, as_dict
 
-UNTIED = ModelShape(layers=3, width=32, heads=4, vocabulary=256, context=24, ffn_multiple=8)
+UNTIED = ModelConfig(layers=3, width=32, heads=4, vocabulary=256, context=24, ffn_multiple=8)
 TIED = msgspec.structs.replace(UNTIED, tied=True)
 
 
@@ -71,7 +73,7 @@ def make_run(folder, shape, data, status="finished"):
 
 
 def ours(directory):
-    model = build_model(directory.record().spec.shape)
+    model = build_model(directory.record().spec.model)
     model.load_state_dict(load_file(directory.weights_file), strict=False)
     return model
 
@@ -226,24 +228,24 @@ def test_a_model_whose_data_are_gone_is_exported_without_tokenizer_and_the_card_
 
 
 def test_a_run_that_cannot_be_exported_is_refused(tmp_path, tiny_shards, tiny_text):
-    with pytest.raises(Refusal, match="there is no such directory"):
+    with pytest.raises(UserError, match="there is no such directory"):
         export_hf(tmp_path / "nowhere", tmp_path / "hub")
     directory = make_run(tmp_path, UNTIED, tiny_shards)
-    with pytest.raises(Refusal, match="own directory"):
+    with pytest.raises(UserError, match="own directory"):
         export_hf(directory.path, directory.path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("years of work")
-    with pytest.raises(Refusal, match=r"holds thesis\.tex"):
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
         export_hf(directory.path, tmp_path / "taken")
     other = tmp_path / "other"
     prepare(DataConfig(source="text", path=str(tiny_text), validation_fraction=0.5), other, progress=False)
-    with pytest.raises(Refusal, match="not those that run"):
+    with pytest.raises(UserError, match="not those that run"):
         export_hf(directory.path, tmp_path / "hub", data=other)
     directory.record_file.unlink()
-    with pytest.raises(Refusal, match="planned, not finished"):
+    with pytest.raises(UserError, match="planned, not finished"):
         export_hf(directory.path, tmp_path / "hub")
     make_run(tmp_path, UNTIED, tiny_shards, status="diverged")
-    with pytest.raises(Refusal, match=r"it diverged \(loss inf at step 3\)"):
+    with pytest.raises(UserError, match=r"it diverged \(loss inf at step 3\)"):
         export_hf(directory.path, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
 
@@ -252,11 +254,11 @@ def test_weights_of_another_shape_are_refused_by_name(untied_run, tmp_path):
     weights = load_file(untied_run.weights_file)
     weights["blocks.1.attention.key.weight"] = torch.zeros(16, 32)
     save_file(weights, untied_run.weights_file)
-    with pytest.raises(Refusal, match=r"blocks\.1\.attention\.key\.weight is 16x32 and .* 32x32"):
+    with pytest.raises(UserError, match=r"blocks\.1\.attention\.key\.weight is 16x32 and .* 32x32"):
         export_hf(untied_run.path, tmp_path / "hub")
     untied_run.weights_file.write_bytes(untied_run.weights_file.read_bytes()[:-9])
-    with pytest.raises(Refusal, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         export_hf(untied_run.path, tmp_path / "hub")
     untied_run.weights_file.unlink()
-    with pytest.raises(Refusal, match="the weights are gone"):
+    with pytest.raises(UserError, match="the weights are gone"):
         export_hf(untied_run.path, tmp_path / "hub")

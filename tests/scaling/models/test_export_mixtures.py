@@ -15,23 +15,25 @@ from safetensors.torch import load_file, save_file
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash
-from scaling.errors import Refusal
-from scaling.models import build_model
-from scaling.models.export import export_hf
-from scaling.records import RunDirectory
-from scaling.spec import LatentAttention, Mixture, ModelShape
+from scaling.errors import UserError
+from scaling.export.huggingface import export_hf
+from scaling.models.registry import build_model
+from scaling.run.directory import RunDirectory
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
-MOONLIGHT = ModelShape(
+MOONLIGHT = ModelConfig(
     layers=3, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="moonlight-moe",
-    mixture=Mixture(experts=6, active=2, shared=2, dense_layers=1, granularity=2, bias_rate=0.05),
-    latent=LatentAttention(kv_rank=16, plain=8, rotary=12, value=10),
+    moe=MoEConfig(experts=6, top_k=2, shared=2, dense_layers=1, granularity=2, bias_rate=0.05),
+    mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=10),
 )  # fmt: skip
 QUERY_RANK = msgspec.structs.replace(
-    MOONLIGHT, latent=LatentAttention(kv_rank=16, plain=8, rotary=12, value=10, q_rank=20), tied=True
+    MOONLIGHT,
+    mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=10, q_lora_rank=20),
+    tied=True,
 )
-MIXTRAL = ModelShape(
+MIXTRAL = ModelConfig(
     layers=2, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="mixtral-moe",
-    mixture=Mixture(experts=4, active=2, score="topk-softmax", bias_rate=0.0),
+    moe=MoEConfig(experts=4, top_k=2, score="topk-softmax", bias_rate=0.0),
 )  # fmt: skip
 SHAPES = {"moonlight": MOONLIGHT, "query-rank": QUERY_RANK, "mixtral": MIXTRAL}
 
@@ -41,7 +43,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, tiny_shards: Path) -> Pa
     return trained(request.param, tmp_path, tiny_shards)
 
 
-def trained(shape: ModelShape, folder: Path, shards: Path) -> Path:
+def trained(shape: ModelConfig, folder: Path, shards: Path) -> Path:
     """A run of a few steps, so that biases are not zero, with weights then made large enough for a mistake to show."""
     path = place(make_spec(shape=shape, steps=4, manifest=manifest_hash(shards)), folder / "runs", shards, every=1e9)
     finish(path)
@@ -186,12 +188,12 @@ def test_what_other_readers_need_is_written_though_transformers_does_not_ask(tmp
     ids=["moonlight", "mixtral"],
 )
 def test_what_the_other_side_cannot_say_is_refused_before_anything_is_written(
-    shape: ModelShape, sentence: str, tmp_path: Path, tiny_shards: Path
+    shape: ModelConfig, sentence: str, tmp_path: Path, tiny_shards: Path
 ) -> None:
-    assert shape.mixture is not None
+    assert shape.moe is not None
     changes = {"shared": 0} if shape is MOONLIGHT else {"shared": 1, "bias_rate": 0.1}
-    odd = msgspec.structs.replace(shape, mixture=msgspec.structs.replace(shape.mixture, **changes))
+    odd = msgspec.structs.replace(shape, moe=msgspec.structs.replace(shape.moe, **changes))
     path = trained(odd, tmp_path, tiny_shards)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         export_hf(path, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()

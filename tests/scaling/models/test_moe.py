@@ -14,14 +14,20 @@ from safetensors.torch import load_file
 from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
-from scaling.models import build_model
-from scaling.models.gate import gate_scale
-from scaling.models.moe import MixtureDecoder, MixtureFeedForward, grouped_product, has_grouped, loop_product
-from scaling.optim.recipes import assign, complete
-from scaling.records import RunDirectory
-from scaling.spec import Mixture, ModelShape, OptimizerSpec
-from scaling.train import train
+from scaling.errors import UserError
+from scaling.models.moe import (
+    MoEDecoder,
+    MoEFeedForward,
+    grouped_product,
+    has_grouped,
+    loop_product,
+    routed_scaling_factor,
+)
+from scaling.models.registry import build_model
+from scaling.optim.registry import assign, complete
+from scaling.run.directory import RunDirectory
+from scaling.spec import ModelConfig, MoEConfig, OptimizerSpec
+from scaling.training.loop import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,7 +48,7 @@ def test_grouped_product_is_the_loop_to_the_bit_also_with_idle_experts(dtype: to
         assert torch.equal(grouped, looped)
 
 
-def naive(layer: MixtureFeedForward, x: torch.Tensor) -> torch.Tensor:
+def naive(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
     """One token after another, one expert after another, from the paper's equations."""
     mixture, experts = layer.mixture, layer.experts
     out = torch.zeros_like(x)
@@ -56,7 +62,7 @@ def naive(layer: MixtureFeedForward, x: torch.Tensor) -> torch.Tensor:
                 "softmax-topk": lambda logits: torch.exp(logits) / torch.exp(logits).sum(),
             }[mixture.score](logits)
             order = (scores + layer.router.bias).detach().argsort(descending=True).tolist()
-            chosen = order[: mixture.active]
+            chosen = order[: mixture.top_k]
             total = 1.0 if mixture.score == "softmax-topk" else sum(scores[e] for e in chosen)
             for e in chosen:
                 gate, up = experts.gate[e] @ token, experts.up[e] @ token
@@ -69,12 +75,10 @@ def naive(layer: MixtureFeedForward, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("score", ["sigmoid", "topk-softmax", "softmax-topk"])
 def test_a_layer_is_the_naive_sum_over_tokens_and_experts(score: str) -> None:
-    mixture = Mixture(experts=6, active=3, shared=1, score=score)  # type: ignore[arg-type]
-    shape = ModelShape(
-        layers=1, width=12, heads=2, vocabulary=8, context=8, ffn=20, family="mixtral-moe", mixture=mixture
-    )
+    mixture = MoEConfig(experts=6, top_k=3, shared=1, score=score)  # type: ignore[arg-type]
+    shape = ModelConfig(layers=1, width=12, heads=2, vocabulary=8, context=8, ffn=20, family="mixtral-moe", moe=mixture)
     torch.manual_seed(0)
-    layer = MixtureFeedForward(shape, mixture)
+    layer = MoEFeedForward(shape, mixture)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     if score == "sigmoid":
@@ -84,7 +88,7 @@ def test_a_layer_is_the_naive_sum_over_tokens_and_experts(score: str) -> None:
     (layer(x) * probe).sum().backward()
     ours = layer(x).detach(), [parameter.grad for parameter in layer.parameters()]
 
-    reference = MixtureFeedForward(shape, mixture).double()
+    reference = MoEFeedForward(shape, mixture).double()
     reference.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     expected = naive(reference, x.double())
     (expected * probe.double()).sum().backward()
@@ -98,9 +102,9 @@ def test_a_layer_is_the_naive_sum_over_tokens_and_experts(score: str) -> None:
 def imbalance_after(rate: float, steps: int = 60) -> float:
     """Mean load of the busiest expert over the mean, in the last third of a short run on a module of Python's own."""
     text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
-    shape = ModelShape(
+    shape = ModelConfig(
         layers=2, width=16, heads=2, vocabulary=256, context=32, ffn=16, family="mixtral-moe",
-        mixture=Mixture(experts=8, active=2, bias_rate=rate),
+        moe=MoEConfig(experts=8, top_k=2, bias_rate=rate),
     )  # fmt: skip
     model = build_model(shape)
     model.initialise(0)
@@ -126,7 +130,7 @@ def test_the_bias_rule_evens_out_the_load_of_real_text() -> None:
 
 def test_the_bias_moves_by_the_sign_of_the_shortage_and_keeps_its_mean() -> None:
     model = build_model(TINY_MOONLIGHT)
-    assert isinstance(model, MixtureDecoder)
+    assert isinstance(model, MoEDecoder)
     (layer,) = model.mixtures()
     layer.router.update_bias(torch.tensor([4, 4, 4, 4, 4, 4, 3, 5]))  # six at the mean, one below, one above
     torch.testing.assert_close(layer.router.bias, torch.tensor([0.0] * 6 + [0.02, -0.02]))
@@ -143,15 +147,15 @@ def test_an_evaluation_is_no_load() -> None:
     windows = torch.randint(0, 256, (4, 17))
     with torch.no_grad():
         model.loss(windows)
-    assert isinstance(model, MixtureDecoder)
+    assert isinstance(model, MoEDecoder)
     (layer,) = model.mixtures()
     assert int(layer.router.load.sum()) == 0
     model.loss(windows)
-    assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.mixture.active
+    assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.moe.active
 
 
 def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where_one_takes_all() -> None:
-    from scaling.models.router import sequence_loss
+    from scaling.models.moe import sequence_loss
 
     even = torch.arange(8).view(1, 4, 2)[0]
     assert float(sequence_loss(torch.full((4, 8), 0.5), even, 1)) == pytest.approx(1.0)
@@ -160,8 +164,8 @@ def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where
 
 
 def test_gate_scale_is_the_one_of_appendix_c() -> None:
-    assert gate_scale(64, 6) == pytest.approx(2.446, abs=5e-4)
-    assert gate_scale(4, 1) == 1.0
+    assert routed_scaling_factor(64, 6) == pytest.approx(2.446, abs=5e-4)
+    assert routed_scaling_factor(4, 1) == 1.0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -201,31 +205,31 @@ def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(
 @pytest.mark.parametrize(
     ("family", "parts", "sentence"),
     [
-        ("decoder", {"mixture": TINY_MOONLIGHT.mixture}, "use the family mixtral-moe or moonlight-moe"),
+        ("decoder", {"mixture": TINY_MOONLIGHT.moe}, "use the family mixtral-moe or moonlight-moe"),
         (
             "moonlight-moe",
-            {"mixture": TINY_MOONLIGHT.mixture},
+            {"mixture": TINY_MOONLIGHT.moe},
             "needs a table latent. Add one, or use the family decoder or mixtral-moe",
         ),
-        ("mixtral", {"mixture": TINY_MOONLIGHT.mixture}, 'did you mean "mixtral-moe"'),
+        ("mixtral", {"mixture": TINY_MOONLIGHT.moe}, 'did you mean "mixtral-moe"'),
     ],
 )
-def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, Mixture], sentence: str) -> None:
-    shape = ModelShape(layers=2, width=16, heads=2, vocabulary=8, context=8, ffn=16, family=family, **parts)  # type: ignore[arg-type]
-    with pytest.raises(Refusal, match=sentence):
+def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, MoEConfig], sentence: str) -> None:
+    shape = ModelConfig(layers=2, width=16, heads=2, vocabulary=8, context=8, ffn=16, family=family, **parts)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=sentence):
         build_model(shape)
 
 
 def test_impossible_mixtures_are_refused_with_what_would_do() -> None:
-    with pytest.raises(Refusal, match="Use active = 4 or fewer"):
-        Mixture(experts=4, active=5)
-    with pytest.raises(Refusal, match="granularity 3 does not divide the 32 hidden units"):
-        ModelShape(
+    with pytest.raises(UserError, match="Use active = 4 or fewer"):
+        MoEConfig(experts=4, top_k=5)
+    with pytest.raises(UserError, match="granularity 3 does not divide the 32 hidden units"):
+        ModelConfig(
             layers=2,
             width=16,
             heads=2,
             vocabulary=8,
             context=8,
             ffn=32,
-            mixture=Mixture(experts=4, active=1, granularity=3),
+            moe=MoEConfig(experts=4, top_k=1, granularity=3),
         )

@@ -14,21 +14,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
-from scaling.models import build_model
+from scaling.models.registry import build_model
 from scaling.models.upcycle import load_weights, upcycled
-from scaling.processes import shard
-from scaling.records import RunDirectory
-from scaling.spec import Initial, Mixture, ModelShape, RunSpec
+from scaling.run.directory import RunDirectory
+from scaling.spec import ModelConfig, MoEConfig, RunSpec, WarmStart
+from scaling.training.launch import shard
 from tests.scaling.optim.processes import run
 
-DENSE = ModelShape(layers=2, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
+DENSE = ModelConfig(layers=2, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
 
 
-def with_experts(experts: int = 8, active: int = 2, **options: object) -> ModelShape:
-    mixture = Mixture(experts=experts, active=active, **{"score": "topk-softmax", **options})  # type: ignore[arg-type]
-    return msgspec.structs.replace(DENSE, family="mixtral-moe", mixture=mixture)
+def with_experts(experts: int = 8, active: int = 2, **options: object) -> ModelConfig:
+    mixture = MoEConfig(experts=experts, top_k=active, **{"score": "topk-softmax", **options})  # type: ignore[arg-type]
+    return msgspec.structs.replace(DENSE, family="mixtral-moe", moe=mixture)
 
 
 def dense_model(seed: int = 0) -> torch.nn.Module:
@@ -89,10 +89,10 @@ def parent(tiny_shards: Path, tmp_path: Path) -> Path:
     return path
 
 
-def child_of(path: Path, *, charged: bool = True, shape: ModelShape | None = None) -> RunSpec:
+def child_of(path: Path, *, charged: bool = True, shape: ModelConfig | None = None) -> RunSpec:
     manifest = RunDirectory(path).spec().data.manifest
     spec = make_spec(shape=shape or with_experts(), steps=10, manifest=manifest, peak_lr=1e-3)
-    return msgspec.structs.replace(spec, initial=Initial(run=path.name, how="upcycle", charged=charged))
+    return msgspec.structs.replace(spec, warm_start=WarmStart(run=path.name, how="upcycle", charged=charged))
 
 
 @pytest.mark.parametrize("charged", [True, False])
@@ -108,7 +108,7 @@ def test_an_upcycled_run_starts_where_its_parent_ended_and_says_what_that_cost(
     assert record.validation_loss is not None
     assert record.validation_loss < before.validation_loss + 0.05
     for name in CONVENTIONS:
-        own = train_flops(spec.shape, record.tokens, name)
+        own = train_flops(spec.model, record.tokens, name)
         assert record.flops[name] == own + (before.flops[name] if charged else 0)
     assert record.initial_flops == (before.flops if charged else {})
     assert RunDirectory(parent.parent / spec.id).metrics()[-1].flops == record.flops["6nd"]
@@ -122,7 +122,7 @@ def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
 
     from running import at_step, numbers
 
-    from scaling.train import train
+    from scaling.training.loop import train
 
     spec = child_of(parent)
     whole = place(spec, parent.parent, tiny_shards)
@@ -139,29 +139,29 @@ def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
 
 
 def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path, tiny_shards: Path) -> None:
-    orphan = msgspec.structs.replace(child_of(parent), initial=Initial(run="0" * 12, how="upcycle"))
-    with pytest.raises(Refusal, match=r"which is nowhere\. Train that run first"):
+    orphan = msgspec.structs.replace(child_of(parent), warm_start=WarmStart(run="0" * 12, how="upcycle"))
+    with pytest.raises(UserError, match=r"which is nowhere\. Train that run first"):
         finish(place(orphan, parent.parent, tiny_shards))
     wider = msgspec.structs.replace(with_experts(), width=32)
-    with pytest.raises(Refusal, match=r"weight embedding.weight is 256x16, and this run's shape makes it 256x32"):
+    with pytest.raises(UserError, match=r"weight embedding.weight is 256x16, and this run's shape makes it 256x32"):
         finish(place(child_of(parent, shape=wider), parent.parent, tiny_shards))
     deeper = msgspec.structs.replace(with_experts(), layers=3)
-    with pytest.raises(Refusal, match="is absent, and this run's shape makes it"):
+    with pytest.raises(UserError, match="is absent, and this run's shape makes it"):
         finish(place(child_of(parent, shape=deeper), parent.parent, tiny_shards))
-    with pytest.raises(Refusal, match="Set shared = 0 and granularity = 1"):
+    with pytest.raises(UserError, match="Set shared = 0 and granularity = 1"):
         finish(place(child_of(parent, shape=with_experts(shared=1)), parent.parent, tiny_shards))
 
 
 def test_a_parents_weights_are_no_pickle(parent: Path, tiny_shards: Path) -> None:
     (parent / "weights.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(Refusal, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         finish(place(child_of(parent), parent.parent, tiny_shards))
 
 
 def test_a_copy_takes_every_weight_over(parent: Path, tiny_shards: Path) -> None:
     manifest = RunDirectory(parent).spec().data.manifest
     spec = make_spec(shape=DENSE, steps=2, manifest=manifest, peak_lr=1e-12)
-    spec = msgspec.structs.replace(spec, initial=Initial(run=parent.name))
+    spec = msgspec.structs.replace(spec, warm_start=WarmStart(run=parent.name))
     path = place(spec, parent.parent, tiny_shards)
     finish(path)
     before, after = load_file(parent / "weights.safetensors"), load_file(path / "weights.safetensors")

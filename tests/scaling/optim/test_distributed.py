@@ -17,15 +17,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.models.decoder import Decoder
-from scaling.optim.coefficients import newton_schulz_flops
-from scaling.optim.dealing import deal
-from scaling.optim.recipes import OPTIMIZERS, build
-from scaling.spec import ModelShape, OptimizerSpec
+from scaling.optim.distributed.ddp import assign_owners
+from scaling.optim.newton_schulz.coefficients import newton_schulz_flops
+from scaling.optim.registry import OPTIMIZERS, build
+from scaling.spec import ModelConfig, OptimizerSpec
 from tests.scaling.optim.processes import run
 
-SHAPE = ModelShape(layers=3, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=1)
+SHAPE = ModelConfig(layers=3, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=1)
 """Its feed-forward has 86 hidden units, which four processes do not divide."""
 
 
@@ -157,7 +157,7 @@ def test_owners_share_the_momentum_evenly():
 
 def test_matrices_are_dealt_to_within_one_of_each_shape_and_of_the_dearest_in_all():
     large, small = (64, 96), (32, 32)
-    owners = deal([small] * 3 + [large] * 7 + [small] * 3, 4)
+    owners = assign_owners([small] * 3 + [large] * 7 + [small] * 3, 4)
     counts = [(owners[3:10].count(process), (owners[:3] + owners[10:]).count(process)) for process in range(4)]
     assert max(a for a, _ in counts) - min(a for a, _ in counts) == 1
     assert max(b for _, b in counts) - min(b for _, b in counts) == 1
@@ -215,8 +215,8 @@ def refusal_of_columns() -> str:
     weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(1)]))
     try:
         build(spec(), [("blocks.0.attention.query.weight", weight)])
-    except Refusal as refusal:
-        return str(refusal)
+    except UserError as error:
+        return str(error)
     return ""
 
 

@@ -9,32 +9,32 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.flops import train_flops
-from scaling.models import build_model
-from scaling.optim.ledger import block_matrices, run_optimizer_flops, update_flops
-from scaling.optim.recipes import OPTIMIZERS, build
-from scaling.spec import LatentAttention, Mixture, ModelShape, OptimizerSpec
+from scaling.models.registry import build_model
+from scaling.optim.optimizer_flops import block_matrices, run_optimizer_flops, update_flops
+from scaling.optim.registry import OPTIMIZERS, build
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
 from tests.tiny import make_spec
 
-DENSE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
+DENSE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 SHAPES = {
     "dense": DENSE,
     "tied": msgspec.structs.replace(DENSE, tied=True),
     "experts": msgspec.structs.replace(
-        DENSE, family="mixtral-moe", mixture=Mixture(experts=4, active=2, score="topk-softmax")
+        DENSE, family="mixtral-moe", moe=MoEConfig(experts=4, top_k=2, score="topk-softmax")
     ),
     "latent attention": msgspec.structs.replace(
-        DENSE, family="moonlight-moe", latent=LatentAttention(kv_rank=12, plain=8, rotary=4, value=10),
-        mixture=Mixture(experts=4, active=2, shared=2, dense_layers=1, granularity=2),
+        DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10),
+        moe=MoEConfig(experts=4, top_k=2, shared=2, dense_layers=1, granularity=2),
     ),
     "query rank": msgspec.structs.replace(
-        DENSE, family="moonlight-moe", latent=LatentAttention(kv_rank=12, plain=8, rotary=4, value=10, q_rank=20),
-        mixture=Mixture(experts=4, active=2),
+        DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, q_lora_rank=20),
+        moe=MoEConfig(experts=4, top_k=2),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_matrices_of_the_blocks_are_the_models(shape: ModelShape) -> None:
+def test_the_matrices_of_the_blocks_are_the_models(shape: ModelConfig) -> None:
     with torch.device("meta"):
         model = build_model(shape)
     matrices = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim > 1}
@@ -46,7 +46,7 @@ def test_the_matrices_of_the_blocks_are_the_models(shape: ModelShape) -> None:
     [*((name, {}) for name in OPTIMIZERS), ("muon", {"head_blocks": 2}), ("muon", {"form": "gram", "ns_steps": 7})],
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_steps_flops_are_what_torch_counts(name: str, options: dict[str, int | str], shape: ModelShape) -> None:
+def test_a_steps_flops_are_what_torch_counts(name: str, options: dict[str, int | str], shape: ModelConfig) -> None:
     spec = OptimizerSpec(name=name, peak_lr=1e-3, options=options)
     model = build_model(shape)
     optimizer = build(spec, model.named_parameters())
@@ -59,16 +59,16 @@ def test_a_steps_flops_are_what_torch_counts(name: str, options: dict[str, int |
 
 def test_a_run_is_charged_for_its_whole_steps_and_muon_costs_moonlights_share() -> None:
     spec = make_spec(optimizer="muon", steps=12, windows=8)
-    one = update_flops(spec.optimizer, block_matrices(spec.shape))
+    one = update_flops(spec.optimizer, block_matrices(spec.model))
     assert run_optimizer_flops(spec) == 12 * one > 0
     assert run_optimizer_flops(spec, tokens=5 * spec.batch_tokens + 1) == 5 * one
     assert run_optimizer_flops(make_spec(optimizer="adamw")) == 0
     # 192 windows of 8192 tokens at Moonlight's 1.15B: Newton-Schulz adds 0.63 to 0.64 % to 6ND.
-    large = ModelShape(layers=18, width=2304, heads=18, vocabulary=1024, context=8192)
+    large = ModelConfig(layers=18, width=2304, heads=18, vocabulary=1024, context=8192)
     charged = update_flops(OptimizerSpec(name="muon", peak_lr=1e-3), block_matrices(large))
     assert charged / train_flops(large, 192 * 8192) == pytest.approx(0.0064, abs=2e-4)
 
 
 def test_the_ledger_needs_no_torch() -> None:
-    code = "import sys, scaling.optim.ledger; assert 'torch' not in sys.modules"
+    code = "import sys, scaling.optim.optimizer_flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from scaling.models.decoder import Decoder
-from scaling.optim.measure import parameter_class, svd_entropy, update_rms, weights_of
-from scaling.optim.recipes import build
-from scaling.spec import ModelShape, OptimizerSpec
+from scaling.optim.diagnostics import parameter_class, svd_entropy, update_rms, weights_of
+from scaling.optim.registry import build
+from scaling.spec import ModelConfig, OptimizerSpec
 
-SHAPE = ModelShape(layers=2, width=64, heads=2, vocabulary=64, context=32, ffn_multiple=8)
+SHAPE = ModelConfig(layers=2, width=64, heads=2, vocabulary=64, context=32, ffn_multiple=8)
 
 
 def one_step(optimizer: OptimizerSpec) -> dict[str, float]:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaling.errors import Refusal
+from scaling.errors import UserError
 from scaling.models.decoder import Decoder
-from scaling.optim.coefficients import polynomials, singular_value_after
 from scaling.optim.muon import accumulate_in_few_launches, accumulate_in_few_passes
-from scaling.optim.recipes import OPTIMIZERS, assign, build
-from scaling.resume import StopRequest
-from scaling.spec import ModelShape, OptimizerSpec
+from scaling.optim.newton_schulz.coefficients import polynomials, singular_value_after
+from scaling.optim.registry import OPTIMIZERS, assign, build
+from scaling.spec import ModelConfig, OptimizerSpec
+from scaling.training.checkpoint import ShutdownRequest
 
-SHAPE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
+SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
 
 def spec(name: str = "muon", *, peak_lr: float = 1e-2, weight_decay: float = 0.1, **options) -> OptimizerSpec:
@@ -214,7 +214,7 @@ def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
     whole = model_at()
     train(whole, build(spec(), whole.named_parameters()), range(6))
 
-    model, stop = model_at(), StopRequest()
+    model, stop = model_at(), ShutdownRequest()
     optimizer = build(spec(), model.named_parameters())
     train(model, optimizer, range(2))
     seen_inside = []
@@ -247,7 +247,7 @@ def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
 
 def test_weights_stored_in_bf16_are_refused_by_name():
     weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
-    with pytest.raises(Refusal, match=r"blocks\.0\.attention\.key\.weight is stored in torch\.bfloat16"):
+    with pytest.raises(UserError, match=r"blocks\.0\.attention\.key\.weight is stored in torch\.bfloat16"):
         build(spec(), [("blocks.0.attention.key.weight", weight)])
 
 

@@ -8,11 +8,16 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.models.decoder import Decoder
-from scaling.optim.coefficients import COEFFICIENTS, newton_schulz_flops, polynomials, singular_value_after
-from scaling.optim.gram_form import iterate_gram
-from scaling.optim.newton_schulz import CHUNK_BYTES, Workspace, normalise, orthogonalise, resolve_dtype
-from scaling.optim.recipes import build
-from scaling.spec import ModelShape, OptimizerSpec
+from scaling.optim.newton_schulz.coefficients import (
+    COEFFICIENTS,
+    newton_schulz_flops,
+    polynomials,
+    singular_value_after,
+)
+from scaling.optim.newton_schulz.gram_form import iterate_gram
+from scaling.optim.newton_schulz.iteration import CHUNK_BYTES, Workspace, normalise, orthogonalise, resolve_dtype
+from scaling.optim.registry import build
+from scaling.spec import ModelConfig, OptimizerSpec
 
 STEPS = {"keller": 5, "polar-express": 5, "deepseek": 10}
 
@@ -179,7 +184,7 @@ def test_the_gram_forms_counted_flops_are_what_torch_counts():
 @functools.cache
 def momenta_of_a_run() -> list[torch.Tensor]:
     """Momentum of every matrix of a small decoder after 40 steps of AdamW on a periodic text."""
-    shape = ModelShape(layers=2, width=64, heads=2, vocabulary=32, context=32, ffn_multiple=8)
+    shape = ModelConfig(layers=2, width=64, heads=2, vocabulary=32, context=32, ffn_multiple=8)
     model = Decoder(shape)
     model.initialise(0)
     optimizer = build(OptimizerSpec(name="adamw", peak_lr=3e-3), model.named_parameters())

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaling.optim.recipes import build
+from scaling.optim.registry import build
 from scaling.spec import OptimizerSpec
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from scaling.optim.products import PANELS_FROM, by_panels, gram, quadratic
+from scaling.optim.newton_schulz.matmul import PANELS_FROM, by_panels, gram, quadratic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,11 +2,11 @@ import msgspec
 import torch
 
 from scaling.models.decoder import Attention, Decoder, Rotary
-from scaling.models.latent import MultiHeadLatentAttention
-from scaling.optim.qk_clip import clip_attention_, largest_logits, observed_logits
-from scaling.spec import LatentAttention, ModelShape
+from scaling.models.mla import MultiHeadLatentAttention
+from scaling.spec import MLAConfig, ModelConfig
+from scaling.training.qk_clip import clip_attention_, largest_logits, observed_logits
 
-SHAPE = ModelShape(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)
+SHAPE = ModelConfig(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)
 
 
 def logits_of(attention: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -40,11 +40,11 @@ def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
 
 
 def test_latent_attention_is_clipped_to_the_bound_and_its_shared_rotary_key_stays():
-    latent = LatentAttention(kv_rank=8, plain=4, rotary=4, value=8, q_rank=12)
-    shape = msgspec.structs.replace(SHAPE, latent=latent)
+    latent = MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12)
+    shape = msgspec.structs.replace(SHAPE, mla=latent)
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"it": MultiHeadLatentAttention(shape, latent)})
-    attention, rotary = model["it"], Rotary(latent.rotary, SHAPE.context)
+    attention, rotary = model["it"], Rotary(latent.qk_rope_head_dim, SHAPE.context)
     x = torch.randn(2, 16, 32)
     with observed_logits(model) as before:
         attention(x, rotary)

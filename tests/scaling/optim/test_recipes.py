@@ -5,16 +5,16 @@ import msgspec
 import pytest
 import torch
 
-from scaling.errors import Refusal
-from scaling.models import FAMILIES
+from scaling.errors import UserError
 from scaling.models.decoder import Decoder
-from scaling.optim.recipes import OPTIMIZERS, assign, build, complete
-from scaling.spec import LatentAttention, Mixture, ModelShape, OptimizerSpec
+from scaling.models.registry import FAMILIES
+from scaling.optim.registry import OPTIMIZERS, assign, build, complete
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
 
-SHAPE = ModelShape(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
+SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
 
-def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def shapes_of(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = FAMILIES[shape.family].build(shape)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -25,7 +25,7 @@ def spec(name: str, **options: float | int | bool | str) -> OptimizerSpec:
 
 
 def test_planning_reads_the_table_without_torch():
-    code = "import sys, scaling.optim.recipes; assert 'torch' not in sys.modules"
+    code = "import sys, scaling.optim.registry; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -50,13 +50,13 @@ def test_completing_writes_every_default_and_twice_is_once(name):
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_by_name(wrong, sentence):
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         complete(wrong)
 
 
 PARTS = {
-    "mixture": Mixture(experts=4, active=2, shared=1, dense_layers=1),
-    "latent": LatentAttention(kv_rank=8, plain=4, rotary=4, value=8, q_rank=12),
+    "mixture": MoEConfig(experts=4, top_k=2, shared=1, dense_layers=1),
+    "latent": MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12),
 }
 
 
@@ -93,12 +93,12 @@ def test_expert_stacks_and_latent_attention_are_matrices_and_their_norms_are_not
     ],
 )
 def test_a_parameter_that_no_rule_was_written_for_is_refused(name, shape, sentence):
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         assign(spec("muon"), {name: shape})
 
 
 def test_head_blocks_must_divide_the_rows():
-    with pytest.raises(Refusal, match="32 rows, which 3 blocks do not divide"):
+    with pytest.raises(UserError, match="32 rows, which 3 blocks do not divide"):
         assign(spec("muon", head_blocks=3), {"blocks.0.attention.query.weight": (32, 32)})
 
 

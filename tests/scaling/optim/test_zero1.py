@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling.optim.recipes import OPTIMIZERS, build, complete
-from scaling.optim.zero1 import ZeroOneMuon
+from scaling.optim.distributed.zero1 import Zero1Muon
+from scaling.optim.registry import OPTIMIZERS, build, complete
 from scaling.spec import OptimizerSpec
 from tests.scaling.optim.processes import run
 
@@ -45,9 +45,9 @@ def algorithm_one() -> tuple[list[Tensor], int]:
     return [weight.detach() for weight in weights], sum(tensor.numel() for tensor in held)
 
 
-def _optimizer(weights: list[nn.Parameter]) -> ZeroOneMuon:
+def _optimizer(weights: list[nn.Parameter]) -> Zero1Muon:
     hyper = OPTIMIZERS["muon"].groups(SPEC, OPTIMIZERS["muon"].options(**SPEC.options))["muon"]
-    return ZeroOneMuon(weights, hyper)
+    return Zero1Muon(weights, hyper)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -1,0 +1,1 @@
+"""Laws and the solver that fits them."""

@@ -1,0 +1,1 @@
+"""Power analysis: synthetic studies of a planned campaign."""

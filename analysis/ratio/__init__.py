@@ -1,0 +1,1 @@
+"""The FLOPs-to-match ratio of a challenger against the baseline."""

@@ -1,0 +1,51 @@
+"""Laws, ratios and intervals as text."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from analysis.fitting.laws import Law, LossSurface, PowerLaw
+from analysis.ratio.compare import Comparison
+from scaling.units import FLOPS_PER_PFLOPS_DAY
+
+if TYPE_CHECKING:
+    pass
+
+
+SMALL = 1e-2
+"""PFLOP/s-days below which computes are shown in FLOPs."""
+
+
+def law_text(law: Law) -> str:
+    """A law as a formula with four to five digits."""
+    if isinstance(law, LossSurface):
+        return f"{law.E:.4g} + {law.A:.5g} N^{-law.alpha:.4f} + {law.B:.5g} D^{-law.beta:.4f}"
+    power = f"{law.scale:.4g} C^{-law.exponent:.5f}"
+    return f"{law.floor:.4g} + {power}" if law.floor else power
+
+
+def law_math(law: PowerLaw) -> str:
+    """A law of compute for a figure's legend."""
+    power = rf"{law.scale:.4g}\,C^{{-{law.exponent:.4f}}}"
+    return f"${law.floor:.3g} + {power}$" if law.floor else f"${power}$"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """``0.45 to 0.55``, or why there is none."""
+    return "no interval" if low is None or high is None else f"{ratio_text(low)} to {ratio_text(high)}"
+
+
+def ratio_text(value: float) -> str:
+    """A ratio with three digits, whatever its size."""
+    if not math.isfinite(value):
+        return "unbounded"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 0.0995 <= value < 10 else f"{value:.3g}"
+
+
+def compute_unit(comparison: Comparison) -> tuple[str, float]:
+    """The unit in which computes of a comparison are shown, and how many make a PFLOP/s-day: FLOPs for small runs."""
+    small = max(fit.compute_range[1] for fit in comparison.fits.values()) < SMALL
+    return ("FLOPs", FLOPS_PER_PFLOPS_DAY) if small else ("PFLOP/s-days", 1.0)

@@ -1,0 +1,99 @@
+"""FLOPs to match: the challenger's compute over the baseline's at equal loss, as a curve and never as one number.
+
+Two power laws with different exponents have a different ratio at every loss, so a value says at which loss and at
+which computes it holds, and whether the runs reach that far.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from analysis.fitting.fit import Fit
+from analysis.fitting.laws import LossSurface, PowerLaw, UnreachableLoss
+from scaling.errors import UserError
+from scaling.spec import Strict
+
+Support = Literal["interpolated", "half-extrapolated", "extrapolated"]
+
+EDGE = 1e-6
+"""Relative slack at the ends of the data: the last run itself is inside."""
+
+
+class MatchRatio(Strict, frozen=True):
+    """The match ratio at one loss."""
+
+    loss: float
+    baseline_compute: float
+    """PFLOP/s-days that the baseline's law needs for that loss."""
+    challenger_compute: float
+    ratio: float
+    """Challenger compute over baseline compute: below 1 the challenger needs less."""
+    low: float | None
+    """Of the interval; None where there are too few cells for one."""
+    high: float | None
+    support: Support
+    """Interpolated: both laws inside their runs' compute. Half-extrapolated: one of them beyond."""
+
+    @property
+    def multiplier(self) -> float:
+        """The inverse: how many times as much compute the baseline needs."""
+        return 1.0 / self.ratio
+
+
+def compute_law(law: PowerLaw | LossSurface) -> PowerLaw:
+    """A law of compute: a surface's is that of its best split."""
+    return law.frontier() if isinstance(law, LossSurface) else law
+
+
+def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_compute: float) -> Support:
+    """Whether both laws, one or none are inside the compute of their runs."""
+    inside = [
+        fit.compute_range[0] * (1 - EDGE) <= compute <= fit.compute_range[1] * (1 + EDGE)
+        for fit, compute in ((baseline, baseline_compute), (challenger, challenger_compute))
+    ]
+    return ("extrapolated", "half-extrapolated", "interpolated")[sum(inside)]
+
+
+def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
+    """Lowest and highest loss at which both laws are inside the compute of their runs.
+
+    Raises:
+        UserError: There is none: the ratio would be an extrapolation everywhere.
+    """
+    b, c = compute_law(baseline.law), compute_law(challenger.law)
+    low = max(b.loss(baseline.compute_range[1]), c.loss(challenger.compute_range[1]))
+    high = min(b.loss(baseline.compute_range[0]), c.loss(challenger.compute_range[0]))
+    if not low < high * (1 + EDGE):
+        raise UserError(
+            f"{baseline.arm} covers losses {b.loss(baseline.compute_range[1]):.3f} to "
+            f"{b.loss(baseline.compute_range[0]):.3f} and {challenger.arm} "
+            f"{c.loss(challenger.compute_range[1]):.3f} to {c.loss(challenger.compute_range[0]):.3f}: the arms have no "
+            "loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm or smaller "
+            "ones of the better, or ask for extrapolated values by name."
+        )
+    return low, high
+
+
+def at_loss(baseline: Fit, challenger: Fit, loss: float, interval: tuple[float, float] | None = None) -> MatchRatio:
+    """The ratio at one loss, marked by its support.
+
+    Raises:
+        UnreachableLoss: The loss is at or below the floor of one of the laws.
+    """
+    b, c = compute_law(baseline.law).compute(loss), compute_law(challenger.law).compute(loss)
+    if not (0.0 < b < np.inf and 0.0 < c < np.inf):
+        raise UnreachableLoss(
+            f"loss {loss:g} takes more compute than can be written down; ask for one nearer the runs."
+        )
+    low, high = interval if interval and np.all(np.isfinite(interval)) else (None, None)
+    return MatchRatio(
+        loss=float(loss),
+        baseline_compute=float(b),
+        challenger_compute=float(c),
+        ratio=float(c / b),
+        low=None if low is None else float(low),
+        high=None if high is None else float(high),
+        support=support(baseline, challenger, b, c),
+    )

@@ -1,0 +1,192 @@
+"""One table of runs as one answer: laws, ratio, interval, spread, and what was left out.
+
+`fit_table` is the whole road from a table to a `Study`; the study is a value, written as fits.json with every digit
+and read back as the same value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.data.cells import LeftOut, rungs, select
+from analysis.data.table import check_table
+from analysis.fitting.families import LAW_FAMILIES
+from analysis.fitting.fit import Fit, fit_law
+from analysis.fitting.laws import LossSurface
+from analysis.ratio.compare import Comparison, compare
+from scaling.errors import UserError, unknown_name
+from scaling.io import read_json, write_json
+from scaling.spec import Strict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+RESAMPLES = 1000
+
+
+class Study(Strict, frozen=True):
+    """What a table of runs says."""
+
+    table: str
+    design: str
+    """``ladder``: one allocation at each compute, laws of compute. ``grid``: many, surfaces over N and D."""
+    baseline: str
+    arms: list[str]
+    fits: dict[str, Fit]
+    """Each arm alone."""
+    comparisons: list[Comparison]
+    left_out: list[LeftOut]
+    resamples: int
+    seed: int
+
+
+def fit_table(
+    frame: pd.DataFrame,
+    *,
+    baseline: str | None = None,
+    challenger: str | None = None,
+    family: str | None = None,
+    extrapolate: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Study:
+    """The study of a table of runs.
+
+    Args:
+        frame: A table as `analysis.data.table.read_table` gives it, or any DataFrame with the required columns.
+        baseline: The arm compared against; ``adamw`` where there is one.
+        challenger: The arm compared; every other arm when not given.
+        family: Row of ``analysis.fitting.families.LAW_FAMILIES``; chosen by the error at rungs left out when not given.
+        extrapolate: Give a ratio even where the arms have no loss in common, marked as extrapolated.
+        resamples: Refits of the bootstrap, used for more than thirty cells.
+        seed: Of the bootstrap's draws.
+
+    Raises:
+        UserError: The table cannot be used, an arm is unknown or alone, an arm has fewer than three distinct computes, or
+            the arms have no loss in common.
+    """
+    name = str(frame.attrs.get("name", "table"))
+    if "left_out" not in frame:
+        frame = check_table(frame, name)
+    arms = choose_arms(frame, name, baseline, challenger)
+    for arm in arms:
+        _check_computes(frame, name, arm)
+    ladder = is_ladder(frame, arms)
+    if family is not None and family not in LAW_FAMILIES:
+        raise UserError(unknown_name("family", family, LAW_FAMILIES))
+    if family is not None:
+        ladder = LAW_FAMILIES[family].design == "ladder"
+    alone = {arm: _alone(frame, arm, ladder=ladder) for arm in arms}
+    pairs = [select(frame, (arms[0], other)) for other in arms[1:]]
+    return Study(
+        table=name,
+        design="ladder" if ladder else "grid",
+        baseline=arms[0],
+        arms=list(arms),
+        fits=alone,
+        comparisons=[
+            compare(
+                cells,
+                frame,
+                name,
+                alone,
+                ladder=ladder,
+                family=family,
+                extrapolate=extrapolate,
+                resamples=resamples,
+                seed=seed,
+            )
+            for cells in pairs
+        ],
+        left_out=sorted({out.row: out for cells in pairs for out in cells.left_out}.values(), key=lambda out: out.row),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger: str | None) -> tuple[str, ...]:
+    """Baseline first, then the challengers in order of appearance.
+
+    Raises:
+        UserError: An arm is unknown or alone, or no baseline can be told.
+    """
+    known = list(dict.fromkeys(frame["arm"]))
+    for what, arm in (("baseline", baseline), ("challenger", challenger)):
+        if arm is not None and arm not in known:
+            raise UserError(f"{name}: {unknown_name(what, arm, known)}")
+    if len(known) < 2:
+        raise UserError(
+            f'{name}, column arm: found one arm alone, "{known[0]}"; a ratio needs two. Add the runs of another arm, '
+            f"or fit this arm's law by itself (--law power --arm {known[0]})."
+        )
+    if baseline is None:
+        near = [arm for arm in known if arm.lower() == "adamw"]
+        rest = [arm for arm in known if arm != challenger]
+        if not near and len(rest) > 1:
+            raise UserError(
+                f'{name}, column arm: none of {", ".join(known)} is called "adamw", so the baseline must be named. '
+                f"Say which arm the others are compared against, as in --baseline {known[0]}."
+            )
+        baseline = near[0] if near and near[0] != challenger else rest[0]
+    if baseline == challenger:
+        raise UserError(f'{name}: baseline and challenger are both "{baseline}". Name two arms.')
+    return (baseline, challenger) if challenger else (baseline, *(arm for arm in known if arm != baseline))
+
+
+def _check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+    used = frame[(frame["arm"] == arm) & (frame["left_out"] == "")]
+    distinct = len(np.unique(rungs(used["flops"].to_numpy(dtype=np.float64)))) if len(used) else 0
+    if distinct < 3:
+        raise UserError(
+            f"{name}, column flops: arm {arm} has {distinct} distinct compute{'s' if distinct != 1 else ''} among its "
+            f"{len(used)} usable runs; a power law and its error need at least 3. Train more sizes."
+        )
+    if float(np.ptp(np.log(used["loss"].to_numpy(dtype=np.float64)))) < 1e-9:
+        raise UserError(
+            f"{name}, column loss: all {len(used)} runs of arm {arm} have the loss {used['loss'].iloc[0]:g}; a law needs "
+            "a loss that falls with compute. Check the column."
+        )
+
+
+def is_ladder(frame: pd.DataFrame, arms: tuple[str, ...]) -> bool:
+    """Whether compute alone tells tokens per parameter in every arm, so that loss is a law of compute.
+
+    Where runs of equal compute split it differently (isoFLOP sweeps, over-training), a curve through all of them is no
+    frontier, and the surface over N and D is fitted in its place.
+    """
+    cells = select(frame, arms)
+    for number in range(len(arms)):
+        own = cells.rows.take(cells.rows.arm == number)
+        x = np.log(own.columns["flops"])
+        y = np.log(own.columns["tokens"] / own.columns["params"])
+        degree = min(2, len(np.unique(np.round(x, 2))) - 1)
+        left = y - np.polyval(np.polyfit(x - x.mean(), y, degree), x - x.mean())
+        varied = len(np.unique(np.round(np.log(own.columns["params"]), 2)))
+        if float(np.std(left)) > 0.25 and len(x) >= 8 and varied >= 3:
+            return False
+    return True
+
+
+def _alone(frame: pd.DataFrame, arm: str, *, ladder: bool) -> Fit:
+    cells = select(frame, (arm,))
+    fit = fit_law("power" if ladder else "surface", cells.rows, arm=arm, numbers=cells.numbers.tolist())
+    if isinstance(fit.law, LossSurface) or fit.law.exponent > 0.0:
+        return fit
+    raise UserError(
+        f"arm {arm}: loss does not fall with compute (exponent {fit.law.exponent:.3g}), so no compute matches a lower "
+        "loss. Check that loss and flops belong together, or leave out failed runs by a column status."
+    )
+
+
+def write_study(study: Study, path: Path | str) -> None:
+    """The study as JSON with every digit."""
+    write_json(Path(path), study)
+
+
+def read_study(path: Path | str) -> Study:
+    """The study that `write_study` wrote, equal to what was written."""
+    return read_json(Path(path), Study)

@@ -1,0 +1,105 @@
+"""The numbers of a study as tables for papers: Markdown and LaTeX with the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.fitting.laws import Law, LossSurface
+from analysis.ratio.formatting import compute_unit, interval_text, ratio_text
+from analysis.ratio.study import Study
+from analysis.reporting.terminal import point_cells, point_header
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Caption, header, rows."""
+
+
+def tables(study: Study) -> list[Table]:
+    """Laws, ratios and the spread over families."""
+    made: list[Table] = [
+        (
+            "Laws; C in PFLOP/s-days, N and D counts, loss in nats per token. Error: root mean square of log residuals.",
+            ["arm", "law", "runs", "error (%)", "status"],
+            [
+                [fit.arm, _law(fit.law), str(fit.points), f"{100 * fit.rms:.2f}", fit.status.replace("_", " ")]
+                for fit in study.fits.values()
+            ],
+        )
+    ]
+    for comparison in study.comparisons:
+        points = sorted([*comparison.rungs, comparison.headline], key=lambda point: -point.loss)
+        pair = f"{comparison.challenger} against {comparison.baseline}"
+        made.append(
+            (
+                f"FLOPs to match, {pair}. {comparison.interval}. C in {compute_unit(comparison)[0]}.",
+                point_header(comparison),
+                [point_cells(comparison, point) for point in points],
+            )
+        )
+        made.append(
+            (
+                f"The same runs under other laws, {pair}, at loss {comparison.headline.loss:.4f}.",
+                ["family", "parameters", "error (%)", "error at rungs left out (%)", "ratio", "95 % interval"],
+                [
+                    [
+                        model.family,
+                        str(model.parameters),
+                        f"{100 * model.rms:.2f}",
+                        "" if model.left_out_error is None else f"{100 * model.left_out_error:.2f}",
+                        "" if model.ratio is None else ratio_text(model.ratio),
+                        "" if model.ratio is None else interval_text(model.low, model.high),
+                    ]
+                    for model in comparison.models
+                ],
+            )
+        )
+        named = [[d.name, f"{d.ratio:.4f}", f"{d.loss:.4f}", d.support] for d in comparison.definitions]
+        named += [[c.label, f"{c.ratio:.4f}", f"{comparison.headline.loss:.4f}", ""] for c in comparison.conventions]
+        made.append((f"Other readings, {pair}.", ["reading", "ratio", "loss", "support"], named))
+    return made
+
+
+def _law(law: Law) -> str:
+    """A formula that both formats understand: math between dollars."""
+    if isinstance(law, LossSurface):
+        return f"${law.E:.4g} + {law.A:.5g}\\,N^{{-{law.alpha:.4f}}} + {law.B:.5g}\\,D^{{-{law.beta:.4f}}}$"
+    power = f"{law.scale:.5g}\\,C^{{-{law.exponent:.5f}}}"
+    return f"${law.floor:.4g} + {power}$" if law.floor else f"${power}$"
+
+
+def markdown(study: Study) -> str:
+    """All tables as GitHub's Markdown."""
+    return "\n".join(markdown_table(table) for table in tables(study))
+
+
+def markdown_table(table: Table) -> str:
+    """One table as GitHub's Markdown, its caption above it."""
+    caption, head, rows = table
+    lines = [_bar(head), _bar(["---"] * len(head)), *(_bar(row) for row in rows)]
+    return f"{caption}\n\n" + "\n".join(lines) + "\n"
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def latex(study: Study) -> str:
+    """All tables as LaTeX; the preamble needs the package booktabs."""
+    blocks = []
+    for caption, head, rows in tables(study):
+        body = " \\\\\n".join(" & ".join(_tex(cell) for cell in row) for row in rows)
+        blocks.append(
+            "\\begin{table}\n\\centering\n"
+            f"\\caption{{{_tex(caption)}}}\n"
+            f"\\begin{{tabular}}{{{'l' + 'r' * (len(head) - 1)}}}\n\\toprule\n"
+            f"{' & '.join(_tex(name) for name in head)} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n"
+            "\\end{tabular}\n\\end{table}"
+        )
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tex(cell: str) -> str:
+    if cell.startswith("$"):
+        return cell
+    for mark in ("&", "%", "_", "#"):
+        cell = cell.replace(mark, f"\\{mark}")
+    return cell.replace("^", "\\^{}").replace("~", "\\~{}")

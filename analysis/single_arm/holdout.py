@@ -1,0 +1,165 @@
+"""Prediction before the run: the largest rungs left out of the fit, predicted with an interval, and scored.
+
+A law that has never predicted a run it had not seen is a description. The interval here is for a run, not for the law:
+it holds the noise of one more run besides the error of the fit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.data.cells import Array, Cells, Rows, select
+from analysis.data.table import check_table
+from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
+from analysis.fitting.laws import Law
+from analysis.fitting.solver import predict
+from analysis.ratio.study import choose_arms, is_ladder
+from analysis.uncertainty.intervals import Linear, gradient, linear, t_quantile
+from scaling.errors import UserError
+from scaling.spec import Strict
+from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Prediction(Strict, frozen=True):
+    """One held-out point under one law."""
+
+    arm: str
+    form: str
+    law: Law
+    fitted_runs: int
+    largest_fitted: float
+    """PFLOP/s-days."""
+    compute: float
+    """PFLOP/s-days of the held-out point."""
+    predicted: float
+    low: float | None
+    high: float | None
+    observed: float
+    """Mean loss of the held-out runs at this point."""
+    runs: int
+    error: float
+    """ln(observed / predicted): negative, and the run did better than the law said."""
+    inside: bool | None
+    """Whether the observation fell into the interval."""
+    remark: str
+
+
+class Holdout(Strict, frozen=True):
+    """What the smaller runs said about the larger ones."""
+
+    table: str
+    rungs: int
+    predictions: list[Prediction]
+
+
+def hold_out(
+    frame: pd.DataFrame, *, rungs: int = 1, baseline: str | None = None, challenger: str | None = None
+) -> Holdout:
+    """Fit each arm without its largest rungs, and score the prediction of them.
+
+    Args:
+        frame: A table of runs, checked or not.
+        rungs: How many computes, from the largest, are held out; the same for all arms.
+        baseline: As in ``analysis.ratio.study.fit_table``.
+        challenger: As there.
+
+    Raises:
+        UserError: Fewer than three computes would remain in an arm.
+    """
+    name = str(frame.attrs.get("name", "table"))
+    if "left_out" not in frame:
+        frame = check_table(frame, name)
+    known = list(dict.fromkeys(frame["arm"]))
+    arms = choose_arms(frame, name, baseline, challenger) if len(known) > 1 else (str(known[0]),)
+    ladder = is_ladder(frame, arms)
+    everything = select(frame, arms)
+    levels = np.unique(everything.rung)
+    if rungs < 1:
+        raise UserError(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
+    if len(levels) - rungs < 3:
+        raise UserError(
+            f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {len(levels) - rungs}; a law needs "
+            "at least 3 to be fitted. Hold out fewer, or train more sizes."
+        )
+    held = levels[-rungs:]
+    predictions = []
+    for number, arm in enumerate(arms):
+        own = everything.rows.arm == number
+        kept, later = own & ~np.isin(everything.rung, held), own & np.isin(everything.rung, held)
+        if len(np.unique(everything.rung[kept])) < 3:
+            raise UserError(
+                f"{name}: without its largest {rungs} arm {arm} has fewer than 3 distinct computes. Hold out fewer."
+            )
+        if not later.any():
+            continue
+        for form in ("power", "power-floor") if ladder else ("surface",):
+            if kept.sum() > form_named(form).size:
+                predictions += _predict(everything, kept, later, arm, form)
+    return Holdout(table=name, rungs=rungs, predictions=predictions)
+
+
+def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], arm: str, form: str) -> list[Prediction]:
+    rows = cells.rows._replace(arm=np.zeros(len(cells.rows.loss), dtype=np.intp))
+    fitted = solve(form_named(form), rows.take(kept), HUBER if form == "surface" else LEAST_SQUARES)
+    own = cells._replace(rows=rows.take(kept), cell=cells.cell[kept], rung=cells.rung[kept], arms=(arm,))
+    spread = linear(fitted, own)
+    remark = judge(fitted, form)[1]
+    flops, found = cells.rows.columns["flops"], []
+    for rung in np.unique(cells.rung[later]):
+        here = later & (cells.rung == rung)
+        log_loss, error = _at(fitted, rows.take(here), spread)
+        half = None
+        if spread.freedom >= 0.999:
+            noise = float(spread.noise[0, 0]) / here.sum()
+            half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+        observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
+        miss = float(np.log(observed) - log_loss)
+        found.append(
+            Prediction(
+                arm=arm,
+                form=form,
+                law=fitted.law(),
+                fitted_runs=int(kept.sum()),
+                largest_fitted=pflops_days(float(flops[kept].max())),
+                compute=pflops_days(float(np.exp(np.log(flops[here]).mean()))),
+                predicted=float(np.exp(log_loss)),
+                low=None if half is None else float(np.exp(log_loss - half)),
+                high=None if half is None else float(np.exp(log_loss + half)),
+                observed=observed,
+                runs=int(here.sum()),
+                error=miss,
+                inside=None if half is None else abs(miss) <= half,
+                remark=remark,
+            )
+        )
+    return found
+
+
+def _at(fitted: Fitted, rows: Rows, spread: Linear) -> tuple[float, float]:
+    problem = fitted.design.problem(rows, space="log", delta=None)
+
+    def mean(theta: Array) -> Array:
+        return np.array([predict(problem, theta[None])[0][0].mean()])
+
+    error = spread.spread(gradient(mean, fitted.theta))[0]
+    return float(mean(fitted.theta)[0]), float(error[0])
+
+
+def holdout_text(holdout: Holdout) -> str:
+    """The predictions as lines for the terminal."""
+    lines = [f"{holdout.table}: fitted without the largest {holdout.rungs} of the computes."]
+    for p in holdout.predictions:
+        interval = "no interval" if p.low is None or p.high is None else f"95 % {p.low:.4f} to {p.high:.4f}"
+        verdict = "" if p.inside is None else ", inside" if p.inside else ", OUTSIDE"
+        lines.append(
+            f"  {p.arm}, {form_named(p.form).label}: at {p.compute * FLOPS_PER_PFLOPS_DAY:.3g} FLOPs ({p.compute / p.largest_fitted:.2g} "
+            f"times beyond) predicted {p.predicted:.4f} ({interval}), observed {p.observed:.4f}: "
+            f"{100 * p.error:+.2f} %{verdict}." + (f" {p.remark}" if p.remark else "")
+        )
+    return "\n".join(lines)

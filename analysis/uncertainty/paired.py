@@ -1,0 +1,97 @@
+"""The line through the paired differences: what two arms on the same cells say most exactly.
+
+``d(C) = ln L_baseline - ln L_challenger`` at each shared cell, against ``ln C``. A slope of zero means the ratio does
+not move with compute under power laws of one exponent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.data.cells import Array, Cells
+from analysis.uncertainty.intervals import t_quantile
+from scaling.spec import Strict
+from scaling.units import pflops_days
+
+
+class Difference(Strict, frozen=True):
+    """Least-squares line of the log-loss differences over the log of compute."""
+
+    cells: int
+    centre: float
+    """Mean ln of compute in PFLOP/s-days, where `level` is taken."""
+    level: float
+    """ln loss of the baseline minus that of the challenger at the centre."""
+    slope: float
+    """Change of the difference for each e-fold of compute; negative: the advantage shrinks."""
+    residual: float
+    """Standard deviation of the differences about the line."""
+    spread: float
+    """Sum of squared deviations of ln compute."""
+    slope_low: float
+    slope_high: float
+    p: float
+    """Of a slope of zero, two-sided t test."""
+    correlation: float
+    """Of the two arms' residuals about their own log-log lines."""
+
+    def at(self, compute: float, *, level: float = 0.95) -> tuple[float, float]:
+        """The difference at a compute in PFLOP/s-days, and the half width of its t interval."""
+        x = float(np.log(compute)) - self.centre
+        error = self.residual * np.sqrt(1.0 / self.cells + x * x / self.spread)
+        return self.level + self.slope * x, float(t_quantile(self.cells - 2, level)) * float(error)
+
+
+def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
+    """Mean ln loss and mean ln compute (PFLOP/s-days) of one arm in each shared cell."""
+    own = cells.rows.arm == arm
+    means = []
+    for cell in cells.paired:
+        here = own & (cells.cell == cell)
+        means.append(
+            (np.log(cells.rows.loss[here]).mean(), np.log(pflops_days(1.0) * cells.rows.columns["flops"][here]).mean())
+        )
+    both = np.array(means).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Difference | None:
+    """The paired difference line; None with fewer than three shared cells or two shared computes.
+
+    Cells whose arms differ in compute by more than 2 % are no pairs here.
+    """
+    from scipy.special import stdtr
+
+    one, x = cell_means(cells, baseline)
+    two, other = cell_means(cells, challenger)
+    same = np.abs(x - other) <= 0.02
+    one, two, x = one[same], two[same], x[same]
+    if len(x) < 3 or np.ptp(x) < 0.02:
+        return None
+    centre = float(x.mean())
+    u = x - centre
+    spread = float(np.sum(u * u))
+
+    def line(y: Array) -> tuple[float, float, Array]:
+        slope = float(np.sum(u * y) / spread)
+        return float(y.mean()), slope, y - y.mean() - slope * u
+
+    level, slope, left = line(one - two)
+    freedom = len(x) - 2
+    residual = float(np.sqrt(np.sum(left**2) / freedom))
+    error = residual / spread**0.5
+    half = float(t_quantile(freedom, 0.95)) * error
+    r_one, r_two = line(one)[2], line(two)[2]
+    size = float(np.sqrt(np.sum(r_one**2) * np.sum(r_two**2)))
+    return Difference(
+        cells=len(x),
+        centre=centre,
+        level=level,
+        slope=slope,
+        residual=residual,
+        spread=spread,
+        slope_low=slope - half,
+        slope_high=slope + half,
+        p=float(2.0 * stdtr(freedom, -abs(slope) / error)) if error > 0 else 0.0,
+        correlation=float(np.sum(r_one * r_two) / size) if size > 0 else 0.0,
+    )

@@ -1,0 +1,124 @@
+"""How much the answer owes to the way its interval was made, and to each rung.
+
+Five cells give intervals that differ by a factor of four with the method. All of them are shown; the headline's is the
+one whose coverage was checked (tests/bench/bench_analysis.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.data.cells import Array, Cells
+from analysis.fitting.families import ratio_of
+from analysis.fitting.fit import Fitted
+from analysis.fitting.laws import PowerLaw
+from analysis.fitting.solver import minimise
+from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL, bootstrap, linear, percentile, t_interval
+from analysis.uncertainty.paired import Difference
+from scaling.spec import Strict
+from scaling.units import pflops_days
+
+WEBB = np.sqrt([0.5, 1.0, 1.5])
+"""Sizes of the six-point weights for wild resampling of few cells (Webb 2023); each with either sign."""
+
+
+class Interval(Strict, frozen=True):
+    """The 95 % interval of the headline's ratio by one method."""
+
+    method: str
+    low: float
+    high: float
+    remark: str
+
+
+class Without(Strict, frozen=True):
+    """The headline's ratio when one rung is left out of the fit."""
+
+    compute: float
+    """PFLOP/s-days of the rung."""
+    ratio: float | None
+    """None where the laws that are left never reach the headline's loss."""
+
+
+def intervals_by_method(
+    fitted: Fitted, cells: Cells, loss: float, line: Difference | None, *, resamples: int, seed: int
+) -> list[Interval]:
+    """The interval at one loss by every method that the cells allow."""
+    losses = np.array([loss])
+
+    def quantity(theta: Array) -> Array:
+        return ratio_of(fitted, theta, losses)
+
+    centre = quantity(fitted.theta)
+    apart = cells._replace(cell=np.arange(len(cells.cell)))
+    paired, alone = t_interval(fitted, cells, quantity), t_interval(fitted, apart, quantity)
+    wider = float(alone[1][0] - alone[0][0]) > float(paired[1][0] - paired[0][0])
+    found = [
+        _made("t, paired", paired, "the arms' covariance within cells"),
+        _made("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
+    ]
+    count = len(np.unique(cells.cell))
+    sign = "one sign for both arms of a cell" + (
+        "; too narrow with so few cells" if count <= MAX_CELLS_FOR_T_INTERVAL else ""
+    )
+    draws = quantity(wild(fitted, cells, resamples=resamples, seed=seed))
+    found.append(_made("wild bootstrap, paired", percentile(draws, centre), sign))
+    draws = quantity(bootstrap(fitted, cells.cell, resamples=resamples, seed=seed))
+    few = (
+        "under-covers with so few cells"
+        if count <= MAX_CELLS_FOR_T_INTERVAL
+        else "both laws refitted in every resample"
+    )
+    found.append(_made("case bootstrap, paired", percentile(draws, centre), few))
+    if line is not None:
+        law = fitted.law(0)
+        at = fitted.law(1)
+        if isinstance(law, PowerLaw) and isinstance(at, PowerLaw) and not law.floor and not at.floor:
+            half = line.at(at.compute(loss))[1] / law.exponent
+            ends = (centre - half, centre + half)
+            found.append(_made("t of the paired differences", ends, "the exponent taken as fitted: too narrow"))
+    return [interval for interval in found if interval is not None]
+
+
+def _made(method: str, ends: tuple[Array, Array], remark: str) -> Interval | None:
+    low, high = (float(np.exp(end[0])) for end in ends)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return None
+    return Interval(method=method, low=low, high=high, remark=remark)
+
+
+def wild(fitted: Fitted, cells: Cells, *, resamples: int, seed: int) -> Array:
+    """Parameters under wild resampling: each cell's residuals times one random weight, to first order.
+
+    Keeps the design and lets noise differ from cell to cell; residuals are widened for the parameters they paid for.
+
+    Returns:
+        Shape ``(resamples, parameters)``.
+    """
+    found = linear(fitted, cells)
+    names, inverse = np.unique(cells.cell, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    shape = (resamples, len(names))
+    weights = generator.choice(WEBB, shape) * generator.choice([-1.0, 1.0], shape)
+    rows = np.bincount(cells.rows.arm)[cells.rows.arm]
+    r = fitted.log_residuals() * np.sqrt(rows / max(found.freedom, 1e-9) if found.freedom >= 1.0 else 1.0)
+    return np.asarray(fitted.theta + (weights[:, inverse] * r) @ found.response.T)
+
+
+def jackknife(fitted: Fitted, cells: Cells, loss: float) -> list[Without]:
+    """The ratio at one loss without each rung in turn."""
+    rungs = np.unique(cells.rung)
+    weights = (cells.rung != rungs[:, None]).astype(np.float64)
+    left = [np.unique(cells.rung[(cells.rows.arm == arm)]) for arm in range(len(cells.arms))]
+    if min(len(own) for own in left) < 4 or len(rungs) > 60:
+        return []
+    theta = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150).theta
+    values = ratio_of(fitted, theta, np.array([loss]))[:, 0]
+    flops = cells.rows.columns["flops"]
+    return [
+        Without(
+            compute=pflops_days(float(np.exp(np.log(flops[cells.rung == rung]).mean()))),
+            ratio=float(np.exp(value)) if np.isfinite(value) else None,
+        )
+        for rung, value in zip(rungs, values, strict=True)
+    ]

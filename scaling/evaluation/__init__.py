@@ -1,0 +1,1 @@
+"""Evaluation of a finished run: loss on any text, and downstream tasks."""

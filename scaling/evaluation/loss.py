@@ -1,0 +1,219 @@
+"""Loss and bits per byte of a finished run on any text: its own held-out part, files, a data set, a source by name.
+
+The text is cut into tokens by the tokenizer that the run was trained with and scored as one stream, window after
+window, as the run's own evaluation does it, so that both numbers mean the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from scaling.data.batches import held_out
+from scaling.data.prepare import TOKENIZER_COPY
+from scaling.data.shards import Manifest, manifest_hash, read_manifest
+from scaling.data.sources.documents import Document
+from scaling.data.sources.registry import SOURCES, DataConfig
+from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
+from scaling.errors import UserError
+from scaling.run.directory import RunDirectory
+from scaling.run.record import RunRecord
+from scaling.spec import Strict
+
+if TYPE_CHECKING:
+    import torch
+
+    from scaling.models.decoder import Decoder
+
+
+FORWARD_TOKENS = 16_384
+"""Tokens of one forward pass; the mean does not depend on it but for rounding."""
+
+DOCUMENTS_AT_ONCE = 64
+"""Handed to the tokenizer together."""
+
+
+class EvaluationResult(Strict, frozen=True):
+    """What a run makes of a text."""
+
+    run: str
+    text: str
+    """Where it came from."""
+    loss: float
+    """Mean over all targets, nats per token."""
+    bits_per_byte: float
+    """``loss / ln 2 / bytes_per_token``: does not depend on the tokenizer."""
+    tokens: int
+    """Targets that were scored."""
+    bytes_per_token: float
+    """Of the text, the token that ends each document counted, since it is predicted too."""
+    documents: int
+
+
+def evaluate(
+    run_dir: Path | str,
+    text: DataConfig | None = None,
+    *,
+    data: Path | str | None = None,
+    tokens: int | None = None,
+    device: str = "cpu",
+) -> EvaluationResult:
+    """Score a text with the weights of a finished run.
+
+    Args:
+        run_dir: The run.
+        text: Which text, by source; its tokenizer is ignored in favour of the run's. None: the run's held-out text.
+        data: The run's data folder, where it is no longer the one in its placement.
+        tokens: Score no more than so many; None takes all there is.
+        device: Where to compute, in torch's words.
+
+    Raises:
+        UserError: The run has no weights, its data folder is gone, or the text has no token to predict.
+    """
+    import torch
+
+    directory = RunDirectory(run_dir)
+    record = _finished(directory)
+    folder = Path(data) if data is not None else Path(directory.placement().data)
+    manifest = _manifest(folder, record)
+    shape = record.spec.model
+    if text is None:
+        there = max(manifest.validation.tokens - 1, 0)
+        windows = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
+        counts = manifest.validation.documents, manifest.validation.bytes_per_token
+        parts: Iterable[npt.NDArray[np.int64]] = [windows]
+        where = f"held-out text of {folder.name}"
+    else:
+        stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
+        parts, where = stream, text.path or text.name or text.source
+    model = _model(directory, record).to(torch.device(device))
+    total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device))
+    if text is not None:
+        counts = stream.documents, stream.bytes / max(stream.tokens, 1)
+    if not scored:
+        raise UserError(f"{where}: there is no text to score. Name a source with at least one document.")
+    loss = total / scored
+    return EvaluationResult(
+        run=directory.path.name,
+        text=where,
+        loss=loss,
+        bits_per_byte=loss / math.log(2) / counts[1],
+        tokens=scored,
+        bytes_per_token=counts[1],
+        documents=counts[0],
+    )
+
+
+class _Stream:
+    """Documents as windows of context inputs with targets overlapping by one; the last may be shorter."""
+
+    def __init__(self, documents: Iterator[Document], tokenizer: Tokenizer, context: int, tokens: int | None) -> None:
+        self.source, self.tokenizer, self.context = documents, tokenizer, context
+        self.limit = math.inf if tokens is None else tokens + 1
+        self.documents = self.bytes = self.tokens = 0
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Shape ``(1, inputs + 1)``, int64."""
+        rest = np.empty(0, dtype=np.int64)
+        for ids in self._ids():
+            rest = np.concatenate([rest, ids])
+            while len(rest) > self.context:
+                yield rest[None, : self.context + 1]
+                rest = rest[self.context :]
+        if len(rest) > 1:
+            yield rest[None]
+
+    def _ids(self) -> Iterator[npt.NDArray[np.int64]]:
+        waiting: list[str] = []
+        for document in self.source:
+            waiting.append(document.text)
+            if len(waiting) == DOCUMENTS_AT_ONCE:
+                yield from self._encoded(waiting)
+                waiting = []
+            if self.tokens >= self.limit:
+                return
+        yield from self._encoded(waiting)
+
+    def _encoded(self, texts: list[str]) -> Iterator[npt.NDArray[np.int64]]:
+        for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
+            if self.tokens >= self.limit:
+                return
+            kept = ids[: int(min(len(ids), self.limit - self.tokens))].astype(np.int64)
+            self.documents += 1
+            # A document that is cut counts with the share of its bytes that its tokens are.
+            self.bytes += round(len(text.encode()) * len(kept) / len(ids))
+            self.tokens += len(kept)
+            yield kept
+
+
+def _score(
+    model: Decoder, parts: Iterable[npt.NDArray[np.int64]], at_once: int, device: torch.device
+) -> tuple[float, int]:
+    """Sum of losses and number of targets."""
+    import torch
+
+    total, scored = 0.0, 0
+    model.eval()
+
+    def forward(windows: npt.NDArray[np.int64]) -> None:
+        nonlocal total, scored
+        targets = windows.shape[0] * (windows.shape[1] - 1)
+        total += float(model.loss(torch.from_numpy(windows).to(device))) * targets
+        scored += targets
+
+    with torch.no_grad():
+        waiting: list[npt.NDArray[np.int64]] = []
+        for part in parts:
+            for start in range(0, len(part), at_once):
+                window = part[start : start + at_once]
+                if waiting and (
+                    waiting[0].shape[1] != window.shape[1] or sum(map(len, waiting)) + len(window) > at_once
+                ):
+                    forward(np.concatenate(waiting))
+                    waiting = []
+                waiting.append(window)
+        if waiting:
+            forward(np.concatenate(waiting))
+    return total, scored
+
+
+def _finished(directory: RunDirectory) -> RunRecord:
+    if not directory.path.is_dir():
+        raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
+    record = directory.record()
+    if record is None or record.status != "finished" or not directory.weights_file.exists():
+        raise UserError(
+            f"run {directory.path}: it is {directory.state()}, and only a finished run with its weights can be evaluated. "
+            "Train it to its end."
+        )
+    return record
+
+
+def _manifest(folder: Path, record: RunRecord) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest_hash(manifest) != record.manifest:
+        raise UserError(
+            f"data folder {folder}: it holds other data than the run was trained on, so its tokenizer may be another. "
+            "Name the folder that the run was trained on with --data."
+        )
+    return manifest
+
+
+def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    if manifest.tokenizer.name == BYTES:
+        return ByteTokenizer()
+    return FileTokenizer(folder / TOKENIZER_COPY)
+
+
+def _model(directory: RunDirectory, record: RunRecord) -> Decoder:
+    from scaling.models.registry import build_model
+    from scaling.models.upcycle import load_weights
+
+    model = build_model(record.spec.model)
+    load_weights(model, directory.weights_file, how="copy")
+    return model

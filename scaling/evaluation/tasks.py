@@ -1,0 +1,124 @@
+"""A finished run on the tasks that papers report, by EleutherAI's lm-evaluation-harness (extra ``eval``).
+
+The run is exported for transformers and handed over as a local folder. What the harness would download is named before
+it does; nothing here reaches the network itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scaling.errors import UserError, unknown_name
+from scaling.spec import Strict
+
+
+class DownstreamTask(Strict, frozen=True):
+    """One row of `TASKS`."""
+
+    name: str
+    """In the harness."""
+    dataset: str
+    """On the Hugging Face Hub: what is downloaded (as of version 0.4 of the harness)."""
+    shots: int | None = None
+    """Worked examples in the prompt; None leaves it to the task's own number in the harness."""
+    runs_code: bool = False
+    """Whether it executes the programs that the model writes."""
+
+
+TASKS: dict[str, DownstreamTask] = {
+    "mmlu": DownstreamTask(name="mmlu", dataset="cais/mmlu", shots=5),
+    "mmlu-pro": DownstreamTask(name="mmlu_pro", dataset="TIGER-Lab/MMLU-Pro"),
+    "bbh": DownstreamTask(name="bbh_cot_fewshot", dataset="SaylorTwift/bbh"),
+    "triviaqa": DownstreamTask(name="triviaqa", dataset="trivia_qa", shots=5),
+    "gsm8k": DownstreamTask(name="gsm8k", dataset="openai/gsm8k"),
+    "math": DownstreamTask(name="minerva_math", dataset="EleutherAI/hendrycks_math"),
+    "humaneval": DownstreamTask(name="humaneval", dataset="openai/openai_humaneval", runs_code=True),
+    "mbpp": DownstreamTask(name="mbpp", dataset="google-research-datasets/mbpp", runs_code=True),
+}
+"""Tasks that the paper reports and the harness has."""
+
+
+def downloads(tasks: Iterable[str]) -> list[str]:
+    """What scoring these tasks would download, a sentence each.
+
+    Raises:
+        UserError: A task has no row in `TASKS`.
+    """
+    return [f"{name}: the data set {_task(name).dataset} from the Hugging Face Hub" for name in tasks]
+
+
+def score_tasks(
+    run_dir: Path | str,
+    tasks: Iterable[str],
+    *,
+    data: Path | str | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    allow_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Scores by task and metric.
+
+    Args:
+        run_dir: A finished run.
+        tasks: Rows of `TASKS`.
+        data: The run's data folder, where it is no longer the one in its placement; the tokenizer comes from it.
+        limit: Score only so many questions of each task.
+        device: Where to compute, in torch's words.
+        allow_code: Let tasks run the programs that the model writes, on this machine and as you.
+
+    Raises:
+        UserError: A task is not known, would run code without leave, the packages are missing, or the run cannot be exported.
+    """
+    from scaling.export.huggingface import export_hf
+
+    rows = {name: _task(name) for name in tasks}
+    unsafe = [name for name, row in rows.items() if row.runs_code]
+    if unsafe and not allow_code:
+        raise UserError(
+            f"{', '.join(unsafe)}: scoring runs the programs that the model writes, on this machine and with your rights. "
+            "Leave it out, or allow it where that is harmless, such as in a container."
+        )
+    harness = _harness()
+    scores: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        hub = Path(folder) / "model"
+        written = export_hf(run_dir, hub, data=data)
+        if not any(file.name == "tokenizer.json" for file in written):
+            raise UserError(
+                f"run {run_dir}: its data folder is gone, and the tokenizer with it. Name the folder with --data."
+            )
+        for name, row in rows.items():
+            answer = harness.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(hub), "tokenizer": str(hub)},
+                tasks=[row.name],
+                num_fewshot=row.shots,
+                limit=limit,
+                device=device,
+                confirm_run_unsafe_code=row.runs_code,
+            )
+            found = answer["results"][row.name]
+            scores[name] = {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+    return scores
+
+
+def _task(name: str) -> DownstreamTask:
+    if name not in TASKS:
+        raise UserError(unknown_name("task", name, TASKS))
+    return TASKS[name]
+
+
+def _harness() -> Any:
+    for package in ("transformers", "lm_eval"):
+        try:
+            found = importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"scoring tasks needs the package {package}, which cannot be imported ({error}). "
+                "Install the extra: pip install 'scaling-harness[eval]'."
+            ) from None
+    return found

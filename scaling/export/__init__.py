@@ -1,0 +1,1 @@
+"""Export of a finished run as a model that Hugging Face's ``transformers`` loads."""

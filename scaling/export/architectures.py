@@ -1,0 +1,271 @@
+"""One weight of an exported model: what of ours it is made of, read from the file when it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from scaling.errors import UserError
+from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def as_it_is(*parts: Tensor) -> Tensor:
+    """The one weight that it is made of."""
+    return parts[0]
+
+
+@dataclass(frozen=True)
+class HubWeight:
+    """A weight by its name on the other side."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Our weights, in the order that `make` takes them."""
+    make: Callable[..., Tensor] = as_it_is
+    expert: int | None = None
+    """Of a stack of experts, which one."""
+
+    def read(self, file: Any) -> Tensor:
+        """The tensor, from an open safetensors file; of a stack only the expert's matrix is read."""
+        slices = [file.get_slice(name) for name in self.sources]
+        parts = [part[:] if self.expert is None else part[self.expert : self.expert + 1][0] for part in slices]
+        return self.make(*parts).contiguous()
+
+    def elements(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Numbers in it."""
+        return sum(math.prod(shapes[name][0 if self.expert is None else 1 :]) for name in self.sources)
+
+
+def outside_blocks(shape: ModelConfig) -> list[HubWeight]:
+    """Embedding, last norm and head, which all families call alike; a tied head is not written."""
+    weights = [
+        HubWeight("model.embed_tokens.weight", ("embedding.weight",)),
+        HubWeight("model.norm.weight", ("norm.weight",)),
+    ]
+    return weights if shape.tied else [*weights, HubWeight("lm_head.weight", ("head.weight",))]
+
+
+DENSE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+def interleaved(rows: Tensor) -> Tensor:
+    """Rotary rows ``(..., S, H)`` from the half-split order to the interleaved one."""
+    import torch
+
+    first, second = rows.chunk(2, dim=-2)
+    return torch.stack([first, second], dim=-2).flatten(-3, -2)
+
+
+def query_rows(query: Tensor, *, heads: int, plain: int) -> Tensor:
+    """Queries with the rotary rows of every head interleaved."""
+    import torch
+
+    by_head = query.view(heads, -1, query.shape[-1])
+    return torch.cat([by_head[:, :plain], interleaved(by_head[:, plain:])], dim=1).flatten(0, 1)
+
+
+def latent_rows(latent: Tensor, position: Tensor) -> Tensor:
+    """What a token's latent and its shared rotary key are made by, one below the other."""
+    import torch
+
+    return torch.cat([latent, interleaved(position)], dim=0)
+
+
+def key_value_rows(key: Tensor, value: Tensor, *, heads: int) -> Tensor:
+    """Keys and values of one head after those of another."""
+    import torch
+
+    by_head = [rows.view(heads, -1, rows.shape[-1]) for rows in (key, value)]
+    return torch.cat(by_head, dim=1).flatten(0, 1)
+
+
+def _parts(shape: ModelConfig) -> tuple[MoEConfig, MLAConfig]:
+    assert shape.moe is not None  # the family has both, as `check_family` saw
+    assert shape.mla is not None
+    return shape.moe, shape.mla
+
+
+def deepseek_weights(shape: ModelConfig) -> list[HubWeight]:
+    """Weights of a ``moonlight-moe`` model; routed experts one by one."""
+    mixture, latent = _parts(shape)
+    weights = outside_blocks(shape)
+    for layer in range(shape.layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        attention, there = f"{ours}.attention", f"{theirs}.self_attn"
+        turned = partial(query_rows, heads=shape.heads, plain=latent.qk_nope_head_dim)
+        if latent.q_lora_rank is None:
+            weights.append(HubWeight(f"{there}.q_proj.weight", (f"{attention}.query.weight",), turned))
+        else:
+            weights += [
+                HubWeight(f"{there}.q_a_proj.weight", (f"{attention}.query_latent.weight",)),
+                HubWeight(f"{there}.q_a_layernorm.weight", (f"{attention}.query_norm.weight",)),
+                HubWeight(f"{there}.q_b_proj.weight", (f"{attention}.query.weight",), turned),
+            ]
+        both = partial(key_value_rows, heads=shape.heads)
+        weights += [
+            HubWeight(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",)),
+            HubWeight(
+                f"{there}.kv_a_proj_with_mqa.weight",
+                (f"{attention}.latent.weight", f"{attention}.position.weight"),
+                latent_rows,
+            ),
+            HubWeight(f"{there}.kv_a_layernorm.weight", (f"{attention}.latent_norm.weight",)),
+            HubWeight(f"{there}.kv_b_proj.weight", (f"{attention}.key.weight", f"{attention}.value.weight"), both),
+            HubWeight(f"{there}.o_proj.weight", (f"{attention}.output.weight",)),
+            HubWeight(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.feed_forward_norm.weight",)),
+        ]
+        inside, mlp = f"{ours}.feed_forward", f"{theirs}.mlp"
+        if layer < mixture.dense_layers:
+            weights += _feed_forward(inside, mlp)
+            continue
+        weights += [
+            HubWeight(f"{mlp}.gate.weight", (f"{inside}.router.weight",)),
+            HubWeight(f"{mlp}.gate.e_score_correction_bias", (f"{inside}.router.bias",)),
+            *_feed_forward(f"{inside}.shared", f"{mlp}.shared_experts"),
+            *_experts(f"{inside}.experts", f"{mlp}.experts", mixture.experts, DENSE),
+        ]
+    return weights
+
+
+def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
+    """Their config.json.
+
+    `scoring_func` and `topk_method` are written though transformers does not need them: vLLM takes softmax without the
+    first and has no place for the bias without the second.
+
+    Raises:
+        UserError: The router is not DeepSeek-V3's, or no expert is shared.
+    """
+    from scaling.models.decoder import NORM_EPSILON
+    from scaling.models.moe import scale_of
+
+    mixture, latent = _parts(shape)
+    if mixture.score != "sigmoid" or not mixture.shared:
+        raise UserError(
+            f"no export: DeepseekV3ForCausalLM has sigmoid scores and at least one shared expert, and this model has "
+            f"score = {mixture.score} and shared = {mixture.shared}. Train with sigmoid and shared = 1 or more to export."
+        )
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn_width,
+        "moe_intermediate_size": shape.expert_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "n_routed_experts": mixture.experts,
+        "n_shared_experts": mixture.shared,
+        "num_experts_per_tok": mixture.top_k,
+        "first_k_dense_replace": mixture.dense_layers,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": scale_of(mixture),
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "aux_loss_alpha": mixture.sequence_loss,
+        "seq_aux": True,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "head_dim": latent.qk_rope_head_dim,
+        "rope_interleave": True,
+        "rope_theta": latent.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": latent.rope_theta},
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": NORM_EPSILON,
+        "attention_bias": False,
+        "num_nextn_predict_layers": 0,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+    }
+
+
+def mixtral_weights(shape: ModelConfig) -> list[HubWeight]:
+    """Weights of a ``mixtral-moe`` model, upcycled ones among them."""
+    assert shape.moe is not None
+    weights = outside_blocks(shape)
+    for layer in range(shape.layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        names = {
+            "attention_norm": "input_layernorm",
+            "attention.query": "self_attn.q_proj",
+            "attention.key": "self_attn.k_proj",
+            "attention.value": "self_attn.v_proj",
+            "attention.output": "self_attn.o_proj",
+            "feed_forward_norm": "post_attention_layernorm",
+            "feed_forward.router": "block_sparse_moe.gate",
+        }
+        weights += [HubWeight(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for here, there in names.items()]
+        numbered = {"gate": "w1", "up": "w3", "down": "w2"}
+        weights += _experts(
+            f"{ours}.feed_forward.experts", f"{theirs}.block_sparse_moe.experts", shape.moe.experts, numbered
+        )
+    return weights
+
+
+def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
+    """Their config.json.
+
+    Raises:
+        UserError: The model has what Mixtral has not: a bias, shared experts, dense layers, or other scores.
+    """
+    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
+    from scaling.models.moe import scale_of
+
+    mixture = shape.moe
+    assert mixture is not None
+    wanted = {"score": "topk-softmax", "shared": 0, "dense_layers": 0, "bias_rate": 0.0}
+    other = {name: getattr(mixture, name) for name, value in wanted.items() if getattr(mixture, name) != value}
+    if other or scale_of(mixture) != 1.0:
+        found = ", ".join(f"{name} = {value}" for name, value in other.items()) or f"gate scale {scale_of(mixture):g}"
+        raise UserError(
+            f"no export: MixtralForCausalLM cannot say {found}. It knows score = topk-softmax, shared = 0, "
+            "dense_layers = 0, bias_rate = 0 and no gate scale; train so to export, or use the family moonlight-moe."
+        )
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.expert_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_size,
+        "num_local_experts": mixture.experts,
+        "num_experts_per_tok": mixture.top_k,
+        "sliding_window": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": NORM_EPSILON,
+        "rope_theta": ROPE_BASE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "router_aux_loss_coef": 0.0,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+    }
+
+
+def _feed_forward(ours: str, theirs: str) -> list[HubWeight]:
+    return [HubWeight(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for here, there in DENSE.items()]
+
+
+def _experts(ours: str, theirs: str, experts: int, names: dict[str, str]) -> list[HubWeight]:
+    return [
+        HubWeight(f"{theirs}.{expert}.{there}.weight", (f"{ours}.{here}",), expert=expert)
+        for expert in range(experts)
+        for here, there in names.items()
+    ]

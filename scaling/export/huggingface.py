@@ -1,0 +1,300 @@
+"""A finished run as a model that Hugging Face's ``transformers`` loads: weights, configuration, tokenizer, card.
+
+Nothing of that library is needed to write it. Weights are copied tensor by tensor from the run's safetensors, so a model
+larger than memory can be exported, and no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from scaling.data.shards import MANIFEST, Manifest, manifest_hash, read_manifest
+from scaling.errors import UserError
+from scaling.export.architectures import (
+    HubWeight,
+    deepseek_config,
+    deepseek_weights,
+    mixtral_config,
+    mixtral_weights,
+    outside_blocks,
+)
+from scaling.export.model_card import model_card
+from scaling.export.tokenizer import tokenizer_files
+from scaling.io import read_json, write_atomic
+from scaling.run.directory import RunDirectory
+from scaling.run.record import RunRecord
+from scaling.spec import ModelConfig, Placement
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weights file, as model hubs cut them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFamily:
+    """How one family of ours is called on the other side."""
+
+    weights: Callable[[ModelConfig], list[HubWeight]]
+    """Their weights, in the order of the model."""
+    shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
+    """Shape of each weight by our name."""
+    config: Callable[[ModelConfig], dict[str, Any]]
+    """Their config.json, without the ids of special tokens and the dtype. Refuses what that side cannot say."""
+
+
+def export_hf(
+    run_dir: Path | str, folder: Path | str, *, data: Path | str | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write a finished run as a model for ``AutoModelForCausalLM.from_pretrained(folder)``.
+
+    The tokenizer comes from the data folder that the run was trained on, if that is still the one the record names;
+    otherwise the model is written without one, and its card says so.
+
+    Args:
+        run_dir: The run.
+        folder: Where to write. A second export of a run replaces the first.
+        data: The data folder, where it is no longer the one in the run's placement.
+        shard_bytes: Largest weights file; more makes several and an index.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The run is not finished or diverged, its weights are not those of its shape, its family has no
+            counterpart, or the folder holds something else.
+    """
+    directory, folder = RunDirectory(run_dir), Path(folder)
+    record = _finished(directory)
+    shape = record.spec.model
+    family = HUB_FAMILIES.get(shape.family)
+    if family is None:
+        raise UserError(
+            f"run {directory.path}: no export is written for the family {shape.family!r}; "
+            f"there is one for {', '.join(HUB_FAMILIES)}."
+        )
+    config = family.config(shape)
+    manifest, data_folder = _data(directory, record, data)
+    weights = _Weights(directory.weights_file, family.shapes(shape))
+    files = {} if manifest is None else tokenizer_files(data_folder, manifest, context=shape.context)
+    _clear(folder, directory.path)
+
+    separator = None if manifest is None else manifest.tokenizer.separator
+    special = {"bos_token_id": separator, "eos_token_id": separator}
+    written = list(weights.write(folder, family.weights(shape), shard_bytes))
+    files["generation_config.json"] = _json({**special, "pad_token_id": separator})
+    files["README.md"] = model_card(record, directory.path.name, has_tokenizer=manifest is not None).encode()
+    # Last, since it is what makes a folder a model.
+    files["config.json"] = _json({**config, **special, "torch_dtype": weights.dtype})
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+        written.append(folder / name)
+    return written
+
+
+def _finished(directory: RunDirectory) -> RunRecord:
+    if not directory.path.is_dir():
+        raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
+    record = directory.record()
+    if record is None:
+        raise UserError(f"run {directory.path}: {directory.state()}, not finished. Train it to its end, then export.")
+    if record.status != "finished":
+        raise UserError(
+            f"run {directory.path}: it {record.status} ({record.reason}), so there are no weights worth exporting. "
+            "Export a finished run."
+        )
+    if not directory.weights_file.exists():
+        raise UserError(
+            f"{directory.weights_file}: the weights are gone, though the run is finished. "
+            "Put the file back, or remove record.json and train again."
+        )
+    return record
+
+
+def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -> tuple[Manifest | None, Path]:
+    """Manifest and folder of the run's data; no manifest where the folder is gone or holds other data by now."""
+    if data is not None:
+        folder = Path(data)
+        manifest = read_manifest(folder)
+        if manifest_hash(manifest) != record.manifest:
+            raise UserError(
+                f"data folder {folder}: its shards are not those that run {directory.path} was trained on "
+                f"(manifest {manifest_hash(manifest)[:12]}, the record says {record.manifest[:12]}). Name the right one."
+            )
+        return manifest, folder
+    if not directory.placement_file.exists():
+        return None, Path()
+    folder = Path(read_json(directory.placement_file, Placement).data)
+    if not (folder / MANIFEST).exists():
+        return None, folder
+    manifest = read_manifest(folder)
+    return (manifest if manifest_hash(manifest) == record.manifest else None), folder
+
+
+def _clear(folder: Path, run: Path) -> None:
+    """Make way for the export, and remove nothing but the weights of an earlier one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() == run.resolve():
+        raise UserError(f"folder {folder}: it is the run's own directory. Choose another folder for the export.")
+    known = {"config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
+    for file in folder.iterdir():
+        if file.name.startswith("model") and file.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        if file.name not in known and not file.name.endswith(".tmp"):
+            raise UserError(
+                f"folder {folder}: it holds {file.name}, which no export wrote. Choose an empty folder, "
+                "or the folder of an earlier export."
+            )
+    # The configuration first: while the weights are being replaced the folder is no model.
+    (folder / "config.json").unlink(missing_ok=True)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+
+
+class _Weights:
+    """The run's weights file, checked against its shape before anything is written."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                kinds = {str(file.get_slice(name).get_dtype()) for name in found}
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}). Train the run again.") from None
+        for name in sorted(shapes.keys() | found.keys()):
+            if shapes.get(name) != found.get(name):
+                raise UserError(
+                    f"{path}: weight {name} is {_size(found.get(name))} and the run's shape makes it "
+                    f"{_size(shapes.get(name))}. The file is of another run; put back the right one."
+                )
+        self.shapes = shapes
+        self.bytes_each = 4 if kinds == {"F32"} else 2
+        if len(kinds) != 1 or not kinds <= DTYPES.keys():
+            raise UserError(
+                f"{path}: weights of type {', '.join(sorted(kinds))}; known are {', '.join(DTYPES)}, one a file."
+            )
+        self.dtype = DTYPES[kinds.pop()]
+
+    def write(self, folder: Path, weights: list[HubWeight], shard_bytes: int) -> Iterator[Path]:
+        """Weights under their new names, a file at a time; an index where there are several."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        sizes = {weight.name: weight.elements(self.shapes) * self.bytes_each for weight in weights}
+        shards = _shards(weights, sizes, shard_bytes)
+        index: dict[str, str] = {}
+        with safe_open(self.path, framework="pt") as source:
+            for number, members in enumerate(shards, start=1):
+                of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+                path = folder / f"model{of}.safetensors"
+                temporary = path.with_name(f"{path.name}.tmp")
+                save_file({weight.name: weight.read(source) for weight in members}, temporary, {"format": "pt"})
+                temporary.replace(path)
+                index |= {weight.name: path.name for weight in members}
+                yield path
+        if len(shards) > 1:
+            path = folder / "model.safetensors.index.json"
+            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+            write_atomic(path, _json(content))
+            yield path
+
+
+def _shards(weights: list[HubWeight], sizes: dict[str, int], shard_bytes: int) -> list[list[HubWeight]]:
+    """Weights in order, cut where the next would not fit; one that never fits is alone in its file."""
+    shards: list[list[HubWeight]] = [[]]
+    size = 0
+    for weight in weights:
+        if shards[-1] and size + sizes[weight.name] > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += sizes[weight.name]
+    return shards
+
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of number formats in a configuration by those of safetensors."""
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _llama_weights(shape: ModelConfig) -> list[HubWeight]:
+    return [
+        *outside_blocks(shape),
+        *(
+            HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
+            for layer in range(shape.layers)
+            for ours, theirs in LLAMA_BLOCK.items()
+        ),
+    ]
+
+
+def _shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight in the run's file: parameters, and buffers that are part of the state."""
+    import torch
+
+    from scaling.models.registry import build_model
+
+    with torch.device("meta"):
+        model = build_model(shape)
+    state = model.state_dict()
+    named = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in state]
+    return {name: tuple(state[name].shape) for name in named}
+
+
+def _llama_config(shape: ModelConfig) -> dict[str, Any]:
+    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
+
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": NORM_EPSILON,
+        # The first is read by version 4 of the library, the second by 5.
+        "rope_theta": ROPE_BASE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+    }
+
+
+LLAMA_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+"""Modules of a block by our name; rotary halves lie alike on both sides, so no weight is permuted."""
+
+HUB_FAMILIES: dict[str, HubFamily] = {
+    "decoder": HubFamily(weights=_llama_weights, shapes=_shapes, config=_llama_config),
+    "moonlight-moe": HubFamily(weights=deepseek_weights, shapes=_shapes, config=deepseek_config),
+    "mixtral-moe": HubFamily(weights=mixtral_weights, shapes=_shapes, config=mixtral_config),
+}

@@ -1,0 +1,87 @@
+"""Models that a run can train: one family a file, one row each in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scaling.errors import UserError, unknown_name
+from scaling.spec import ModelConfig
+
+if TYPE_CHECKING:
+    from scaling.models.decoder import Decoder
+
+
+def _decoder(shape: ModelConfig) -> Decoder:
+    from scaling.models.decoder import Decoder
+
+    return Decoder(shape)
+
+
+def _mixture(shape: ModelConfig) -> Decoder:
+    from scaling.models.moe import MoEDecoder
+
+    return MoEDecoder(shape)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One kind of model: what builds it, on torch's current default device, and which parts its shape has."""
+
+    build: Callable[[ModelConfig], Decoder]
+    moe: bool = False
+    mla: bool = False
+
+
+FAMILIES: dict[str, ModelFamily] = {
+    "decoder": ModelFamily(_decoder),
+    "mixtral-moe": ModelFamily(_mixture, moe=True),
+    "moonlight-moe": ModelFamily(_mixture, moe=True, mla=True),
+}
+"""Families by the name that a shape writes."""
+
+
+def check_family(shape: ModelConfig) -> ModelFamily:
+    """The row of a shape's family.
+
+    Raises:
+        UserError: There is none, or the shape lacks a part of it or has one that it does not.
+    """
+    if shape.family not in FAMILIES:
+        raise UserError(unknown_name("model family", shape.family, FAMILIES))
+    family = FAMILIES[shape.family]
+    for part in ("moe", "mla"):
+        wanted, found = getattr(family, part), getattr(shape, part) is not None
+        if wanted != found:
+            fitting = [name for name, row in FAMILIES.items() if getattr(row, part) == found]
+            raise UserError(
+                f'the family "{shape.family}" {"needs" if wanted else "does not take"} a table {part}. '
+                f"{'Add one' if wanted else 'Remove it'}, or use the family {' or '.join(fitting)}."
+            )
+    return family
+
+
+def build_model(shape: ModelConfig) -> Decoder:
+    """An uninitialised model of a shape.
+
+    Raises:
+        UserError: As `check_family`.
+    """
+    return check_family(shape).build(shape)
+
+
+def check_upcycled(shape: ModelConfig) -> None:
+    """Refuse a shape whose experts are not the size of the feed-forward, or that has more than copies of it.
+
+    Raises:
+        UserError: As said.
+    """
+    mixture = shape.moe
+    if mixture is None:
+        raise UserError("upcycling makes experts, and this shape has none. Give the arm a table moe.")
+    if mixture.shared or mixture.granularity != 1:
+        raise UserError(
+            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has shared = "
+            f"{mixture.shared} and granularity = {mixture.granularity}. Set shared = 0 and granularity = 1."
+        )

@@ -1,0 +1,1 @@
+"""Muon over several processes, with the parameters of one process."""

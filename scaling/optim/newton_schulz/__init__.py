@@ -1,0 +1,1 @@
+"""Newton-Schulz orthogonalisation: coefficients, iteration and symmetric products."""

@@ -1,0 +1,48 @@
+"""Which matrices a parameter holds: Muon orthogonalises matrices, and a parameter may be several. No torch.
+
+A view is a word in a rule: ``whole`` (one matrix), ``rows/k`` (k equal blocks of rows: heads, or a fused projection),
+``experts`` (a stack ``(E, m, n)``, a matrix each). The scale of an update follows the matrix, not the parameter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scaling.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def row_blocks(view: str) -> int:
+    """Blocks of rows that a view cuts a parameter into: k of ``rows/k``, else 1."""
+    return int(view.removeprefix("rows/")) if view.startswith("rows/") else 1
+
+
+def matrices(name: str, shape: tuple[int, ...], view: str) -> tuple[int, int, int]:
+    """How many matrices a view finds in a parameter, and their rows and columns.
+
+    Raises:
+        UserError: The shape does not fit the view.
+    """
+    wanted = 3 if view == "experts" else 2
+    if len(shape) != wanted:
+        raise UserError(
+            f'{name} has shape {shape}, and the view "{view}" needs {wanted} dimensions. '
+            "Give the parameter a rule of its own in scaling/optim/registry.py."
+        )
+    if view == "experts":
+        return shape[0], shape[1], shape[2]
+    blocks = row_blocks(view)
+    if shape[0] % blocks:
+        raise UserError(
+            f"{name} has {shape[0]} rows, which {blocks} blocks do not divide. Use head_blocks 1 or the number of heads."
+        )
+    return blocks, shape[0] // blocks, shape[1]
+
+
+def split(parameter: Tensor, view: str) -> tuple[Tensor, ...]:
+    """The matrices of a parameter as views into it, each ``(m, n)``."""
+    if view == "whole":
+        return (parameter,)
+    return parameter.unbind() if view == "experts" else parameter.chunk(row_blocks(view))

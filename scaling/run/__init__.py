@@ -1,0 +1,1 @@
+"""A run's directory: its files, its record, its state and where it ran. Imports no torch."""

@@ -1,0 +1,99 @@
+"""What a run leaves behind when it ends: its weights, and the record of what it cost and came to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from scaling.data.shards import read_manifest
+from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.optim import registry
+from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.run.directory import RunDirectory
+from scaling.run.provenance import describe_code
+from scaling.run.record import Device, RunRecord
+from scaling.training.launch import whole
+from scaling.training.memory import peak_bytes
+from scaling.training.metrics import MetricsLogger
+from scaling.training.module import TrainingModule
+
+
+def save_weights(module: TrainingModule, path: Path, *, first: bool) -> None:
+    """Write the weights, whole, in the names of the model; every process takes part, and the first one writes."""
+    # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
+    state = module.model.state_dict()
+    named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
+    weights = {name: whole(state[name].detach()).cpu().contiguous() for name in named}
+    if not first:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def build_record(
+    directory: RunDirectory,
+    module: TrainingModule,
+    logbook: MetricsLogger,
+    *,
+    device: Device,
+    steps: int,
+    charged: dict[str, int],
+    attention: str | None,
+) -> RunRecord:
+    """The record of a run that has ended, finished or diverged.
+
+    Args:
+        directory: Where the run lies.
+        module: What was trained.
+        logbook: What it wrote down.
+        device: What it ran on.
+        steps: Steps that it took.
+        charged: FLOPs of the run that it started from, by convention.
+        attention: The attention kernel that was chosen, where one was.
+    """
+    spec, placement = module.spec, module.placement
+    tokens = steps * spec.batch_tokens
+    parameters = count_parameters(spec.model)
+    groups: dict[str, list[str]] = {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.model.named_parameters()}
+    for claimed in registry.assign(spec.optimizer, shapes):
+        groups.setdefault(claimed.algorithm, []).append(claimed.name)
+    rate = tokens / max(logbook.watch.seconds, 1e-9)
+    peak = device.peak_flops
+    return RunRecord(
+        spec=spec,
+        status="diverged" if logbook.diverged else "finished",
+        validation_loss=logbook.validation_loss,
+        train_loss=None if logbook.diverged else logbook.train_loss,
+        tokens=tokens,
+        flops={name: train_flops(spec.model, tokens, name) + charged.get(name, 0) for name in CONVENTIONS},
+        initial_flops=charged,
+        optimizer_flops=run_optimizer_flops(spec, tokens),
+        attention=attention,
+        peak_memory=peak_bytes(torch.device("cuda" if device.kind == "cuda" else "cpu")),
+        optimizer_seconds=module.clock.mean,
+        parameters={
+            "embedding": parameters.embedding,
+            "blocks": parameters.blocks,
+            "head": parameters.head,
+            "norms": parameters.norms,
+            "total": parameters.total,
+            "activated": parameters.activated,
+        },
+        groups=groups,
+        bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
+        seconds=logbook.watch.seconds,
+        cpu_seconds=logbook.work.seconds,
+        tokens_per_second=rate,
+        mfu=rate * train_flops_per_token(spec.model, "attention") / (peak * device.count) if peak else None,
+        device=device,
+        code=describe_code(),
+        manifest=str(spec.data.manifest),
+        attempts=sum(attempt.event == "start" for attempt in directory.attempts()),
+        finished_at=time.time(),
+        reason=logbook.diverged,
+    )

@@ -1,0 +1,253 @@
+"""What a run writes down while it trains: metrics.jsonl, the held-out loss, and whether the loss is still finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from scaling.flops import train_flops, train_flops_per_token
+from scaling.io import append_line, write_lines
+from scaling.run.directory import RunDirectory
+from scaling.run.record import Device, MetricsRow
+from scaling.spec import RunSpec
+
+if TYPE_CHECKING:
+    from scaling.training.module import TrainingModule
+
+
+ROWS = 200
+"""Metrics rows of one run, at most; the last step always has one."""
+
+
+def evaluation_steps(spec: RunSpec) -> set[int]:
+    """Steps after which the held-out loss is measured: equal distances, and the last."""
+    parts = spec.evaluation.times + 1
+    return {max(1, round(spec.steps * part / parts)) for part in range(1, parts + 1)}
+
+
+@torch.no_grad()
+def held_out_loss(module: TrainingModule, windows: Tensor, *, micro_batch: int) -> float:
+    """Mean next-token loss over all windows, nats per token.
+
+    Args:
+        module: The model with its precision.
+        windows: Shape ``(windows, context + 1)``, int64, in host memory.
+        micro_batch: Windows of one forward pass; the mean does not depend on it but for rounding.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=module.device)
+    with module.trainer.precision_plugin.forward_context():
+        for part in torch.split(windows, micro_batch):
+            total += module.model.loss(part.to(module.device)).double() * len(part)
+    return float(total) / len(windows)
+
+
+class Stopwatch:
+    """Seconds of training alone, over all attempts: paused while the run evaluates or saves.
+
+    Args:
+        clock: What counts: the time that passes, or with `time.process_time` the time that processors work.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._kept = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What has been counted up to now."""
+        return self._kept + (self._clock() - self._since if self._since is not None else 0.0)
+
+    def start(self, seconds: float | None = None) -> None:
+        """Run, from `seconds` on where given."""
+        if seconds is not None:
+            self._kept = seconds
+        self._since = self._clock()
+
+    def stop(self) -> None:
+        """Pause."""
+        self._kept, self._since = self.seconds, None
+
+
+class MetricsLogger(Callback):
+    """Writes a metrics row every few steps and ends the run when its loss is no longer finite.
+
+    Its running sums are part of the checkpoint, so a resumed run writes the rows it would have written.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, spec: RunSpec, *, device: Device, held_out: np.ndarray, charged: int = 0
+    ) -> None:
+        self.directory = directory
+        self.charged = charged
+        self.spec = spec
+        self.device = device
+        self.held_out = torch.from_numpy(held_out)
+        self.every = max(1, spec.steps // ROWS)
+        self.evaluate_at = evaluation_steps(spec)
+        self.tail_starts = spec.steps - max(1, spec.steps // 10)
+        self.watch, self.work = Stopwatch(), Stopwatch(time.process_time)
+        self.diverged: str | None = None
+        self.validation_loss: float | None = None
+        # Sums stay on the device, so that a GPU is asked for a number once a row and not once a step.
+        self.row_sum, self.row_count = torch.zeros((), dtype=torch.float64), 0
+        self.tail_sum, self.tail_count = torch.zeros((), dtype=torch.float64), 0
+        self.row_step, self.row_seconds = 0, 0.0
+        self._restored_seconds, self._restored_work = 0.0, 0.0
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the last tenth of the steps, nats per token; None before they are reached."""
+        return float(self.tail_sum) / self.tail_count if self.tail_count else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "row": (float(self.row_sum), self.row_count),
+            "tail": (float(self.tail_sum), self.tail_count),
+            "row_step": self.row_step,
+            "row_seconds": self.row_seconds,
+            "seconds": self.watch.seconds,
+            "cpu_seconds": self.work.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        (row, self.row_count), (tail, self.tail_count) = state_dict["row"], state_dict["tail"]
+        self.row_sum = torch.tensor(row, dtype=torch.float64)
+        self.tail_sum = torch.tensor(tail, dtype=torch.float64)
+        self.row_step, self.row_seconds = state_dict["row_step"], state_dict["row_seconds"]
+        self._restored_seconds, self._restored_work = state_dict["seconds"], state_dict["cpu_seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the rows that an earlier attempt wrote after its last checkpoint."""
+        self.row_sum, self.tail_sum = self.row_sum.to(pl_module.device), self.tail_sum.to(pl_module.device)
+        if trainer.global_step <= self.tail_starts:
+            self.tail_sum, self.tail_count = torch.zeros_like(self.tail_sum), 0  # a trunk's tail is not its branch's
+        if trainer.is_global_zero:
+            kept = [row for row in self.directory.metrics() if row.step <= trainer.global_step]
+            write_lines(self.directory.metrics_file, kept)
+        self.watch.start(self._restored_seconds)
+        self.work.start(self._restored_work)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the micro-batch's loss; at the end of an optimizer step, write the row that is due."""
+        module = cast("TrainingModule", pl_module)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        step = trainer.global_step if stepped else trainer.global_step + 1
+        loss = module.last_loss.double()
+        self.row_sum += loss
+        self.row_count += 1
+        if step > self.tail_starts:
+            self.tail_sum += loss
+            self.tail_count += 1
+        evaluate = step in self.evaluate_at
+        if stepped and (evaluate or step % self.every == 0):
+            self.pause()
+            self._row(step, module, evaluate=evaluate)
+            trainer.should_stop |= self.diverged is not None
+            self.go_on()
+
+    def pause(self) -> None:
+        """Stop the clocks: what follows is not training."""
+        self.watch.stop()
+        self.work.stop()
+
+    def go_on(self) -> None:
+        """Let the clocks run."""
+        self.watch.start()
+        self.work.start()
+
+    def _row(self, step: int, module: TrainingModule, *, evaluate: bool) -> None:
+        shape, tokens = self.spec.model, step * self.spec.batch_tokens
+        loss = module.mean_over_processes(self.row_sum / self.row_count)
+        finite = math.isfinite(loss)
+        validation = None
+        if evaluate and finite:
+            validation = held_out_loss(module, self.held_out, micro_batch=module.evaluation_windows)
+            finite = math.isfinite(validation)
+        if not finite:
+            self.diverged = (
+                f"the loss was not finite between steps {self.row_step + 1:,} and {step:,} of {self.spec.steps:,} "
+                f"at a peak learning rate of {self.spec.optimizer.peak_lr:g}"
+            )
+        elif step == self.spec.steps:
+            self.validation_loss = validation
+            self.tail_sum = torch.tensor(module.mean_over_processes(self.tail_sum), dtype=torch.float64)
+        rate = (step - self.row_step) * self.spec.batch_tokens / max(self.watch.seconds - self.row_seconds, 1e-9)
+        peak = self.device.peak_flops
+        norm = float(module.grad_norm)
+        row = MetricsRow(
+            step=step,
+            tokens=tokens,
+            flops=train_flops(shape, tokens) + self.charged,
+            train_loss=loss if math.isfinite(loss) else None,
+            learning_rate=module.learning_rate,
+            grad_norm=norm if math.isfinite(norm) else None,
+            tokens_per_second=rate,
+            mfu=rate * train_flops_per_token(shape, "attention") / (peak * self.device.count) if peak else None,
+            validation_loss=validation if finite else None,
+            load_imbalance=module.model.load_imbalance(),
+        )
+        if module.trainer.is_global_zero:
+            append_line(self.directory.metrics_file, row)
+        self.row_sum, self.row_count = torch.zeros_like(self.row_sum), 0
+        self.row_step, self.row_seconds = step, self.watch.seconds
+
+
+EVERY = 16
+"""One step in so many is timed on a GPU, where the host would otherwise have to wait for every step."""
+
+
+class OptimizerStepTimer:
+    """Times optimizer steps: all of them on a CPU, some on a GPU, by events that cost the host nothing."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._seen = 0.0, 0, 0
+        self._since: float | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: torch.cuda.Event | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the timed steps; None before the first. Waits for the GPU."""
+        seconds, steps = self._seconds, self._steps
+        for begin, end in self._events:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+            steps += 1
+        return seconds / steps if steps else None
+
+    def start(self, device: torch.device) -> None:
+        """The gradients are there."""
+        self._seen += 1
+        if device.type == "cuda":
+            if self._seen % EVERY == 0:
+                self._open = _mark()
+        else:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """The weights are changed, or this was a micro-batch without a step."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._steps += 1
+            self._since = None
+        if self._open is not None:
+            self._events.append((self._open, _mark()))
+            self._open = None
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

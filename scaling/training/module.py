@@ -1,0 +1,151 @@
+"""What Lightning is given to train: the model with its optimizer and learning rate, and batches that know their step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from scaling.data.batches import Batches
+from scaling.flops import count_parameters
+from scaling.models.decoder import Decoder
+from scaling.models.registry import build_model
+from scaling.optim import registry
+from scaling.schedule import lr_fraction
+from scaling.spec import Placement, RunSpec
+from scaling.training.launch import shard, whole
+from scaling.training.metrics import OptimizerStepTimer
+
+EVALUATION_TOKENS = 16_384
+"""Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""
+
+COMPILED_WHOLE = 50_000_000
+"""Activated weights of the blocks up to which a model is compiled in one; larger ones spend little on launches."""
+
+
+class StepBatches:
+    """The run's micro-batches from the trainer's step to the last one.
+
+    Lightning fetches one batch ahead, so a loader that remembered its position would come back one late. This one has
+    no position: it asks the trainer for the step, and batch k is what `Batches.at` says.
+    """
+
+    def __init__(self, batches: Batches, *, micro_batch: int, module: TrainingModule) -> None:
+        self.batches = batches
+        self.micro_batch = micro_batch
+        self.module = module
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Windows of shape ``(micro_batch, context + 1)``, int64; for a GPU read ahead, into pinned memory."""
+        trainer = self.module.trainer
+        rank, world = trainer.global_rank, trainer.world_size
+        on_gpu = self.module.device.type == "cuda"
+
+        def fetch(step: int) -> Tensor:
+            windows = torch.from_numpy(self.batches.at(step, rank=rank, world=world))
+            return windows.pin_memory() if on_gpu else windows
+
+        steps = range(trainer.global_step, self.module.spec.steps)
+        # A CPU run has no core to spare for a reader, and nothing to hide its work behind.
+        for windows in ahead(fetch, steps) if on_gpu else map(fetch, steps):
+            yield from torch.split(windows, self.micro_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step is the trainer's."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def ahead(fetch: Callable[[int], Tensor], steps: Iterable[int]) -> Iterator[Tensor]:
+    """``map(fetch, steps)``, each fetched by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+        upcoming: Future[Tensor] | None = None
+        for step in steps:
+            ready, upcoming = upcoming, reader.submit(fetch, step)
+            if ready is not None:
+                yield ready.result()
+        if upcoming is not None:
+            yield upcoming.result()
+
+
+class TrainingModule(LightningModule):
+    """A model, its optimizer and its learning rate under Lightning's automatic optimisation."""
+
+    def __init__(self, spec: RunSpec, placement: Placement, *, load: Callable[[Decoder], None] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.placement = placement
+        self.load = load
+        self.clock = OptimizerStepTimer()
+        self.model = build_model(spec.model)
+        self.model.initialise(spec.seed)
+        self.model.recompute = placement.recompute
+        self.evaluation_windows = max(1, EVALUATION_TOKENS // spec.model.context)
+        self.last_loss = torch.zeros(())
+        self.grad_norm = torch.zeros(())
+        self.learning_rate = 0.0
+
+    def configure_model(self) -> None:
+        """Shard the model if it is to be, then fill it with the weights that it starts from, if it has any."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh, precision=self.spec.precision)
+        if self.load is not None:
+            self.load(self.model)
+        if self.placement.compile:
+            small = count_parameters(self.spec.model).activated <= COMPILED_WHOLE
+            self.model.compile_in_place(whole=small and self.device_mesh is None, graphs=self.placement.graphs)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The one optimizer that the spec's row builds."""
+        return registry.build(self.spec.optimizer, self.model.named_parameters())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        if self.placement.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        loss = self.model.loss(batch)
+        self.last_loss = loss.detach()
+        auxiliary = self.model.auxiliary_loss()
+        return loss if auxiliary is None else loss + auxiliary
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Set the rate of this step in every group."""
+        tokens = (self.trainer.global_step + 1) * self.spec.batch_tokens
+        fraction = lr_fraction(self.spec.schedule, tokens, total=self.spec.steps * self.spec.batch_tokens)
+        self.learning_rate = self.spec.optimizer.peak_lr * fraction
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * fraction
+        self.model.end_of_step(self.total_over_processes)
+        self.clock.start(self.device)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Forward, backward and step as Lightning does them; the clock ends here, before callbacks evaluate or save."""
+        super().optimizer_step(*args, **kwargs)
+        self.clock.stop()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by global norm, and keep the norm for the metrics."""
+        limit = float("inf") if self.spec.clip_norm is None else self.spec.clip_norm
+        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach())
+
+    def total_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of a tensor that every process has of its own share of the batch."""
+        total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return total
+
+    def maximum_over_processes(self, value: Tensor) -> Tensor:
+        """The largest of a tensor that every process has of its own share of the batch, entry by entry."""
+        largest: Tensor = self.trainer.strategy.reduce(value, reduce_op="max")
+        return largest
+
+    def mean_over_processes(self, value: Tensor) -> float:
+        """The mean of a number that every process has of its own share of the batch."""
+        return float(self.trainer.strategy.reduce(value, reduce_op="mean"))

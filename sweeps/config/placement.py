@@ -1,0 +1,239 @@
+"""The ``[placement]`` table of a campaign: where and how its runs execute, and what one expects of the device.
+
+Nothing in it changes a run's numbers or its id. Every value that reaches SLURM is checked here, so that no text of a
+campaign file can become a shell command or a line of its own in a batch script.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from scaling.errors import ConfigError, unknown_name
+from scaling.spec import Positive, Strict
+from sweeps.config.toml import as_value, read_toml
+
+Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
+"""A name that may become a folder, a job name or an option: it cannot leave the root or end a line."""
+
+PEAKS: dict[str, float] = {
+    # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "B200": 2250e12,
+    "MI300X": 1307.4e12,
+    # One core in fp32: on a Zen 4 core large matrix products reach 100 GFLOP/s, which is taken as 0.8 of its peak.
+    "cpu": 125e9,
+}
+"""What `accelerator` can name."""
+
+
+SlurmWord = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.@:+-]*[A-Za-z0-9_]\Z", max_length=100)]
+SlurmText = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,:;@%+*&|()\[\]/= -]*\Z", max_length=500)]
+Memory = Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]*[KMGT]?\Z")]
+
+SBATCH_OPTIONS = frozenset({
+    "begin", "clusters", "cores_per_socket", "deadline", "dependency", "distribution", "exclude", "exclusive", "gres",
+    "gpu_bind", "gpu_freq", "hint", "licenses", "mail_type", "mail_user", "mem_bind", "mem_per_cpu", "mem_per_gpu",
+    "network", "nice", "nodelist", "ntasks_per_core", "ntasks_per_socket", "oversubscribe", "power", "prefer",
+    "reservation", "sockets_per_node", "switches", "threads_per_core", "tmp", "wckey",
+})  # fmt: skip
+"""Options of sbatch that ``[placement.slurm.sbatch]`` may set. Those that the harness sets itself, or that would name
+files or commands to run, are not among them."""
+
+
+class SlurmConfig(Strict, frozen=True):
+    """``[placement.slurm]``: what a job asks SLURM for. Your own profile file supplies what a campaign leaves out.
+
+    Raises:
+        ConfigError: An option of sbatch is not among `SBATCH_OPTIONS`, or a value has a line break.
+    """
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    constraint: SlurmText | None = None
+    nodes: Positive = 1
+    tasks_per_node: Positive = 1
+    """Processes on each node; they train one run together."""
+    gpus_per_node: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of each node."""
+    cpus_per_task: Positive = 1
+    """Of each task."""
+    memory: Memory | None = None
+    """Of each node, as SLURM writes it: ``16G``."""
+    time_minutes: Positive = 60
+    """Time limit of one attempt; a longer run continues in the next."""
+    signal_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 120
+    """How long before the limit the run is asked to save. SLURM may ask up to a minute early."""
+    max_parallel: Positive | None = None
+    """Most tasks of an array at the same time."""
+    max_kills: Positive = 3
+    """Attempts without progress, each ended by a kill, before a run counts as failed."""
+    stall_seconds: Positive = 1800
+    """Without a trace of a step (a row of metrics, a checkpoint, a line in the log), after which the run's processes
+    are taken to hang: they are killed, and the run continues from its last checkpoint."""
+    environment: tuple[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")], ...] = ()
+    """Names of further variables that jobs inherit from you."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before training, as ``module load cuda``. Accepted from your own profile only."""
+    sbatch: dict[str, SlurmText | int | bool] = msgspec.field(default_factory=dict)
+    """Further options, by their names without dashes."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that are not known to be harmless."""
+        for option in self.sbatch:
+            if option.replace("-", "_") not in SBATCH_OPTIONS:
+                raise ConfigError(f"[placement.slurm.sbatch] {unknown_name('option', option, SBATCH_OPTIONS)}")
+        for line in self.setup:
+            if "\n" in line or "\0" in line:
+                raise ConfigError(f"[placement.slurm] setup has a line break in {line!r}. Write one string a line.")
+
+    @property
+    def devices(self) -> int:
+        """GPUs of one run; 0 where it runs on processors."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def processes(self) -> int:
+        """Processes of one run."""
+        return self.nodes * self.tasks_per_node
+
+
+class PlacementConfig(Strict, frozen=True):
+    """Where and how runs execute; ``[placement.rungs."NAME"]`` replaces single fields for one rung.
+
+    Raises:
+        ConfigError: The accelerator has no row in `PEAKS`.
+    """
+
+    data: str | None = None
+    """Folder of prepared token shards; by default the one under the run root that belongs to ``[data]``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive = 1
+    """CPU threads of one run."""
+    micro_batch: Positive | None = None
+    """Most windows of one forward pass: the plan takes the largest part of a batch that divides it; else all at once."""
+    compile: bool = False
+    graphs: bool = False
+    """With ``compile``: CUDA graphs for models small enough that launches bound their step."""
+    devices: Positive = 1
+    """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
+    runs_per_gpu: Positive = 1
+    """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
+    many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """With several devices: every one keeps all weights, or a share of them."""
+    recompute: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
+    checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
+    """Seconds between checkpoints: what a kill can cost."""
+    accelerator: str = "cpu"
+    """Row of `PEAKS`, for predicting hours before any run was measured."""
+    utilisation: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.4
+    """Share of that peak you expect to reach."""
+    price: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    """Of one GPU-hour (without GPUs: of an hour of a run), in whatever money you count."""
+    watts: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    """Drawn by one GPU (without GPUs: by one run) while it trains, with its share of the machine."""
+    slurm: SlurmConfig = SlurmConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse an accelerator nobody knows the peak of."""
+        if self.accelerator not in PEAKS:
+            raise ConfigError(f"[placement] {unknown_name('accelerator', self.accelerator, PEAKS)}")
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of everything one run occupies."""
+        return PEAKS[self.accelerator] * (self.threads if self.accelerator == "cpu" else max(self.slurm.devices, 1))
+
+
+def placements(table: dict[str, Any], rungs: list[str], *, where: str) -> dict[str, PlacementConfig]:
+    """The placement of every rung.
+
+    Args:
+        table: ``[placement]`` as it was read, its sub-table ``rungs`` included.
+        rungs: Names of all rungs.
+        where: The campaign file, for refusals.
+
+    Raises:
+        ConfigError: A value cannot be used, or an override names a rung that is not there.
+    """
+    shared = {name: value for name, value in table.items() if name != "rungs"}
+    base = as_value(shared, PlacementConfig, where=f"{where}, [placement]")
+    overrides = table.get("rungs", {})
+    if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
+        raise ConfigError(
+            f'{where}, [placement]: rungs is {overrides!r}. Write [placement.rungs."NAME"] and fields below.'
+        )
+    for name in overrides:
+        if name not in rungs:
+            raise ConfigError(f"{where}, [placement.rungs]: {unknown_name('rung', name, rungs)}")
+    return {
+        rung: as_value(_merged(shared, overrides[rung]), PlacementConfig, where=f'{where}, [placement.rungs."{rung}"]')
+        if rung in overrides
+        else base
+        for rung in rungs
+    }
+
+
+def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `override` in place of the table's, its sub-tables field by field."""
+    both = dict(table)
+    for name, value in override.items():
+        mine = both.get(name)
+        both[name] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return both
+
+
+PROFILE = "SCALING_SLURM_PROFILE"
+"""Environment variable that names another profile file."""
+
+
+def profile_file() -> Path:
+    """The user's own SLURM defaults, a TOML file with the fields of ``[placement.slurm]``."""
+    named = os.environ.get(PROFILE)
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path(named) if named else home / "scaling" / "slurm.toml"
+
+
+def slurm_tables(tables: dict[str, PlacementConfig], raw: dict[str, Any], *, where: str) -> dict[str, SlurmConfig]:
+    """What each rung asks SLURM for: the user's profile, then the campaign's ``[placement.slurm]``, then the rung's.
+
+    Args:
+        tables: By rung, as `placements` gave them; they have been checked.
+        raw: The campaign's ``[placement]`` as it was read.
+        where: The campaign file, for refusals.
+
+    Raises:
+        ConfigError: The campaign brings shell lines of its own, or the profile cannot be used.
+    """
+    shared = raw.get("slurm", {})
+    overrides = {rung: raw.get("rungs", {}).get(rung, {}).get("slurm", {}) for rung in tables}
+    if "setup" in shared or any("setup" in override for override in overrides.values()):
+        raise ConfigError(
+            f"{where}, [placement.slurm]: setup holds shell lines, and a campaign file may come from anybody. "
+            f"Move them into your own profile, {profile_file()}, as setup = [...]."
+        )
+    file = profile_file()
+    profile = _profile(file) if file.exists() or os.environ.get(PROFILE) else {}
+    return {
+        rung: as_value(_merged(_merged(profile, shared), overrides[rung]), SlurmConfig, where=str(file))
+        for rung in tables
+    }
+
+
+def _profile(file: Path) -> dict[str, Any]:
+    profile = read_toml(file)
+    status = file.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+        raise ConfigError(
+            f"{file}: others may write this file, and its setup lines run in your jobs. Run: chmod go-w {file}"
+        )
+    as_value(profile, SlurmConfig, where=str(file))
+    return profile

@@ -1,0 +1,289 @@
+"""The local executor: what is missing of a plan, trained on this machine, several runs at once.
+
+Each run is its own process, so that one that is killed or runs out of memory takes no other with it. Processes come
+from a server that has imported the training code once: the import takes ten seconds and more, a fork of it none. Who
+trains what is decided by the run's own claim, so two submitters train each run once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerProcess
+from types import FrameType
+from typing import Literal
+
+import msgspec
+
+from scaling.run.directory import RunDirectory
+from scaling.spec import RunSpec
+from scaling.training.pool import LOG, device_slots, note_kill, train_in_process
+from sweeps.live import Live
+from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+
+Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
+"""Runs that ended badly, or were ended, and are to be tried again."""
+
+TRIES = 3
+"""Times that a run which was killed from outside is started in one call, before it counts as failed."""
+
+GRACE_SECONDS = 60.0
+"""From the request to stop to the kill: a checkpoint is saved at the next step boundary."""
+
+POLL_SECONDS = 0.5
+
+
+def retries(retry: Retry, what: Literal["failed", "diverged", "cancelled"]) -> bool:
+    """Whether runs of that kind are asked for."""
+    return retry in (what, "all")
+
+
+class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call did, by run id."""
+
+    plan: CampaignPlan
+    """The plan with final ids: its data are prepared."""
+    trained: tuple[str, ...]
+    """Came to their end in this call."""
+    present: tuple[str, ...]
+    """Were done before."""
+    failed: dict[str, str]
+    """Failed now or earlier, with the reason."""
+    stopped: tuple[str, ...]
+    """Interrupted; the next call continues them."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of the plan is done."""
+        return not self.failed and not self.stopped
+
+
+class _Stop(BaseException):
+    """Asked to stop: Ctrl-C or SIGTERM."""
+
+
+def run_local(
+    plan: CampaignPlan,
+    *,
+    workers: int | None = None,
+    retry: Retry = "none",
+    order: Literal["cheap", "expensive"] = "cheap",
+    progress: bool | None = None,
+) -> LocalOutcome:
+    """Train what is missing, and leave alone what is done or failed.
+
+    Args:
+        plan: Its data are prepared first if need be.
+        workers: Runs at the same time; by default as many as the processors allow at each run's threads. Runs that may
+            use GPUs are at most ``runs_per_gpu`` on each of them.
+        retry: Which runs are tried again although they failed or diverged.
+        order: Whether the cheapest runs go first.
+        progress: Bars (True), a line a minute (False), or what the output is fit for (None).
+
+    Raises:
+        UserError: The data cannot be prepared.
+    """
+    plan = with_data(plan, progress=progress)
+    plan.write()
+    runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")
+    for run in runs:
+        plan.directory(run).create(run.spec, run.placement)
+    campaign = _Campaign(plan, runs, retry)
+    if campaign.waiting:
+        threads = max(table.threads for table in plan.placements.values())
+        workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        campaign.slots = _slots(plan)
+        workers = min(workers, len(campaign.slots) or workers)
+        with _threads(threads), Live(plan, progress=progress) as live, _stop_signals():
+            campaign.work(workers, live)
+    return campaign.outcome()
+
+
+class _Campaign:
+    """What is waiting, what trains, and what became of the rest."""
+
+    def __init__(self, plan: CampaignPlan, runs: list[PlannedRun], retry: Retry) -> None:
+        self.plan = plan
+        self.waiting: list[PlannedRun] = []
+        self.active: dict[str, tuple[PlannedRun, ForkServerProcess]] = {}
+        self.slots: list[str] = []
+        self.slot_of: dict[str, str] = {}
+        self.tries: dict[str, int] = {}
+        self.present: list[str] = []
+        self.trained: list[str] = []
+        self.stopped: list[str] = []
+        self.failed: dict[str, str] = {}
+        for run in runs:
+            state = plan.state(run)
+            if state == "diverged" and retries(retry, "diverged"):
+                forget_divergence(plan.directory(run))
+                state = "planned"
+            if state in ("finished", "diverged"):
+                self.present.append(run.id)
+            elif state == "failed" and not retries(retry, "failed"):
+                self.failed[run.id] = _reason(plan.directory(run))
+            else:
+                self.waiting.append(run)
+
+    def work(self, workers: int, live: Live) -> None:
+        """Until nothing is left, or a stop is asked for."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["scaling.training.loop"])
+        try:
+            while self.waiting or self.active:
+                while len(self.active) < workers and (run := self._next()) is not None:
+                    path = str(self.plan.directory(run).path)
+                    process = context.Process(target=train_in_process, args=(path, self._slot(run)))
+                    process.start()
+                    self.active[run.id] = run, process
+                    self.tries[run.id] = self.tries.get(run.id, 0) + 1
+                sentinels = [process.sentinel for _, process in self.active.values()]
+                if sentinels:
+                    connection.wait(sentinels, timeout=POLL_SECONDS)
+                else:
+                    time.sleep(POLL_SECONDS)
+                for run, process in list(self.active.values()):
+                    if not process.is_alive():
+                        del self.active[run.id]
+                        self._ended(run, process.exitcode or 0)
+                live.update([run for run, _ in self.active.values()], waiting=len(self.waiting))
+        except _Stop:
+            live.say("stopping at the next step; the same command continues from there")
+        finally:
+            self._stop()
+
+    def _slot(self, run: PlannedRun) -> str | None:
+        """The GPU of a run: of those that are free, the first."""
+        taken = [self.slot_of[other] for other in self.active if other in self.slot_of]
+        free = list((Counter(self.slots) - Counter(taken)).elements())
+        if not free:
+            return None
+        by_use = min(free, key=lambda slot: (taken.count(slot), self.slots.index(slot)))
+        self.slot_of[run.id] = by_use
+        return by_use
+
+    def _next(self) -> PlannedRun | None:
+        """The first waiting run that no other submitter is training; one that it has finished is taken off the list."""
+        for run in list(self.waiting):
+            state = self.plan.state(run)
+            if state in ("finished", "diverged"):
+                self.waiting.remove(run)
+                self.present.append(run.id)
+            elif state != "running" and not self._is_to_come(run.spec):
+                self.waiting.remove(run)
+                return run
+        return None
+
+    def _is_to_come(self, spec: RunSpec) -> bool:
+        """Whether a run that this one starts from, by its weights or as a branch, waits or trains now."""
+        before = {spec.warm_start.run if spec.warm_start else None, spec.branch_of} - {None}
+        return any(run in self.active for run in before) or any(run.id in before for run in self.waiting)
+
+    def _ended(self, run: PlannedRun, exit_code: int) -> None:
+        directory = self.plan.directory(run)
+        state = directory.state()
+        if state in ("finished", "diverged"):
+            self.trained.append(run.id)
+        elif state == "failed":
+            self.failed[run.id] = _reason(directory)
+        elif exit_code < 0:
+            reason = note_kill(directory, exit_code)
+            if self.tries[run.id] < TRIES:
+                self.waiting.insert(0, run)
+            else:
+                self.failed[run.id] = f"{reason}, {TRIES} times"
+        else:
+            self.stopped.append(run.id)
+
+    def _stop(self) -> None:
+        """Ask what still trains to save and leave; kill what does not within `GRACE_SECONDS`."""
+        processes = [process for _, process in self.active.values()]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(_Stop):  # a second Ctrl-C waits no longer
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.stopped += [run.id for run, _ in self.active.values()] + [run.id for run in self.waiting]
+        self.active, self.waiting = {}, []
+
+    def outcome(self) -> LocalOutcome:
+        return LocalOutcome(
+            plan=self.plan,
+            trained=tuple(self.trained),
+            present=tuple(self.present),
+            failed=self.failed,
+            stopped=tuple(self.stopped),
+        )
+
+
+def _slots(plan: CampaignPlan) -> list[str]:
+    """GPUs by run that may be active; empty where none is wanted, none is there, or a run spreads over several."""
+    tables = plan.placements.values()
+    if all(table.device == "cpu" for table in tables) or any(table.devices > 1 for table in tables):
+        return []
+    return device_slots(min(table.runs_per_gpu for table in tables))
+
+
+def _reason(directory: RunDirectory) -> str:
+    attempts = directory.attempts()
+    said = attempts[-1].reason if attempts else None
+    return said or f"it says no reason; see {directory.path / LOG}"
+
+
+def forget_divergence(directory: RunDirectory) -> None:
+    """Let a diverged run start anew; what it was stays beside, under another name."""
+    with directory.claim() as held:
+        if not held or not directory.record_file.exists():
+            return
+        number = sum(1 for _ in directory.path.glob("diverged-*.json")) + 1
+        for point in directory.checkpoints.glob("*"):
+            point.unlink()
+        directory.metrics_file.unlink(missing_ok=True)
+        directory.record_file.rename(directory.path / f"diverged-{number}.json")
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """OpenMP is told its threads when it is loaded, which the fork server does; so the environment says it first."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["scaling.training.loop"])
+    forkserver.ensure_running()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Stop
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.suppress(_Stop):
+            yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,68 @@
+"""Several token budgets from one trunk: which runs of a plan are branches of which, and what that saves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from scaling.errors import UserError
+from scaling.flops import train_flops
+from scaling.training.warm_start import refuse_foreign
+
+if TYPE_CHECKING:
+    from sweeps.planning.plan import CampaignPlan, PlannedRun
+
+
+def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """The runs, those that differ in nothing but their length made branches of the longest.
+
+    The share of warm-up that the campaign states is one of the shortest run's tokens, and all take as many, since they
+    share their first steps. A run whose decay would start before the warm-up is over, or after the trunk's, stays whole.
+
+    Args:
+        runs: As the campaign requests them, schedule ``wsd``.
+
+    Returns:
+        The same runs in the same order, ids anew; trunks keep checkpoints for their branches.
+    """
+    families: dict[bytes, list[int]] = {}
+    for number, run in enumerate(runs):
+        spec = run.spec
+        likeness = (spec.model, spec.batch_tokens, spec.optimizer, spec.data, spec.seed, spec.precision, spec.clip_norm)
+        families.setdefault(msgspec.json.encode((run.arm, likeness)), []).append(number)
+    made = list(runs)
+    for members in families.values():
+        if len(members) < 2:
+            continue
+        warmup = min(runs[number].spec.schedule.warmup_tokens for number in members)
+        for number in members:
+            schedule = msgspec.structs.replace(runs[number].spec.schedule, warmup_tokens=warmup)
+            made[number] = _with_spec(runs[number], schedule=schedule)
+        longest = max(members, key=lambda number: made[number].spec.budget.tokens)
+        kept = set()
+        for number in members:
+            if number == longest:
+                continue
+            try:
+                branch = _with_spec(made[number], branch_of=made[longest].id)
+                refuse_foreign(branch.spec, made[longest].spec)
+            except UserError:
+                continue
+            made[number] = branch
+            kept.add(branch.spec.branch_tokens)
+        placement = msgspec.structs.replace(made[longest].placement, keep_tokens=tuple(sorted(kept)))
+        made[longest] = msgspec.structs.replace(made[longest], placement=placement)
+    return made
+
+
+def _with_spec(run: PlannedRun, **changes: Any) -> PlannedRun:
+    spec = msgspec.structs.replace(run.spec, **changes)
+    return msgspec.structs.replace(run, spec=spec, id=spec.id)
+
+
+def saved_flops(plan: CampaignPlan) -> int:
+    """FLOPs (6ND) that branches take from their trunks and need not train."""
+    return sum(
+        train_flops(run.spec.model, run.spec.branch_tokens) for run in plan.distinct() if run.spec.branch_of is not None
+    )

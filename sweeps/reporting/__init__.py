@@ -1,0 +1,1 @@
+"""Campaigns as tables: plan, status, tuning, runs.csv and curves."""

@@ -1,0 +1,143 @@
+"""Runs -> tables: runs.csv with one row a run, curves.parquet with one row a logged step, dynamics.parquet.
+
+The last has a row for every number that a run measured of its updates and weights, where a campaign asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling.flops import CONVENTIONS, train_flops
+from scaling.io import write_atomic
+from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.training.warm_start import charged_parents
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.reporting.status import run_status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+RUN_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
+    "flops_attention", "flops_attention_full", "flops_with_optimizer", "flops_attention_with_optimizer", "loss", "train_loss", "seconds", "cpu_seconds",
+    "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "reason",
+)  # fmt: skip
+"""Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
+the optimizer's matrix products cost where they say so (`scaling.optim.optimizer_flops`), `loss` is the held-out loss at the last
+token in nats per token, `seconds` is training time and `cpu_seconds` what it cost the processors, of runs on a CPU. FLOPs
+and times of a run include those of the runs that it started from and is charged for."""
+
+CURVE_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
+    "learning_rate", "grad_norm", "tokens_per_second",
+)  # fmt: skip
+"""Of curves.parquet."""
+
+DYNAMICS_COLUMNS = (
+    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "quantity", "part", "value",
+)  # fmt: skip
+"""Of dynamics.parquet: `quantity` is a field of `scaling.run.record.DynamicsRow`, `part` what it was measured of."""
+
+
+def collect(plan: CampaignPlan, folder: Path | str | None = None) -> pd.DataFrame:
+    """The table of all runs of the plan, in the plan's order; written to `folder` together with the curves.
+
+    A run that is not finished is there with its state, its budget and an empty loss, so that nobody mistakes a missing
+    row for a finished campaign. Numbers are written with all their digits.
+
+    Args:
+        plan: The campaign's plan.
+        folder: Where runs.csv and curves.parquet go; ``results/<campaign>`` under the root when not given.
+
+    Returns:
+        The content of runs.csv, columns `RUN_COLUMNS`.
+    """
+    import io
+
+    import pandas as pd
+
+    folder = plan.results if folder is None else Path(folder)
+    runs = pd.DataFrame([_run_row(plan, run) for run in plan.runs], columns=list(RUN_COLUMNS))
+    curves = pd.DataFrame([row for run in plan.runs for row in _curve(plan, run)], columns=list(CURVE_COLUMNS))
+    whole = ["seed", "step", "tokens", "flops"]
+    floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
+    curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
+    write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
+    buffer = io.BytesIO()
+    curves.to_parquet(buffer, index=False)
+    write_atomic(folder / "curves.parquet", buffer.getvalue())
+    measured = [row for run in plan.runs for row in _dynamics(plan, run)]
+    if measured:
+        buffer = io.BytesIO()
+        pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
+        write_atomic(folder / "dynamics.parquet", buffer.getvalue())
+    return runs
+
+
+def _run_row(plan: CampaignPlan, run: PlannedRun) -> dict[str, Any]:
+    now = run_status(plan, run)
+    done = now.state in ("finished", "diverged")
+    record = plan.directory(run).record() if done else None
+    tokens = record.tokens if record else run.spec.budget.tokens
+    flops = record.flops if record else {name: train_flops(run.spec.model, tokens, name) for name in CONVENTIONS}
+    before = charged_parents(plan.directory(run), run.spec.warm_start) if record else []
+    optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
+    paid = [record, *before] if record else []
+    processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
+    return run.identity | {
+        "status": now.state,
+        "params": run.parameters,
+        "tokens": tokens,
+        "flops": flops["6nd"],
+        "flops_matmul": flops["matmul"],
+        "flops_attention": flops["attention"],
+        "flops_attention_full": flops["attention-full"],
+        "flops_with_optimizer": flops["6nd"] + optimizer,
+        "flops_attention_with_optimizer": flops["attention"] + optimizer,
+        "loss": record.validation_loss if record else None,
+        "train_loss": record.train_loss if record else None,
+        "seconds": sum(one.seconds for one in paid) if record else None,
+        "cpu_seconds": sum(processors) if record and len(processors) == len(paid) else None,
+        "tokens_per_second": record.tokens_per_second if record else None,
+        "peak_lr": run.spec.optimizer.peak_lr,
+        "batch_tokens": run.spec.batch_tokens,
+        "manifest": run.spec.data.manifest,
+        "reason": now.reason,
+    }
+
+
+def _curve(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
+    # A run that continued logs the steps after its checkpoint again; the last line of a step is the one that counts.
+    rows = {row.step: row for row in plan.directory(run).metrics()}
+    return [
+        run.identity
+        | {
+            "step": row.step,
+            "tokens": row.tokens,
+            "flops": row.flops,
+            "train_loss": math.nan if row.train_loss is None else row.train_loss,
+            "validation_loss": math.nan if row.validation_loss is None else row.validation_loss,
+            "learning_rate": row.learning_rate,
+            "grad_norm": math.nan if row.grad_norm is None else row.grad_norm,
+            "tokens_per_second": row.tokens_per_second,
+        }
+        for _, row in sorted(rows.items())
+    ]
+
+
+def _dynamics(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
+    rows = {row.step: row for row in plan.directory(run).dynamics()}
+    found = []
+    for _, row in sorted(rows.items()):
+        quantities = {"update_rms": row.update_rms, "largest_logit": row.largest_logit, "svd_entropy": row.svd_entropy}
+        if row.clipped_heads is not None:
+            quantities["clipped_heads"] = {"all": float(row.clipped_heads)}
+        found += [
+            run.identity | {"step": row.step, "tokens": row.tokens, "quantity": quantity, "part": part, "value": value}
+            for quantity, parts in quantities.items()
+            for part, value in parts.items()
+        ]
+    return found

@@ -1,0 +1,1 @@
+"""SLURM: submission, the job, requeueing, and the state of the queue."""

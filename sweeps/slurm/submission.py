@@ -1,0 +1,70 @@
+"""What a call of `sweeps.slurm.submit` did or would do, as a value that says it in sentences."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sweeps.config.placement import SlurmConfig
+from sweeps.planning.cost import plan_costs
+from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.slurm.sbatch import batch_script
+
+
+class JobGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs that ask SLURM for the same thing after the same jobs, and so can share arrays."""
+
+    slurm: SlurmConfig
+    runs: tuple[PlannedRun, ...]
+    per_task: int = 1
+    """Runs of a job, side by side."""
+
+    @property
+    def tasks(self) -> int:
+        """Jobs that this takes."""
+        return -(-len(self.runs) // self.per_task)
+
+
+class Submission(msgspec.Struct, kw_only=True):
+    """Run ids by what became of them."""
+
+    plan: CampaignPlan
+    classes: list[JobGroup]
+    """What is missing, by placement, in the order of submission."""
+    done: list[str] = msgspec.field(default_factory=list)
+    joined: list[str] = msgspec.field(default_factory=list)
+    """Waiting or running already."""
+    queued: list[str] = msgspec.field(default_factory=list)
+    """Handed to SLURM by this call."""
+    failed: list[str] = msgspec.field(default_factory=list)
+    """Wait for ``--retry failed``."""
+    cancelled: list[str] = msgspec.field(default_factory=list)
+    """Cancelled by a person; wait for ``--retry cancelled``."""
+    unknown: list[str] = msgspec.field(default_factory=list)
+    """Their jobs could not be looked up, so they are left alone."""
+    left: list[str] = msgspec.field(default_factory=list)
+    """Not accepted by SLURM now; the same command submits them later."""
+    jobs: list[str] = msgspec.field(default_factory=list)
+    """Array job ids of this call."""
+    notes: list[str] = msgspec.field(default_factory=list)
+
+    @property
+    def missing(self) -> list[PlannedRun]:
+        """What would be submitted."""
+        return [run for group in self.classes for run in group.runs]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Predicted for what is missing; 0 where no GPUs are asked for. Runs that share a device share its hours."""
+        costs = plan_costs(self.plan)
+        return sum(
+            costs[run.id].hours * group.slurm.devices / group.per_task for group in self.classes for run in group.runs
+        )
+
+    def scripts(self) -> list[str]:
+        """The batch scripts, one for each placement."""
+        return [
+            batch_script(
+                self.plan, group.slurm, name=f"{self.plan.campaign.name}-TOKEN", token="TOKEN", tasks=group.tasks
+            )
+            for group in self.classes
+        ]
