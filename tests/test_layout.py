@@ -15,7 +15,7 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 
 ORDER = {
     "scaling": (
-        *("errors", "units", "io", "model_config", "flops", "spec", "schedule"),
+        *("errors", "units", "io", "registry", "model_config", "flops", "spec", "schedule"),
         *("run", "models", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
@@ -27,7 +27,9 @@ ORDER = {
 }
 """Folders and loose modules of each package: one imports only those before it, and never the package itself."""
 
-VALUES = {f"scaling.{name}" for name in ("errors", "io", "units", "schedule", "model_config", "flops", "spec")}
+VALUES = {
+    f"scaling.{name}" for name in ("errors", "io", "units", "registry", "schedule", "model_config", "flops", "spec")
+}
 MAX_LOOSE_MODULES = 10
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}
 
