@@ -7,6 +7,7 @@ them from a server that has imported the training code once. Only the first proc
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 import socket
@@ -70,27 +71,44 @@ def share_of_batch(spec: RunSpec, placement: Placement) -> tuple[int, int]:
 def strategy_of(placement: Placement) -> Strategy | str:
     """Lightning's strategy for the placement's name of it."""
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from torch.nn.parallel import DistributedDataParallel
 
     if placement.processes == 1:
         return "auto"
     if placement.strategy == "ddp":
-        # Buffers are the same everywhere by computation, or counts that must not be overwritten by the first process's.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are equal everywhere by computation, or counts that the first process's must not overwrite.
+        # torch 2.15 renamed the argument and warns about the old name.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if renamed else "broadcast_buffers"
+        return DDPStrategy(**{sync: False}, gradient_as_bucket_view=True)
     return ModelParallelStrategy(
         data_parallel_size=placement.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
 
 
 def shard(model: Decoder, mesh: DeviceMesh, *, precision: str) -> None:
-    """FSDP2 in place: every block gathers its own weights when it runs; weights and their state stay fp32."""
+    """Apply FSDP2 in place: each block gathers its own parameters; parameters and optimizer state stay fp32.
+
+    With bf16 the mathematics is autocast's, as in one process and under DDP: matrices of the blocks are gathered in
+    bf16, which is where autocast would cast them, and activations keep their format. Norms and routers, embedding and
+    head are gathered in fp32. Autocast over fp32 gathering would keep a bf16 copy of every block for the backward pass.
+    """
     import torch
+    from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    low = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh["data_parallel"], mp_policy=policy)
-    fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
+    from scaling.models.router import Router
+
+    mesh = mesh["data_parallel"]
+    if precision == "bf16":
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard([part for part in block.modules() if isinstance(part, nn.RMSNorm | Router)], mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=low)
+    else:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
