@@ -142,8 +142,9 @@ def _train(
     step = trainer.global_step
     if resume.preempted:
         return None, step
+    weights = None
     if logbook.diverged is None:
-        save_weights(module, directory.weights_file, first=trainer.is_global_zero)
+        weights = save_weights(module, directory.weights_file, first=trainer.is_global_zero)
     record = record_of(
         directory,
         module,
@@ -152,6 +153,7 @@ def _train(
         steps=step,
         charged=charged,
         attention=kernel.name if kernel else None,
+        weights=weights,
     )
     if trainer.is_global_zero:
         write_json(directory.record_file, record)
