@@ -94,7 +94,7 @@ def _train(
 ) -> tuple[RunRecord | None, int]:
     spec, placement = directory.spec(), directory.placement()
     batches = _open_data(spec, placement)
-    torch.set_num_threads(placement.threads)
+    _set_threads(placement.threads)
     _quiet()
 
     share, micro_batch = share_of_batch(spec, placement)
@@ -114,8 +114,7 @@ def _train(
     if placement.processes == 1:  # several would have to agree on it; there torch's own choice stands
         kernel = chosen_kernel(directory.path, spec.shape, windows=micro_batch, device=at, precision=spec.precision)
     if placement.compile:
-        # Kept beside the runs, so that the second run of a shape finds what the first one compiled.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.path.parent.parent / "cache" / "inductor"))
+        _use_compiler_cache(directory.path.parent.parent / "cache" / "inductor")
     logbook = Logbook(directory, spec, device=device, held_out=held, charged=charged.get("6nd", 0))
     resume = ResumePoints(
         directory.checkpoints,
@@ -158,6 +157,41 @@ def _train(
     if trainer.is_global_zero:
         write_json(directory.record_file, record)
     return record, step
+
+
+def _set_threads(threads: int) -> None:
+    # Far too many threads end in a crash of OpenMP, which has no message.
+    processors = os.cpu_count() or 1
+    if threads > 8 * processors:
+        raise Refusal(
+            f"placement: threads = {threads:,}, and this machine has {processors} processors. "
+            f"Set threads to {processors} or less in [placement]."
+        )
+    torch.set_num_threads(threads)
+
+
+def _use_compiler_cache(folder: Path) -> None:
+    """Keep compiled code beside the runs, so that the second run of a shape finds what the first one compiled.
+
+    torch writes its default, a folder under the temporary one that anybody may make first, into the environment when
+    it is imported, and reads the environment at each use. Another value there is the user's, and stays.
+
+    Raises:
+        Refusal: The folder is another user's, who could put code into it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise Refusal(
+            f"{folder}: it is a link or belongs to another user, and compiled code that lies there is executed. "
+            f"Remove it, set the environment variable {variable} to a folder of your own, or set compile = false in [placement]."
+        )
+    folder.chmod(0o700)
+    os.environ[variable] = str(folder.absolute())
 
 
 def _open_data(spec: RunSpec, placement: Placement) -> Batches:
