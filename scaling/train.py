@@ -111,7 +111,7 @@ def _train(
     held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
-    if placement.processes == 1:  # several would have to agree on it; there torch's own choice stands
+    if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
         kernel = chosen_kernel(directory.path, spec.shape, windows=micro_batch, device=at, precision=spec.precision)
     if placement.compile:
         _use_compiler_cache(directory.path.parent.parent / "cache" / "inductor")
