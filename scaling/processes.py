@@ -14,6 +14,7 @@ import socket
 import traceback
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,8 @@ def strategy_of(placement: Placement) -> Strategy | str:
         # Buffers are equal everywhere by computation, or counts that the first process's must not overwrite.
         # torch 2.15 renamed the argument and warns about the old name.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        sync = "forward_sync_buffers" if renamed else "broadcast_buffers"
-        return DDPStrategy(**{sync: False}, gradient_as_bucket_view=True)
+        sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DDPStrategy(**sync, gradient_as_bucket_view=True)
     return ModelParallelStrategy(
         data_parallel_size=placement.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
@@ -118,6 +119,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def begin(process: ForkServerProcess) -> None:
+    """Start a process from the fork server.
+
+    Raises:
+        Refusal: The server ended before it could fork.
+    """
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:
+        raise Refusal(
+            "the server process that forks training processes was killed before it started one "
+            f"({type(error).__name__}), perhaps because the machine is out of memory. "
+            "Free some memory or train fewer runs at once, and run the same command again; it continues from here."
+        ) from None
+
+
 def start(path: Path, placement: Placement) -> None:
     """Train a run in the processes that its placement wishes for, on this machine, and wait for them.
 
@@ -134,16 +151,17 @@ def start(path: Path, placement: Placement) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scaling.train"])
     port = _free_port()
-    workers, reasons = [], []
-    for rank in range(placement.devices):
-        reader, writer = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(str(path), rank, placement.devices, port, writer))
-        worker.start()
-        writer.close()
-        workers.append(worker)
-        reasons.append(reader)
+    workers: list[ForkServerProcess] = []
+    reasons: list[Connection[Any, Any]] = []
     stop, told = StopRequest(), False
     try:
+        for rank in range(placement.devices):
+            reader, writer = context.Pipe(duplex=False)
+            worker = context.Process(target=_work, args=(str(path), rank, placement.devices, port, writer))
+            begin(worker)
+            writer.close()
+            workers.append(worker)
+            reasons.append(reader)
         with stop.listening():
             while any(worker.is_alive() for worker in workers):
                 connection.wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=POLL_SECONDS)
