@@ -179,19 +179,21 @@ def _use_compiler_cache(folder: Path) -> None:
     Raises:
         Refusal: The folder is another user's, who could put code into it.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from torch._inductor import codecache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
     variable = "TORCHINDUCTOR_CACHE_DIR"
-    if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
-        return
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise Refusal(
-            f"{folder}: it is a link or belongs to another user, and compiled code that lies there is executed. "
-            f"Remove it, set the environment variable {variable} to a folder of your own, or set compile = false in [placement]."
-        )
-    folder.chmod(0o700)
-    os.environ[variable] = str(folder.absolute())
+    if cache_dir() == default_cache_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise Refusal(
+                f"{folder}: it is a link or belongs to another user, and compiled code that lies there is executed. Remove "
+                f"it, set the environment variable {variable} to a folder of your own, or set compile = false in [placement]."
+            )
+        folder.chmod(0o700)
+        os.environ[variable] = str(folder.absolute())
+    # torch keeps precompiled headers under its default whatever the environment says.
+    codecache._HEADER_DIR = str(Path(cache_dir()) / "precompiled_headers")
 
 
 def _open_data(spec: RunSpec, placement: Placement) -> Batches:

@@ -242,7 +242,9 @@ def test_compiled_code_lies_beside_the_runs_where_its_owner_alone_can_write(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch._inductor.runtime.cache_dir_utils as torchs
+    from torch._inductor import codecache
 
+    monkeypatch.setattr(codecache, "_HEADER_DIR", codecache._HEADER_DIR)
     monkeypatch.setenv("LOGNAME", "me")  # part of torch's default
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torchs.default_cache_dir())  # as importing torch leaves it
     monkeypatch.setattr(Decoder, "compile_in_place", lambda self, **_: None)
@@ -257,6 +259,7 @@ def test_compiled_code_lies_beside_the_runs_where_its_owner_alone_can_write(
             train(directory.path, progress=False)
     finish(directory.path)
     assert torchs.cache_dir() == str(cache)
+    assert str(cache / "precompiled_headers") == codecache._HEADER_DIR
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
