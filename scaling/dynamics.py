@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from scaling.errors import Refusal
-from scaling.logbook import Logbook
+from scaling.logbook import Logbook, spread
 from scaling.optim.measure import svd_entropy, update_rms, weights_of
 from scaling.optim.qk_clip import QkClip, observed_logits
 from scaling.optim.recipes import qk_clip_bound
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 def measured_steps(spec: RunSpec) -> set[int]:
     """Steps that are measured: equal distances, and the last."""
-    parts = spec.evaluation.dynamics or 0
-    return {max(1, round(spec.steps * part / parts)) for part in range(1, parts + 1)}
+    return spread(spec.evaluation.dynamics or 0, spec.steps)
 
 
 @torch.no_grad()

@@ -65,11 +65,12 @@ def load_initial(directory: RunDirectory, initial: Initial, model: Decoder) -> N
     """Fill an initialised model with the parent's weights.
 
     Raises:
-        Refusal: As `parent`, or the weights are of another shape.
+        Refusal: As `parent`, or the weights are damaged or of another shape.
     """
     from scaling.models.upcycle import load_weights
 
-    load_weights(model, parent(directory, initial)[0].weights_file, how=initial.how)
+    found, record = parent(directory, initial)
+    load_weights(model, found.intact_weights(record), how=initial.how)
 
 
 def check_upcycled(shape: ModelShape) -> None:

@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from scaling.errors import Refusal
+from scaling.processes import begin
 from scaling.records import RunDirectory
 from scaling.stopping import StopRequest
 
@@ -75,7 +76,7 @@ def side_by_side(
             while waiting and len(active) < at_once and not stop.due():
                 directory = waiting.pop(0)
                 process = context.Process(target=work, args=(str(directory.path),))
-                process.start()
+                begin(process)
                 active.append((directory, process))
             connection.wait([process.sentinel for _, process in active], timeout=POLL_SECONDS)
             if stop.due():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -157,6 +158,8 @@ class RunRecord(Strict, frozen=True):
     cpu_seconds: float | None = None
     """What `seconds` cost the processors, all threads of the run's first process: on a CPU the clock to trust where
     others shared the machine."""
+    weights_sha256: str | None = None
+    """SHA-256 of weights.safetensors, checked where weights are read; null in records of earlier versions."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -238,6 +241,12 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     return values
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class RunDirectory:
     """The paths of one run and what its files say."""
 
@@ -283,6 +292,20 @@ class RunDirectory:
     def record(self) -> RunRecord | None:
         """What came out, or None while the run is not done."""
         return read_json(self.record_file, RunRecord) if self.record_file.exists() else None
+
+    def intact_weights(self, record: RunRecord) -> Path:
+        """The weights file, whose content is the one that the run wrote.
+
+        Raises:
+            Refusal: Its checksum is not the record's.
+        """
+        if record.weights_sha256 not in (None, found := file_sha256(self.weights_file)):
+            raise Refusal(
+                f"{self.weights_file}: its SHA-256 is {found[:12]}..., and the record says "
+                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Put the right one back, or remove "
+                "that run's record.json and train it again."
+            )
+        return self.weights_file
 
     def metrics(self) -> list[MetricsRow]:
         """Logged steps in order."""

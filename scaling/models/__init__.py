@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scaling.errors import Refusal, unknown_name
+from scaling.models.weights import Weights, decoder_weights
 from scaling.spec import ModelShape
 
 if TYPE_CHECKING:
@@ -27,17 +28,23 @@ def _mixture(shape: ModelShape) -> Decoder:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: what builds it, on torch's current default device, and which parts its shape has."""
+    """One kind of model."""
 
     build: Callable[[ModelShape], Decoder]
+    """Builds it on torch's current default device."""
+    weights: Callable[[ModelShape], Weights]
+    """Declares the shape of each parameter: parameters and FLOPs are counted from it. Vectors count as norms, stacks of
+    three dimensions as routed experts."""
     mixture: bool = False
+    """Whether its shape has a table ``mixture``."""
     latent: bool = False
+    """Whether its shape has a table ``latent``."""
 
 
 FAMILIES: dict[str, Family] = {
-    "decoder": Family(_decoder),
-    "mixtral-moe": Family(_mixture, mixture=True),
-    "moonlight-moe": Family(_mixture, mixture=True, latent=True),
+    "decoder": Family(_decoder, decoder_weights),
+    "mixtral-moe": Family(_mixture, decoder_weights, mixture=True),
+    "moonlight-moe": Family(_mixture, decoder_weights, mixture=True, latent=True),
 }
 """Families by the name that a shape writes."""
 
@@ -66,6 +73,20 @@ def build_model(shape: ModelShape) -> Decoder:
     """An uninitialised model of a shape.
 
     Raises:
-        Refusal: As `check_family`.
+        Refusal: As `check_family`; or the model has other parameters than its family declares.
     """
-    return check_family(shape).build(shape)
+    family = check_family(shape)
+    model, declared = family.build(shape), family.weights(shape)
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in [*built, *declared]:
+        if built.get(name) != declared.get(name):
+            raise Refusal(
+                f'the family "{shape.family}" declares {_size(declared.get(name))} for the parameter {name}, and the model '
+                f"that it builds has {_size(built.get(name))}, so its counts of parameters and FLOPs would be wrong. "
+                "Correct weights in its row of scaling.models.FAMILIES."
+            )
+    return model
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"the shape {'x'.join(map(str, shape))}"

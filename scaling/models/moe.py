@@ -101,7 +101,7 @@ class MixtureFeedForward(nn.Module):
         if self.training and torch.is_grad_enabled():  # an evaluation is no load and has nothing to minimise
             self.router.load += counts
             if self.mixture.sequence_loss:
-                self.sequence_loss = sequence_loss(scores, chosen, len(x))
+                self.sequence_loss = sequence_loss(scores, self.mixture.active, len(x))
         order = chosen.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows: Tensor = _Dispatch.apply(flat, order, back, self.mixture.active)

@@ -62,15 +62,19 @@ def scale_of(mixture: Mixture) -> float:
     return gate_scale(mixture.experts, mixture.active) if mixture.score == "sigmoid" else 1.0
 
 
-def sequence_loss(scores: Tensor, chosen: Tensor, windows: int) -> Tensor:
-    """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a window is even.
+def sequence_loss(scores: Tensor, active: int, sequences: int) -> Tensor:
+    """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a sequence is even.
+
+    The load counts the top experts by score alone: the selection bias, which balances the load by itself, has no part
+    in it. Source: DeepSeek-V3, arXiv:2412.19437, Equations 17 to 20; the count is Equation 18.
 
     Args:
         scores: All scores, ``(N, E)``.
-        chosen: Chosen experts, ``(N, K)``.
-        windows: Windows that the N tokens are.
+        active: Experts that a token meets, K.
+        sequences: Sequences that the N tokens are, B.
     """
-    experts, chosen = scores.shape[-1], chosen.view(windows, -1)  # (B, T * K)
-    load = scores.new_zeros(windows, experts).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-    share = (scores / scores.sum(dim=-1, keepdim=True)).view(windows, -1, experts).mean(dim=1)  # (B, E)
-    return (load * (experts / chosen.shape[1]) * share).sum(dim=1).mean()
+    experts = scores.shape[-1]
+    top = scores.detach().topk(active, dim=-1).indices.view(sequences, -1)  # (B, T * K)
+    load = scores.new_zeros(sequences, experts).scatter_add_(1, top, torch.ones_like(top, dtype=scores.dtype))
+    share = (scores / scores.sum(dim=-1, keepdim=True)).view(sequences, -1, experts).mean(dim=1)  # (B, E)
+    return (load * (experts / top.shape[1]) * share).sum(dim=1).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,10 @@ from scaling.data.sources import DataConfig
 from scaling.errors import Refusal
 from scaling.evaluate import evaluate
 from scaling.models import build_model
+from scaling.models.export import export_hf
 from scaling.records import RunDirectory
+from scaling.spec import Initial
+from scaling.train import train
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,20 @@ def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path
         evaluate(unfinished)
     with pytest.raises(Refusal, match="holds no manifest"):
         evaluate(run, data=tmp_path)
+
+
+def test_damaged_weights_are_refused_wherever_they_are_read(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(run)
+    content = directory.weights_file.read_bytes()
+    record = directory.record()
+    assert record is not None
+    child = msgspec.structs.replace(record.spec, seed=1, initial=Initial(run=run.name))
+    path = place(child, run.parent, tiny_shards)
+    directory.weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        for read in (evaluate, lambda run: export_hf(run, tmp_path / "export"), lambda _: train(path, progress=False)):
+            with pytest.raises(Refusal, match=r"weights.safetensors: its SHA-256 is .* and the record says"):
+                read(run)
+    finally:
+        directory.weights_file.write_bytes(content)
+    assert finish(path).initial_flops == record.flops

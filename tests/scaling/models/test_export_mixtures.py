@@ -18,7 +18,7 @@ from scaling.data.shards import manifest_hash
 from scaling.errors import Refusal
 from scaling.models import build_model
 from scaling.models.export import export_hf
-from scaling.records import RunDirectory
+from scaling.records import RunDirectory, file_sha256, write_json
 from scaling.spec import LatentAttention, Mixture, ModelShape
 
 MOONLIGHT = ModelShape(
@@ -44,13 +44,15 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, tiny_shards: Path) -> Pa
 def trained(shape: ModelShape, folder: Path, shards: Path) -> Path:
     """A run of a few steps, so that biases are not zero, with weights then made large enough for a mistake to show."""
     path = place(make_spec(shape=shape, steps=4, manifest=manifest_hash(shards)), folder / "runs", shards, every=1e9)
-    finish(path)
+    record = finish(path)
     weights = load_file(path / "weights.safetensors")
     generator = torch.Generator().manual_seed(2)
     for name, value in weights.items():
         if "bias" not in name:
             weights[name] = value + 0.2 * torch.randn(value.shape, generator=generator)
     save_file(weights, path / "weights.safetensors", metadata={"format": "pt"})
+    record = msgspec.structs.replace(record, weights_sha256=file_sha256(path / "weights.safetensors"))
+    write_json(path / "record.json", record)
     return path
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from running import at_step, finish, numbers, place
@@ -18,6 +19,7 @@ from scaling.errors import Refusal
 from scaling.models import build_model
 from scaling.models.gate import gate_scale
 from scaling.models.moe import MixtureDecoder, MixtureFeedForward, grouped_product, has_grouped, loop_product
+from scaling.models.router import sequence_loss
 from scaling.optim.recipes import assign, complete
 from scaling.records import RunDirectory
 from scaling.spec import Mixture, ModelShape, OptimizerSpec
@@ -151,12 +153,31 @@ def test_an_evaluation_is_no_load() -> None:
 
 
 def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where_one_takes_all() -> None:
-    from scaling.models.router import sequence_loss
-
-    even = torch.arange(8).view(1, 4, 2)[0]
-    assert float(sequence_loss(torch.full((4, 8), 0.5), even, 1)) == pytest.approx(1.0)
+    assert float(sequence_loss(torch.full((4, 8), 0.5), 2, 1)) == pytest.approx(1.0)
     alone = torch.zeros(4, 8).index_fill_(1, torch.tensor([3]), 1.0)
-    assert float(sequence_loss(alone, torch.full((4, 1), 3), 1)) == pytest.approx(8.0)
+    assert float(sequence_loss(alone, 1, 1)) == pytest.approx(8.0)
+
+
+def test_sequence_loss_is_deepseeks_equations_whatever_the_selection_bias() -> None:
+    shape = msgspec.structs.replace(
+        TINY_MOONLIGHT, mixture=msgspec.structs.replace(TINY_MOONLIGHT.mixture, sequence_loss=1.0)
+    )
+    model = build_model(shape)
+    model.initialise(0)
+    assert isinstance(model, MixtureDecoder)
+    (layer,) = model.mixtures()
+    layer.router.bias.copy_(torch.linspace(-1, 1, 8))
+    x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    layer(x)
+    expected = 0.0
+    for sequence in x:
+        scores = torch.sigmoid(sequence @ layer.router.weight.T)
+        kth = scores.topk(2).values[:, -1:]
+        f = (scores >= kth).sum(0) * 8 / (2 * 16)  # Equation 18
+        p = (scores / scores.sum(1, keepdim=True)).mean(0)  # 19 and 20
+        expected += float((f * p).sum().detach()) / 3
+    assert layer.sequence_loss is not None
+    assert float(layer.sequence_loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gate_scale_is_the_one_of_appendix_c() -> None:

@@ -19,7 +19,7 @@ from scaling.flops import CONVENTIONS, train_flops
 from scaling.models import build_model
 from scaling.models.upcycle import load_weights, upcycled
 from scaling.processes import shard
-from scaling.records import RunDirectory
+from scaling.records import RunDirectory, file_sha256, write_json
 from scaling.spec import Initial, Mixture, ModelShape, RunSpec
 from tests.scaling.optim.processes import run
 
@@ -153,7 +153,11 @@ def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path,
 
 
 def test_a_parents_weights_are_no_pickle(parent: Path, tiny_shards: Path) -> None:
-    (parent / "weights.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    weights = parent / "weights.safetensors"
+    weights.write_bytes(b"\x80\x04cos\nsystem\n")
+    record = RunDirectory(parent).record()
+    assert record is not None
+    write_json(parent / "record.json", msgspec.structs.replace(record, weights_sha256=file_sha256(weights)))
     with pytest.raises(Refusal, match="not a whole safetensors file"):
         finish(place(child_of(parent), parent.parent, tiny_shards))
 
