@@ -7,9 +7,13 @@ the meta device by tests/scaling/test_flops.py. No torch is imported here.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 from scaling.errors import UserError, unknown_name
+from scaling.models.registry import check_family
+from scaling.models.weights import Weights
 from scaling.spec import ModelConfig, Strict
 
 
@@ -49,42 +53,36 @@ class ParamCount(Strict, frozen=True):
 
 
 def count_parameters(shape: ModelConfig) -> ParamCount:
-    """Weights of a shape by part.
+    """Parameters of a shape by part, summed over the shapes that its family declares.
 
     Source: the blocks of a dense model are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns
     Moonlight's five sizes (339.7M, 545.9M, 822.1M, 1146.6M, 1586.0M) from the depths and widths of its Table 2; with
     experts and latent attention the same sum returns its 15.29B and 2.24B activated (Section 3.3).
+
+    Raises:
+        UserError: As `scaling.models.registry.check_family`.
     """
-    vocabulary_matrix = shape.vocabulary * shape.width
-    attention, latent_norms = _attention_weights(shape)
-    feed_forward = 3 * shape.width * shape.ffn_width
-    blocks, idle = shape.layers * (attention + feed_forward), 0
+    return _count(check_family(shape).weights, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count(declare: Callable[[ModelConfig], Weights], shape: ModelConfig) -> ParamCount:
+    weights = declare(shape)
+    sizes = {name: math.prod(size) for name, size in weights.items()}
+    norms = sum(size for name, size in sizes.items() if len(weights[name]) == 1)
+    embedding, head = sizes["embedding.weight"], sizes.get("head.weight", 0)
+    idle = 0
     if (mixture := shape.moe) is not None:
-        layers, expert = shape.layers - mixture.dense_layers, 3 * shape.width * shape.expert_width
-        router = shape.width * mixture.experts
-        blocks += layers * ((mixture.experts + mixture.shared) * expert + router - feed_forward)
-        idle = layers * (mixture.experts - mixture.top_k) * expert
+        experts = sum(size for name, size in sizes.items() if len(weights[name]) == 3)
+        idle = experts // mixture.experts * (mixture.experts - mixture.top_k)
     return ParamCount(
-        embedding=vocabulary_matrix,
-        blocks=blocks,
-        head=vocabulary_matrix,
-        norms=(2 * shape.layers + 1) * shape.width + shape.layers * latent_norms,
-        tied=shape.tied,
+        embedding=embedding,
+        blocks=sum(sizes.values()) - embedding - head - norms,
+        head=head or embedding,
+        norms=norms,
+        tied=not head,
         idle=idle,
     )
-
-
-def _attention_weights(shape: ModelConfig) -> tuple[int, int]:
-    """Weights of one layer's attention: matrices, and norms inside it."""
-    width, latent = shape.width, shape.mla
-    if latent is None:
-        return 4 * width**2, 0
-    queries = shape.heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
-    from_query = width * queries if latent.q_lora_rank is None else latent.q_lora_rank * (width + queries)
-    from_latent = latent.kv_lora_rank * shape.heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-    into_latent = width * (latent.kv_lora_rank + latent.qk_rope_head_dim)
-    output = shape.heads * latent.v_head_dim * width
-    return from_query + into_latent + from_latent + output, latent.kv_lora_rank + (latent.q_lora_rank or 0)
 
 
 def _attention_channels(shape: ModelConfig) -> int:

@@ -22,21 +22,20 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 def lr_fraction(schedule: Schedule, tokens: int, *, total: int) -> float:
     """Share of the peak learning rate for the step that ends at `tokens`.
 
-    Counting the step's own tokens makes the first step of a warm-up more than zero, and the last step end exactly on
-    `final_fraction`.
+    Counting the step's own tokens makes the first step of a warm-up more than zero, and the last step of a decay end
+    exactly on `final_fraction`. A warm-up as long as the run ends at the peak.
 
     Args:
         schedule: Its kind and its lengths in tokens.
         tokens: Tokens seen when the step is done, in ``(0, total]``.
         total: Tokens of the whole run.
     """
-    if tokens < schedule.warmup_tokens:
+    if tokens <= schedule.warmup_tokens:
         return tokens / schedule.warmup_tokens
     if schedule.decay_tokens is not None:
         start = total - schedule.decay_tokens
         if tokens <= start:
             return 1.0
         return SHAPES["linear"]((tokens - start) / schedule.decay_tokens, schedule.final_fraction)
-    decay = total - schedule.warmup_tokens
-    way = (tokens - schedule.warmup_tokens) / decay if decay else 1.0
+    way = (tokens - schedule.warmup_tokens) / (total - schedule.warmup_tokens)
     return SHAPES[schedule.kind](min(way, 1.0), schedule.final_fraction)

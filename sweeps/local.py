@@ -24,6 +24,7 @@ import msgspec
 
 from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
+from scaling.training.launch import begin
 from scaling.training.pool import LOG, device_slots, note_kill, train_in_process
 from sweeps.live import Live
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
@@ -141,7 +142,7 @@ class _Campaign:
                 while len(self.active) < workers and (run := self._next()) is not None:
                     path = str(self.plan.directory(run).path)
                     process = context.Process(target=train_in_process, args=(path, self._slot(run)))
-                    process.start()
+                    begin(process)
                     self.active[run.id] = run, process
                     self.tries[run.id] = self.tries.get(run.id, 0) + 1
                 sentinels = [process.sentinel for _, process in self.active.values()]

@@ -78,7 +78,7 @@ def export_hf(
         )
     config = family.config(shape)
     manifest, data_folder = _data(directory, record, data)
-    weights = _Weights(directory.weights_file, family.shapes(shape))
+    weights = _Weights(directory.intact_weights(record), family.shapes(shape))
     files = {} if manifest is None else tokenizer_files(data_folder, manifest, context=shape.context)
     _clear(folder, directory.path)
 

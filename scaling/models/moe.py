@@ -68,18 +68,22 @@ def scale_of(mixture: MoEConfig) -> float:
     return routed_scaling_factor(mixture.experts, mixture.top_k) if mixture.score == "sigmoid" else 1.0
 
 
-def sequence_loss(scores: Tensor, chosen: Tensor, windows: int) -> Tensor:
-    """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a window is even.
+def sequence_loss(scores: Tensor, active: int, sequences: int) -> Tensor:
+    """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a sequence is even.
+
+    The load counts the top experts by score alone: the selection bias, which balances the load by itself, has no part
+    in it. Source: DeepSeek-V3, arXiv:2412.19437, Equations 17 to 20; the count is Equation 18.
 
     Args:
         scores: All scores, ``(N, E)``.
-        chosen: Chosen experts, ``(N, K)``.
-        windows: Windows that the N tokens are.
+        active: Experts that a token meets, K.
+        sequences: Sequences that the N tokens are, B.
     """
-    experts, chosen = scores.shape[-1], chosen.view(windows, -1)  # (B, T * K)
-    load = scores.new_zeros(windows, experts).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-    share = (scores / scores.sum(dim=-1, keepdim=True)).view(windows, -1, experts).mean(dim=1)  # (B, E)
-    return (load * (experts / chosen.shape[1]) * share).sum(dim=1).mean()
+    experts = scores.shape[-1]
+    top = scores.detach().topk(active, dim=-1).indices.view(sequences, -1)  # (B, T * K)
+    load = scores.new_zeros(sequences, experts).scatter_add_(1, top, torch.ones_like(top, dtype=scores.dtype))
+    share = (scores / scores.sum(dim=-1, keepdim=True)).view(sequences, -1, experts).mean(dim=1)  # (B, E)
+    return (load * (experts / top.shape[1]) * share).sum(dim=1).mean()
 
 
 ALIGNMENT = 16
@@ -162,7 +166,7 @@ class MoEFeedForward(nn.Module):
         if self.training and torch.is_grad_enabled():  # an evaluation is no load and has nothing to minimise
             self.router.load += counts
             if self.mixture.sequence_loss:
-                self.sequence_loss = sequence_loss(scores, chosen, len(x))
+                self.sequence_loss = sequence_loss(scores, self.mixture.top_k, len(x))
         order = chosen.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows: Tensor = _Dispatch.apply(flat, order, back, self.mixture.top_k)

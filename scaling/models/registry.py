@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scaling.errors import UserError, unknown_name
+from scaling.models.weights import Weights, decoder_weights
 from scaling.spec import ModelConfig
 
 if TYPE_CHECKING:
@@ -27,17 +28,23 @@ def _mixture(shape: ModelConfig) -> Decoder:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One kind of model: what builds it, on torch's current default device, and which parts its shape has."""
+    """One kind of model."""
 
     build: Callable[[ModelConfig], Decoder]
+    """Builds it on torch's current default device."""
+    weights: Callable[[ModelConfig], Weights]
+    """Declares the shape of each parameter: parameters and FLOPs are counted from it. Vectors count as norms, stacks of
+    three dimensions as routed experts."""
     moe: bool = False
+    """Whether its shape has a table ``mixture``."""
     mla: bool = False
+    """Whether its shape has a table ``latent``."""
 
 
 FAMILIES: dict[str, ModelFamily] = {
-    "decoder": ModelFamily(_decoder),
-    "mixtral-moe": ModelFamily(_mixture, moe=True),
-    "moonlight-moe": ModelFamily(_mixture, moe=True, mla=True),
+    "decoder": ModelFamily(_decoder, decoder_weights),
+    "mixtral-moe": ModelFamily(_mixture, decoder_weights, moe=True),
+    "moonlight-moe": ModelFamily(_mixture, decoder_weights, moe=True, mla=True),
 }
 """Families by the name that a shape writes."""
 
@@ -66,9 +73,23 @@ def build_model(shape: ModelConfig) -> Decoder:
     """An uninitialised model of a shape.
 
     Raises:
-        UserError: As `check_family`.
+        UserError: As `check_family`; or the model has other parameters than its family declares.
     """
-    return check_family(shape).build(shape)
+    family = check_family(shape)
+    model, declared = family.build(shape), family.weights(shape)
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in [*built, *declared]:
+        if built.get(name) != declared.get(name):
+            raise UserError(
+                f'the family "{shape.family}" declares {_size(declared.get(name))} for the parameter {name}, and the model '
+                f"that it builds has {_size(built.get(name))}, so its counts of parameters and FLOPs would be wrong. "
+                "Correct weights in its row of scaling.models.registry.FAMILIES."
+            )
+    return model
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"the shape {'x'.join(map(str, shape))}"
 
 
 def check_upcycled(shape: ModelConfig) -> None:

@@ -45,15 +45,36 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[Group], exchange: ShardingStrategy) -> None:
-        super().__init__([_with_fused_flag(group) for group in groups], {})
+        super().__init__(list(groups), {})
         self.exchange = exchange
         self.workspace = Workspace()
-        exchange.plan(self.param_groups)
-        for group in self.param_groups:
+        self._make_state(self.param_groups)
+
+    def _make_state(self, groups: list[Group]) -> None:
+        for group in groups:
             _refuse_rounded_weights(group)
+        self.exchange.plan(groups)
+        for group in groups:
             fresh = self.fresh_matrix_state if group["algorithm"] != "adamw" else _fresh_adamw_state
             for parameter in group["params"]:
                 self.state[parameter] = fresh(parameter)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a complete group, with its state; the constructor makes the state of its groups together."""
+        # torch's load_state_dict reads this flag to put `step` beside its parameter, where the fused kernel wants it.
+        fused = {"fused": True} if param_group["algorithm"] == "adamw" else {}
+        super().add_param_group({**param_group, **fused})
+        if hasattr(self, "exchange"):
+            self._make_state(self.param_groups[-1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and `pickle` take; torch's own leaves out everything that a subclass adds."""
+        return {**super().__getstate__(), "exchange": self.exchange}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "workspace"):  # load_state_dict passes here too
+            self.workspace = Workspace()
 
     def fresh_matrix_state(self, parameter: Tensor) -> State:
         """What is kept of one parameter between steps, before the first: the momentum."""
@@ -188,8 +209,3 @@ def _refuse_rounded_weights(group: Group) -> None:
                 f"{name} is stored in {parameter.dtype}; its small updates would be rounded away (a third of the movement "
                 'is left at a learning rate of 2e-5). Keep weights in float32 and compute in bf16: precision = "bf16".'
             )
-
-
-def _with_fused_flag(group: Group) -> Group:
-    # torch's load_state_dict reads this flag to put `step` beside its parameter, where the fused kernel wants it.
-    return {**group, "fused": True} if group["algorithm"] == "adamw" else group

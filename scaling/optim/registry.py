@@ -255,12 +255,19 @@ def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Paramete
     schedule's share before each step.
 
     Raises:
-        UserError: As `assign`; or two parameters have one name.
+        UserError: As `assign`; or two parameters have one name, or one parameter two.
     """
     named = list(named_parameters)
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise UserError(f"parameters {', '.join(twice)} were given twice; pass model.named_parameters() once.")
+    names: dict[int, str] = {}
+    for name, parameter in named:
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise UserError(
+                f"{first} and {name} are one parameter, which would take two steps at once. Give it under one name, as "
+                "model.named_parameters() does."
+            )
     row = recipe(spec.name)
     hyper = row.groups(spec, options_of(spec))
     parameters = dict(named)

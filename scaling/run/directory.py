@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ from scaling.errors import UserError
 from scaling.io import TAIL_BYTES, append_line, read_json, read_lines, write_json
 from scaling.run.record import Attempt, DynamicsRow, MetricsRow, RunRecord, RunState
 from scaling.spec import Placement, RunSpec
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunDirectory:
@@ -78,6 +85,20 @@ class RunDirectory:
     def record(self) -> RunRecord | None:
         """What came out, or None while the run is not done."""
         return read_json(self.record_file, RunRecord) if self.record_file.exists() else None
+
+    def intact_weights(self, record: RunRecord) -> Path:
+        """The weights file, whose content is the one that the run wrote.
+
+        Raises:
+            UserError: Its checksum is not the record's.
+        """
+        if record.weights_sha256 not in (None, found := file_sha256(self.weights_file)):
+            raise UserError(
+                f"{self.weights_file}: its SHA-256 is {found[:12]}..., and the record says "
+                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Put the right one back, or remove "
+                "that run's record.json and train it again."
+            )
+        return self.weights_file
 
     def metrics(self) -> list[MetricsRow]:
         """Logged steps in order."""

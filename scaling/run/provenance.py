@@ -58,7 +58,7 @@ def describe_code() -> Code:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = "not installed"
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     snapshot = here / "code.json"
     if snapshot.exists():  # a copy taken for SLURM jobs (`sweeps.slurm.snapshot`) says where it was taken from
         taken = read_json(snapshot, Code)

@@ -130,3 +130,5 @@ class RunRecord(Strict, frozen=True):
     cpu_seconds: float | None = None
     """What `seconds` cost the processors, all threads of the run's first process: on a CPU the clock to trust where
     others shared the machine."""
+    weights_sha256: str | None = None
+    """SHA-256 of weights.safetensors, checked where weights are read; null in records of earlier versions."""

@@ -1,7 +1,8 @@
-"""Which of torch's attention kernels a run uses: the fastest for its shape, measured once and kept for its life.
+"""Choice of torch's attention kernel for a run.
 
-Kernels differ in the last bits, so a run that was stopped must go on with the one that it began with: the choice is a
-file in the run's directory, and in its record. On a CPU torch's own choice stands.
+On a GPU the fastest for the shape is measured once. Kernels differ in the last bits, so a run that was stopped must
+continue with the one that it began with: the choice is kept in the run's directory, and in its record. On a CPU the
+choice follows from shape and precision, so that a run repeats itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from scaling.spec import ModelConfig
 
 FILE = "attention.txt"
 
+MATH_UP_TO = 128
+"""Context up to which a CPU takes the plain kernel in bf16, which computes in fp32; beyond it torch chooses.
+
+CPU ms of a forward and backward pass of one layer in bf16 on one Zen 4 core with torch 2.15, plain kernel and torch's
+choice (sequences x heads x context x head size): 16 x 4 x 64 x 16, 2.4 and 8.2; 8 x 4 x 128 x 32, 4.4 and 9.1;
+8 x 6 x 256 x 32, 29 and 26; 4 x 8 x 512 x 32, 118 and 50.
+"""
+
 CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 TRIALS = 5
 
@@ -26,7 +35,7 @@ TRIALS = 5
 def chosen_kernel(
     folder: Path, shape: ModelConfig, *, windows: int, device: torch.device, precision: str
 ) -> SDPBackend | None:
-    """The kernel of a run: the one that it began with, or the fastest; None leaves the choice to torch.
+    """The kernel of a run; None leaves the choice to torch.
 
     Args:
         folder: The run's directory.
@@ -36,7 +45,7 @@ def chosen_kernel(
         precision: The run's, ``fp32`` or ``bf16``.
     """
     if device.type != "cuda":
-        return None
+        return SDPBackend.MATH if precision == "bf16" and shape.context <= MATH_UP_TO else None
     path = folder / FILE
     if path.exists():
         return SDPBackend.__members__.get(path.read_text().strip())

@@ -12,7 +12,7 @@ from scaling.data.shards import read_manifest
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
 from scaling.optim import registry
 from scaling.optim.optimizer_flops import run_optimizer_flops
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, file_sha256
 from scaling.run.provenance import describe_code
 from scaling.run.record import Device, RunRecord
 from scaling.training.launch import whole
@@ -21,17 +21,23 @@ from scaling.training.metrics import MetricsLogger
 from scaling.training.module import TrainingModule
 
 
-def save_weights(module: TrainingModule, path: Path, *, first: bool) -> None:
-    """Write the weights, whole, in the names of the model; every process takes part, and the first one writes."""
+def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | None:
+    """Write the weights, whole, in the names of the model; every process takes part, and the first one writes.
+
+    Returns:
+        SHA-256 of the file; None in the other processes.
+    """
     # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
     state = module.model.state_dict()
     named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
     weights = {name: whole(state[name].detach()).cpu().contiguous() for name in named}
     if not first:
-        return
+        return None
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, temporary, metadata={"format": "pt"})
+    digest = file_sha256(temporary)
     temporary.replace(path)
+    return digest
 
 
 def build_record(
@@ -43,6 +49,7 @@ def build_record(
     steps: int,
     charged: dict[str, int],
     attention: str | None,
+    weights: str | None,
 ) -> RunRecord:
     """The record of a run that has ended, finished or diverged.
 
@@ -54,6 +61,7 @@ def build_record(
         steps: Steps that it took.
         charged: FLOPs of the run that it started from, by convention.
         attention: The attention kernel that was chosen, where one was.
+        weights: SHA-256 of the weights file, where there is one.
     """
     spec, placement = module.spec, module.placement
     tokens = steps * spec.batch_tokens
@@ -74,6 +82,7 @@ def build_record(
         initial_flops=charged,
         optimizer_flops=run_optimizer_flops(spec, tokens),
         attention=attention,
+        weights_sha256=weights,
         peak_memory=peak_bytes(torch.device("cuda" if device.kind == "cuda" else "cpu")),
         optimizer_seconds=module.clock.mean,
         parameters={

@@ -21,7 +21,7 @@ from scaling.optim.registry import qk_clip_bound
 from scaling.run.directory import RunDirectory
 from scaling.run.record import DynamicsRow
 from scaling.spec import Placement, RunSpec
-from scaling.training.metrics import MetricsLogger
+from scaling.training.metrics import MetricsLogger, spread
 from scaling.training.qk_clip import QkClip, observed_logits
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 def measured_steps(spec: RunSpec) -> set[int]:
     """Steps that are measured: equal distances, and the last."""
-    parts = spec.evaluation.dynamics or 0
-    return {max(1, round(spec.steps * part / parts)) for part in range(1, parts + 1)}
+    return spread(spec.evaluation.dynamics or 0, spec.steps)
 
 
 @torch.no_grad()

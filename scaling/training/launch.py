@@ -7,12 +7,14 @@ them from a server that has imported the training code once. Only the first proc
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 import socket
 import traceback
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,27 +73,44 @@ def share_of_batch(spec: RunSpec, placement: Placement) -> tuple[int, int]:
 def strategy_of(placement: Placement) -> Strategy | str:
     """Lightning's strategy for the placement's name of it."""
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from torch.nn.parallel import DistributedDataParallel
 
     if placement.processes == 1:
         return "auto"
     if placement.strategy == "ddp":
-        # Buffers are the same everywhere by computation, or counts that must not be overwritten by the first process's.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are equal everywhere by computation, or counts that the first process's must not overwrite.
+        # torch 2.15 renamed the argument and warns about the old name.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DDPStrategy(**sync, gradient_as_bucket_view=True)
     return ModelParallelStrategy(
         data_parallel_size=placement.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
 
 
 def shard(model: Decoder, mesh: DeviceMesh, *, precision: str) -> None:
-    """FSDP2 in place: every block gathers its own weights when it runs; weights and their state stay fp32."""
+    """Apply FSDP2 in place: each block gathers its own parameters; parameters and optimizer state stay fp32.
+
+    With bf16 the mathematics is autocast's, as in one process and under DDP: matrices of the blocks are gathered in
+    bf16, which is where autocast would cast them, and activations keep their format. Norms and routers, embedding and
+    head are gathered in fp32. Autocast over fp32 gathering would keep a bf16 copy of every block for the backward pass.
+    """
     import torch
+    from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    low = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh["data_parallel"], mp_policy=policy)
-    fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
+    from scaling.models.moe import Router
+
+    mesh = mesh["data_parallel"]
+    if precision == "bf16":
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard([part for part in block.modules() if isinstance(part, nn.RMSNorm | Router)], mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=low)
+    else:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,6 +118,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def begin(process: ForkServerProcess) -> None:
+    """Start a process from the fork server.
+
+    Raises:
+        UserError: The server ended before it could fork.
+    """
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:
+        raise UserError(
+            "the server process that forks training processes was killed before it started one "
+            f"({type(error).__name__}), perhaps because the machine is out of memory. "
+            "Free some memory or train fewer runs at once, and run the same command again; it continues from here."
+        ) from None
 
 
 def start(path: Path, placement: Placement) -> None:
@@ -117,16 +152,17 @@ def start(path: Path, placement: Placement) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scaling.training.loop"])
     port = _free_port()
-    workers, reasons = [], []
-    for rank in range(placement.devices):
-        reader, writer = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(str(path), rank, placement.devices, port, writer))
-        worker.start()
-        writer.close()
-        workers.append(worker)
-        reasons.append(reader)
+    workers: list[ForkServerProcess] = []
+    reasons: list[Connection[Any, Any]] = []
     stop, told = ShutdownRequest(), False
     try:
+        for rank in range(placement.devices):
+            reader, writer = context.Pipe(duplex=False)
+            worker = context.Process(target=_work, args=(str(path), rank, placement.devices, port, writer))
+            begin(worker)
+            writer.close()
+            workers.append(worker)
+            reasons.append(reader)
         with stop.listening():
             while any(worker.is_alive() for worker in workers):
                 connection.wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=POLL_SECONDS)

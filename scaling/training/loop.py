@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -96,7 +95,7 @@ def _train(
 ) -> tuple[RunRecord | None, int]:
     spec, placement = directory.spec(), directory.placement()
     batches = _open_data(spec, placement)
-    torch.set_num_threads(placement.threads)
+    _set_threads(placement.threads)
     _quiet()
 
     share, micro_batch = share_of_batch(spec, placement)
@@ -113,11 +112,10 @@ def _train(
     held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens)
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
-    if placement.processes == 1:  # several would have to agree on it; there torch's own choice stands
+    if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
         kernel = chosen_kernel(directory.path, spec.model, windows=micro_batch, device=at, precision=spec.precision)
     if placement.compile:
-        # Kept beside the runs, so that the second run of a shape finds what the first one compiled.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.path.parent.parent / "cache" / "inductor"))
+        _use_compiler_cache(directory.path.parent.parent / "cache" / "inductor")
     logbook = MetricsLogger(directory, spec, device=device, held_out=held, charged=charged.get("6nd", 0))
     resume = Checkpoints(
         directory.checkpoints,
@@ -144,8 +142,9 @@ def _train(
     step = trainer.global_step
     if resume.preempted:
         return None, step
+    weights = None
     if logbook.diverged is None:
-        save_weights(module, directory.weights_file, first=trainer.is_global_zero)
+        weights = save_weights(module, directory.weights_file, first=trainer.is_global_zero)
     record = build_record(
         directory,
         module,
@@ -154,10 +153,48 @@ def _train(
         steps=step,
         charged=charged,
         attention=kernel.name if kernel else None,
+        weights=weights,
     )
     if trainer.is_global_zero:
         write_json(directory.record_file, record)
     return record, step
+
+
+def _set_threads(threads: int) -> None:
+    # Far too many threads end in a crash of OpenMP, which has no message.
+    processors = os.cpu_count() or 1
+    if threads > 8 * processors:
+        raise UserError(
+            f"placement: threads = {threads:,}, and this machine has {processors} processors. "
+            f"Set threads to {processors} or less in [placement]."
+        )
+    torch.set_num_threads(threads)
+
+
+def _use_compiler_cache(folder: Path) -> None:
+    """Keep compiled code beside the runs, so that the second run of a shape finds what the first one compiled.
+
+    torch writes its default, a folder under the temporary one that anybody may make first, into the environment when
+    it is imported, and reads the environment at each use. Another value there is the user's, and stays.
+
+    Raises:
+        UserError: The folder is another user's, who could put code into it.
+    """
+    from torch._inductor import codecache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if cache_dir() == default_cache_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise UserError(
+                f"{folder}: it is a link or belongs to another user, and compiled code that lies there is executed. Remove "
+                f"it, set the environment variable {variable} to a folder of your own, or set compile = false in [placement]."
+            )
+        folder.chmod(0o700)
+        os.environ[variable] = str(folder.absolute())
+    # torch keeps precompiled headers under its default whatever the environment says.
+    codecache._HEADER_DIR = str(Path(cache_dir()) / "precompiled_headers")
 
 
 def _open_data(spec: RunSpec, placement: Placement) -> Batches:
@@ -199,7 +236,7 @@ def _trainer(
         max_steps=spec.steps,
         max_epochs=-1,
         accumulate_grad_batches=micro_batches,
-        precision=_precision(spec, placement),
+        precision="bf16-mixed" if spec.precision == "bf16" else "32-true",
         callbacks=callbacks,
         # One requeue, and it is not Lightning's: its handler would save in the middle of a step.
         plugins=[
@@ -223,12 +260,6 @@ def _device(placement: Placement, spec: RunSpec) -> Device:
     return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision, count=placement.processes)
 
 
-def _precision(spec: RunSpec, placement: Placement) -> Literal["bf16-mixed", "32-true"]:
-    # Sharded weights are cast where they are gathered (`shard`); autocast on top of that would cast twice.
-    sharded = placement.processes > 1 and placement.strategy == "fsdp2"
-    return "bf16-mixed" if spec.precision == "bf16" and not sharded else "32-true"
-
-
 def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
@@ -246,6 +277,8 @@ def _expected_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*Trainer was signaled to stop but the required.*")
         # One process, on a machine that happens to have SLURM.
         warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")
+        # Under autocast a norm inside latent attention gets bf16 activations and has fp32 parameters.
+        warnings.filterwarnings("ignore", message=".*Mismatch dtype between input and weight.*")
         # Lightning 2.6 on torch 2.14 and later.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         yield

@@ -28,8 +28,13 @@ ROWS = 200
 
 def evaluation_steps(spec: RunSpec) -> set[int]:
     """Steps after which the held-out loss is measured: equal distances, and the last."""
-    parts = spec.evaluation.times + 1
-    return {max(1, round(spec.steps * part / parts)) for part in range(1, parts + 1)}
+    return spread(spec.evaluation.times + 1, spec.steps)
+
+
+def spread(count: int, steps: int) -> set[int]:
+    """At most `count` of the steps 1 to `steps`, at equal distances, the last among them; all of them if `count` is more."""
+    count = min(count, steps)
+    return {max(1, round(steps * part / count)) for part in range(1, count + 1)}
 
 
 @torch.no_grad()

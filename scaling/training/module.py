@@ -105,6 +105,22 @@ class TrainingModule(LightningModule):
         """The one optimizer that the spec's row builds."""
         return registry.build(self.spec.optimizer, self.model.named_parameters())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name each parameter in the saved optimizer state, so that any strategy can load it.
+
+        The strategies number parameters differently: one process and DDP by parameter group, FSDP2 by
+        `named_parameters`. FSDP2 would assign the state of one parameter to another.
+        """
+        for saved in filter(None, checkpoint["optimizer_states"]):  # empty in all but the first FSDP2 process
+            names = {
+                number: f"model.{name}"
+                for group in saved["param_groups"]
+                for number, name in zip(group["params"], group["param_names"], strict=True)
+            }
+            saved["state"] = {names[number]: state for number, state in saved["state"].items()}
+            for group in saved["param_groups"]:
+                group["params"] = [names[number] for number in group["params"]]
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         if self.placement.graphs:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
+from scaling.training.launch import begin
 from scaling.training.shutdown import ShutdownRequest
 
 LOG = "log.txt"
@@ -75,7 +76,7 @@ def side_by_side(
             while waiting and len(active) < at_once and not stop.due():
                 directory = waiting.pop(0)
                 process = context.Process(target=work, args=(str(directory.path),))
-                process.start()
+                begin(process)
                 active.append((directory, process))
             connection.wait([process.sentinel for _, process in active], timeout=POLL_SECONDS)
             if stop.due():

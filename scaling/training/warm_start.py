@@ -69,11 +69,12 @@ def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) ->
     """Fill an initialised model with the parent's weights.
 
     Raises:
-        UserError: As `parent`, or the weights are of another shape.
+        UserError: As `parent`, or the weights are damaged or of another shape.
     """
     from scaling.models.upcycle import load_weights
 
-    load_weights(model, parent(directory, initial)[0].weights_file, how=initial.how)
+    found, record = parent(directory, initial)
+    load_weights(model, found.intact_weights(record), how=initial.how)
 
 
 def trunk_point(directory: RunDirectory) -> Path | None:

@@ -20,7 +20,7 @@ KEPT_SUFFIXES = {".py", ".toml", ".typed"}
 
 def code_root() -> Path:
     """The folder that holds the three packages which run now."""
-    return Path(__file__).resolve().parent.parent
+    return Path(__file__).resolve().parents[2]
 
 
 def _files(root: Path) -> list[Path]:

@@ -28,8 +28,8 @@ from sweeps.tuning.tuner import Tuner, tune, tuning_status
 SMALL = TUNE.replace("trials = 8", "trials = 4").replace("startup = 4", "startup = 2").replace('\nheld_out = ["c"]', "")
 SCRIPT = """
 import sys
-from sweeps.campaign import load_campaign
-from sweeps.tune import tune
+from sweeps.config.campaign import load_campaign
+from sweeps.tuning.tuner import tune
 if __name__ == "__main__":
     sys.exit(0 if tune(load_campaign(sys.argv[1]), sys.argv[2], workers=2, progress=False).complete else 3)
 """

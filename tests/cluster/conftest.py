@@ -95,8 +95,8 @@ def copied_code(folder: Path, train: str) -> Path:
             copy = target / file.relative_to(snapshot.code_root())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        (target / "scaling" / "train.py").rename(target / "scaling" / "true_train.py")
-        shutil.copyfile(Path(__file__).with_name(f"{train}.py"), target / "scaling" / "train.py")
+        (target / "scaling" / "training" / "loop.py").rename(target / "scaling" / "true_train.py")
+        shutil.copyfile(Path(__file__).with_name(f"{train}.py"), target / "scaling" / "training" / "loop.py")
     return target
 
 

@@ -102,4 +102,4 @@ def record(directory, spec, value):
     )  # fmt: skip
 
 
-assert Path(__file__).name == "train.py", "this file is only for code snapshots"
+assert Path(__file__).name == "loop.py", "this file is only for code snapshots"

@@ -61,4 +61,4 @@ def full(directory, module):
 FAULTS = {"killed": killed, "nan": nan, "torn": torn, "truncated": truncated, "full": full}
 MetricsLogger.on_train_batch_end = disturbed
 
-assert Path(__file__).name == "train.py", "this file is only for code snapshots"
+assert Path(__file__).name == "loop.py", "this file is only for code snapshots"

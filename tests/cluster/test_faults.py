@@ -60,7 +60,7 @@ def test_a_killed_task_is_retried_from_its_last_resume_point(cluster: Cluster, c
 
 
 def test_a_run_that_is_always_killed_is_given_up_and_says_why(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(slurm="time_minutes = 5\ntries = 2")
+    planned = counting.plan(slurm="time_minutes = 5\nmax_kills = 2")
     victim = planned.runs[0]
     directory = planned.directory(victim)
     directory.create(victim.spec, victim.placement)
@@ -93,7 +93,9 @@ def test_a_run_that_fails_by_itself_is_not_started_again_until_asked(cluster: Cl
 def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_it_alone_or_among_others(
     cluster: Cluster, counting: Counting, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = counting.plan(steps=60, step_seconds=0.1, slurm="time_minutes = 5\ncpus = 5")  # one run on each node
+    planned = counting.plan(
+        steps=60, step_seconds=0.1, slurm="time_minutes = 5\ncpus_per_task = 5"
+    )  # one run on each node
     (tmp_path / "wide").mkdir()
     both = real_plan(tiny_text, tmp_path / "wide", slurm="time_minutes = 5\nnodes = 2", steps=800, every=0.2)
     both = msgspec.structs.replace(both, runs=both.runs[:1])
@@ -157,7 +159,7 @@ def over_or_held(planned: CampaignPlan, run: PlannedRun) -> bool:
 
 
 def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(steps=60, slurm="time_minutes = 5\nparallel = 2")
+    planned = counting.plan(steps=60, slurm="time_minutes = 5\nmax_parallel = 2")
     counting.submit(planned)
     running, waiting = planned.runs[0], planned.runs[-1]
     wait_for_steps(planned, running, step=5)
@@ -189,7 +191,7 @@ def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Coun
 
 
 def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counting: Counting) -> None:
-    planned = counting.plan(steps=80, slurm='time_minutes = 5\npartition = "low"\ncpus = 4')
+    planned = counting.plan(steps=80, slurm='time_minutes = 5\npartition = "low"\ncpus_per_task = 4')
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
@@ -214,8 +216,8 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 import conftest
 from sweeps import submit
-from sweeps.campaign import load_campaign
-from sweeps.plan import plan
+from sweeps.config.campaign import load_campaign
+from sweeps.planning.plan import plan
 submit.take_snapshot = conftest.counting_snapshot
 {fault}
 print(submit.submit_slurm(plan(load_campaign({file!r}), {root!r})).queued)
@@ -281,7 +283,7 @@ def test_a_cluster_whose_accounting_does_not_answer_finishes_a_campaign(
         (shims / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
         (shims / "sacct").chmod(0o755)
         monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
-    planned = counting.plan(steps=60, slurm="time_minutes = 5\nparallel = 3")
+    planned = counting.plan(steps=60, slurm="time_minutes = 5\nmax_parallel = 3")
     counting.submit(planned)
     waiting = planned.runs[-1]
     wait_for_steps(planned, planned.runs[0], step=5)

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.cluster
 def test_a_node_on_which_two_runs_fail_at_their_start_is_left_out_and_the_runs_go_elsewhere(
     cluster: Cluster, counting: Counting
 ) -> None:
-    planned = counting.plan(steps=20, slurm="time_minutes = 5\ncpus = 8")  # one run on each node
+    planned = counting.plan(steps=20, slurm="time_minutes = 5\ncpus_per_task = 8")  # one run on each node
     (planned.root / "broken-node").write_text("node2")
     counting.submit(planned)
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert bad_nodes(planned.root) == {"node2": 2}
     assert sentences(planned.root)[0].startswith("node2 is left out")
-    again = counting.plan(steps=21, slurm="time_minutes = 5\ncpus = 8")
+    again = counting.plan(steps=21, slurm="time_minutes = 5\ncpus_per_task = 8")
     submission = counting.submit(again)
     assert any("node2 is left out" in note for note in submission.notes)
     assert "ExcNodeList=node2" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
@@ -37,7 +37,7 @@ def test_a_node_that_fails_jobs_before_they_can_say_so_is_left_out_by_the_next_s
 ) -> None:
     profile = counting.folder / "profile.toml"
     profile.write_text("setup = ['[ \"$SLURMD_NODENAME\" != node2 ] || exit 1']\n")
-    planned = counting.plan(steps=10, slurm="time_minutes = 5\ncpus = 8")
+    planned = counting.plan(steps=10, slurm="time_minutes = 5\ncpus_per_task = 8")
     counting.submit(planned)
     until(lambda: not cluster.ask("squeue", "-h"), 60, "the jobs did not end")
     until(lambda: len(list(survey(planned.root).jobs_that_never_began())) >= 2, 20, "the accounting is behind")

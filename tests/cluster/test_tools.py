@@ -21,7 +21,7 @@ def verdicts(checks: list[ClusterCheck]) -> dict[str, str]:
 
 
 def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Cluster, counting: Counting) -> None:
-    found = verdicts(examine(counting.plan(slurm="time_minutes = 5\ngpus = 2")))
+    found = verdicts(examine(counting.plan(slurm="time_minutes = 5\ngpus_per_node = 2")))
     assert found.pop("run root") in ("warn", "pass")
     assert set(found.values()) == {"pass"}
 

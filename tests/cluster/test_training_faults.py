@@ -64,7 +64,7 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(root)], check=False).returncode:
         pytest.skip("this machine mounts no file systems for tests")
     try:
-        there = real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\nparallel = 1")
+        there = real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\nmax_parallel = 1")
         for run in there.runs:
             order(there, run, "full", step=18)
         submit_slurm(there)

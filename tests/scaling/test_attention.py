@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -38,9 +39,12 @@ def test_the_choice_of_the_first_attempt_is_the_choice_of_the_next(
     assert first is second is SDPBackend.FLASH_ATTENTION
 
 
-def test_on_a_cpu_torch_chooses(tmp_path: Path) -> None:
-    assert (
-        attention_backend.chosen_kernel(tmp_path, SHAPE, windows=2, device=torch.device("cpu"), precision="fp32")
-        is None
-    )
+@pytest.mark.parametrize(
+    ("precision", "context", "kernel"), [("fp32", 16, None), ("bf16", 16, SDPBackend.MATH), ("bf16", 512, None)]
+)
+def test_on_a_cpu_the_choice_follows_from_the_run_alone(
+    tmp_path: Path, precision: str, context: int, kernel: SDPBackend | None
+) -> None:
+    shape, cpu = msgspec.structs.replace(SHAPE, context=context), torch.device("cpu")
+    assert attention_backend.chosen_kernel(tmp_path, shape, windows=2, device=cpu, precision=precision) is kernel
     assert not list(tmp_path.iterdir())

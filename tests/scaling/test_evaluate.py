@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,11 @@ from scaling.data.shards import manifest_hash, read_manifest
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
 from scaling.evaluation.loss import evaluate
+from scaling.export.huggingface import export_hf
 from scaling.models.registry import build_model
 from scaling.run.directory import RunDirectory
+from scaling.spec import WarmStart
+from scaling.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,20 @@ def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path
         evaluate(unfinished)
     with pytest.raises(UserError, match="holds no manifest"):
         evaluate(run, data=tmp_path)
+
+
+def test_damaged_weights_are_refused_wherever_they_are_read(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(run)
+    content = directory.weights_file.read_bytes()
+    record = directory.record()
+    assert record is not None
+    child = msgspec.structs.replace(record.spec, seed=1, warm_start=WarmStart(run=run.name))
+    path = place(child, run.parent, tiny_shards)
+    directory.weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        for read in (evaluate, lambda run: export_hf(run, tmp_path / "export"), lambda _: train(path, progress=False)):
+            with pytest.raises(UserError, match=r"weights.safetensors: its SHA-256 is .* and the record says"):
+                read(run)
+    finally:
+        directory.weights_file.write_bytes(content)
+    assert finish(path).initial_flops == record.flops

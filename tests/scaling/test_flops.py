@@ -1,14 +1,18 @@
 """The analytic counts are what torch counts: on the meta device, where its counter sees every matrix product."""
 
+import msgspec
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.models.decoder import Decoder
 from scaling.models.presets import PUBLISHED
-from scaling.models.registry import build_model
+from scaling.models.registry import FAMILIES, ModelFamily, build_model
+from scaling.models.weights import decoder_weights
 from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MIXTURE = MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2)
@@ -105,3 +109,33 @@ def test_the_published_mixture_counts_what_its_paper_says() -> None:
     assert f"{parameters.activated / 1e9:.2f}" == "2.24"
     # And with embedding and head it is the 16B of its name.
     assert round(parameters.total / 1e9) == 16
+
+
+class _SquaredReLU(nn.Module):
+    """``down(relu(up(x)) ** 2)``: a feed-forward without a gate."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu().square())
+
+
+class _WithoutGate(Decoder):
+    def make_feed_forward(self, shape: ModelConfig, layer: int) -> nn.Module:
+        return _SquaredReLU(shape.width, shape.ffn_width)
+
+
+def test_a_family_is_counted_by_its_own_parameters_and_refused_where_it_declares_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = msgspec.structs.replace(SHAPES["tiny"], family="without-gate")
+    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(_WithoutGate, decoder_weights))
+    with pytest.raises(UserError, match=r"declares the shape \d+x32 for the parameter blocks\.0\.feed_forward\.gate"):
+        build_model(shape)
+    own = lambda shape: {n: size for n, size in decoder_weights(shape).items() if ".gate." not in n}  # noqa: E731
+    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(_WithoutGate, own))
+    sizes = {name: p.numel() for name, p in build_model(shape).named_parameters() if p.ndim > 1 and "blocks" in name}
+    assert count_parameters(shape).blocks == sum(sizes.values())
+    assert counted_flops(shape) == train_flops(shape, 2 * shape.context, "attention-full")

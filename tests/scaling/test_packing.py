@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from running import numbers, place
 from tiny import make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
+from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
 from scaling.training.loop import train
 from scaling.training.pool import device_slots, train_packed
@@ -59,3 +61,15 @@ def test_slots_fill_every_device_before_a_second_run_goes_to_one(monkeypatch: py
     assert device_slots(1) == ["3", "5"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert device_slots(4) == []
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_a_killed_fork_server_is_one_sentence(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def start(self: object) -> None:
+        raise error  # what multiprocessing raises when the server ends between the request and the fork
+
+    monkeypatch.setattr(ForkServerProcess, "start", start)
+    with pytest.raises(UserError, match="the server process that forks training processes was killed"):
+        train_packed([place(make_spec(), tmp_path, tiny_shards)], at_once=1)

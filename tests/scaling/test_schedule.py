@@ -1,6 +1,7 @@
 """Schedules as pure functions of tokens: their ends, their order, and equality with torch's where torch has one."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -31,6 +32,11 @@ def test_ends_on_the_final_fraction_after_a_warm_up_that_starts_above_zero(sched
 def test_never_rises_after_the_warm_up(schedule: Schedule, tokens: list[int]) -> None:
     early, late = sorted(tokens)
     assert lr_fraction(schedule, late, total=TOTAL) <= lr_fraction(schedule, early, total=TOTAL) <= 1.0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_a_warm_up_as_long_as_the_run_ends_at_the_peak(kind: Literal["cosine", "linear", "constant"]) -> None:
+    assert lr_fraction(Schedule(kind=kind, warmup_tokens=TOTAL), TOTAL, total=TOTAL) == 1.0
 
 
 def test_cosine_is_torchs_cosine() -> None:

@@ -25,6 +25,7 @@ from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
 from scaling.training.checkpoint import AtomicCheckpointIO, newest_resume_point, resume_points
 from scaling.training.loop import train
+from scaling.training.metrics import spread
 from scaling.training.module import ahead
 
 STEPS = 24
@@ -236,3 +237,42 @@ def test_graphs_are_refused_where_gradients_are_added_up(spec: RunSpec, tiny_sha
     )
     with pytest.raises(UserError, match="micro_batch smaller than the batch"):
         train(directory, progress=False)
+
+
+def test_compiled_code_lies_beside_the_runs_where_its_owner_alone_can_write(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.runtime.cache_dir_utils as torchs
+    from torch._inductor import codecache
+
+    monkeypatch.setattr(codecache, "_HEADER_DIR", codecache._HEADER_DIR)
+    monkeypatch.setenv("LOGNAME", "me")  # part of torch's default
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torchs.default_cache_dir())  # as importing torch leaves it
+    monkeypatch.setattr(Decoder, "compile_in_place", lambda self, **_: None)
+    directory = RunDirectory(place(spec, tmp_path / "runs", tiny_shards))
+    placement = msgspec.structs.replace(directory.placement(), compile=True)
+    write_json(directory.placement_file, placement)
+    cache = tmp_path / "cache" / "inductor"
+    with monkeypatch.context() as patch:
+        cache.mkdir(parents=True)
+        patch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+        with pytest.raises(UserError, match="belongs to another user"):
+            train(directory.path, progress=False)
+    finish(directory.path)
+    assert torchs.cache_dir() == str(cache)
+    assert str(cache / "precompiled_headers") == codecache._HEADER_DIR
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("count", [1, 5, STEPS - 1, STEPS, 10**30])
+def test_measurements_are_spread_over_the_steps_however_many_are_asked_for(count: int) -> None:
+    steps = spread(count, STEPS)
+    assert len(steps) == min(count, STEPS)
+    assert max(steps) == STEPS
+
+
+def test_threads_that_no_machine_has_are_refused(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(place(spec, tmp_path, tiny_shards))
+    write_json(directory.placement_file, msgspec.structs.replace(directory.placement(), threads=100_000))
+    with pytest.raises(UserError, match="threads = 100,000, and this machine has"):
+        train(directory.path, progress=False)

@@ -25,8 +25,8 @@ CAMPAIGN = (
         "upcycled",
         "peak_lr = 1e-3",
         'family = "mixtral-moe"',
-        'mixture = {{ experts = 4, active = 2, score = "topk-softmax", bias_rate = 0.0 }}',
-        'initial = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}',
+        'moe = {{ experts = 4, top_k = 2, score = "topk-softmax", bias_rate = 0.0 }}',
+        'warm_start = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}',
         optimizer="muon",
     )
     + rung_table("a", tokens=2560)

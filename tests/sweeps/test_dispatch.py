@@ -27,9 +27,9 @@ LONG = 96_000
 
 SUBMIT = """
 import sys
-from sweeps.campaign import load_campaign
-from sweeps.dispatch import run_local
-from sweeps.plan import plan
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import plan
 if __name__ == "__main__":
     outcome = run_local(plan(load_campaign(sys.argv[1]), sys.argv[2]), workers=2, progress=False)
     sys.exit(0 if outcome.complete else 3)

@@ -319,10 +319,10 @@ def test_runs_that_share_a_device_are_tasks_of_several_and_a_run_over_several_de
     campaigns.plan()
     file = campaigns.folder / "tiny.toml"
     content = file.read_text()
-    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ngpus = 1\n")
+    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ngpus_per_node = 1\n")
     submission = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
     assert "#SBATCH --array=0-1%2" in submission.scripts()[0]
-    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ntasks = 2\n")
+    file.write_text(content + "runs_per_gpu = 2\n[placement.slurm]\ntasks_per_node = 2\n")
     with pytest.raises(UserError, match="set runs_per_gpu = 1, or nodes, tasks and devices = 1"):
         submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
 
@@ -409,11 +409,11 @@ def test_code_that_changed_after_submission_is_not_run(campaigns: Any, monkeypat
 
 def test_a_snapshot_is_named_by_its_content_and_taken_once(tmp_path: Path) -> None:
     first = take_snapshot(tmp_path)
-    before = (first / "sweeps" / "plan.py").stat().st_mtime_ns
+    before = (first / "sweeps" / "local.py").stat().st_mtime_ns
     assert take_snapshot(tmp_path) == first
-    assert (first / "sweeps" / "plan.py").stat().st_mtime_ns == before
+    assert (first / "sweeps" / "local.py").stat().st_mtime_ns == before
     assert code_digest(first) == first.name == code_digest()
-    (first / "sweeps" / "plan.py").write_text("# edited\n")
+    (first / "sweeps" / "local.py").write_text("# edited\n")
     assert code_digest(first) != first.name
 
 

@@ -59,7 +59,7 @@ class ShardingStrategy(Protocol):
     """One way of spreading Muon over processes."""
 
     def plan(self, groups: list[Group]) -> None:
-        """Look at all parameter groups once, before any state is made."""
+        """Take in parameter groups, each of them once and before its state is made."""
 
     def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
         """Zeros: what is kept here of a tensor like `parameter`, with another width if `columns` says so."""

@@ -56,7 +56,7 @@ class RowSharding(StateLikeParameters):
         if rows:
             processes = dist.get_world_size(process_group_of(rows[0]))
             owners = assign_owners([(p.shape[0], p.shape[1]) for p in rows], processes)
-            self._owner = dict(zip(rows, owners, strict=True))
+            self._owner |= dict(zip(rows, owners, strict=True))
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Experts where they are; other matrices in chunks with an owner each."""

@@ -19,7 +19,7 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 import scaling.data.prepare as preparation, scaling.data.writer as writer
-from scaling.data.sources import DataConfig
+from scaling.data.sources.registry import DataConfig
 
 text, folder, action = sys.argv[1:]
 writer.SHARD_TOKENS, preparation.CHECKPOINT_SECONDS, preparation.BATCH_BYTES = {SHARD_TOKENS}, {CHECKPOINT_SECONDS}, {BATCH_BYTES}

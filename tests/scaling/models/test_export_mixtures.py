@@ -17,8 +17,9 @@ from tiny import make_spec
 from scaling.data.shards import manifest_hash
 from scaling.errors import UserError
 from scaling.export.huggingface import export_hf
+from scaling.io import write_json
 from scaling.models.registry import build_model
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, file_sha256
 from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MOONLIGHT = ModelConfig(
@@ -46,18 +47,20 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, tiny_shards: Path) -> Pa
 def trained(shape: ModelConfig, folder: Path, shards: Path) -> Path:
     """A run of a few steps, so that biases are not zero, with weights then made large enough for a mistake to show."""
     path = place(make_spec(shape=shape, steps=4, manifest=manifest_hash(shards)), folder / "runs", shards, every=1e9)
-    finish(path)
+    record = finish(path)
     weights = load_file(path / "weights.safetensors")
     generator = torch.Generator().manual_seed(2)
     for name, value in weights.items():
         if "bias" not in name:
             weights[name] = value + 0.2 * torch.randn(value.shape, generator=generator)
     save_file(weights, path / "weights.safetensors", metadata={"format": "pt"})
+    record = msgspec.structs.replace(record, weights_sha256=file_sha256(path / "weights.safetensors"))
+    write_json(path / "record.json", record)
     return path
 
 
 def our_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = build_model(RunDirectory(path).spec().shape)
+    model = build_model(RunDirectory(path).spec().model)
     model.load_state_dict(load_file(path / "weights.safetensors"), strict=False)
     with torch.no_grad():
         logits: torch.Tensor = model(tokens)

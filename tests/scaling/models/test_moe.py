@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from running import at_step, finish, numbers, place
@@ -22,6 +23,7 @@ from scaling.models.moe import (
     has_grouped,
     loop_product,
     routed_scaling_factor,
+    sequence_loss,
 )
 from scaling.models.registry import build_model
 from scaling.optim.registry import assign, complete
@@ -151,16 +153,33 @@ def test_an_evaluation_is_no_load() -> None:
     (layer,) = model.mixtures()
     assert int(layer.router.load.sum()) == 0
     model.loss(windows)
-    assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.moe.active
+    assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.moe.top_k
 
 
 def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where_one_takes_all() -> None:
-    from scaling.models.moe import sequence_loss
-
-    even = torch.arange(8).view(1, 4, 2)[0]
-    assert float(sequence_loss(torch.full((4, 8), 0.5), even, 1)) == pytest.approx(1.0)
+    assert float(sequence_loss(torch.full((4, 8), 0.5), 2, 1)) == pytest.approx(1.0)
     alone = torch.zeros(4, 8).index_fill_(1, torch.tensor([3]), 1.0)
-    assert float(sequence_loss(alone, torch.full((4, 1), 3), 1)) == pytest.approx(8.0)
+    assert float(sequence_loss(alone, 1, 1)) == pytest.approx(8.0)
+
+
+def test_sequence_loss_is_deepseeks_equations_whatever_the_selection_bias() -> None:
+    shape = msgspec.structs.replace(TINY_MOONLIGHT, moe=msgspec.structs.replace(TINY_MOONLIGHT.moe, sequence_loss=1.0))
+    model = build_model(shape)
+    model.initialise(0)
+    assert isinstance(model, MoEDecoder)
+    (layer,) = model.mixtures()
+    layer.router.bias.copy_(torch.linspace(-1, 1, 8))
+    x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    layer(x)
+    expected = 0.0
+    for sequence in x:
+        scores = torch.sigmoid(sequence @ layer.router.weight.T)
+        kth = scores.topk(2).values[:, -1:]
+        f = (scores >= kth).sum(0) * 8 / (2 * 16)  # Equation 18
+        p = (scores / scores.sum(1, keepdim=True)).mean(0)  # 19 and 20
+        expected += float((f * p).sum().detach()) / 3
+    assert layer.sequence_loss is not None
+    assert float(layer.sequence_loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gate_scale_is_the_one_of_appendix_c() -> None:
@@ -205,13 +224,13 @@ def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(
 @pytest.mark.parametrize(
     ("family", "parts", "sentence"),
     [
-        ("decoder", {"mixture": TINY_MOONLIGHT.moe}, "use the family mixtral-moe or moonlight-moe"),
+        ("decoder", {"moe": TINY_MOONLIGHT.moe}, "use the family mixtral-moe or moonlight-moe"),
         (
             "moonlight-moe",
-            {"mixture": TINY_MOONLIGHT.moe},
-            "needs a table latent. Add one, or use the family decoder or mixtral-moe",
+            {"moe": TINY_MOONLIGHT.moe},
+            "needs a table mla. Add one, or use the family decoder or mixtral-moe",
         ),
-        ("mixtral", {"mixture": TINY_MOONLIGHT.moe}, 'did you mean "mixtral-moe"'),
+        ("mixtral", {"moe": TINY_MOONLIGHT.moe}, 'did you mean "mixtral-moe"'),
     ],
 )
 def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, MoEConfig], sentence: str) -> None:
@@ -221,7 +240,7 @@ def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, MoE
 
 
 def test_impossible_mixtures_are_refused_with_what_would_do() -> None:
-    with pytest.raises(UserError, match="Use active = 4 or fewer"):
+    with pytest.raises(UserError, match="Use top_k = 4 or fewer"):
         MoEConfig(experts=4, top_k=5)
     with pytest.raises(UserError, match="granularity 3 does not divide the 32 hidden units"):
         ModelConfig(

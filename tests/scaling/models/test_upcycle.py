@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
+from scaling.io import write_json
 from scaling.models.registry import build_model
 from scaling.models.upcycle import load_weights, upcycled
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, file_sha256
 from scaling.spec import ModelConfig, MoEConfig, RunSpec, WarmStart
 from scaling.training.launch import shard
 from tests.scaling.optim.processes import run
@@ -153,7 +154,11 @@ def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path,
 
 
 def test_a_parents_weights_are_no_pickle(parent: Path, tiny_shards: Path) -> None:
-    (parent / "weights.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    weights = parent / "weights.safetensors"
+    weights.write_bytes(b"\x80\x04cos\nsystem\n")
+    record = RunDirectory(parent).record()
+    assert record is not None
+    write_json(parent / "record.json", msgspec.structs.replace(record, weights_sha256=file_sha256(weights)))
     with pytest.raises(UserError, match="not a whole safetensors file"):
         finish(place(child_of(parent), parent.parent, tiny_shards))
 

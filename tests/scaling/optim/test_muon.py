@@ -1,6 +1,7 @@
 import copy
 import io
 import os
+import pickle
 import random
 import signal
 import sys
@@ -264,3 +265,51 @@ def test_the_gpus_way_to_accumulate_is_the_cpus(nesterov, dtype):
     torch.testing.assert_close(ways[0][0], ways[1][0])
     torch.testing.assert_close(ways[0][1], ways[1][1])
     torch.testing.assert_close(ways[0][0], torch.stack([0.95 * g.flip(0) + g for g in gradients]))
+
+
+def pickled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copied_optimizer_takes_the_same_steps(name, duplicate):
+    model = model_at()
+    optimizer = build(spec(name), model.named_parameters())
+    train(model, optimizer, range(2))
+    again, twin = model_at(), duplicate(optimizer)
+    # The copy has parameters of its own, in the order of its groups.
+    names = [name for group in twin.param_groups for name in group["param_names"]]
+    for name, parameter in zip(names, (p for group in twin.param_groups for p in group["params"]), strict=True):
+        module, _, attribute = name.rpartition(".")
+        setattr(again.get_submodule(module), attribute, parameter)
+    for each, steps in ((model, optimizer), (again, twin)):
+        train(each, steps, range(2, 4))
+    assert same(model, again)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_group_that_is_added_later_takes_the_same_steps(name):
+    together, apart = model_at(), model_at()
+    whole = build(spec(name), together.named_parameters())
+    late = build(spec(name), apart.named_parameters())
+    *first, last = late.param_groups
+    built = type(late)([as_given(group) for group in first or [last]], type(late.exchange)())
+    if first:
+        built.add_param_group(as_given(last))
+    train(together, whole, range(3))
+    train(apart, built, range(3))
+    assert same(together, apart)
+
+
+def as_given(group: dict) -> dict:
+    """A group as it was given to the optimizer: names with parameters."""
+    given = {key: value for key, value in group.items() if key != "param_names"}
+    return {**given, "params": list(zip(group["param_names"], group["params"], strict=True))}
+
+
+def test_one_parameter_under_two_names_is_refused():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    names = [f"blocks.0.attention.{name}.weight" for name in ("query", "key")]
+    with pytest.raises(UserError, match=r"query.weight and blocks.0.attention.key.weight are one parameter"):
+        build(spec(), [(name, weight) for name in names])

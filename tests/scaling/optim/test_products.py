@@ -26,7 +26,7 @@ def test_both_products_are_those_of_float64_whole_or_by_panels(dtype, rows, colu
 
 INTERPRETED = """
 import torch
-from scaling.optim.symmetric import AVAILABLE, product_with_own_transpose
+from scaling.optim.newton_schulz.triton_kernel import AVAILABLE, product_with_own_transpose
 assert AVAILABLE
 for count, side, inner in [(2, 200, 90), (1, 128, 64), (1, 130, 70)]:
     x = torch.randn(count, side, inner)
