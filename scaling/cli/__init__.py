@@ -80,11 +80,10 @@ def main() -> None:
         print("scaling: interrupted; the same command continues.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has left (`| head`); that is not an error of ours.
-        _discard_output()
+        _finish_output()  # the reader has left (`| head`), which is no error
     except OSError as error:
+        _finish_output()
         print(f"scaling: {os_error_sentence(error)}", file=sys.stderr)
-        _discard_output()
         sys.exit(2)
 
 
@@ -97,6 +96,9 @@ def _subcommands(words: list[str]) -> Any:
     return functools.reduce(operator.or_, verbs)
 
 
-def _discard_output() -> None:
-    """Keep the interpreter from failing once more on what it could not write."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _finish_output() -> None:
+    """Print what was printed so far, or discard it where it cannot be, so that the interpreter does not fail at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -89,7 +89,7 @@ def find_run(name: str, root: Path) -> Path:
     """
     if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return Path(name)
-    runs = root / "runs"
+    runs, (campaign, *parts) = root / "runs", name.rsplit("/", 3)
     if name and set(name) <= ID_LETTERS:
         found = sorted(path for path in runs.glob(f"{name}*") if path.is_dir())
         if len(found) == 1:
@@ -99,8 +99,8 @@ def find_run(name: str, root: Path) -> Path:
                 f'{runs}: {len(found)} runs begin with "{name}": {", ".join(path.name for path in found[:5])}'
                 f"{', ...' if len(found) > 5 else ''}. Give more of the id."
             )
-    elif name.count("/") >= 3:
-        return _in_campaign(*name.rsplit("/", 3), root=root)
+    elif len(parts) == 3 and (campaign.endswith(".toml") or (campaign and "/" not in campaign)):
+        return _in_campaign(campaign, *parts, root=root)
     raise Refusal(
         f'{runs}: no run is called "{name}". Give the start of an id as scaling status shows it, the path of its directory, '
         "or CAMPAIGN/ARM/RUNG/SEED."
