@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from scaling.errors import Refusal
+from scaling.errors import Refusal, os_error_sentence
 from scaling.flops import CONVENTIONS
 from scaling.spec import NonNegative, Placement, RunSpec, Strict
 
@@ -38,8 +38,8 @@ NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
 
 WRITTEN_BY_SUBMIT = "Submit the campaign with --retry failed, which writes it anew."
 SET_RECORD_ASIDE = (
-    "Nothing else of the run is lost: rename the file, to record.json.damaged for instance, and submit the campaign "
-    "again; the run continues from its last checkpoint and writes its record anew."
+    "rename the file, to record.json.damaged for instance, and submit the campaign again. Nothing else of the run is "
+    "lost: it continues from its last checkpoint and writes its record anew."
 )
 
 TAIL_BYTES = 4096
@@ -193,8 +193,14 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = (
+                str(path),
+                None,
+            )  # write() names no file, and nobody knows the temporary one
         raise
     if durable:
         _sync_folder(path.parent)
@@ -340,11 +346,11 @@ class RunDirectory:
         """
         if not os.path.lexists(self.record_file):
             return None
-        record = read_json(self.record_file, RunRecord, remedy=SET_RECORD_ASIDE)
+        record = read_json(self.record_file, RunRecord, remedy=f"To repair the run, {SET_RECORD_ASIDE}")
         if record.spec.id != self.path.name:
             raise Refusal(
                 f"{self.record_file}: the record of run {record.spec.id}, and the directory is called {self.path.name}. "
-                f"If the directory was renamed, give it its name back. If the file was copied here: {SET_RECORD_ASIDE}"
+                f"If the directory was renamed, rename it back. If the file was copied here, {SET_RECORD_ASIDE}"
             )
         return record
 
@@ -422,8 +428,14 @@ class RunDirectory:
 
         Yields:
             Whether the lock was got; always True with `wait`.
+
+        Raises:
+            Refusal: The lock cannot be made or opened: it is another user's, or a folder.
         """
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise Refusal(os_error_sentence(error)) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

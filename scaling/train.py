@@ -27,7 +27,7 @@ from scaling.branches import trunk_point
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.dynamics import Dynamics
-from scaling.errors import Refusal
+from scaling.errors import Refusal, os_error_sentence
 from scaling.initial import charged_flops, load_initial
 from scaling.logbook import Logbook
 from scaling.memory import is_out_of_memory, out_of_memory
@@ -237,6 +237,8 @@ def _precision(spec: RunSpec, placement: Placement) -> Literal["bf16-mixed", "32
 
 
 def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return os_error_sentence(error)
     return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
 
 

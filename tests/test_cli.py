@@ -14,7 +14,9 @@ from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
 from scaling import cli
 from scaling.cli.common import find_run, next_step
+from scaling.cli.tables import Report
 from sweeps.campaign import built_in
+from sweeps.dispatch import Outcome
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -215,6 +217,22 @@ def test_a_next_step_is_a_command_that_the_shell_finds(
     monkeypatch.setattr(sys, "argv", [called, "plan"])
     next_step("scaling submit scaling.toml")
     assert capsys.readouterr().out == f"Next: {said} submit scaling.toml\n"
+
+
+def test_the_demo_ends_with_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sweeps.dispatch.run_local", lambda planned, **options: Outcome(
+        plan=planned, trained=(), present=(), failed={}, stopped=()))  # fmt: skip
+    monkeypatch.setattr("sweeps.collect.collect", lambda planned: None)
+    monkeypatch.setattr("analysis.summary.show", lambda study: None)
+    monkeypatch.setattr(Report, "write", lambda self: (tmp_path / "report.html", None))
+    monkeypatch.setattr(sys, "argv", [".venv/bin/scaling", "demo", "--root", str(tmp_path)])
+    cli.main()
+    *_, hint, last = capsys.readouterr().out.splitlines()
+    assert hint.startswith('"source ')
+    assert last == f"Next: .venv/bin/scaling status quick --root {tmp_path}"
 
 
 def test_a_newcomer_finds_the_version_and_the_campaigns(

@@ -178,7 +178,7 @@ def test_a_damaged_run_leaves_the_others_as_they_were(
         if file.exists() or fault in ANYWHERE:
             FAULTS[fault](file, at, other)
         found, collected = root.rows(), root.table()
-        for verb in ("plan", "status"):
+        for verb in ("plan", "status", "clean"):
             assert root.verb(verb).status == 0
         own = whole.runs[run]
         assert {key: row for key, row in found.items() if key != own} == {k: r for k, r in rows.items() if k != own}

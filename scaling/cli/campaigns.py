@@ -186,6 +186,8 @@ class Collect(OnCampaign):
         table = collect(plan)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
+        for run in table[table["status"] == "failed"].itertuples():
+            print(f"  {run.run} failed: {run.reason or 'no reason was recorded'}")
         self.next_step("fit" if finished else "submit")
 
 
