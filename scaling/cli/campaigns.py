@@ -186,8 +186,9 @@ class Collect(OnCampaign):
         table = collect(plan)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
-        for run in table[table["status"] == "failed"].itertuples():
-            print(f"  {run.run} failed: {run.reason or 'no reason was recorded'}")
+        for run, status, reason in zip(table["run"], table["status"], table["reason"], strict=True):
+            if status == "failed":
+                print(f"  {run} failed: {reason or 'no reason was recorded'}")
         self.next_step("fit" if finished else "submit")
 
 
