@@ -188,4 +188,4 @@ def write_study(study: Study, path: Path | str) -> None:
 
 def read_study(path: Path | str) -> Study:
     """The study that `write_study` wrote, equal to what was written."""
-    return read_json(Path(path), Study)
+    return read_json(Path(path), Study, remedy="Name a fits.json that scaling fit wrote.")

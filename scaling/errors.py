@@ -1,8 +1,9 @@
-"""The one exception that reaches the user as a sentence instead of a traceback."""
+"""Errors that reach the user as a sentence instead of a traceback: our own, and those of the operating system."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -26,3 +27,29 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
     return f'{what} "{name}" is not known; {hint}Known: {", ".join(known)}.'
+
+
+REMEDIES = {
+    errno.ENOSPC: "Free space on that disk; the same command then continues.",
+    errno.EDQUOT: "Free space under your quota; the same command then continues.",
+    errno.EFBIG: "Raise the limit on the size of a file (ulimit -f); the same command then continues.",
+    errno.EROFS: "Choose a folder that you may write, for instance with --root.",
+    errno.EACCES: "Choose a folder that you may read and write, for instance with --root.",
+    errno.EPERM: "Choose a folder that you may read and write, for instance with --root.",
+    errno.ENOTDIR: "A file stands where a folder is needed: move it aside, or choose another folder.",
+    errno.EEXIST: "A file stands where a folder is needed: move it aside, or choose another folder.",
+    errno.EISDIR: "A folder stands where a file is needed: move it aside, or choose another name.",
+    errno.ENAMETOOLONG: "Use a shorter name, or a folder with a shorter path.",
+    errno.ELOOP: "A link there leads to itself: remove it.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENOENT: "Check the path.",
+}
+"""What a user can do about an error of the operating system, by its number."""
+
+
+def os_error_sentence(error: OSError) -> str:
+    """An error of the operating system as a sentence: where, what was found, what to do."""
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    place = f"{' -> '.join(paths)}: " if paths else ""
+    remedy = REMEDIES.get(error.errno or 0, "What was written before is complete; the same command continues.")
+    return f"{place}{error.strerror or error}. {remedy}"

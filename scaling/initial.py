@@ -26,7 +26,7 @@ def parent(directory: RunDirectory, initial: Initial) -> tuple[RunDirectory, Run
     if not found.weights_file.exists():
         raise Refusal(
             f"{found.weights_file}: the weights are gone, and {directory.path.name} starts from them. Put the file back, "
-            "or remove that run's record.json and train it again."
+            "or rename that run's record.json and submit it again."
         )
     return found, record
 

@@ -1,18 +1,19 @@
 """The run directory: what a run reads and writes, and what its files say about its state.
 
     runs/<id>/
-        spec.json        what was wished for (RunSpec); its hash is the directory's name
+        spec.json        the requested run (RunSpec); its hash is the directory's name
         placement.json   where and how it executes (Placement)
         attempts.jsonl   one line when an attempt starts, one when it ends
-        metrics.jsonl    one line a logged step; a torn last line is ignored
-    dynamics.jsonl   one line a step at which updates and weights were measured, where the spec asks for it
+        metrics.jsonl    one line a logged step; a line that cannot be read is ignored
+        dynamics.jsonl   one line a step at which updates and parameters were measured, where the spec asks for it
         checkpoint/      resume state, newest kept
         weights.safetensors
         record.json      RunRecord: written last, by the run alone; a run is done when it is there
         lock             held (flock) by the process that trains
 
 State is derived from these files and never stored twice. Whole files are written under a temporary name in the same
-folder, flushed to disk and renamed, so a reader sees a complete file or none.
+folder, flushed to disk and renamed, so a reader sees a complete file or none. Damage comes from outside: a full disk, a
+power cut, a copy into the wrong folder. Reading a damaged file raises a `Refusal`, and the run's state is ``failed``.
 """
 
 from __future__ import annotations
@@ -21,17 +22,26 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from scaling.errors import Refusal
-from scaling.spec import Placement, RunSpec, Strict
+from scaling.errors import Refusal, os_error_sentence
+from scaling.flops import CONVENTIONS
+from scaling.spec import NonNegative, Placement, RunSpec, Strict
 
 T = TypeVar("T", bound=msgspec.Struct)
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
+
+WRITTEN_BY_SUBMIT = "Submit the campaign with --retry failed, which writes it anew."
+SET_RECORD_ASIDE = (
+    "rename the file, to record.json.damaged for instance, and submit the campaign again. Nothing else of the run is "
+    "lost: it continues from its last checkpoint and writes its record anew."
+)
 
 TAIL_BYTES = 4096
 """More than a line of metrics, torn or not."""
@@ -42,19 +52,19 @@ RunState = Literal["planned", "queued", "running", "finished", "diverged", "fail
 class MetricsRow(Strict, frozen=True):
     """One logged step. Losses in nats per token; a loss that was not measured, or is not finite, is null."""
 
-    step: int
-    tokens: int
-    flops: int
+    step: NonNegative
+    tokens: NonNegative
+    flops: NonNegative
     """Convention ``6nd``."""
-    train_loss: float | None
+    train_loss: NonNegativeFloat | None
     """Mean over the steps since the row before."""
     learning_rate: float
     grad_norm: float | None
     """Global norm before clipping, at this step."""
-    tokens_per_second: float
+    tokens_per_second: NonNegativeFloat
     mfu: float | None
     """Share of the device's peak, convention ``attention``; null where no peak is known."""
-    validation_loss: float | None = None
+    validation_loss: NonNegativeFloat | None = None
     load_imbalance: float | None = None
     """With experts: load of the busiest over the mean, in the worst layer of this step; no token is ever dropped."""
 
@@ -119,23 +129,23 @@ class RunRecord(Strict, frozen=True):
 
     spec: RunSpec
     status: Literal["finished", "diverged"]
-    validation_loss: float | None
+    validation_loss: NonNegativeFloat | None
     """Mean over the fixed held-out windows at the last token, nats per token."""
-    train_loss: float | None
+    train_loss: NonNegativeFloat | None
     """Mean over the last tenth of the steps, nats per token: fresh batches, not the held-out set."""
-    tokens: int
+    tokens: NonNegative
     """Tokens trained on: whole batches."""
-    flops: dict[str, int]
+    flops: dict[str, NonNegative]
     """Training FLOPs under every convention of ``scaling.flops.CONVENTIONS``."""
-    parameters: dict[str, int]
+    parameters: dict[str, NonNegative]
     """By part: embedding, blocks, head, norms, total; and activated, the blocks' matrices that one token meets."""
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float
     """Of the held-out text; bits per byte are loss / ln 2 / this."""
-    seconds: float
+    seconds: NonNegativeFloat
     """Training time of all attempts whose steps were kept, evaluation left out."""
-    tokens_per_second: float
+    tokens_per_second: NonNegativeFloat
     mfu: float | None
     device: Device
     code: Code
@@ -161,16 +171,24 @@ class RunRecord(Strict, frozen=True):
     weights_sha256: str | None = None
     """SHA-256 of weights.safetensors, checked where weights are read; null in records of earlier versions."""
 
+    def __post_init__(self) -> None:
+        """Reject a record that no run can have written; msgspec reports a ValueError as a value that is not valid."""
+        if self.status == "finished" and self.validation_loss is None:
+            raise ValueError("status is finished, and validation_loss is null")
+        if missing := sorted(CONVENTIONS.keys() - self.flops.keys()):
+            raise ValueError(f"flops has no count under the convention {missing[0]}")
+
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a whole file, or leave the old one: same folder, flushed, renamed.
 
-    A move across file systems would truncate the old file in place, so the temporary name lives beside the final one.
     With `durable` false it is not flushed to disk, which is a hundred times quicker, and a power cut can lose it: for
     files that are written again when they are missed.
     """
+    if "\0" in str(path):
+        raise Refusal(f"{str(path)!r}: a file name cannot hold a NUL character. Rename what the file is named after.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -178,11 +196,25 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = (
+                str(path),
+                None,
+            )  # write() names no file, and nobody knows the temporary one
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name that no other process uses, in the folder of `path`: a rename across file systems would not be atomic.
+
+    The process id alone is not enough, because two containers that share a file system can have equal ones.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -198,18 +230,27 @@ def write_json(path: Path, value: msgspec.Struct, *, durable: bool = True) -> No
     write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n", durable=durable)
 
 
-def read_json(path: Path, kind: type[T]) -> T:
+def read_json(path: Path, kind: type[T], *, remedy: str = "Restore it, or name another file.") -> T:
     """A value from a JSON file, strictly.
 
+    Args:
+        path: The file.
+        kind: The Struct to read.
+        remedy: What to do if it cannot be read: a sentence for the end of the error. Only the caller knows what
+            writes the file again and what would be lost without it.
+
     Raises:
-        Refusal: The file is missing, is not JSON, has an unknown field, a missing field or a wrong type.
+        Refusal: The file is missing or is not a file, is not JSON, has an unknown or a missing field, or a value that
+            cannot be.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
-        raise Refusal(f"{path}: there is no such file. Plan the campaign again to write it.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: not a valid {kind.__name__}: {error}. Remove the file and plan again.") from None
+        raise Refusal(f"{path}: there is no such file. {remedy}") from None
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, Refusal) as error:
+        raise Refusal(f"{path}: not a valid {kind.__name__}: {str(error).removesuffix('.')}. {remedy}") from None
 
 
 def append_line(path: Path, value: msgspec.Struct) -> None:
@@ -228,15 +269,15 @@ def write_lines(path: Path, values: Iterable[msgspec.Struct]) -> None:
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Values of a JSON-lines file, torn lines left out; empty where there is no file."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    values = []
+    """Values of a JSON-lines file, torn and damaged lines left out; empty where there is no file.
+
+    Raises:
+        Refusal: It cannot be read at all, or is not a file.
+    """
     decoder = msgspec.json.Decoder(kind)
-    for line in content.splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
+    values = []
+    for line in _read_bytes(path).splitlines():
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             values.append(decoder.decode(line))
     return values
 
@@ -245,6 +286,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_bytes(path: Path, *, last: int | None = None) -> bytes:
+    """The content of a log, or its `last` bytes; empty where there is no file."""
+    try:
+        with path.open("rb") as file:
+            if last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise Refusal(
+            f"{path}: cannot be read ({error.strerror}). Move it aside and submit the campaign again."
+        ) from None
 
 
 class RunDirectory:
@@ -263,35 +319,49 @@ class RunDirectory:
         self.lock_file = self.path / "lock"
 
     def create(self, spec: RunSpec, placement: Placement, *, durable: bool = True) -> None:
-        """Write spec and placement; a spec that is already there stays, the placement is renewed.
+        """Write spec and placement; a spec that can be read stays, the placement is renewed.
 
         A thousand runs at once are created with `durable` false: submitting again writes what a power cut took.
         """
-        if not self.spec_file.exists():
+        try:
+            read_json(self.spec_file, RunSpec)  # an edited one stays: `spec` reports it
+        except Refusal:
             write_json(self.spec_file, spec, durable=durable)
         write_json(self.placement_file, placement, durable=durable)
 
     def spec(self) -> RunSpec:
-        """The wished-for run.
+        """The requested run.
 
         Raises:
             Refusal: The file cannot be read, or its hash is not the directory's name: somebody edited or moved it.
         """
-        spec = read_json(self.spec_file, RunSpec)
+        spec = read_json(self.spec_file, RunSpec, remedy=WRITTEN_BY_SUBMIT)
         if spec.id != self.path.name:
             raise Refusal(
                 f"{self.spec_file}: its content hashes to {spec.id}, and the directory is called {self.path.name}. "
-                "A spec is not edited in place; change the campaign and plan it again."
+                "A spec is not edited in place: remove it, change the campaign, and submit that."
             )
         return spec
 
     def placement(self) -> Placement:
         """Where and how the run executes."""
-        return read_json(self.placement_file, Placement)
+        return read_json(self.placement_file, Placement, remedy=WRITTEN_BY_SUBMIT)
 
     def record(self) -> RunRecord | None:
-        """What came out, or None while the run is not done."""
-        return read_json(self.record_file, RunRecord) if self.record_file.exists() else None
+        """What came out, or None while the run is not done.
+
+        Raises:
+            Refusal: The file cannot be read, or is the record of another run.
+        """
+        if not os.path.lexists(self.record_file):
+            return None
+        record = read_json(self.record_file, RunRecord, remedy=f"To repair the run, {SET_RECORD_ASIDE}")
+        if record.spec.id != self.path.name:
+            raise Refusal(
+                f"{self.record_file}: the record of run {record.spec.id}, and the directory is called {self.path.name}. "
+                f"If the directory was renamed, rename it back. If the file was copied here, {SET_RECORD_ASIDE}"
+            )
+        return record
 
     def intact_weights(self, record: RunRecord) -> Path:
         """The weights file, whose content is the one that the run wrote.
@@ -302,8 +372,8 @@ class RunDirectory:
         if record.weights_sha256 not in (None, found := file_sha256(self.weights_file)):
             raise Refusal(
                 f"{self.weights_file}: its SHA-256 is {found[:12]}..., and the record says "
-                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Put the right one back, or remove "
-                "that run's record.json and train it again."
+                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Put the right one back, or "
+                "move that run's record.json aside and train it again."
             )
         return self.weights_file
 
@@ -316,15 +386,9 @@ class RunDirectory:
         return read_lines(self.dynamics_file, DynamicsRow)
 
     def last_row(self) -> MetricsRow | None:
-        """The last whole line of the metrics, without reading the others; None where there is none."""
-        try:
-            with self.metrics_file.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                lines = file.read().splitlines()
-        except FileNotFoundError:
-            return None
-        for line in reversed(lines):
-            with contextlib.suppress(msgspec.DecodeError):
+        """The last readable line of the metrics, without reading the others; None where there is none."""
+        for line in reversed(_read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 return msgspec.json.decode(line, type=MetricsRow)
         return None
 
@@ -333,22 +397,42 @@ class RunDirectory:
         return read_lines(self.attempts_file, Attempt)
 
     def state(self) -> RunState:
-        """The run's state, derived from its files alone."""
-        record = self.record()
-        if record is not None:
-            return record.status
-        if self.is_locked():
-            return "running"
-        attempts = self.attempts()
+        """The run's state, derived from its files alone; ``failed`` where they cannot be read."""
+        try:
+            record = self.record()
+            if record is not None:
+                return record.status
+            if self.is_locked():
+                return "running"
+            self._refuse_damage()
+            attempts = self.attempts()
+        except Refusal:
+            return "failed"
         if not attempts:
             return "planned"
         return "failed" if attempts[-1].outcome == "failed" else "preempted"
+
+    def failure(self) -> str | None:
+        """Why the run is in the state ``failed``, in a sentence; None where no reason was recorded."""
+        try:
+            self.record()
+            self._refuse_damage()
+            attempts = self.attempts()
+        except Refusal as refusal:
+            return str(refusal)
+        return attempts[-1].reason if attempts else None
+
+    def _refuse_damage(self) -> None:
+        """Refuse a spec or a placement that is there and cannot be used; a run without them was not submitted yet."""
+        for file, read in ((self.spec_file, self.spec), (self.placement_file, self.placement)):
+            if os.path.lexists(file):
+                read()
 
     def is_locked(self) -> bool:
         """Whether a process on this machine holds the run."""
         try:
             descriptor = os.open(self.lock_file, os.O_RDWR)
-        except FileNotFoundError:
+        except OSError:  # no run of ours holds it: there is no lock, or it belongs to another user
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -367,8 +451,14 @@ class RunDirectory:
 
         Yields:
             Whether the lock was got; always True with `wait`.
+
+        Raises:
+            Refusal: The lock cannot be made or opened: it is another user's, or a folder.
         """
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise Refusal(os_error_sentence(error)) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

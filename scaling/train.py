@@ -26,7 +26,7 @@ from scaling.branches import trunk_point
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.dynamics import Dynamics
-from scaling.errors import Refusal
+from scaling.errors import Refusal, os_error_sentence
 from scaling.initial import charged_flops, load_initial
 from scaling.logbook import Logbook
 from scaling.memory import is_out_of_memory, out_of_memory
@@ -54,6 +54,11 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         Refusal: The directory, the data or the placement cannot be used.
     """
     directory = RunDirectory(run_dir)
+    if not directory.spec_file.exists():
+        raise Refusal(
+            f"{directory.path}: not a run directory, because it holds no spec.json. "
+            "Name a directory under runs/, as scaling submit writes it."
+        )
     if directory.placement_file.exists() and rank_of(directory.placement()):
         # Not the run's first process, which keeps its books.
         return directory.record() or train_one_process(run_dir)
@@ -61,17 +66,18 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         record = directory.record()
         if record is not None:
             return record
-        resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
-        directory.note("start", step=step_of(resume_point) if resume_point else 0)
+        placement = directory.placement()
         try:
-            if rank_of(directory.placement()) is None:
-                start(directory.path, directory.placement())
+            resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
+            directory.note("start", step=step_of(resume_point) if resume_point else 0)
+            if rank_of(placement) is None:
+                start(directory.path, placement)
                 record, step = directory.record(), _last_step(directory)
             else:
                 record, step = _train(directory, resume_point, progress=progress)
         except BaseException as error:
-            rows = directory.metrics()
-            directory.note("end", step=rows[-1].step if rows else 0, outcome="failed", reason=_sentence(error))
+            with contextlib.suppress(OSError):  # a full disk: `error` is then the one to report
+                directory.note("end", step=_last_step(directory), outcome="failed", reason=_sentence(error))
             raise
         directory.note("end", step=step, outcome=record.status if record else "preempted")
         return record
@@ -85,8 +91,10 @@ def train_one_process(run_dir: Path | str) -> RunRecord | None:
 
 
 def _last_step(directory: RunDirectory) -> int:
-    rows = directory.metrics()
-    return rows[-1].step if rows else 0
+    with contextlib.suppress(Refusal):
+        row = directory.last_row()
+        return row.step if row else 0
+    return 0
 
 
 def _train(
@@ -260,6 +268,8 @@ def _device(placement: Placement, spec: RunSpec) -> Device:
 
 
 def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return os_error_sentence(error)
     return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from scaling.errors import Refusal
 from scaling.records import RunDirectory, read_json
 from sweeps import arrays, nodes
 from sweeps.arrays import ArrayRecord
@@ -62,11 +63,10 @@ def main(record_file: str, status: int, tries: int) -> int:
         directory = RunDirectory(root / "runs" / run)
         try:
             ending = _settle(directory, job, status, tries)
-        except OSError as error:  # a run that cannot even note its end must not be started again and again
+        except (OSError, Refusal) as error:  # a run that cannot even note its end must not be started again and again
             noted = False
-            reasons.append(
-                f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
-            )
+            said = f"{directory.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            reasons.append(f"{said}; the run's end could not be noted. Make room, and submit again.")
             continue
         if ending is None:
             continue

@@ -6,18 +6,23 @@ The last has a row for every number that a run measured of its updates and weigh
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from scaling.errors import Refusal
 from scaling.flops import CONVENTIONS, train_flops
 from scaling.initial import charged_parents
 from scaling.optim.ledger import run_optimizer_flops
-from scaling.records import write_atomic
+from scaling.records import RunRecord, write_atomic
 from sweeps.plan import Plan, PlannedRun
 from sweeps.status import run_status
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
 
 RUN_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
@@ -78,16 +83,21 @@ def collect(plan: Plan, folder: Path | str | None = None) -> pd.DataFrame:
 
 def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
     now = run_status(plan, run)
-    done = now.state in ("finished", "diverged")
-    record = plan.directory(run).record() if done else None
+    status, reason = now.state, now.reason
+    record = plan.directory(run).record() if status in ("finished", "diverged") else None
+    before: list[RunRecord] = []
+    if record is not None:
+        try:
+            before = charged_parents(plan.directory(run), run.spec.initial)
+        except Refusal as refusal:  # what the run cost is not known, so it must not enter a fit
+            record, status, reason = None, "failed", str(refusal)
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.shape, tokens, name) for name in CONVENTIONS}
-    before = charged_parents(plan.directory(run), run.spec.initial) if record else []
     optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
     paid = [record, *before] if record else []
     processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
     return run.identity | {
-        "status": now.state,
+        "status": status,
         "params": run.parameters,
         "tokens": tokens,
         "flops": flops["6nd"],
@@ -104,13 +114,22 @@ def _run_row(plan: Plan, run: PlannedRun) -> dict[str, Any]:
         "peak_lr": run.spec.optimizer.peak_lr,
         "batch_tokens": run.spec.batch_tokens,
         "manifest": run.spec.data.manifest,
-        "reason": now.reason,
+        "reason": reason,
     }
+
+
+def _readable(read: Callable[[], list[T]]) -> list[T]:
+    """The rows of one run's log; none, with a sentence, where it cannot be read: the other runs go on."""
+    try:
+        return read()
+    except Refusal as refusal:
+        print(f"{refusal} Its rows are left out.", file=sys.stderr)
+        return []
 
 
 def _curve(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
     # A run that continued logs the steps after its resume point again; the last line of a step is the one that counts.
-    rows = {row.step: row for row in plan.directory(run).metrics()}
+    rows = {row.step: row for row in _readable(plan.directory(run).metrics)}
     return [
         run.identity
         | {
@@ -128,7 +147,7 @@ def _curve(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
 
 
 def _dynamics(plan: Plan, run: PlannedRun) -> list[dict[str, Any]]:
-    rows = {row.step: row for row in plan.directory(run).dynamics()}
+    rows = {row.step: row for row in _readable(plan.directory(run).dynamics)}
     found = []
     for _, row in sorted(rows.items()):
         quantities = {"update_rms": row.update_rms, "largest_logit": row.largest_logit, "svd_entropy": row.svd_entropy}

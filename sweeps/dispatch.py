@@ -22,10 +22,12 @@ from typing import Literal
 
 import msgspec
 
+from scaling.errors import os_error_sentence
 from scaling.packing import LOG, device_slots, note_kill, train_in_process
 from scaling.processes import begin
 from scaling.records import RunDirectory
 from scaling.spec import RunSpec
+from sweeps.endings import log_tail
 from sweeps.live import Live
 from sweeps.plan import Plan, PlannedRun, with_data
 
@@ -94,9 +96,14 @@ def run_local(
     plan = with_data(plan, progress=progress)
     plan.write()
     runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")
+    unusable: dict[str, str] = {}
     for run in runs:
-        plan.directory(run).create(run.spec, run.placement)
-    campaign = _Campaign(plan, runs, retry)
+        try:
+            plan.directory(run).create(run.spec, run.placement)
+        except OSError as error:
+            unusable[run.id] = os_error_sentence(error)
+    campaign = _Campaign(plan, [run for run in runs if run.id not in unusable], retry)
+    campaign.failed |= unusable
     if campaign.waiting:
         threads = max(table.threads for table in plan.placements.values())
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
@@ -194,6 +201,10 @@ class _Campaign:
             self.trained.append(run.id)
         elif state == "failed":
             self.failed[run.id] = _reason(directory)
+        elif exit_code > 0:  # it ended before it could note why, and its log says so
+            self.failed[run.id] = log_tail(directory)
+            with contextlib.suppress(OSError):
+                directory.note("end", step=0, outcome="failed", reason=self.failed[run.id])
         elif exit_code < 0:
             reason = note_kill(directory, exit_code)
             if self.tries[run.id] < TRIES:
@@ -238,9 +249,7 @@ def _slots(plan: Plan) -> list[str]:
 
 
 def _reason(directory: RunDirectory) -> str:
-    attempts = directory.attempts()
-    said = attempts[-1].reason if attempts else None
-    return said or f"it says no reason; see {directory.path / LOG}"
+    return directory.failure() or f"no reason was recorded; see {directory.path / LOG}"
 
 
 def forget_divergence(directory: RunDirectory) -> None:

@@ -7,12 +7,11 @@ job; a job that finds other code than it was submitted with refuses to train.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
 from scaling.provenance import describe_code
-from scaling.records import write_json
+from scaling.records import temporary_name, write_json
 
 PACKAGES = ("scaling", "sweeps", "analysis")
 KEPT_SUFFIXES = {".py", ".toml", ".typed"}
@@ -49,8 +48,7 @@ def take_snapshot(folder: Path) -> Path:
     target = folder / code_digest(source)
     if target.exists():
         return target
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(target)
     for file in _files(source):
         copy = temporary / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)

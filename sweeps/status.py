@@ -73,7 +73,7 @@ class RunStatus(Strict, frozen=True):
 
 
 def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunStatus:
-    """Where one run stands; a directory that cannot be read is a failed run with the reason.
+    """Where one run stands; a run whose files cannot be read has failed, with the reason.
 
     Args:
         plan: The run's plan.
@@ -82,25 +82,25 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
     """
     directory = plan.directory(run)
     budget = run.spec.steps * run.spec.batch_tokens
-    state: RunState
-    reason: str | None = None
+    state, reason = directory.state(), None
+    record, attempts, row, abandoned = None, list[Attempt](), None, None
     try:
-        state, record = directory.state(), directory.record()
-    except Refusal as refusal:
-        state, record, reason = "failed", None, str(refusal)
-    attempts = directory.attempts()
-    row = directory.last_row()
+        record = directory.record()
+        attempts, row, abandoned = directory.attempts(), directory.last_row(), given_up(directory)
+    except Refusal as refusal:  # a finished run stays finished where only its logs are damaged
+        reason = str(refusal)
+        state = state if record is not None else "failed"
     tokens = record.tokens if record else row.tokens if row else 0
     speed = record.tokens_per_second if record else row.tokens_per_second if row else None
     task = seen.task(run.id) if seen is not None else None
     if record is not None:
-        loss, reason = record.validation_loss, record.reason
+        loss, reason = record.validation_loss, reason or record.reason
     else:
         loss = row.train_loss if row else None
-        if reason is None and state == "failed" and attempts:
-            reason = attempts[-1].reason
+        if reason is None and state == "failed":
+            reason = directory.failure()
         alone = seen is None or not seen.shares_its_job(run.id)
-        if alone or state != "failed" or given_up(directory) is None:  # else its neighbours' job goes on without it
+        if alone or state != "failed" or abandoned is None:  # else its neighbours' job goes on without it
             state, reason = _with_scheduler(state, reason, task)
         if seen is not None and seen.ended_with_its_predecessor(run.id) and state == "preempted":
             reason = "SLURM dropped it, for a run that it starts from did not end well; submitting again continues both"

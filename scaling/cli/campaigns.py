@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaling.cli.common import OnCampaign, default_root, next_step, print_json
+from scaling.cli.common import OnCampaign, default_root, next_step, print_json, program, under
 from scaling.cli.tables import Report
 
 if TYPE_CHECKING:
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from sweeps.submission import Submission
 
 WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Campaigns:
+    """List the built-in campaigns."""
+
+    def run(self) -> None:
+        """Print name and title of each, and where their files are."""
+        from importlib import resources
+
+        from sweeps.campaign import built_in, load_campaign
+
+        for name in built_in():
+            print(f"{name:16} {load_campaign(name).title}")
+        print(f"Files: {resources.files('sweeps') / 'campaigns'}; copy one to begin your own.")
+        next_step("scaling plan quick")
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,9 @@ class Collect(OnCampaign):
         table = collect(plan)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
+        for run, status, reason in zip(table["run"], table["status"], table["reason"], strict=True):
+            if status == "failed":
+                print(f"  {run} failed: {reason or 'no reason was recorded'}")
         self.next_step("fit" if finished else "submit")
 
 
@@ -200,6 +220,10 @@ class Demo:
         page, study = Report("quick", root=self.root).write()
         summary.show(study)
         print(f"Report: {page}")
+        if program() != "scaling":
+            activate = Path(sys.executable).with_name("activate")
+            print(f'"source {activate}" puts the command scaling on the PATH of this shell.')
+        next_step(shlex.join(["scaling", "status", "quick", *under(self.root)]))
 
 
 def report_outcome(outcome: Outcome) -> None:

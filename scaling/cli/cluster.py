@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from scaling.cli.common import OnCampaign
+from scaling.cli.common import OnCampaign, OnRun
 
 if TYPE_CHECKING:
     from sweeps.plan import Plan, PlannedRun
@@ -48,20 +48,18 @@ class _OnRuns(OnCampaign):
 
 
 @dataclass(frozen=True)
-class Logs(OnCampaign):
+class Logs(OnRun):
     """Print what a run has printed."""
 
-    run_id: Positional[Annotated[str, arg(metavar="RUN")]] = field(kw_only=True)
-    """The start of a run's id, as `status` shows it."""
     follow: Annotated[bool, arg(aliases=["-f"])] = False
     """Go on as it prints more, until it is done."""
 
     def run(self) -> None:
         """Print the log."""
-        from sweeps.manage import select, show_log
+        from scaling.records import RunDirectory
+        from sweeps.manage import show_log
 
-        plan = self.planned()
-        show_log(plan, select(plan, run=self.run_id)[0], follow=self.follow)
+        show_log(RunDirectory(self.run_dir), follow=self.follow)
 
 
 @dataclass(frozen=True)

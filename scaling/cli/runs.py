@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, subcommand
 
-from scaling.cli.common import OnCampaign, RunDir, print_json
+from scaling.cli.common import OnCampaign, OnRun, print_json
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and can continue: EX_TEMPFAIL."""
@@ -59,11 +59,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train one run directory, from its last resume point if there is one."""
-
-    run_dir: Positional[RunDir]
-    """Directory with spec.json and placement.json, as `submit` writes it."""
+class Train(OnRun):
+    """Train one run that was submitted, from its last checkpoint if there is one."""
 
     def run(self) -> None:
         """Train, and say what came out."""
@@ -71,17 +68,15 @@ class Train:
 
         record = train(self.run_dir)
         if record is None:
-            print("Stopped at a resume point; the same command continues.")
+            print("Stopped at a checkpoint; the same command continues.")
             sys.exit(STOPPED)
         print(f"{record.status}, held-out loss {record.validation_loss} nats per token")
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OnRun):
     """Loss and bits per byte of a finished run on its held-out text, or on any other."""
 
-    run_dir: Positional[RunDir]
-    """Directory of a finished run."""
     text: str | None = None
     """A file, folder or glob of text; without it the run's own held-out text."""
     data: Path | None = None
@@ -110,12 +105,10 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(OnRun):
     """Write a finished run as a model that other tools load: safetensors, configuration, tokenizer, model card."""
 
-    run_dir: Positional[RunDir]
-    """Directory of a finished run."""
-    folder: Positional[Path]
+    folder: Positional[Path] = field(kw_only=True)
     """Where to write."""
     to: Literal["hf"] = "hf"
     """The layout of Hugging Face transformers."""

@@ -111,7 +111,7 @@ class OnTable:
             return None
         if not facts.exists():
             return Search(read_table(file))
-        tuning = read_json(facts, Tuning)
+        tuning = read_json(facts, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
         return Search(read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning)))
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
@@ -188,15 +188,16 @@ class Fit(OnTable):
         from analysis.study import write_study
 
         study, _ = self.fitted()
-        kept = self.collected() is not None and not self.chosen()
-        if kept:
-            write_study(study, self.results() / "fits.json")
         if self.json:
             print_json(study)
+        else:
+            summary.show(study)
+        if self.collected() is not None and not self.chosen():  # after the answer, for the folder may be read-only
+            write_study(study, self.results() / "fits.json")
+            if not self.json:
+                print(f"Wrote {self.results() / 'fits.json'}")
+        if self.json:
             return
-        summary.show(study)
-        if kept:
-            print(f"Wrote {self.results() / 'fits.json'}")
         next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
 
     def _one_law(self, law: str) -> None:

@@ -19,8 +19,8 @@ from scaling.models.hub_mixtures import deepseek_config, deepseek_weights, mixtr
 from scaling.models.hub_weights import HubWeight, outside_blocks
 from scaling.models.model_card import model_card
 from scaling.models.tokenizer_files import tokenizer_files
-from scaling.records import RunDirectory, RunRecord, read_json, write_atomic
-from scaling.spec import ModelShape, Placement
+from scaling.records import RunDirectory, RunRecord, write_atomic
+from scaling.spec import ModelShape
 
 SHARD_BYTES = 5_000_000_000
 """Largest weights file, as model hubs cut them."""
@@ -101,7 +101,7 @@ def _finished(directory: RunDirectory) -> RunRecord:
     if not directory.weights_file.exists():
         raise Refusal(
             f"{directory.weights_file}: the weights are gone, though the run is finished. "
-            "Put the file back, or remove record.json and train again."
+            "Put the file back, or rename record.json and submit the campaign again."
         )
     return record
 
@@ -119,7 +119,7 @@ def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -
         return manifest, folder
     if not directory.placement_file.exists():
         return None, Path()
-    folder = Path(read_json(directory.placement_file, Placement).data)
+    folder = Path(directory.placement().data)
     if not (folder / MANIFEST).exists():
         return None, folder
     manifest = read_manifest(folder)

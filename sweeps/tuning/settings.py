@@ -31,7 +31,8 @@ def with_settings(campaign: Campaign, root: Path) -> Campaign:
     if not campaign.untuned and all(arm in campaign.settings for arm in tuned):
         return campaign
     file = facts_file(root, campaign.name)
-    found = read_json(file, Tuning) if file.exists() else None
+    remedy = f"Move it aside and run: scaling tune {campaign.name}"
+    found = read_json(file, Tuning, remedy=remedy) if file.exists() else None
     if found is not None and found.settings:
         return msgspec.structs.replace(campaign, settings={**campaign.settings, **found.settings}, untuned=False)
     middle = middles(campaign, rungs_of(campaign))

@@ -69,12 +69,12 @@ def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
     planned = counting.plan(steps=30)
     finished, other = planned.runs[0], planned.runs[1]
     with pytest.raises(Refusal, match="printed nothing yet"):
-        show_log(planned, finished)
+        show_log(planned.directory(finished))
     counting.submit(planned)
     wait_until_done(planned)
     said: list[str] = []
     write: Callable[[str], object] = said.append
-    show_log(planned, finished, write=write)
+    show_log(planned.directory(finished), write=write)
     assert "restart 0, on node" in "".join(said)
     planned.directory(other).record_file.rename(planned.directory(other).path / "hidden")  # as if it were not done
     files, size = clean(planned, [finished, other], dry_run=True)

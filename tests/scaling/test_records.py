@@ -7,7 +7,7 @@ import pytest
 from tiny import make_spec
 
 from scaling.errors import Refusal
-from scaling.records import Attempt, RunDirectory, append_line, read_lines, write_atomic
+from scaling.records import Attempt, RunDirectory, append_line, read_lines, temporary_name, write_atomic
 from scaling.spec import Placement
 
 
@@ -39,6 +39,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         write_atomic(target, b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_processes_with_one_id_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    assert temporary_name(tmp_path / "plan.jsonl") != temporary_name(tmp_path / "plan.jsonl")
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="NUL"):
+        write_atomic(tmp_path / "a\0b.svg", b"")
 
 
 def test_an_edited_spec_is_refused(directory: RunDirectory) -> None:

@@ -189,3 +189,14 @@ def test_steps_that_were_taken_again_are_counted() -> None:
     killed = [attempt("start", 0), attempt("end", 17), attempt("start", 10), attempt("end", 40)]
     assert redone_steps(killed) == 7
     assert redone_steps([attempt("start", 0), attempt("end", 20), attempt("start", 20), attempt("end", 40)]) == 0
+
+
+def test_a_run_whose_process_ends_before_it_can_say_why_has_failed(
+    campaigns: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.dispatch.train_in_process", os.chmod)  # called with other arguments, it raises
+    planned = campaigns.plan()
+    outcome = run_local(planned, workers=2, progress=False)
+    assert outcome.failed.keys() == {run.id for run in outcome.plan.runs}
+    for run in outcome.plan.runs:
+        assert run_status(outcome.plan, run).reason == outcome.failed[run.id] == "it left no log"
