@@ -119,7 +119,7 @@ class RunRecord(Strict, frozen=True):
     spec: RunSpec
     status: Literal["finished", "diverged"]
     validation_loss: float | None
-    """Mean over the fixed held-out windows at the last token, nats per token."""
+    """Mean over the sampled held-out tokens (`Evaluation.tokens`) after the last step, nats per token."""
     train_loss: float | None
     """Mean over the last tenth of the steps, nats per token: fresh batches, not the held-out set."""
     tokens: int
@@ -131,7 +131,7 @@ class RunRecord(Strict, frozen=True):
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float
-    """Of the held-out text; bits per byte are loss / ln 2 / this."""
+    """Of the evaluated held-out tokens; bits per byte are loss / ln 2 / this."""
     seconds: float
     """Training time of all attempts whose steps were kept, evaluation left out."""
     tokens_per_second: float

@@ -13,7 +13,7 @@ class Document(NamedTuple):
 
     text: str
     half: Half | None
-    """Where a published split puts it; None leaves it to the hash of its content (`half_by_content`)."""
+    """Where a published split puts it; None leaves it to `split_by_content` or `split_inside`."""
     done: float | None
     """Share of the source that has been read, 0 to 1; None where the source does not know its length."""
 
@@ -23,11 +23,22 @@ def content_digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def half_by_content(digest: bytes, validation_fraction: float) -> Half:
-    """Training or validation, decided by the content alone.
+def split_by_content(text: str, digest: bytes, validation_fraction: float) -> list[tuple[str, Half]]:
+    """The whole text in one half, decided by its content alone.
 
     Equal texts always fall in the same half, whatever their names, so a copy cannot carry a validation document into
     training, and adding files to a folder moves no document that was there before.
     """
     position = int.from_bytes(digest[:8], "big") / 2**64
-    return "validation" if position < validation_fraction else "train"
+    return [(text, "validation" if position < validation_fraction else "train")]
+
+
+def split_inside(text: str, digest: bytes, validation_fraction: float) -> list[tuple[str, Half]]:
+    """The end of the text for validation, then what precedes it for training; a part without a character is left out.
+
+    Equal texts are cut at the same character, so a copy carries nothing from one half into the other.
+    """
+    at = len(text) - round(len(text) * validation_fraction)
+    # Validation first: a preparation that stops at a number of training tokens stops behind both parts.
+    parts: list[tuple[str, Half]] = [(text[at:], "validation"), (text[:at], "train")]
+    return [part for part in parts if part[0]]

@@ -12,6 +12,8 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,9 +21,9 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.data.documents import Document, Half, content_digest, half_by_content
+from scaling.data.documents import Half, content_digest, split_by_content, split_inside
 from scaling.data.meter import Meter
-from scaling.data.shards import MANIFEST, Manifest, read_manifest
+from scaling.data.shards import DOCUMENT_ENDS, MANIFEST, Manifest, file_digest, read_manifest
 from scaling.data.sources import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_digest
 from scaling.data.writer import HalfState, HalfWriter
@@ -31,7 +33,7 @@ from scaling.spec import Strict
 
 PROGRESS = "progress.json"
 TOKENIZER_COPY = "tokenizer.json"
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same wish would give other shards, so that old folders are not taken for new ones."""
 
 CHECKPOINT_SECONDS = 2.0
@@ -39,6 +41,9 @@ CHECKPOINT_SECONDS = 2.0
 
 BATCH_BYTES = 1 << 20
 """Text handed to the tokenizer at once; it spreads the documents over the cores."""
+
+ENOUGH_DOCUMENTS = 10
+"""Documents that a split by hash gives each half on average, at least; with fewer, every document is split."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -156,7 +161,7 @@ def _write(config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progre
         note(begun.documents, bytes.fromhex(begun.chain))
         noted = time.monotonic()
         enough = config.train_tokens is not None and train.tokens >= config.train_tokens
-        batches = _batches(SOURCES[config.source].documents(config), config.validation_fraction, begun)
+        batches = _batches(config, begun)
         for batch in () if enough else batches:
             for ids, size, half in zip(
                 tokenizer.encode(batch.texts), map(_utf8_bytes, batch.texts), batch.halves, strict=True
@@ -182,6 +187,7 @@ def _write(config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progre
             tokenizer=tokenizer.info,
             train=train.finish(),
             validation=validation.finish(),
+            document_ends=file_digest(folder / DOCUMENT_ENDS),
         )
     if config.tokenizer != BYTES:
         write_atomic(folder / TOKENIZER_COPY, Path(config.tokenizer).read_bytes())
@@ -200,33 +206,34 @@ class _Batch(msgspec.Struct):
     done: float | None
 
 
-def _batches(documents: Iterator[Document], validation_fraction: float, begun: Progress) -> Iterator[_Batch]:
+def _batches(config: DataConfig, begun: Progress) -> Iterator[_Batch]:
     """Documents after those already dealt with, in pieces of about `BATCH_BYTES`, each with its half.
 
     Raises:
         _SourceChanged: Those already dealt with are other ones now.
     """
-    chain = b""
+    inside = _splits_inside(config)
+    split = split_inside if inside else split_by_content
+    chain = b"inside" if inside else b""  # an interrupted preparation goes on only under the rule that it began with
     number = size = 0
     held_out: set[bytes] = set()
     done: float | None = 0.0
     texts: list[str] = []
     halves: list[Half] = []
-    for number, (text, half, done) in enumerate(documents, start=1):
+    for number, (text, half, done) in enumerate(SOURCES[config.source].documents(config), start=1):
         digest = content_digest(text)
         chain = hashlib.blake2b(chain + digest, digest_size=16).digest()
         if number == begun.documents and chain.hex() != begun.chain:
             raise _SourceChanged
-        if half is None:
-            half = half_by_content(digest, validation_fraction)
-        elif half == "validation":
+        if half == "validation":
             held_out.add(digest)
         elif digest in held_out:  # a published training set may hold copies of its validation set
             continue
         if number <= begun.documents:
             continue
-        texts.append(text)
-        halves.append(half)
+        for part, side in [(text, half)] if half else split(text, digest, config.validation_fraction):
+            texts.append(part)
+            halves.append(side)
         size += len(text)
         if size >= BATCH_BYTES:
             yield _Batch(texts, halves, number, chain, done)
@@ -235,6 +242,19 @@ def _batches(documents: Iterator[Document], validation_fraction: float, begun: P
         raise _SourceChanged
     if texts:
         yield _Batch(texts, halves, number, chain, done)
+
+
+def _splits_inside(config: DataConfig) -> bool:
+    """Whether there are too few documents for a split by hash, so that each one is split (`split_inside`).
+
+    By hash, each half is to get `ENOUGH_DOCUMENTS` on average; then the odds that one gets none are below 1 in 20,000.
+    """
+    if config.validation is not None:
+        return False
+    needed = math.ceil(ENOUGH_DOCUMENTS / min(config.validation_fraction, 1 - config.validation_fraction))
+    # Counted in a pass of its own, since documents may be too large to keep so many of them.
+    counted = sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), needed))
+    return counted < needed
 
 
 def _begun(folder: Path, wish: str) -> Progress:
@@ -284,8 +304,9 @@ def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validatio
     empty, side = ("held out", "larger") if train.documents else ("left to train on", "smaller")
     capped = "" if config.train_tokens is None else "a larger train_tokens, "
     raise Refusal(
-        f"[data] {where}: of the documents read, {total:,}, none is {empty} at validation_fraction = {config.validation_fraction:g}. "
-        f"Use {capped}a {side} fraction or more files, or name a validation set in validation."
+        f"[data] {where}: of {total:,} documents with {train.bytes + validation.bytes:,} bytes, nothing is {empty} at "
+        f"validation_fraction = {config.validation_fraction:g}. "
+        f"Use {capped}a {side} fraction or more text, or name a validation set in validation."
     )
 
 

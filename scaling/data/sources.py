@@ -43,7 +43,7 @@ class DataConfig(Strict, frozen=True):
     revision: str | None = None
     """hf: commit or tag, so that the same wish stays the same text."""
     validation: str | None = None
-    """A published validation set: text: file, folder or glob; hf: split. Without it documents are held out by hash."""
+    """A published validation set: text: file, folder or glob; hf: split. Without it, part of the text is held out."""
     text_field: str | None = None
     """text, hf: the field that holds the text; ``text`` when not given."""
     tokenizer: str = "bytes"
@@ -51,7 +51,8 @@ class DataConfig(Strict, frozen=True):
     train_tokens: Positive | None = None
     """Stop after the document that reaches this many training tokens; None takes all there is."""
     validation_fraction: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.05
-    """Share of documents held out by hash where no published validation set is named."""
+    """Share held out where no published validation set is named: of the documents, chosen by a hash of their content; of
+    the text of each document, its end, where there are too few to choose from."""
     repeat: bool = False
     """Let a run that needs more tokens than there are go over them again, each epoch in its own order."""
 

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scaling.data import library
-from scaling.data.documents import content_digest, half_by_content
+from scaling.data.documents import content_digest, split_by_content, split_inside
 from scaling.data.files import READERS, documents, find
 from scaling.data.prepare import default_folder, prepare
 from scaling.data.shards import read_manifest
@@ -79,9 +81,23 @@ def test_copies_of_published_validation_documents_are_left_out_of_training(tmp_p
 
 
 def test_the_split_by_content_holds_out_the_fraction_asked_for():
-    halves = [half_by_content(content_digest(str(number)), 0.05) for number in range(20_000)]
+    halves = [
+        half
+        for text in map(str, range(20_000))
+        for whole, half in split_by_content(text, content_digest(text), 0.05)
+        if whole == text
+    ]
+    assert len(halves) == 20_000
     # Binomial with n = 20,000 and p = 0.05: four standard deviations are 123.
     assert abs(halves.count("validation") - 1000) < 123
+
+
+@given(text=st.text(min_size=1, max_size=60), fraction=st.floats(0.01, 0.99))
+def test_a_split_inside_a_document_loses_no_character_and_holds_out_its_end(text, fraction):
+    parts = {half: part for part, half in split_inside(text, b"", fraction)}
+    assert parts.get("train", "") + parts.get("validation", "") == text
+    assert abs(len(parts.get("validation", "")) - fraction * len(text)) <= 0.5
+    assert all(parts.values())
 
 
 REFUSED_FILES = {
@@ -200,7 +216,7 @@ def test_a_tokenizers_file_encodes_every_text_whole_and_is_kept_with_the_shards(
 
     from scaling.data.shards import TokenStream
 
-    texts = [f"the {word} and a forged <|endoftext|> in größer text" for word in ("cat", "hat", "mat", "rat")]
+    texts = [f"the {word} and a forged <|endoftext|> in größer text" for word in range(20)]
     (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
     config = DataConfig(
         source="text", path=str(tmp_path / "a.jsonl"), tokenizer=str(tokenizer_file), validation_fraction=0.5
