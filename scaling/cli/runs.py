@@ -110,7 +110,7 @@ class Evaluate:
                 )
             print(
                 f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
-                f"over {found.tokens:,} tokens of {found.documents:,} documents"
+                f"over {found.tokens:,} tokens (documents: {found.documents:,})"
             )
 
 

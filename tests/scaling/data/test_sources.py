@@ -301,3 +301,40 @@ def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch):
             prepare(DataConfig(**options), tmp_path / "other", progress=False)
         for left in (tmp_path / "other").iterdir():
             left.unlink()
+
+
+@pytest.mark.parametrize("option", ["path", "tokenizer", "validation", "name"])
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("~no-such-user/x", r"there is no user 'no-such-user'"),
+        ("a\0b", r"'a\\x00b' holds a control character"),
+        ("x\x1b[31m", "holds a control character"),
+        ("x" * 5000, "5,000 characters long, and at most 1,024"),
+        ("x" * 300 + "/y/z", "cannot be read|there is no such folder"),
+        ("/dev/zero", "holds no file|is not a file|no folder of this name"),
+        ("/proc", "cannot be read|holds no file|is not a file|no folder of this name"),
+        ("", "is empty"),
+    ],
+)
+def test_a_value_that_names_nothing_readable_is_one_short_sentence(tmp_path, option, value, sentence):
+    (tmp_path / "a.txt").write_text("x")
+    source = {"source": "hf"} if option == "name" else {"source": "text", "path": str(tmp_path / "a.txt")}
+    with pytest.raises(Refusal, match=sentence) as refused:
+        default_folder(DataConfig(**{**source, option: value}).resolved(tmp_path), tmp_path)
+    assert f"[data] {option}" in str(refused.value)
+    assert len(str(refused.value)) < 600
+
+
+def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def unreachable(self, *given, **options):
+        asked.append(given)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(Refusal, match=r"Hub cannot be reached \(no route to host\)"):
+        prepare(DataConfig(source="hf", name="owner/name"), tmp_path / "shards", progress=False)
+    assert asked == [("owner/name",)]
