@@ -34,11 +34,14 @@ def split_by_content(text: str, digest: bytes, validation_fraction: float) -> li
 
 
 def split_inside(text: str, digest: bytes, validation_fraction: float) -> list[tuple[str, Half]]:
-    """The end of the text for validation, then what precedes it for training; a part without a character is left out.
+    """The last bytes of the text for validation, then those before them for training; an empty part is left out.
 
     Equal texts are cut at the same character, so a copy carries nothing from one half into the other.
     """
-    at = len(text) - round(len(text) * validation_fraction)
+    content = text.encode()
+    at = len(content) - round(len(content) * validation_fraction)
+    while at < len(content) and content[at] & 0xC0 == 0x80:  # inside a character
+        at -= 1
     # Validation first: a preparation that stops at a number of training tokens stops behind both parts.
-    parts: list[tuple[str, Half]] = [(text[at:], "validation"), (text[:at], "train")]
+    parts: list[tuple[str, Half]] = [(content[at:].decode(), "validation"), (content[:at].decode(), "train")]
     return [part for part in parts if part[0]]

@@ -85,6 +85,14 @@ def find(path: str, validation: str | None = None) -> list[FoundFile]:
     return halves + [("train", name, file) for name, file in training]
 
 
+def plain_sizes(path: str, validation: str | None = None) -> list[tuple[Half | None, int]] | None:
+    """Bytes of each file of plain text; None where a file holds its text in other forms."""
+    files = find(path, validation)
+    if any(READERS[_suffix(file)] is not _plain for _, _, file in files):
+        return None
+    return [(half, file.stat().st_size) for half, _, file in files]
+
+
 def _expand(path: str, option: str) -> list[tuple[str, Path]]:
     """Name and path of each file that a file, folder or glob stands for, ordered by name."""
     known = ", ".join(READERS)

@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from scaling.data.documents import Half, content_digest, split_by_content, split_inside
+from scaling.data.files import plain_sizes
 from scaling.data.meter import Meter
 from scaling.data.shards import DOCUMENT_ENDS, MANIFEST, Manifest, file_digest, read_manifest
 from scaling.data.sources import SOURCES, DataConfig
@@ -89,6 +90,32 @@ def default_folder(config: DataConfig, root: Path) -> Path:
         Refusal: The files that the configuration names are not there.
     """
     return root / "data" / f"{config.source}-{wish_hash(config)[:8]}"
+
+
+def at_most(config: DataConfig) -> tuple[int, int] | None:
+    """Upper bounds of the training and validation tokens, before any text is read; None where sizes do not say.
+
+    Of plain text files every byte is a token, and every document ends with one more.
+
+    Raises:
+        Refusal: The files are not there, or all of them are empty.
+    """
+    if config.tokenizer != BYTES or config.source != "text":
+        return None
+    assert config.path is not None
+    files = plain_sizes(config.path, config.validation)
+    if files is None:
+        return None
+    if not any(size for _, size in files):
+        raise _no_text(config)
+    total = sum(size + 1 for _, size in files)
+    if config.validation is not None:
+        held = sum(size + 1 for half, size in files if half == "validation")
+        return total - held, held
+    if len(files) >= _needed(config):
+        return total, total
+    held = sum(round(size * config.validation_fraction) + 4 for _, size in files)  # a character has 4 bytes at most
+    return sum(size - round(size * config.validation_fraction) + 1 for _, size in files), held
 
 
 def prepared(config: DataConfig, folder: Path) -> Manifest | None:
@@ -251,10 +278,15 @@ def _splits_inside(config: DataConfig) -> bool:
     """
     if config.validation is not None:
         return False
-    needed = math.ceil(ENOUGH_DOCUMENTS / min(config.validation_fraction, 1 - config.validation_fraction))
+    needed = _needed(config)
     # Counted in a pass of its own, since documents may be too large to keep so many of them.
     counted = sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), needed))
     return counted < needed
+
+
+def _needed(config: DataConfig) -> int:
+    """Documents that a split by hash needs."""
+    return math.ceil(ENOUGH_DOCUMENTS / min(config.validation_fraction, 1 - config.validation_fraction))
 
 
 def _begun(folder: Path, wish: str) -> Progress:
@@ -295,9 +327,9 @@ def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validatio
     validation.discard()
     (folder / PROGRESS).unlink()
     total = train.documents + validation.documents
-    where = config.path or config.name or SOURCES[config.source].label
+    where = _where(config)
     if not total:
-        raise Refusal(f"[data] {where}: there is no text in it. Name files that hold some.")
+        raise _no_text(config)
     if config.validation is not None:
         empty = "validation set" if train.documents else "training set"
         raise Refusal(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
@@ -308,6 +340,14 @@ def _refuse_empty(config: DataConfig, folder: Path, train: HalfWriter, validatio
         f"validation_fraction = {config.validation_fraction:g}. "
         f"Use {capped}a {side} fraction or more text, or name a validation set in validation."
     )
+
+
+def _where(config: DataConfig) -> str:
+    return config.path or config.name or SOURCES[config.source].label
+
+
+def _no_text(config: DataConfig) -> Refusal:
+    return Refusal(f"[data] {_where(config)}: there is no text in it. Name files that hold some.")
 
 
 def _utf8_bytes(text: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 import scaling.data.prepare as preparation
 import scaling.data.writer
 from scaling.data.documents import Document
-from scaling.data.prepare import PROGRESS, default_folder, prepare, prepared
+from scaling.data.prepare import PROGRESS, at_most, default_folder, prepare, prepared
 from scaling.data.shards import MANIFEST, TokenStream, document_ends
 from scaling.data.sources import DataConfig
 from scaling.errors import Refusal
@@ -177,6 +177,23 @@ def test_a_source_of_few_documents_is_split_inside_each(tmp_path, name, lines):
     )
     ends = document_ends(tmp_path / "shards")
     assert ends[-1].tolist() == [manifest.validation.tokens, manifest.validation.bytes]
+
+
+@pytest.mark.parametrize("files", [1, 30, 250])
+@pytest.mark.parametrize("published", [False, True])
+def test_bounds_from_sizes_of_files_hold_and_are_near_where_few_are_split_inside(tmp_path, files, published):
+    (tmp_path / "text").mkdir()
+    for number in range(files):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number}: größer und größer, 大きい\n" * 40)
+    (tmp_path / "held.txt").write_text("held out\n" * 9)
+    validation = str(tmp_path / "held.txt") if published else None
+    config = DataConfig(source="text", path=str(tmp_path / "text"), validation=validation)
+    bounds = at_most(config)
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    found = manifest.train.tokens, manifest.validation.tokens
+    assert all(tokens <= bound for tokens, bound in zip(found, bounds, strict=True))
+    if published or files < 200:
+        assert sum(bounds) - sum(found) <= 4 * files
 
 
 def test_a_source_that_grew_past_the_split_inside_starts_over(tmp_path, small, monkeypatch):

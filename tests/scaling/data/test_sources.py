@@ -96,7 +96,8 @@ def test_the_split_by_content_holds_out_the_fraction_asked_for():
 def test_a_split_inside_a_document_loses_no_character_and_holds_out_its_end(text, fraction):
     parts = {half: part for part, half in split_inside(text, b"", fraction)}
     assert parts.get("train", "") + parts.get("validation", "") == text
-    assert abs(len(parts.get("validation", "")) - fraction * len(text)) <= 0.5
+    # A cut inside a character moves to its start, which is at most three bytes away.
+    assert -0.5 <= len(parts.get("validation", "").encode()) - fraction * len(text.encode()) <= 3.5
     assert all(parts.values())
 
 
