@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Literal, NamedTuple
 
 Half = Literal["train", "validation"]
+
+
+ENOUGH_DOCUMENTS = 10
+"""Documents that `split_by_content` must give each half on average; then the odds that one gets none are 1 in 20,000."""
 
 
 class Document(NamedTuple):
@@ -21,6 +26,11 @@ class Document(NamedTuple):
 def content_digest(text: str) -> bytes:
     """16 bytes that name a text by its content."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def documents_to_choose_from(validation_fraction: float) -> int:
+    """The fewest documents that are split by `split_by_content`; a source that has fewer is split by `split_inside`."""
+    return math.ceil(ENOUGH_DOCUMENTS / min(validation_fraction, 1 - validation_fraction))
 
 
 def split_by_content(text: str, digest: bytes, validation_fraction: float) -> list[tuple[str, Half]]:

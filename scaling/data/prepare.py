@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import itertools
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -21,7 +20,13 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.data.documents import Half, content_digest, split_by_content, split_inside
+from scaling.data.documents import (
+    Half,
+    content_digest,
+    documents_to_choose_from,
+    split_by_content,
+    split_inside,
+)
 from scaling.data.files import plain_sizes
 from scaling.data.meter import Meter
 from scaling.data.shards import DOCUMENT_ENDS, MANIFEST, Manifest, file_digest, read_manifest
@@ -42,9 +47,6 @@ CHECKPOINT_SECONDS = 2.0
 
 BATCH_BYTES = 1 << 20
 """Text handed to the tokenizer at once; it spreads the documents over the cores."""
-
-ENOUGH_DOCUMENTS = 10
-"""Documents that a split by hash gives each half on average, at least; with fewer, every document is split."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -112,7 +114,7 @@ def at_most(config: DataConfig) -> tuple[int, int] | None:
     if config.validation is not None:
         held = sum(size + 1 for half, size in files if half == "validation")
         return total - held, held
-    if len(files) >= _needed(config):
+    if len(files) >= documents_to_choose_from(config.validation_fraction):
         return total, total
     held = sum(round(size * config.validation_fraction) + 4 for _, size in files)  # a character has 4 bytes at most
     return sum(size - round(size * config.validation_fraction) + 1 for _, size in files), held
@@ -272,21 +274,12 @@ def _batches(config: DataConfig, begun: Progress) -> Iterator[_Batch]:
 
 
 def _splits_inside(config: DataConfig) -> bool:
-    """Whether there are too few documents for a split by hash, so that each one is split (`split_inside`).
-
-    By hash, each half is to get `ENOUGH_DOCUMENTS` on average; then the odds that one gets none are below 1 in 20,000.
-    """
+    """Whether there are too few documents for a split by content."""
     if config.validation is not None:
         return False
-    needed = _needed(config)
+    enough = documents_to_choose_from(config.validation_fraction)
     # Counted in a pass of its own, since documents may be too large to keep so many of them.
-    counted = sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), needed))
-    return counted < needed
-
-
-def _needed(config: DataConfig) -> int:
-    """Documents that a split by hash needs."""
-    return math.ceil(ENOUGH_DOCUMENTS / min(config.validation_fraction, 1 - config.validation_fraction))
+    return sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), enough)) < enough
 
 
 def _begun(folder: Path, wish: str) -> Progress:

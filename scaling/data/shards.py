@@ -51,11 +51,6 @@ class Split(Strict, frozen=True):
         """Tokens of the stream, one separator a document included."""
         return sum(shard.tokens for shard in self.shards)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bits per byte are loss / ln 2 / this; separators count as tokens, since the loss is a mean over them too."""
-        return self.bytes / self.tokens if self.tokens else 0.0
-
 
 class Manifest(Strict, frozen=True):
     """What a folder of shards holds and what it was made from; written last."""
@@ -82,7 +77,7 @@ class Manifest(Strict, frozen=True):
 
 
 def manifest_hash(manifest: Manifest | Path | str) -> str:
-    """SHA-256 of the content: tokens, tokenizer and counts. No path, name, option or date changes it.
+    """SHA-256 of the content: tokens, tokenizer, counts and document ends. No path, name, option or date changes it.
 
     Args:
         manifest: A manifest, or a folder that holds one.

@@ -31,7 +31,8 @@ class HalfState(Strict, frozen=True):
 class HalfWriter:
     """Appends to the shards of one half, from where a state says they were left.
 
-    Of the validation half it also writes where each document ends (`scaling.data.shards.document_ends`). A shard's header counts 0 tokens until it is finished, so a reader refuses one that is being written.
+    Of the validation half it also writes where each document ends (`scaling.data.shards.document_ends`). A shard's
+    header counts 0 tokens until the shard is finished, so a reader refuses one that is being written.
     """
 
     def __init__(self, folder: Path, half: Half, begun: HalfState) -> None:
@@ -98,14 +99,14 @@ class HalfWriter:
         return Split(shards=tuple(self._shards), documents=self.documents, bytes=self.bytes)
 
     def close(self) -> None:
-        """Let go of the file; what is not finished can be taken up again."""
+        """Close the files; a later writer continues what is not finished."""
         self._close_shard()
         if self._ends is not None:
             self._ends.close()
             self._ends = None
 
     def discard(self) -> None:
-        """Remove every shard of this half."""
+        """Remove every file of this half."""
         self.close()
         for path in (*(self.folder / shard.file for shard in self._shards), self._open_path):
             path.unlink(missing_ok=True)
