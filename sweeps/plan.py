@@ -169,6 +169,11 @@ def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementTable]) -> 
 
 def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[Rung]) -> None:
     """Refuse runs that the data cannot serve; of data that are not prepared, by what the sizes of files say."""
+    if campaign.evaluation.tokens < campaign.model.context:
+        raise Refusal(
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, less than one sequence of context "
+            f"{campaign.model.context:,}. Use a multiple of it."
+        )
     if manifest is not None:
         if campaign.model.vocabulary < manifest.vocabulary:
             raise Refusal(
