@@ -100,10 +100,13 @@ def _texts(name: str, subset: str | None, split: str, revision: str | None, text
 def _check_reachable(name: str, revision: str | None, where: str) -> None:
     """Ask the Hub once, since `datasets` retries for half a minute, and prints each try, where there is no network."""
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # then `datasets` looks into its cache and tries nothing else
     try:
         huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=ANSWER_SECONDS)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError):
+    except (HfHubHTTPError, HFValidationError):
         return  # the Hub has answered, or the name is none of its: `datasets` says what is wrong
     except Exception as error:  # of the library's HTTP client, which has changed between its versions
         raise Refusal(

@@ -336,6 +336,7 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(Refusal, match=r"Hub cannot be reached \(no route to host\)"):
         prepare(DataConfig(source="hf", name="owner/name"), tmp_path / "shards", progress=False)
     assert asked == [("owner/name",)]
