@@ -1,7 +1,8 @@
-"""Loss and bits per byte of a finished run on any text: its own held-out part, files, a data set, a source by name.
+"""Loss and bits per byte of a finished run on its validation split, or on any text: files, a data set, another source.
 
-The text is cut into tokens by the tokenizer that the run was trained with and scored as one stream, window after
-window, as the run's own evaluation does it, so that both numbers mean the same.
+The run's own `validation_loss` is the mean over a fixed sample of the validation split; asked for as many tokens as the
+run evaluated, `evaluate` takes the same sample. Other text is cut into tokens by the tokenizer that the run was trained
+with and scored as one stream, sequence after sequence.
 """
 
 from __future__ import annotations
@@ -37,20 +38,25 @@ DOCUMENTS_AT_ONCE = 64
 
 
 class Evaluated(Strict, frozen=True):
-    """What a run makes of a text."""
+    """Loss of one run on one text."""
 
     run: str
     text: str
-    """Where it came from."""
+    """What was scored: the whole validation split, a sample of it, or a path or name."""
     loss: float
     """Mean over all targets, nats per token."""
     bits_per_byte: float
     """``loss / ln 2 / bytes_per_token``: does not depend on the tokenizer."""
     tokens: int
     """Targets that were scored."""
+    validation_loss: float
+    """What the run's record says: the loss on `validation_tokens`, the value in tables and fits, nats per token."""
+    validation_tokens: int
+    """Tokens of the validation split that the run evaluated: a fixed sample, spread over the split."""
     bytes_per_token: float
     """Of the text, the token that ends each document counted, since it is predicted too."""
     documents: int
+    """Documents that the targets belong to."""
 
 
 def evaluate(
@@ -65,9 +71,10 @@ def evaluate(
 
     Args:
         run_dir: The run.
-        text: Which text, by source; its tokenizer is ignored in favour of the run's. None: the run's held-out text.
+        text: Which text, by source; its tokenizer is ignored in favour of the run's. None: the run's validation split.
         data: The run's data folder, where it is no longer the one in its placement.
-        tokens: Score no more than so many; None takes all there is.
+        tokens: Score no more than so many: of the validation split a sample, of another text its beginning. None scores
+            all of it.
         device: Where to compute, in torch's words.
 
     Raises:
@@ -80,12 +87,14 @@ def evaluate(
     folder = Path(data) if data is not None else Path(directory.placement().data)
     manifest = _manifest(folder, record)
     shape = record.spec.shape
+    assert record.validation_loss is not None  # a finished run has one
     if text is None:
         there = max(manifest.validation.tokens - 1, 0)
-        windows = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
-        counts = manifest.validation.documents, manifest.validation.bytes_per_token
-        parts: Iterable[npt.NDArray[np.int64]] = [windows]
-        where = f"held-out text of {folder.name}"
+        held = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
+        counts = held.documents, held.bytes_per_token
+        parts: Iterable[npt.NDArray[np.int64]] = [held.windows]
+        whole = held.windows.shape[0] == there // shape.context
+        where = f"{'whole' if whole else 'sample of the'} validation split of {folder.name}"
     else:
         stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
@@ -102,6 +111,8 @@ def evaluate(
         loss=loss,
         bits_per_byte=loss / math.log(2) / counts[1],
         tokens=scored,
+        validation_loss=record.validation_loss,
+        validation_tokens=record.spec.evaluation.tokens // shape.context * shape.context,
         bytes_per_token=counts[1],
         documents=counts[0],
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from scaling.data.shards import read_manifest
+from scaling.data.batches import held_out
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
 from scaling.logbook import Logbook
 from scaling.memory import peak_bytes
@@ -93,7 +93,9 @@ def record_of(
             "activated": parameters.activated,
         },
         groups=groups,
-        bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
+        bytes_per_token=held_out(
+            placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens
+        ).bytes_per_token,
         seconds=logbook.watch.seconds,
         cpu_seconds=logbook.work.seconds,
         tokens_per_second=rate,

@@ -130,7 +130,7 @@ class RunRecord(Strict, frozen=True):
     spec: RunSpec
     status: Literal["finished", "diverged"]
     validation_loss: NonNegativeFloat | None
-    """Mean over the fixed held-out windows at the last token, nats per token."""
+    """Mean over the sampled held-out tokens (`Evaluation.tokens`) after the last step, nats per token."""
     train_loss: NonNegativeFloat | None
     """Mean over the last tenth of the steps, nats per token: fresh batches, not the held-out set."""
     tokens: NonNegative
@@ -142,7 +142,7 @@ class RunRecord(Strict, frozen=True):
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float
-    """Of the held-out text; bits per byte are loss / ln 2 / this."""
+    """Of the evaluated held-out tokens; bits per byte are loss / ln 2 / this."""
     seconds: NonNegativeFloat
     """Training time of all attempts whose steps were kept, evaluation left out."""
     tokens_per_second: NonNegativeFloat

@@ -220,7 +220,7 @@ class Evaluation(Strict, frozen=True):
     """When the held-out loss is measured, besides once at the end. The windows are the same for every run."""
 
     tokens: Positive = 131_072
-    """Held-out tokens, the first of the validation shard."""
+    """Held-out tokens, sampled from the validation split by a fixed permutation (`scaling.data.batches.held_out`)."""
     times: NonNegative = 4
     """Measurements at equal distances before the last."""
     dynamics: Positive | None = None

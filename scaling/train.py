@@ -116,7 +116,7 @@ def _train(
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens)
+    held = held_out(placement.data, context=spec.shape.context, tokens=spec.evaluation.tokens).windows
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice

@@ -213,9 +213,11 @@ def load_campaign(
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
     campaign = Campaign(**{**{f: getattr(content, f) for f in content.__struct_fields__}, "file": path.name})
+    with located(path.name):
+        data = campaign.data.resolved(path.parent)
     campaign = msgspec.structs.replace(
         campaign,
-        data=campaign.data.resolved(path.parent),
+        data=data,
         arms=tuple(_beside(arm, path.parent) for arm in campaign.arms),
     )
     _check(campaign)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from scaling.data.prepare import default_folder, prepare, prepared
+from scaling.data.prepare import at_most, default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import Refusal
 from scaling.flops import count_parameters, train_flops
@@ -127,8 +127,7 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
     rungs = rungs_of(campaign)
     tables = campaign.placement_of([rung.name for rung in rungs])
     data, manifest = _data(campaign, root, tables)
-    if manifest is not None:
-        _check_data(campaign, manifest, rungs)
+    _check_data(campaign, manifest, rungs)
     digest = manifest_hash(manifest) if manifest is not None else None
     runs: list[PlannedRun] = []
     for rung in rungs:
@@ -168,25 +167,38 @@ def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementTable]) -> 
         return path, read_manifest(path)
 
 
-def _check_data(campaign: Campaign, manifest: Manifest, rungs: Iterable[Rung]) -> None:
-    if campaign.model.vocabulary < manifest.vocabulary:
+def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[Rung]) -> None:
+    """Refuse runs that the data cannot serve; of data that are not prepared, by what the sizes of files say."""
+    if campaign.evaluation.tokens < campaign.model.context:
         raise Refusal(
-            f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
-            f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, less than one sequence of context "
+            f"{campaign.model.context:,}. Use a multiple of it."
         )
-    held = manifest.validation.tokens - 1
+    if manifest is not None:
+        if campaign.model.vocabulary < manifest.vocabulary:
+            raise Refusal(
+                f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
+                f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
+            )
+        train, held, holds = manifest.train.tokens, manifest.validation.tokens - 1, "holds"
+    else:
+        with located(campaign.file):
+            bounds = at_most(campaign.data)
+        if bounds is None:
+            return
+        train, held, holds = bounds[0], bounds[1] - 1, "will hold at most"
     if campaign.evaluation.tokens > held:
         raise Refusal(
-            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set holds "
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set {holds} "
             f"{held:,}. Use fewer, or hold out more with validation_fraction in [data]."
         )
     if campaign.data.repeat:
         return
     for rung in rungs:
-        if rung.tokens > manifest.train.tokens:
+        if rung.tokens > train:
             raise Refusal(
-                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set holds '
-                f"{manifest.train.tokens:,}. Add text, shorten the run, or set repeat = true in [data]."
+                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set {holds} '
+                f"{train:,}. Add text, shorten the run, or set repeat = true in [data]."
             )
 
 

@@ -75,14 +75,14 @@ class Train(OnRun):
 
 @dataclass(frozen=True)
 class Evaluate(OnRun):
-    """Loss and bits per byte of a finished run on its held-out text, or on any other."""
+    """Loss and bits per byte of a finished run on its validation split, or on any other text."""
 
     text: str | None = None
-    """A file, folder or glob of text; without it the run's own held-out text."""
+    """A file, folder or glob of text; without it the run's validation split."""
     data: Path | None = None
     """The run's data folder, where it was moved."""
     tokens: int | None = None
-    """Score no more than so many."""
+    """Score no more than so many: of the validation split a sample, of another text its beginning."""
     device: str = "cpu"
     """Where to compute, in torch's words."""
     json: bool = False
@@ -98,9 +98,14 @@ class Evaluate(OnRun):
         if self.json:
             print_json(found)
         else:
+            if text is None:
+                print(
+                    f"validation_loss in the record: {found.validation_loss:.4f} nats per token "
+                    f"over {found.validation_tokens:,} tokens sampled from the validation split"
+                )
             print(
                 f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
-                f"over {found.tokens:,} tokens of {found.documents:,} documents"
+                f"over {found.tokens:,} tokens (documents: {found.documents:,})"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class DataConfig(Strict, frozen=True):
     revision: str | None = None
     """hf: commit or tag, so that the same wish stays the same text."""
     validation: str | None = None
-    """A published validation set: text: file, folder or glob; hf: split. Without it documents are held out by hash."""
+    """A published validation set: text: file, folder or glob; hf: split. Without it, part of the text is held out."""
     text_field: str | None = None
     """text, hf: the field that holds the text; ``text`` when not given."""
     tokenizer: str = "bytes"
@@ -51,7 +52,8 @@ class DataConfig(Strict, frozen=True):
     train_tokens: Positive | None = None
     """Stop after the document that reaches this many training tokens; None takes all there is."""
     validation_fraction: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.05
-    """Share of documents held out by hash where no published validation set is named."""
+    """Share held out where no published validation set is named: of the documents, chosen by a hash of their content; of
+    the text of each document, its end, where there are too few to choose from."""
     repeat: bool = False
     """Let a run that needs more tokens than there are go over them again, each epoch in its own order."""
 
@@ -60,6 +62,8 @@ class DataConfig(Strict, frozen=True):
         row = SOURCES.get(self.source)
         if row is None:
             raise Refusal(f"[data] {unknown_name('source', self.source, SOURCES)}")
+        for option in (*SOURCE_OPTIONS, "tokenizer"):
+            _check_text(option, getattr(self, option))
         for option in SOURCE_OPTIONS:
             given = getattr(self, option) is not None
             if given and option not in row.takes:
@@ -75,24 +79,55 @@ class DataConfig(Strict, frozen=True):
     def resolved(self, folder: Path) -> DataConfig:
         """The same wish with relative paths taken from `folder`, the one that holds the campaign file."""
 
-        def absolute(path: str) -> str:
-            return str(folder.resolve() / Path(path).expanduser())
+        def absolute(option: str, path: str) -> Path:
+            try:
+                return folder.resolve() / Path(path).expanduser()
+            except RuntimeError:
+                raise Refusal(
+                    f"[data] {option} {path}: there is no user {path.split('/')[0][1:]!r} with a home folder. "
+                    "Write the path without ~."
+                ) from None
 
         changes: dict[str, str] = {}
         if self.tokenizer != "bytes":
-            changes["tokenizer"] = absolute(self.tokenizer)
+            changes["tokenizer"] = str(absolute("tokenizer", self.tokenizer))
         if self.path is not None:
-            changes["path"] = absolute(self.path)
+            changes["path"] = str(absolute("path", self.path))
             if self.validation is not None:
-                changes["validation"] = absolute(self.validation)
+                changes["validation"] = str(absolute("validation", self.validation))
         # A data set that is a folder beside the campaign is that folder; any other name is the Hub's.
-        if self.name is not None and (folder / Path(self.name).expanduser()).is_dir():
-            changes["name"] = absolute(self.name)
+        if self.name is not None and _is_folder(local := absolute("name", self.name)):
+            changes["name"] = str(local)
         return msgspec.structs.replace(self, **changes)
 
 
 SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")
 """Options that belong to some sources and not to others; the rest of `DataConfig` is common to all."""
+
+
+LONGEST = 1024
+"""Characters of a path; macOS takes no longer one."""
+
+
+def _check_text(option: str, value: str | None) -> None:
+    """Refuse what no path, name or field is, before a library or the terminal meets it."""
+    if value is None:
+        return
+    if len(value) > LONGEST:
+        raise Refusal(
+            f"[data] {option}: {len(value):,} characters long, and at most {LONGEST:,} are accepted. Shorten it."
+        )
+    if not value:
+        raise Refusal(f"[data] {option} is empty. Name something, or remove the line.")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", value):
+        raise Refusal(f"[data] {option}: {value!a:.80} holds a control character. Write it without.")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a part of it is too long for a file's name, or may not be looked into
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +187,10 @@ def _hub_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _hub_inputs(config: DataConfig) -> list[str]:
+    from scaling.data.hub import check_name
+
+    assert config.name is not None
+    check_name(config.name)
     fields = (config.name, config.subset, config.split or "train", config.revision, config.validation)
     return [str(field) for field in fields]
 

@@ -51,6 +51,8 @@ def test_a_built_in_campaign_can_be_planned(name: str, tmp_path: Path) -> None:
         (("batch_tokens = 128", ""), ['rung "small"', "no batch_tokens"]),
         (("tokens_per_parameter = 2", ""), ['rung "small"', "how many tokens"]),
         (('path = "text"', 'path = "txt"'), ["txt", "[data]"]),
+        (("tokens = 512", "tokens = 700"), ["[evaluation]", "700", "will hold at most 603"]),
+        (("tokens = 512", "tokens = 8"), ["[evaluation]", "tokens is 8", "one sequence of context 16"]),
         (('source = "text"', 'source = "txt"'), ["[data]", "txt", 'did you mean "text"']),
         (('name = "good"', 'name = "../../etc"'), ["name", "../../etc", "letters"]),
         (('name = "small"', 'name = "a/b"'), ["[[rungs]] number 1", "a/b"]),
