@@ -269,7 +269,7 @@ def _notes(plan: Plan) -> list[str]:
         f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
-    lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
+    lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
     lines.append(_beside(plan))
     if "assumed" in totals["bases"]:
         kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())

@@ -21,7 +21,6 @@ from scaling.units import human
 from sweeps.cost import predict
 from sweeps.endings import given_up
 from sweeps.nodes import sentences
-from sweeps.placement import slurm_tables
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import hours_text, to_go
 from sweeps.slurm import Task
@@ -164,13 +163,8 @@ def _stalled(directory: RunDirectory) -> str | None:
 
 def planned_gpu_hours(plan: Plan) -> float:
     """Of all runs, as the campaign assumes the speed: measured ones are not asked, there may be thousands."""
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
-    return sum(
-        predict(run, plan.placements[run.rung], []).hours
-        * tables[run.rung].devices
-        / plan.placements[run.rung].runs_per_gpu
-        for run in plan.distinct()
-    )
+    tables = plan.placements
+    return sum(predict(run, tables[run.rung], []).hours * tables[run.rung].gpus for run in plan.distinct())
 
 
 def _free_bytes(root: Path) -> float:

@@ -56,9 +56,7 @@ class Submission(msgspec.Struct, kw_only=True):
     def gpu_hours(self) -> float:
         """Predicted for what is missing; 0 where no GPUs are asked for. Runs that share a device share its hours."""
         costs = plan_costs(self.plan)
-        return sum(
-            costs[run.id].hours * group.slurm.devices / group.per_task for group in self.classes for run in group.runs
-        )
+        return sum(costs[run.id].hours * self.plan.placements[run.rung].gpus for run in self.missing)
 
     def scripts(self) -> list[str]:
         """The batch scripts, one for each placement."""

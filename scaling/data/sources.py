@@ -6,6 +6,7 @@ is read. To add a source, write a function that yields documents and give it a r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Annotated
 import msgspec
 
 from scaling.data.documents import Document
-from scaling.errors import Refusal, unknown_name
+from scaling.errors import Refusal, shortened, unknown_name
 from scaling.spec import Positive, Strict
 
 
@@ -76,7 +77,7 @@ class DataConfig(Strict, frozen=True):
         """The same wish with relative paths taken from `folder`, the one that holds the campaign file."""
 
         def absolute(path: str) -> str:
-            return str(folder.resolve() / Path(path).expanduser())
+            return str(beside(folder, path))
 
         changes: dict[str, str] = {}
         if self.tokenizer != "bytes":
@@ -86,9 +87,25 @@ class DataConfig(Strict, frozen=True):
             if self.validation is not None:
                 changes["validation"] = absolute(self.validation)
         # A data set that is a folder beside the campaign is that folder; any other name is the Hub's.
-        if self.name is not None and (folder / Path(self.name).expanduser()).is_dir():
+        if self.name is not None and beside(folder, self.name).is_dir():
             changes["name"] = absolute(self.name)
         return msgspec.structs.replace(self, **changes)
+
+
+def beside(folder: Path, path: str) -> Path:
+    """A path of a file in `folder`: relative ones start there, and ``~`` is a home.
+
+    Raises:
+        Refusal: There is no such user, or the system takes no such path.
+    """
+    try:
+        found = folder.resolve() / Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise Refusal(f'"{shortened(path)}" is no path here ({why}). Write another one.') from None
+    return found
 
 
 SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")
