@@ -25,7 +25,7 @@ Small = Annotated[int, msgspec.Meta(gt=0, le=1000)]
 """A count of devices, processes, threads or repetitions."""
 Size = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
 """A dimension of a model: width, vocabulary, context, experts."""
-Layers = Annotated[int, msgspec.Meta(gt=0, le=2**12)]
+Layers = Annotated[int, msgspec.Meta(gt=0, le=2**10)]
 BatchTokens = Annotated[int, msgspec.Meta(gt=0, le=2**32)]
 Sequences = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
 """Sequences of one forward pass."""

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.spec import Strict
 from sweeps.placement import SlurmTable, profile_file
 from sweeps.plan import Plan
@@ -69,7 +69,7 @@ def show(checks: list[Check]) -> None:
         table.add_column(column, no_wrap=column != "finding")
     for check in checks:
         table.add_row(check.name, Text(check.verdict, style=styles[check.verdict]), Text(check.finding))
-    Console().print(table)
+    console().print(table)
 
 
 def _commands() -> Iterator[Check]:

@@ -93,7 +93,9 @@ class SlurmTable(Strict, frozen=True):
                 raise Refusal(f"[placement.slurm.sbatch] {unknown_name('option', option, SBATCH_OPTIONS)}")
         for line in self.setup:
             if "\n" in line or "\0" in line:
-                raise Refusal(f"[placement.slurm] setup has a line break in {QUOTED.repr(line)}. Write one string a line.")
+                raise Refusal(
+                    f"[placement.slurm] setup has a line break in {QUOTED.repr(line)}. Write one string a line."
+                )
 
     @property
     def devices(self) -> int:

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.errors import Refusal
 from scaling.packing import LOG
 from scaling.records import Attempt, RunDirectory, RunState
@@ -187,7 +188,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
 
 def show(plan: Plan) -> None:
     """Print `status_table`."""
-    Console().print(status_table(plan))
+    console().print(status_table(plan))
 
 
 def status_table(plan: Plan) -> RenderableType:

@@ -208,7 +208,8 @@ def _explain(message: str, tables: Any, kind: type[msgspec.Struct], file: type[m
             name = shortened(unknown[1])
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f'did you mean "{near[0]}"? ' if near else ""
-            if name in _fields(file, []) and (steps or kind is not file):
+            top = (steps or kind is not file) and not isinstance(_walk(tables, [*steps, unknown[1]]), dict)
+            if top and name in _fields(file, []):
                 hint = "it belongs at the top of the file, above the first [table]. "
             return f'{place}: field "{name}" is not known; {hint}Known: {", ".join(known)}.'
         assert missing is not None

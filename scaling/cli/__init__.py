@@ -19,7 +19,7 @@ from scaling.cli.compare import Compare
 from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
-from scaling.errors import Refusal
+from scaling.errors import Refusal, plain
 
 VERBS = (
     Annotated[Demo, subcommand("demo")]
@@ -58,7 +58,7 @@ def main() -> None:
         )
         verb.run()
     except Refusal as refusal:
-        print(f"scaling: {refusal}", file=sys.stderr)
+        print(f"scaling: {plain(str(refusal))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("scaling: interrupted; the same command continues.", file=sys.stderr)

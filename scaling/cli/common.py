@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
 
+from scaling.errors import plain
+
 if TYPE_CHECKING:
     from sweeps.campaign import Campaign
     from sweeps.plan import Plan
@@ -67,4 +69,4 @@ def print_json(value: Any) -> None:
 
 def next_step(command: str) -> None:
     """What a reader does now."""
-    print(f"Next: {command}")
+    print(plain(f"Next: {command}"))

@@ -15,7 +15,6 @@ from sweeps.tomlfile import as_value, read_toml
 from sweeps.tuning.facts import LawFacts, Tuning
 from sweeps.tuning.space import Dimension, Values, known_searches
 
-
 Exponent = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 

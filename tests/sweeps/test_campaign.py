@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import random
+import re
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import arm_table, campaign_head, rung_table
 
-from scaling.errors import Refusal
+import sweeps
+from scaling.console import console
+from scaling.errors import CONTROL, Refusal
+from scaling.spec import RunSpec
 from sweeps.campaign import built_in, load_campaign
 from sweeps.plan import plan
+from sweeps.show import plan_table
 
 GOOD = (
     campaign_head("good", training="tokens_per_parameter = 2", evaluation="").format(text="text")
@@ -88,11 +98,101 @@ def test_an_unknown_built_in_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_the_file_of_a_built_in_campaign_is_plain_toml_that_a_user_can_copy(tmp_path: Path) -> None:
-    import sweeps
-
     for name in built_in():
         source = Path(sweeps.__file__).parent / "campaigns" / f"{name}.toml"
         copy = tmp_path / source.name
         copy.write_bytes(source.read_bytes())
         assert tomllib.loads(copy.read_text())["name"] == name
         assert load_campaign(copy).rungs == load_campaign(name).rungs
+
+
+NUMBERS = (
+    *(
+        "inf",
+        "-inf",
+        "nan",
+        "1e308",
+        "1e30",
+        "1e-320",
+        "0",
+        "-1",
+        "0.0",
+        "0.5",
+        "1.0",
+        "1.5",
+        "1",
+        "2",
+        "3",
+        "7",
+        "128",
+    ),
+    *(str(10**power) for power in (4, 6, 12, 15, 18, 30, 309)),
+    *(str(number) for number in (2**12, 2**20, 2**31, 2**32, 2**63 - 1, 2**64, 3_000_000_000_000)),
+    "9" * 4301,
+    "0x" + "f" * 5000,
+)
+OTHERS = (
+    *('""', '"[/x]"', '"[bold"', r'"\u001b[2J"', r'"\u0000"', '"~nobody/x"', '"../../x"', '"$x$"', '"a b"', '"cuda"'),
+    f'"{"a" * 5000}"',
+    f'"{"a" * 300}/x.toml"',
+    *("[]", "[0]", "[-1, 1]", '["x"]', "{}", "{ a = 1 }", "{ a = { b = { c = [[{}]] } } }", "[" * 300 + "]" * 300),
+    f"{{ {'a.' * 5000}a = 1 }}",
+    *("true", "1979-05-27", "not toml"),
+)
+
+KEYS = (
+    "seeds",
+    "rungs",
+    "ffn",
+    "slurm.gpus",
+    "placement.threads",
+    "tokens",
+    "mixture",
+    "latent",
+    "a" * 2000,
+    r'"\u001b"',
+)
+
+
+def mutated(text: str, draw: random.Random) -> str:
+    """A campaign file of which some lines say something else."""
+    lines = text.splitlines()
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        kind = draw.choice((r"\w", r"\w", r"\w", r"\w", r"\["))
+        place = draw.choice([number for number, line in enumerate(lines) if re.match(kind, line)] or [0])
+        key, equals, value = lines[place].partition("=")
+        change = draw.choice(("value",) * 15 + ("key",) + ("delete", "double", "nest"))
+        if change == "value" and equals:
+            number = value.strip()[:1].isdigit() and draw.random() < 0.8
+            lines[place] = f"{key}= {draw.choice(NUMBERS if number else NUMBERS + OTHERS)}"
+        elif change == "key" and equals:
+            lines[place] = f"{draw.choice(KEYS)} = {value}"
+        elif change == "nest":
+            lines[place] = f"x.{lines[place]}"
+        elif not equals or change == "delete":
+            lines[place : place + 1] = [lines[place]] * draw.choice((0, 2))
+        else:
+            lines.append(lines[place])
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", built_in())
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(draw=st.randoms(use_true_random=False))
+def test_a_mutated_campaign_is_planned_or_refused_in_short_sentences(
+    name: str, draw: random.Random, tmp_path: Path
+) -> None:
+    file = tmp_path / "mutated.toml"
+    source = Path(sweeps.__file__).parent / "campaigns" / f"{name}.toml"
+    file.write_text(mutated(source.read_text(), draw))
+    planned, sentence = None, ""
+    try:
+        planned = plan(load_campaign(file), tmp_path / "root")
+        console(file=io.StringIO()).print(plan_table(planned))
+    except Refusal as refusal:
+        sentence = str(refusal)
+    assert bool(sentence) or planned is not None
+    assert len(sentence) < 4000
+    assert not CONTROL.search(sentence)
+    specs = [run.spec for run in planned.runs] if planned is not None else []
+    assert [msgspec.json.decode(msgspec.json.encode(spec), type=RunSpec) for spec in specs] == specs
