@@ -16,6 +16,7 @@ from scaling.optim.ledger import run_optimizer_flops
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
 from sweeps.cost import Cost, assumption, measured_runs, predict, slots, wall_hours
+from sweeps.ladder import widened
 from sweeps.placement import PlacementTable
 from sweeps.plan import Plan
 
@@ -270,6 +271,7 @@ def _notes(plan: Plan) -> list[str]:
         f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
+    lines += [sentence] if (sentence := widened(list(plan.rungs))) else []
     lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
     lines.append(_beside(plan))
     if "assumed" in totals["bases"]:

@@ -90,6 +90,8 @@ def override(tables: dict[str, Any], setting: str) -> None:
         value = text
     _check_scalars(value, f"--set {shortened(setting)}", key)
     *path, last = key.split(".")
+    if len(path) >= DEEPEST:
+        raise Refusal(f'"{shortened(setting)}" leads through more than {DEEPEST} tables. Write TABLE.KEY=VALUE.')
     here = tables
     for step in path:
         here = here.setdefault(step, {})
@@ -111,51 +113,52 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
         Refusal: Unknown keys (each with its nearest neighbour), missing ones, wrong types and impossible values: a
             line for each, up to `MOST_PROBLEMS`.
     """
-    left = tables
+    left = copy.deepcopy(tables)
     problems: list[str] = []
+    replaced: list[tuple[list[str | int], str | int]] = []
     while len(problems) < MOST_PROBLEMS:
         try:
             with located(where):
                 value = msgspec.convert(left, type=kind)
         except msgspec.ValidationError as error:
-            steps, culprit = _culprit(str(error))
-            if culprit is not None and not _has(left, steps, culprit) and _has(tables, steps, culprit):
-                break  # required, and taken out below since it has a problem of its own
-            problems.append(f"{where}{_explain(str(error), left, kind, file or kind)}")
-            left = _without(left, steps, culprit)
-            if left is None:
+            found = _culprit(str(error))
+            if found not in replaced:
+                problems.append(f"{where}{_explain(str(error), left, kind, file or kind)}")
+            if not _mended(left, *found, problem=str(error), again=found in replaced):
                 break
+            replaced.append(found)
         except Refusal as refusal:
-            problems.append(str(refusal))
+            problems += [] if problems else [str(refusal)]  # after the first it may come from what replaces a value
             break
         else:
             if not problems:
                 return value
             break
-    raise Refusal("\n".join(dict.fromkeys(problems)))
+    raise Refusal("\n".join(problems))
 
 
-def _culprit(message: str) -> tuple[list[str | int], str | int | None]:
-    """The table that a sentence of msgspec is about, and the key in it."""
+STAND_INS: dict[str, object] = {"int": 1, "float": 1.0, "str": "x", "bool": True, "array": [], "object": {}}
+"""Values in place of wrong ones, by what msgspec expected, so that the next problem of a file is found."""
+
+
+def _culprit(message: str) -> tuple[list[str | int], str | int]:
+    """The path of the table that a sentence of msgspec is about, and the key in it."""
     problem, _, at = message.partition(" - at `$")
     steps = _steps(at.rstrip("`"))
     if named := re.search(r"(?:unknown|missing required) field `(.*)`", problem):
         return steps, named[1]
-    return (steps[:-1], steps[-1]) if steps else (steps, None)
+    return steps[:-1], steps[-1] if steps else ""
 
 
-def _has(tables: Any, steps: list[str | int], key: str | int) -> bool:
+def _mended(tables: Any, steps: list[str | int], key: str | int, *, problem: str, again: bool) -> bool:
+    """Whether a wrong value could be replaced, or left out where that was tried before."""
     table = _walk(tables, steps)
-    return isinstance(table, dict) and key in table
-
-
-def _without(tables: Any, steps: list[str | int], key: str | int | None) -> Any:
-    """The tables without one key, so that the next problem is found; None where there is no such key."""
-    if key is None or not _has(tables, steps, key):
-        return None
-    tables = copy.deepcopy(tables)
-    del _walk(tables, steps)[key]
-    return tables
+    expected = re.match(r"Expected `(\w+)", problem)
+    if isinstance(table, list | dict) and expected and not again:
+        with contextlib.suppress(LookupError, TypeError):
+            table[key] = STAND_INS[expected[1]]
+            return True
+    return isinstance(table, dict) and table.pop(key, None) is not None
 
 
 def _check_scalars(value: Any, where: str, path: str = "") -> None:

@@ -75,6 +75,16 @@ def find(path: str, validation: str | None = None) -> list[FoundFile]:
 
 def _expand(path: str, option: str) -> list[tuple[str, Path]]:
     """Name and path of each file that a file, folder or glob stands for, ordered by name."""
+    try:
+        return _matches(path, option)
+    except OSError as error:
+        raise Refusal(
+            f"[data] {option} {path}: cannot be listed ({error.filename}: {error.strerror}). "
+            "Name a folder of text files that you may read."
+        ) from None
+
+
+def _matches(path: str, option: str) -> list[tuple[str, Path]]:
     known = ", ".join(READERS)
     root = Path(path)
     if root.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,10 @@ def tokenizer_digest(name: str) -> str | None:
     if name == BYTES:
         return None
     try:
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        if Path(name).exists() and not Path(name).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Refusal(
             f"[data] tokenizer {name}: the file cannot be read ({error.strerror}). "

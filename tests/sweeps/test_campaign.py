@@ -12,6 +12,8 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
 from tiny import arm_table, campaign_head, rung_table
 
 import sweeps
@@ -106,6 +108,67 @@ def test_the_file_of_a_built_in_campaign_is_plain_toml_that_a_user_can_copy(tmp_
         assert load_campaign(copy).rungs == load_campaign(name).rungs
 
 
+def test_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("heads = 2", "headz = 2\nwidht = 3").replace("context = 16", "context = -1"))
+    with pytest.raises(Refusal) as refused:
+        load_campaign(path)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 4
+    assert all(
+        any(word in line for line in lines) for word in ("headz", "widht", "context is -1", '"heads" is missing')
+    )
+
+
+@pytest.mark.parametrize("table", ["[placement]", "[[rungs]]"])
+def test_a_key_of_the_top_that_follows_a_table_is_told_where_it_belongs(table: str, tmp_path: Path) -> None:
+    text = GOOD + ("[placement]\nseeds = [0]\n" if table == "[placement]" else "seeds = [0]\nlaw = 'chinchilla'\n")
+    with pytest.raises(Refusal, match="belongs at the top of the file"):
+        plan(load_campaign(write(tmp_path, text)), tmp_path / "root")
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    assert load_campaign(write(tmp_path, "\ufeff" + GOOD)).name == "good"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("training.weight_decay=inf", "arms=nan", f"seeds={'9' * 4400}", f"seeds=[{2**64}]", "seeds=[-1]"),
+        *("training.tokens_per_parameter=1e29", f"evaluation.times={10**10}", "model.context=2147483648"),
+        *("placement.threads=100000", "placement.slurm.parallel=2147483648", f"placement.slurm.minutes={10**30}"),
+        *(f"x{'.x' * 3000}=1", f"model={{{'x.' * 3000}x = 1}}", 'data.tokenizer="/dev/zero"', 'title="\\u001b"'),
+        *(f'data.name="{"a" * 900}"', 'data.path="~no.such.user/x"'),
+    ],
+    ids=lambda setting: setting[:30],
+)
+def test_a_value_that_cannot_be_meant_is_refused_in_a_short_sentence(setting: str, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    if "name" in setting:
+        path.write_text(path.read_text().replace('source = "text"', 'source = "hf"').replace('path = "text"', ""))
+    with pytest.raises(Refusal) as refused:
+        plan(load_campaign(path, settings=[setting]), tmp_path / "root")
+    assert len(str(refused.value)) < 1000
+
+
+def test_the_console_shows_markup_and_control_characters(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    table = Table(title="[/bold] x")
+    table.add_column("a\x1b]0;owned\x07")
+    table.add_row(":smile: [red]b\x9b2J")
+    console(file=shown, width=60).print(table, "[/x]", Text("c\x00"))
+    assert not CONTROL.search(shown.getvalue())
+    assert all(text in shown.getvalue() for text in ("[/bold] x", "a␛]0;owned", ":smile: [red]b", "[/x]", "c␀"))
+
+
+@pytest.mark.parametrize(("multiple", "said"), [(8, False), (256, True)])
+def test_the_plan_says_where_rounding_widens_the_feed_forward(multiple: int, said: bool, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    planned = plan(load_campaign("quick", settings=[f"model.ffn_multiple={multiple}"]), tmp_path)
+    console(file=shown, width=400).print(plan_table(planned))
+    assert ("21k (64 to 256), 38k (85 to 256)" in shown.getvalue()) == said
+    assert ("Use ffn_multiple = 16" in shown.getvalue()) == said
+
+
 NUMBERS = (
     *(
         "inf",
@@ -177,7 +240,7 @@ def mutated(text: str, draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("name", built_in())
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(draw=st.randoms(use_true_random=False))
 def test_a_mutated_campaign_is_planned_or_refused_in_short_sentences(
     name: str, draw: random.Random, tmp_path: Path
