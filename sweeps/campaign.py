@@ -98,7 +98,7 @@ class LadderTable(Strict, frozen=True, kw_only=True):
     """Training FLOPs (6ND), one rung each; for ``isoflop`` one profile each."""
     sizes: Annotated[tuple[Positive, ...], msgspec.Meta(max_length=100)] = ()
     """Or parameters of the blocks, one rung each; each is rounded to the nearest model."""
-    points: Annotated[int, msgspec.Meta(ge=3, le=100)] = 5
+    points: Annotated[int, msgspec.Meta(ge=3, le=25)] = 5
     """isoflop: sizes in one profile."""
     spread: Annotated[float, msgspec.Meta(gt=1.0, le=1e6)] = 3.0
     """isoflop: the profile reaches from the rule's size / spread to its size * spread."""

@@ -29,6 +29,9 @@ from sweeps.placement import PlacementTable
 from sweeps.tomlfile import as_value, located
 from sweeps.tuning.settings import refuse_untuned, settled, with_settings
 
+MOST_RUNS = 100_000
+"""Of one campaign: each is kept in memory, and is a directory."""
+
 
 class PlannedRun(Strict, frozen=True):
     """One line of plan.jsonl. The run's state is not in it: that is read from the run's own files."""
@@ -125,6 +128,11 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
     root = Path(root).resolve()
     campaign = with_settings(campaign, root)
     rungs = rungs_of(campaign)
+    count = len(campaign.arms) * sum(len(rung.seeds) for rung in rungs)
+    if count > MOST_RUNS:
+        raise Refusal(
+            f"{campaign.file}: rungs, arms and seeds make {count:,} runs; a campaign has at most {MOST_RUNS:,}. Divide it."
+        )
     tables = campaign.placement_of([rung.name for rung in rungs])
     data, manifest = _data(campaign, root, tables)
     if manifest is not None:

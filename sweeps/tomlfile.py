@@ -33,6 +33,9 @@ DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{DEEPEST},}}"""
 MOST_PROBLEMS = 10
 """Problems of one file that are reported together."""
 
+MOST_TRIED = 100
+"""Keys of a free table that are tried one by one to find the wrong one."""
+
 COUNT = re.compile(r"Expected `int(?: \| null)?`, got `float`")
 STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+|\.\.\.)\]")
 
@@ -121,10 +124,12 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
             with located(where):
                 value = msgspec.convert(left, type=kind)
         except msgspec.ValidationError as error:
-            found = _culprit(str(error))
+            problem, _, at = str(error).partition(" - at `$")
+            steps = _named(_steps(at.rstrip("`")), left, kind, str(error))
+            found = _culprit(problem, steps)
             if found not in replaced:
-                problems.append(f"{where}{_explain(str(error), left, kind, file or kind)}")
-            if not _mended(left, *found, problem=str(error), again=found in replaced):
+                problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}")
+            if not _mended(left, *found, problem=problem, again=found in replaced):
                 break
             replaced.append(found)
         except Refusal as refusal:
@@ -141,10 +146,28 @@ STAND_INS: dict[str, object] = {"int": 1, "float": 1.0, "str": "x", "bool": True
 """Values in place of wrong ones, by what msgspec expected, so that the next problem of a file is found."""
 
 
-def _culprit(message: str) -> tuple[list[str | int], str | int]:
+def _named(steps: list[str | int], tables: Any, kind: type[msgspec.Struct], message: str) -> list[str | int]:
+    """The path with the keys of free tables, which msgspec writes as ``[...]``: each key is tried alone."""
+    if "..." not in steps:
+        return steps
+    at = steps.index("...")
+    keys = _found(tables, steps[:at])
+    for key in keys if len(keys) <= MOST_TRIED else []:
+        alone = copy.deepcopy(tables)
+        table = _walk(alone, steps[:at])
+        for other in keys:
+            if other != key:
+                del table[other]
+        try:
+            msgspec.convert(alone, type=kind)
+        except (msgspec.ValidationError, Refusal) as error:
+            if str(error) == message:
+                return _named([*steps[:at], key, *steps[at + 1 :]], tables, kind, message)
+    return steps
+
+
+def _culprit(problem: str, steps: list[str | int]) -> tuple[list[str | int], str | int]:
     """The path of the table that a sentence of msgspec is about, and the key in it."""
-    problem, _, at = message.partition(" - at `$")
-    steps = _steps(at.rstrip("`"))
     if named := re.search(r"(?:unknown|missing required) field `(.*)`", problem):
         return steps, named[1]
     return steps[:-1], steps[-1] if steps else ""
@@ -152,9 +175,9 @@ def _culprit(message: str) -> tuple[list[str | int], str | int]:
 
 def _mended(tables: Any, steps: list[str | int], key: str | int, *, problem: str, again: bool) -> bool:
     """Whether a wrong value could be replaced, or left out where that was tried before."""
-    table = _walk(tables, steps)
+    table: Any = _walk(tables, steps)
     expected = re.match(r"Expected `(\w+)", problem)
-    if isinstance(table, list | dict) and expected and not again:
+    if expected and not again:
         with contextlib.suppress(LookupError, TypeError):
             table[key] = STAND_INS[expected[1]]
             return True
@@ -199,9 +222,9 @@ def located(where: str) -> Iterator[None]:
         raise Refusal(f"{where}: {error}") from None
 
 
-def _explain(message: str, tables: Any, kind: type[msgspec.Struct], file: type[msgspec.Struct]) -> str:
-    problem, _, at = message.partition(" - at `$")
-    steps = _steps(at.rstrip("`"))
+def _explain(
+    problem: str, steps: list[str | int], tables: Any, kind: type[msgspec.Struct], file: type[msgspec.Struct]
+) -> str:
     unknown = re.search(r"unknown field `(.*)`", problem)
     missing = re.search(r"missing required field `(.*)`", problem)
     if unknown or missing:
@@ -237,6 +260,8 @@ def _wanted(problem: str, words: list[str]) -> str:
     said = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
     if "matching regex" in said and "x00-" in said:
         return "Write one line without control characters."
+    if "matching regex '^[A-Za-z0-9][" not in said and "matching regex" in said:
+        return f"Write text that matches the regular expression {said.partition('matching regex ')[2]}."
     if "matching regex" in said:
         return "Use letters, digits, dot, underscore and hyphen, and begin with a letter or digit."
     if "Invalid enum value" in said:
@@ -273,6 +298,9 @@ def _place(tables: Any, steps: list[str | int]) -> str:
     """The table as it is written in the file: ``, [[rungs]] number 2 ("83k")``."""
     if not steps:
         return ""
+    rows = [number for number, step in enumerate(steps) if isinstance(step, int)]
+    if rows and (inner := steps[rows[-1] + 1 :]):
+        return f"{_place(tables, steps[: rows[-1] + 1])}, {'.'.join(map(str, inner))}"
     names = [str(step) for step in steps if isinstance(step, str)]
     if isinstance(steps[-1], int):
         name = _walk(tables, [*steps, "name"])

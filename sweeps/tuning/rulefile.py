@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -139,6 +140,6 @@ def read_rule_file(path: Path) -> RuleFile:
     Raises:
         Refusal: It is missing or is not one.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise Refusal(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.")
     return as_value(read_toml(path), RuleFile, where=str(path))

@@ -70,6 +70,7 @@ def test_a_built_in_campaign_can_be_planned(name: str, tmp_path: Path) -> None:
         (("[[rungs]]", '[placement]\ndevise = "cpu"\n[[rungs]]'), ["[placement]", "devise", 'did you mean "device"']),
         (("[[rungs]]", '[placement]\ndevice = "tpu"\n[[rungs]]'), ["[placement]", "device", "tpu"]),
         (("[[rungs]]", "[placement.rungs.smell]\nthreads = 2\n[[rungs]]"), ["smell", 'did you mean "small"']),
+        (("peak_lr = 1e-2", "peak_lr = { small = 'x' }"), ["adamw", "peak_lr", "small is 'x'"]),
         (("[[rungs]]", '[placement]\ndata = "nowhere"\n[[rungs]]'), ["data", "nowhere", "prepared token shards"]),
         (("[evaluation]", '[schedule]\nkind = "wsd"\n[evaluation]'), ["wsd", "decay"]),
         (('name = "good"', 'name = "good"\nhyperparameters = "law"'), ["law", 'law = "moonlight"']),
