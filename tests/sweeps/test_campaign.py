@@ -127,6 +127,14 @@ def test_a_key_of_the_top_that_follows_a_table_is_told_where_it_belongs(table: s
         plan(load_campaign(write(tmp_path, text)), tmp_path / "root")
 
 
+def test_a_campaign_of_too_many_runs_is_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.plan.MOST_RUNS", 15)
+    with pytest.raises(Refusal, match="make 16 runs; a campaign has at most 15"):
+        plan(load_campaign("quick"), tmp_path)
+
+
 def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert load_campaign(write(tmp_path, "\ufeff" + GOOD)).name == "good"
 
