@@ -61,11 +61,12 @@ def ratio_text(value: float) -> str:
 def show(study: Study, console: Console | None = None) -> None:
     """Print the study."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
-    console.print(f"[bold]{study.table}[/bold]", markup=True)
+    from scaling.console import console as plain_console
+
+    console = console or plain_console(highlight=False, soft_wrap=True, force_jupyter=False)
+    console.print(study.table, style="bold")
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
     for title in ("arm alone", "law (C in PFLOP/s-days)", "runs", "error", "fit"):
         table.add_column(title, justify="right" if title in ("runs", "error") else "left")

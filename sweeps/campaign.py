@@ -6,6 +6,7 @@ them); `sweeps.plan` turns it into runs. The built-in campaigns are examples of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,9 +14,24 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from scaling.data.sources import DataConfig
+from scaling.data.sources import DataConfig, beside
 from scaling.errors import Refusal, unknown_name
-from scaling.spec import Evaluation, Fraction, LatentAttention, Mixture, ModelShape, Positive, Strict
+from scaling.spec import (
+    BatchTokens,
+    Evaluation,
+    Fraction,
+    LatentAttention,
+    Layers,
+    Line,
+    Mixture,
+    ModelShape,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Size,
+    Strict,
+)
 from sweeps.placement import PlacementTable, Word, placements
 from sweeps.rules import rule
 from sweeps.tomlfile import as_value, located, override, read_toml
@@ -23,15 +39,15 @@ from sweeps.tuning.space import Values
 from sweeps.tuning.table import TuneTable
 from sweeps.tuning.table import check as check_tuning
 
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
+Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(max_length=1000)]
 
 
 class ModelTable(Strict, frozen=True, kw_only=True):
     """``[model]``: what all rungs share."""
 
-    vocabulary: Positive
-    context: Positive
-    ffn_multiple: Positive = 256
+    vocabulary: Size
+    context: Size
+    ffn_multiple: Size = 256
     """The hidden width of SwiGLU is 8/3 of the width, rounded up to a multiple of this."""
     tied: bool = False
     family: str = "decoder"
@@ -45,11 +61,11 @@ class TrainingTable(Strict, frozen=True, kw_only=True):
 
     tokens_per_parameter: PositiveFloat | None = None
     """Budget in tokens for each parameter of the blocks."""
-    batch_tokens: Positive | None = None
+    batch_tokens: BatchTokens | None = None
     peak_lr: PositiveFloat | None = None
-    weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     precision: Literal["fp32", "bf16"] = "fp32"
-    clip_norm: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Global norm that gradients are clipped to; 0 clips nothing."""
 
 
@@ -57,18 +73,18 @@ class RungTable(Strict, frozen=True, kw_only=True):
     """One ``[[rungs]]``: a model size with its budget."""
 
     name: Word
-    layers: Positive
-    width: Positive
-    heads: Positive
-    ffn: Positive | None = None
+    layers: Layers
+    width: Size
+    heads: Size
+    ffn: Size | None = None
     """Hidden units of the feed-forward, where they are not what `ffn_multiple` gives."""
     tokens: Positive | None = None
     tokens_per_parameter: PositiveFloat | None = None
-    batch_tokens: Positive | None = None
+    batch_tokens: BatchTokens | None = None
     peak_lr: PositiveFloat | None = None
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Seeds of this rung, where it is to be repeated more or less often than the others."""
-    printed: dict[str, str] = msgspec.field(default_factory=dict)
+    printed: dict[str, Line] = msgspec.field(default_factory=dict)
     """Values as a paper prints them, carried along beside the true ones and never computed with."""
 
 
@@ -78,15 +94,15 @@ class LadderTable(Strict, frozen=True, kw_only=True):
     kind: Literal["compute-optimal", "isoflop"] = "compute-optimal"
     rule: str
     """Row of ``sweeps.rules.RULES`` that says how to split compute into size and tokens."""
-    computes: tuple[PositiveFloat, ...] = ()
+    computes: Annotated[tuple[PositiveFloat, ...], msgspec.Meta(max_length=100)] = ()
     """Training FLOPs (6ND), one rung each; for ``isoflop`` one profile each."""
-    sizes: tuple[Positive, ...] = ()
+    sizes: Annotated[tuple[Positive, ...], msgspec.Meta(max_length=100)] = ()
     """Or parameters of the blocks, one rung each; each is rounded to the nearest model."""
-    points: Annotated[int, msgspec.Meta(ge=3)] = 5
+    points: Annotated[int, msgspec.Meta(ge=3, le=25)] = 5
     """isoflop: sizes in one profile."""
-    spread: Annotated[float, msgspec.Meta(gt=1.0)] = 3.0
+    spread: Annotated[float, msgspec.Meta(gt=1.0, le=1e6)] = 3.0
     """isoflop: the profile reaches from the rule's size / spread to its size * spread."""
-    head_size: Positive = 64
+    head_size: Size = 64
     width_per_layer: PositiveFloat = 128.0
     """Proportion that models are made to; Moonlight's is 128."""
 
@@ -108,7 +124,7 @@ class ArmTable(Strict, frozen=True, kw_only=True):
     peak_lr: PositiveFloat | dict[str, PositiveFloat] | None = None
     rule: str | None = None
     """Or the row of RULES that its learning rate follows."""
-    weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    weight_decay: NonNegativeFloat | None = None
     options: dict[str, float | int | bool | str] = msgspec.field(default_factory=dict)
     """Options of the optimizer, as ``scaling.optim.recipes`` names them."""
     tuned: bool = False
@@ -145,17 +161,17 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     """Everything that a campaign file may say."""
 
     name: Word
-    title: str = ""
+    title: Line = ""
     """A sentence for tables and reports."""
     data: DataConfig
     model: ModelTable
-    arms: tuple[ArmTable, ...]
-    rungs: tuple[RungTable, ...] = ()
+    arms: Annotated[tuple[ArmTable, ...], msgspec.Meta(max_length=1000)]
+    rungs: Annotated[tuple[RungTable, ...], msgspec.Meta(max_length=1000)] = ()
     ladder: LadderTable | None = None
     training: TrainingTable = TrainingTable()
     schedule: ScheduleTable = ScheduleTable()
     evaluation: Evaluation = Evaluation()
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     hyperparameters: Literal["listed", "law"] = "listed"
     """``law`` takes tokens, batch and learning rate from the row of RULES that `law` names."""
     law: str | None = None
@@ -175,7 +191,7 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
 
     def placement_of(self, rungs: list[str]) -> dict[str, PlacementTable]:
         """``[placement]`` for every rung, overrides applied."""
-        return placements(self.placement, rungs, where=self.file)
+        return placements(self.placement, rungs, where=self.file, file=CampaignFile)
 
 
 def built_in() -> list[str]:
@@ -202,7 +218,7 @@ def load_campaign(
     """
     text = str(name_or_path)
     path = Path(text)
-    if not path.suffix and "/" not in text and not path.exists():
+    if not path.suffix and "/" not in text and not os.path.lexists(text):
         if text not in built_in():
             raise Refusal(f"{unknown_name('campaign', text, built_in())} Or give the path of a campaign file.")
         path = Path(str(resources.files("sweeps") / "campaigns" / f"{text}.toml"))
@@ -228,7 +244,7 @@ def _beside(arm: ArmTable, folder: Path) -> ArmTable:
     """The arm, its rule file looked for beside the campaign's."""
     if arm.rule is None or not arm.rule.endswith(".toml"):
         return arm
-    return msgspec.structs.replace(arm, rule=str(folder.resolve() / Path(arm.rule).expanduser()))
+    return msgspec.structs.replace(arm, rule=str(beside(folder, arm.rule)))
 
 
 def _check(campaign: Campaign) -> None:

@@ -37,7 +37,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """This very run was measured; runs of the same shape and optimizer were; only other sizes were; none was."""
     explanation: str
     devices: float = 1.0
-    """GPUs that the run occupies, a share of one where several runs share it; without GPUs 1."""
+    """GPUs that the run occupies, idle ones counted, a share of one where several runs share it; without GPUs 1."""
 
     @property
     def gpu_hours(self) -> float:
@@ -67,12 +67,10 @@ def predict(run: PlannedRun, table: PlacementTable, measured: list[RunRecord]) -
         measured: As `measured_runs` gives them.
     """
     work = train_flops(run.spec.shape, run.spec.budget.tokens, CONVENTION)
-    cuda = _on_cuda(table)
-    devices = (table.slurm.devices or table.devices) if cuda else max(table.slurm.processes, table.devices)
-    share = devices / table.runs_per_gpu if cuda else 1.0
+    devices = table.processes
 
     def cost(hours: float, basis: Basis, explanation: str) -> Cost:
-        return Cost(hours=hours, devices=share, basis=basis, explanation=explanation)
+        return Cost(hours=hours, devices=table.gpus or 1.0, basis=basis, explanation=explanation)
 
     itself = [record for record in measured if record.spec.id == run.id]
     if itself:
@@ -82,7 +80,7 @@ def predict(run: PlannedRun, table: PlacementTable, measured: list[RunRecord]) -
     if like:
         rate = statistics.median(_flops_per_second(record) for record in like)
         return cost(work / rate / devices / 3600, "like", f"{rate:.3g} FLOP/s, measured at this size")
-    peak = table.peak_flops / max(table.slurm.devices, 1)
+    peak = table.peak_flops
     if comparable:
         points = tuple(sorted((*work_of(record.spec), 1.0 / _tokens_per_second(record)) for record in comparable))
         speed = fit_speed(points, peak)
@@ -190,7 +188,7 @@ def slots(table: PlacementTable) -> int:
     """Runs at the same time: the array's limit, else what this machine holds."""
     if table.slurm.parallel is not None:
         return table.slurm.parallel
-    if _on_cuda(table):
+    if table.on_cuda:
         return table.runs_per_gpu
     return max(1, (os.cpu_count() or 1) // table.threads)
 
@@ -203,15 +201,11 @@ def assumption(table: PlacementTable) -> str:
     )
 
 
-def _on_cuda(table: PlacementTable) -> bool:
-    return table.device == "cuda" or (table.device == "auto" and table.accelerator != "cpu")
-
-
 def _same_kind(record: RunRecord, run: PlannedRun, table: PlacementTable) -> bool:
     return (
         record.spec.optimizer.name == run.spec.optimizer.name
         and record.spec.precision == run.spec.precision
-        and (record.device.kind == "cuda") == _on_cuda(table)
+        and (record.device.kind == "cuda") == table.on_cuda
     )
 
 

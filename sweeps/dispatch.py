@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from scaling.errors import os_error_sentence
+from scaling.errors import Refusal, os_error_sentence
 from scaling.packing import LOG, device_slots, note_kill, train_in_process
 from scaling.processes import begin
 from scaling.records import RunDirectory
@@ -91,8 +91,10 @@ def run_local(
         progress: Bars (True), a line a minute (False), or what the output is fit for (None).
 
     Raises:
-        Refusal: The data cannot be prepared.
+        Refusal: The data cannot be prepared, or there are no workers.
     """
+    if workers is not None and workers < 1:
+        raise Refusal(f"--workers is {workers}, so no run would ever start. Use 1 or more.")
     plan = with_data(plan, progress=progress)
     plan.write()
     runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")

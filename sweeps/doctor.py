@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.spec import Strict
-from sweeps.placement import SlurmTable, profile_file, slurm_tables
+from sweeps.placement import SlurmTable, profile_file
 from sweeps.plan import Plan
 from sweeps.slurm import Unreachable, ask
 from sweeps.snapshot import code_root
@@ -49,16 +49,15 @@ def examine(plan: Plan, *, probe: bool = False) -> list[Check]:
     checks = [*_commands(), *_root(plan.root)]
     if any(check.verdict == "fail" for check in checks):
         return checks
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
     kinds: dict[str, SlurmTable] = {}
-    for rung, table in tables.items():
-        if table not in kinds.values():
-            kinds[rung] = table
+    for rung, table in plan.placements.items():
+        if table.slurm not in kinds.values():
+            kinds[rung] = table.slurm
     checks += _configuration(len(plan.distinct()))
-    for rung, table in kinds.items():
-        checks += list(_placement(rung, table))
+    for rung, asked in kinds.items():
+        checks += list(_placement(rung, asked))
         if probe:
-            checks.append(_probe(plan.root, rung, table))
+            checks.append(_probe(plan.root, rung, asked))
     return checks
 
 
@@ -70,7 +69,7 @@ def show(checks: list[Check]) -> None:
         table.add_column(column, no_wrap=column != "finding")
     for check in checks:
         table.add_row(check.name, Text(check.verdict, style=styles[check.verdict]), Text(check.finding))
-    Console().print(table)
+    console().print(table)
 
 
 def _commands() -> Iterator[Check]:

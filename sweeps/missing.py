@@ -10,7 +10,7 @@ from scaling.errors import Refusal
 from sweeps import arrays, endings, nodes
 from sweeps.batch import job_placement
 from sweeps.dispatch import Retry, retries
-from sweeps.placement import SlurmTable, slurm_tables
+from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, PlannedRun
 from sweeps.slurm import Task
 from sweeps.submission import Class, Submission
@@ -112,7 +112,6 @@ def _classes(plan: Plan, missing: list[PlannedRun]) -> list[Class]:
     Runs that start from others come after them, and share an array only with those that start from the same: one run
     that fails takes along what starts from it, and nothing else.
     """
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
     groups: dict[tuple[int, tuple[str, ...], bytes, int], tuple[SlurmTable, list[PlannedRun]]] = {}
     depth: dict[str, int] = {}
     by_id = {run.id: run for run in missing}
@@ -124,9 +123,9 @@ def _classes(plan: Plan, missing: list[PlannedRun]) -> list[Class]:
         return depth[run.id]
 
     for run in missing:
-        table = tables[run.rung]
+        table = plan.placements[run.rung].slurm
         job_placement(plan, run, table)  # refuses before anything is submitted
-        key = (level(run), tuple(sorted(prerequisites(run))), msgspec.json.encode(table), _per_task(plan, run, table))
+        key = (level(run), tuple(sorted(prerequisites(run))), msgspec.json.encode(table), _per_task(plan, run))
         groups.setdefault(key, (table, []))[1].append(run)
     return [
         Class(slurm=groups[key][0], runs=tuple(groups[key][1]), per_task=key[3])
@@ -134,12 +133,13 @@ def _classes(plan: Plan, missing: list[PlannedRun]) -> list[Class]:
     ]
 
 
-def _per_task(plan: Plan, run: PlannedRun, slurm: SlurmTable) -> int:
-    wished = plan.placements[run.rung].runs_per_gpu
-    if wished > 1 and (slurm.processes > 1 or plan.placements[run.rung].devices > 1):
+def _per_task(plan: Plan, run: PlannedRun) -> int:
+    table = plan.placements[run.rung]
+    wished = table.runs_per_gpu
+    if wished > 1 and table.processes > 1:
         raise Refusal(
             f'{plan.campaign.file}, rung "{run.rung}": runs_per_gpu is {wished}, and a run is spread over several '
             "processes. Either share a device among runs, or a run among devices: set runs_per_gpu = 1, or nodes, "
             "tasks and devices = 1."
         )
-    return wished * max(slurm.gpus, 1) if wished > 1 else 1
+    return table.runs_per_task

@@ -26,8 +26,11 @@ from sweeps.branches import branched
 from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
 from sweeps.placement import PlacementTable
-from sweeps.tomlfile import located
+from sweeps.tomlfile import as_value, located
 from sweeps.tuning.settings import refuse_untuned, settled, with_settings
+
+MOST_RUNS = 100_000
+"""Of one campaign: each is kept in memory, and is a directory."""
 
 
 class PlannedRun(Strict, frozen=True):
@@ -125,6 +128,11 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
     root = Path(root).resolve()
     campaign = with_settings(campaign, root)
     rungs = rungs_of(campaign)
+    count = len(campaign.arms) * sum(len(rung.seeds) for rung in rungs)
+    if count > MOST_RUNS:
+        raise Refusal(
+            f"{campaign.file}: rungs, arms and seeds make {count:,} runs; a campaign has at most {MOST_RUNS:,}. Divide it."
+        )
     tables = campaign.placement_of([rung.name for rung in rungs])
     data, manifest = _data(campaign, root, tables)
     _check_data(campaign, manifest, rungs)
@@ -246,6 +254,8 @@ def _run(
             else Initial(run=cell[arm.initial.arm], how=arm.initial.how, charged=arm.initial.charged),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
+    # What rules and products gave is checked as what a file says: a spec that is planned can be read again.
+    as_value(msgspec.to_builtins(spec), RunSpec, where=f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"')
     placement = Placement(
         data=str(data),
         device=table.device,
@@ -275,7 +285,7 @@ def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     windows = spec.batch_tokens // spec.shape.context
     if at_most is None or at_most >= windows:
         return None
-    return max(part for part in range(1, at_most + 1) if windows % part == 0)
+    return next(part for part in range(at_most, 0, -1) if windows % part == 0)
 
 
 def with_data(planned: Plan, *, progress: bool | None = None) -> Plan:

@@ -6,6 +6,7 @@ holds for others is assumed, and a plan that uses one says which. To add a rule,
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from scaling.errors import Refusal, unknown_name
@@ -24,9 +25,21 @@ class Power(Strict, frozen=True):
     """Exponent of D."""
 
     def at(self, *, compute: float, parameters: float, tokens: float) -> float:
-        """The law's value at a run of compute C, size N and data D."""
-        powers = compute**self.compute * parameters**self.parameters * tokens**self.tokens
-        return float(self.coefficient * powers)
+        """The law's value at a run of compute C, size N and data D.
+
+        Raises:
+            Refusal: It is too large for a number.
+        """
+        try:
+            value = self.coefficient * compute**self.compute * parameters**self.parameters * tokens**self.tokens
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise Refusal(
+                f"a rule gives no finite value at {compute:.3g} FLOPs, {parameters:.3g} parameters and {tokens:.3g} tokens. "
+                "Use another rule or another size."
+            )
+        return float(value)
 
 
 class Rule(Strict, frozen=True):

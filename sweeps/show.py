@@ -10,23 +10,25 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.flops import train_flops
 from scaling.optim.ledger import run_optimizer_flops
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
 from sweeps.cost import Cost, assumption, measured_runs, predict, slots, wall_hours
+from sweeps.ladder import widened
 from sweeps.placement import PlacementTable
 from sweeps.plan import Plan
 
 
 def plan(planned: Plan) -> None:
     """Print `plan_table`."""
-    wide_enough(Console()).print(plan_table(planned))
+    wide_enough(console()).print(plan_table(planned))
 
 
-def wide_enough(console: Console) -> Console:
+def wide_enough(found: Console) -> Console:
     """The console, or one of 120 columns where the output is no terminal and nothing says how wide it is."""
-    return console if console.is_terminal else Console(width=120)
+    return found if found.is_terminal else console(width=120)
 
 
 def groups(planned: Plan) -> None:
@@ -39,7 +41,7 @@ def groups(planned: Plan) -> None:
     from scaling.models import build_model
     from scaling.optim.recipes import assign
 
-    console = Console()
+    to = console()
     run_of_arm = {run.arm: run for run in planned.runs}
     for arm, run in run_of_arm.items():
         with torch.device("meta"):
@@ -54,7 +56,7 @@ def groups(planned: Plan) -> None:
             if not re.match(r"blocks\.[1-9]", claimed.name):
                 size = " x ".join(map(str, claimed.shape))
                 table.add_row(claimed.name, size, claimed.algorithm, claimed.view, Text(claimed.rule))
-        console.print(table, Text())
+        to.print(table, Text())
 
 
 def plan_costs(plan: Plan) -> dict[str, Cost]:
@@ -269,7 +271,8 @@ def _notes(plan: Plan) -> list[str]:
         f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
-    lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
+    lines += [sentence] if (sentence := widened(list(plan.rungs))) else []
+    lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
     lines.append(_beside(plan))
     if "assumed" in totals["bases"]:
         kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.errors import Refusal
 from scaling.packing import LOG
 from scaling.records import Attempt, RunDirectory, RunState
@@ -21,7 +22,6 @@ from scaling.units import human
 from sweeps.cost import predict
 from sweeps.endings import given_up
 from sweeps.nodes import sentences
-from sweeps.placement import slurm_tables
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import hours_text, to_go
 from sweeps.slurm import Task
@@ -164,13 +164,8 @@ def _stalled(directory: RunDirectory) -> str | None:
 
 def planned_gpu_hours(plan: Plan) -> float:
     """Of all runs, as the campaign assumes the speed: measured ones are not asked, there may be thousands."""
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
-    return sum(
-        predict(run, plan.placements[run.rung], []).hours
-        * tables[run.rung].devices
-        / plan.placements[run.rung].runs_per_gpu
-        for run in plan.distinct()
-    )
+    tables = plan.placements
+    return sum(predict(run, tables[run.rung], []).hours * tables[run.rung].gpus for run in plan.distinct())
 
 
 def _free_bytes(root: Path) -> float:
@@ -193,7 +188,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
 
 def show(plan: Plan) -> None:
     """Print `status_table`."""
-    Console().print(status_table(plan))
+    console().print(status_table(plan))
 
 
 def status_table(plan: Plan) -> RenderableType:

@@ -101,7 +101,7 @@ def _jobs_before(submission: Submission, group: Class) -> list[str] | None:
 
 
 def _refuse_cost(submission: Submission, limit: float | None) -> None:
-    if limit is not None and (hours := submission.gpu_hours) > limit:
+    if limit is not None and not (hours := submission.gpu_hours) <= limit:  # a limit of nan allows nothing
         raise Refusal(
             f"{submission.plan.campaign.file}: the {len(submission.missing)} missing runs are predicted to take "
             f"{hours:,.1f} GPU-hours, and --max-gpu-hours allows {limit:,.1f}. Nothing was submitted. "

@@ -23,7 +23,7 @@ from scaling.cli.compare import Compare
 from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
-from scaling.errors import Refusal, os_error_sentence
+from scaling.errors import Refusal, os_error_sentence, plain
 
 VERBS: dict[str, tuple[type, str]] = {
     "demo": (Demo, "scaling demo --root /tmp/demo"),
@@ -74,7 +74,7 @@ def main() -> None:
         verb.run()
         sys.stdout.flush()  # here, where a full disk or a reader that has left can still be handled
     except Refusal as refusal:
-        print(f"scaling: {refusal}", file=sys.stderr)
+        print(f"scaling: {plain(str(refusal))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("scaling: interrupted; the same command continues.", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from scaling.cli.common import OnCampaign, default_root, next_step, print_json, program, under
 from scaling.cli.tables import Report
+from scaling.errors import plain
 
 if TYPE_CHECKING:
     from sweeps.dispatch import Outcome
@@ -233,7 +234,7 @@ def report_outcome(outcome: Outcome) -> None:
     parts += [f"{len(outcome.stopped)} interrupted"] if outcome.stopped else []
     print(f"{outcome.plan.campaign.name}: {', '.join(parts)}.")
     for run, reason in outcome.failed.items():
-        print(f"  {run} failed: {reason}")
+        print(plain(f"  {run} failed: {reason}"))
 
 
 def report_submission(submission: Submission, *, dry_run: bool) -> None:
@@ -250,9 +251,11 @@ def report_submission(submission: Submission, *, dry_run: bool) -> None:
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")
+    for request in submission.requests():
+        print(f"  {plain(request)}")
     if submission.gpu_hours:
         print(f"Predicted: {submission.gpu_hours:,.1f} GPU-hours.")
     if submission.jobs:
         print(f"Jobs: {', '.join(submission.jobs)}.")
     for note in submission.notes:
-        print(f"  {note}")
+        print(plain(f"  {note}"))

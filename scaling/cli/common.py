@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
 
-from scaling.errors import Refusal
+from scaling.errors import Refusal, plain
 
 if TYPE_CHECKING:
     from sweeps.campaign import Campaign
@@ -126,7 +126,7 @@ def print_json(value: Any) -> None:
 
 def next_step(command: str) -> None:
     """Print what to do now: a command that the reader's shell finds, even where the environment is not activated."""
-    print(f"Next: {command.replace('scaling', program(), 1)}")
+    print(plain(f"Next: {command.replace('scaling', program(), 1)}"))
 
 
 def program() -> str:

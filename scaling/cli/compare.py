@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scaling.cli.common import print_json
 from scaling.cli.tables import OnTable
+from scaling.errors import plain
 from scaling.records import write_atomic
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ class Compare(OnTable):
 
     def run(self) -> None:
         """Print the table; write the figures where the results of this table are."""
-        from rich.console import Console
-
         from analysis.same_budget import gaps, outcomes, overtakings
         from analysis.study import choose_arms
         from analysis.tables import markdown_table
+        from scaling.console import console
 
         frame = self.read()
         arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
@@ -44,9 +44,9 @@ class Compare(OnTable):
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
-        Console().print(_table(head, rows, without="sd"))
+        console().print(_table(head, rows, without="sd"))
         for line in crossings:
-            print(line)
+            print(plain(line))
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
         text = markdown_table((caption, head, rows)) + "".join(f"\n{line}\n" for line in crossings)
         write_atomic(folder / "compare.md", text.encode())

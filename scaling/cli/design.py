@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.cli.common import OnCampaign, print_json
-from scaling.errors import Refusal, unknown_name
+from scaling.errors import Refusal, plain, unknown_name
 
 if TYPE_CHECKING:
     from analysis.forecast import Answer, Row
@@ -143,8 +143,9 @@ def _draw(answer: Answer, folder: Path) -> Path:
 
 def show(answer: Answer, *, unit: str) -> None:
     """The forecast as tables and sentences."""
-    from rich.console import Console
     from rich.table import Table
+
+    from scaling.console import console
 
     def table(title: str, left: tuple[str, ...], right: tuple[str, ...], rows: list[list[Any]]) -> Table:
         made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
@@ -156,9 +157,9 @@ def show(answer: Answer, *, unit: str) -> None:
             made.add_row(*row)
         return made
 
-    console = Console()
+    to = console()
     beyond = "excludes 1" if answer.margin == 1.0 else f"excludes {answer.margin:g}"
-    console.print(
+    to.print(
         table(
             f"{answer.campaign}: {answer.challenger} against {answer.baseline} as planned, {answer.studies:,} studies",
             ("loss of",),
@@ -182,7 +183,7 @@ def show(answer: Answer, *, unit: str) -> None:
         "width: of the 95 % interval of the ratio, median and 10th to 90th percentile over studies; paired line: the "
         "interval of the paired differences, which takes the baseline's exponent as fitted; none under laws with a floor.\n"
     )
-    console.print(
+    to.print(
         table(
             f"One thing changed, at the loss of {answer.target_rung}",
             ("design",),
@@ -202,7 +203,7 @@ def show(answer: Answer, *, unit: str) -> None:
         )
     )
     print()
-    console.print(
+    to.print(
         table(
             "Narrowest for their cost",
             ("rungs and seeds (x: at each)",),
@@ -211,7 +212,7 @@ def show(answer: Answer, *, unit: str) -> None:
         )
     )
     for line in (*answer.verdict, *answer.assumptions):
-        print(line)
+        print(plain(line))
 
 
 def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from scaling.cli.common import TableName, default_root, next_step, print_json, under
-from scaling.errors import Refusal
+from scaling.errors import Refusal, plain
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(summary.arm_text(found))
+            print(plain(summary.arm_text(found)))
 
     def _allocate(self) -> None:
         from analysis.isoflop import allocations, allocations_text
@@ -217,7 +217,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(allocations_text(found))
+            print(plain(allocations_text(found)))
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.holdout import hold_out, holdout_text
@@ -226,7 +226,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(holdout_text(found))
+            print(plain(holdout_text(found)))
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Audit(OnTable):
         if self.json:
             print_json(checks)
         else:
-            print(audit_text(checks))
+            print(plain(audit_text(checks)))
         if any(check.verdict == "fail" for check in checks):
             sys.exit(1)
 

@@ -95,6 +95,16 @@ def plain_sizes(path: str, validation: str | None = None) -> list[tuple[Half | N
 
 def _expand(path: str, option: str) -> list[tuple[str, Path]]:
     """Name and path of each file that a file, folder or glob stands for, ordered by name."""
+    try:
+        return _matches(path, option)
+    except OSError as error:
+        raise Refusal(
+            f"[data] {option} {path}: cannot be listed ({error.filename}: {error.strerror}). "
+            "Name a folder of text files that you may read."
+        ) from None
+
+
+def _matches(path: str, option: str) -> list[tuple[str, Path]]:
     known = ", ".join(READERS)
     root = Path(path)
     with _refusing(f"[data] {option} {path}"):

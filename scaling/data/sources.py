@@ -6,6 +6,7 @@ is read. To add a source, write a function that yields documents and give it a r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
 import re
@@ -17,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from scaling.data.documents import Document
-from scaling.errors import Refusal, unknown_name
+from scaling.errors import Refusal, shortened, unknown_name
 from scaling.spec import Positive, Strict
 
 
@@ -81,12 +82,9 @@ class DataConfig(Strict, frozen=True):
 
         def absolute(option: str, path: str) -> Path:
             try:
-                return folder.resolve() / Path(path).expanduser()
-            except RuntimeError:
-                raise Refusal(
-                    f"[data] {option} {path}: there is no user {path.split('/')[0][1:]!r} with a home folder. "
-                    "Write the path without ~."
-                ) from None
+                return beside(folder, path)
+            except Refusal as refusal:
+                raise Refusal(f"[data] {option} {refusal}") from None
 
         changes: dict[str, str] = {}
         if self.tokenizer != "bytes":
@@ -99,6 +97,22 @@ class DataConfig(Strict, frozen=True):
         if self.name is not None and _is_folder(local := absolute("name", self.name)):
             changes["name"] = str(local)
         return msgspec.structs.replace(self, **changes)
+
+
+def beside(folder: Path, path: str) -> Path:
+    """A path of a file in `folder`: relative ones start there, and ``~`` is a home.
+
+    Raises:
+        Refusal: There is no such user, or the system takes no such path.
+    """
+    try:
+        found = folder.resolve() / Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise Refusal(f'"{shortened(path)}" cannot be read ({why}). Write another path.') from None
+    return found
 
 
 SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from scaling.errors import Refusal
+from scaling.optim.search import Search
 from sweeps.rules import rule
+from sweeps.tomlfile import located
 from sweeps.tuning.space import Dimension, Values, centred, known_searches
 from sweeps.tuning.table import TuneTable
 
@@ -27,6 +29,16 @@ def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Va
         for arm in campaign.arms
         if arm.tuned
     }
+
+
+def _ranging(row: Search, low: float, high: float, *, where: str) -> Search:
+    """The row with another range, its limits moved where the range passes them.
+
+    Raises:
+        Refusal: The range is not in order, or the row's scale cannot hold it.
+    """
+    with located(where):
+        return msgspec.structs.replace(row, low=low, high=high, least=min(row.least, low), most=max(row.most, high))
 
 
 def dimensions_of(campaign: Campaign, arm: ArmTable, rung: Rung) -> tuple[Dimension, ...]:
@@ -51,10 +63,10 @@ def dimensions_of(campaign: Campaign, arm: ArmTable, rung: Rung) -> tuple[Dimens
             )
         values: tuple[float, ...] = ()
         if wished is not None and wished.low is not None and wished.high is not None:
-            least, most = min(row.least, wished.low), max(row.most, wished.high)
-            row = msgspec.structs.replace(row, low=wished.low, high=wished.high, least=least, most=most)
+            row = _ranging(row, wished.low, wished.high, where=f"{campaign.file}, [tune.search]")
         elif wished is not None and wished.values:
             values = wished.values
+            _ranging(row, values[0], values[-1], where=f"{campaign.file}, [tune.search]")
         elif wished is not None and wished.rule is not None:
             law = getattr(rule(wished.rule), name)
             row = centred(row, law.at(compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens))

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import tomllib
+import os
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from scaling.errors import Refusal, unknown_name
 from scaling.records import write_atomic
-from scaling.spec import Strict
+from scaling.spec import Line, PositiveFloat, Strict
 from sweeps.rules import Power, Rule
+from sweeps.tomlfile import as_value, read_toml
 from sweeps.tuning.facts import LawFacts, Tuning
 from sweeps.tuning.space import Dimension, Values, known_searches
+
+Exponent = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
 class RulePower(Strict, frozen=True):
     """``coefficient * C**exponent`` with C in FLOPs, and what it is worth."""
 
-    coefficient: float
-    exponent: float
-    low: float | None = None
+    coefficient: Annotated[float, msgspec.Meta(gt=0.0, le=1e300)]
+    exponent: Exponent
+    low: Exponent | None = None
     """95 % interval of the exponent."""
-    high: float | None = None
-    rungs: tuple[str, ...] = ()
-    note: str = ""
+    high: Exponent | None = None
+    rungs: tuple[Line, ...] = ()
+    note: Line = ""
 
 
 class RuleFile(Strict, frozen=True):
     """The whole file."""
 
-    label: str
-    source: str
-    arm: str
-    optimizer: str
-    computes: tuple[float, ...]
+    label: Line
+    source: Line
+    arm: Line
+    optimizer: Line
+    computes: tuple[PositiveFloat, ...]
     """FLOPs of one run at each rung that was tuned; far outside, the law is a guess."""
     laws: dict[str, RulePower]
     """By hyper-parameter."""
@@ -59,7 +63,9 @@ class RuleFile(Strict, frozen=True):
         for name, law in self.laws.items():
             if name not in rows:
                 raise Refusal(f"{self.label}: {unknown_name(f'hyper-parameter of {optimizer}', name, rows)}")
-            value = min(max(law.coefficient * compute**law.exponent, rows[name].least), rows[name].most)
+            power = Power(coefficient=law.coefficient, compute=law.exponent)
+            expected = power.at(compute=compute, parameters=1.0, tokens=1.0)
+            value = min(max(expected, rows[name].least), rows[name].most)
             values[name] = Dimension(search=rows[name]).rounded(value, context)
         return values
 
@@ -134,9 +140,6 @@ def read_rule_file(path: Path) -> RuleFile:
     Raises:
         Refusal: It is missing or is not one.
     """
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text()), type=RuleFile)
-    except FileNotFoundError:
-        raise Refusal(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.") from None
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: not a rule file: {error}. Write it again: scaling tune CAMPAIGN.") from None
+    if not os.path.lexists(path):
+        raise Refusal(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.")
+    return as_value(read_toml(path), RuleFile, where=str(path))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
+from scaling.errors import Refusal
 from scaling.records import Attempt, RunDirectory
 from sweeps.collect import collect
 from sweeps.dispatch import run_local
@@ -75,6 +76,11 @@ def numbers(planned: Plan) -> list[tuple[object, ...]]:
 
 def starts(directory: RunDirectory) -> list[Attempt]:
     return [attempt for attempt in directory.attempts() if attempt.event == "start"]
+
+
+def test_workers_below_one_are_refused(campaigns: Any) -> None:
+    with pytest.raises(Refusal, match="--workers is -1"):
+        run_local(campaigns.plan(), workers=-1)
 
 
 def test_finished_runs_are_never_trained_again(campaigns: Any, tmp_path: Path) -> None:

@@ -30,8 +30,10 @@ from sweeps.lease import Lease, hold, is_held
 from sweeps.nodes import NodeFailure
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
+from sweeps.show import plan_totals
 from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
 from sweeps.snapshot import code_digest, take_snapshot
+from sweeps.status import planned_gpu_hours
 from sweeps.submit import submit_slurm
 
 IDLE = {"scontrol": "echo 'MaxArraySize = 1001'", "squeue": "exit 0", "sacct": "exit 0", "srun": "exit 0"}
@@ -169,6 +171,41 @@ def test_more_gpu_hours_than_allowed_are_refused_before_anything_is_queued(
     no_profile.write_text("gpus = 8\n")
     with pytest.raises(Refusal, match=re.escape("--max-gpu-hours allows 0.0. Nothing was submitted")):
         submit_slurm(campaigns.plan(), dry_run=True, max_gpu_hours=0.0)
+
+
+@pytest.mark.parametrize("limit", [0.0, float("nan")])
+def test_a_limit_that_no_number_of_hours_meets_submits_nothing(limit: float, no_profile: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="Nothing was submitted"):
+        submit_slurm(plan(load_campaign("moonlight"), tmp_path), dry_run=True, max_gpu_hours=limit)
+
+
+@pytest.mark.parametrize(("gpus", "tasks", "times"), [(1, 1, 1.0), (8, 8, 1.0), (8, 1, 8.0)])
+def test_gpu_hours_are_the_same_wherever_gpus_are_asked_for(
+    gpus: int, tasks: int, times: float, no_profile: Path, tmp_path: Path
+) -> None:
+    alone = plan_totals(plan(load_campaign("moonlight"), tmp_path))["gpu_hours"]
+    asked = {"gpus": gpus, "tasks": tasks}
+    settings = tuple(f"placement.slurm.{name}={value}" for name, value in asked.items())
+    in_campaign = plan(load_campaign("moonlight", settings=settings), tmp_path)
+    no_profile.write_text("".join(f"{name} = {value}\n" for name, value in asked.items()))
+    in_profile = plan(load_campaign("moonlight"), tmp_path)
+    for planned in (in_campaign, in_profile):
+        submission = submit_slurm(planned, dry_run=True)
+        hours = (plan_totals(planned)["gpu_hours"], submission.gpu_hours, planned_gpu_hours(planned))
+        assert hours == pytest.approx([times * alone] * 3)
+        assert ("stay idle" in submission.requests()[0]) == (times > 1)
+
+
+def test_jobs_ask_for_what_their_runs_need_and_say_how_many_a_run_takes(no_profile: Path, tmp_path: Path) -> None:
+    def request(*settings: str) -> str:
+        submission = submit_slurm(plan(load_campaign("moonlight", settings=settings), tmp_path), dry_run=True)
+        return submission.requests()[0]
+
+    assert "gpus = 1, tasks = 1, cpus = 8" in request()
+    assert re.search(r"takes 350 h, so about 36\d jobs.* Raise minutes", request())
+    assert "Raise minutes" not in request("placement.slurm.minutes=2880")
+    assert "the job asks for none" in request("placement.slurm.gpus=0")
+    assert "at its start" in request("placement.slurm.minutes=2")
 
 
 HOSTILE = [
