@@ -6,7 +6,9 @@ them); `sweeps.plan` turns it into runs. The built-in campaigns are examples of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -168,6 +170,8 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
     """A campaign file and where it was read from."""
 
     file: str
+    identity: str = ""
+    """Hash of what the file and ``--set`` ask for, titles and placement left out (`campaign_identity`)."""
     settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
     """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.tuning.settings`)."""
     untuned: bool = False
@@ -212,7 +216,8 @@ def load_campaign(
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
-    campaign = Campaign(**{**{f: getattr(content, f) for f in content.__struct_fields__}, "file": path.name})
+    fields = {f: getattr(content, f) for f in content.__struct_fields__}
+    campaign = Campaign(**{**fields, "file": path.name, "identity": campaign_identity(tables)})
     campaign = msgspec.structs.replace(
         campaign,
         data=campaign.data.resolved(path.parent),
@@ -220,6 +225,16 @@ def load_campaign(
     )
     _check(campaign)
     return campaign
+
+
+def campaign_identity(tables: Mapping[str, Any]) -> str:
+    """Hash of a campaign's tables as they are written, ``--set`` applied.
+
+    Equal for files that differ only in comments, layout, order of keys, title or ``[placement]``: those change no
+    number. The folder of the file does not count either, so results that were copied elsewhere still belong to it.
+    """
+    content = {key: value for key, value in tables.items() if key not in ("title", "placement")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _beside(arm: ArmTable, folder: Path) -> ArmTable:

@@ -49,6 +49,12 @@ class PlannedRun(Strict, frozen=True):
         return count_parameters(self.spec.shape).blocks
 
     @property
+    def starts_from(self) -> frozenset[str]:
+        """Runs that this one starts from, by their weights or as a branch of their course."""
+        initial = self.spec.initial.run if self.spec.initial else None
+        return frozenset(other for other in (initial, self.spec.branch_of) if other is not None)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The columns that say in every table which run a row is of."""
         return {
@@ -65,7 +71,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The runs of a campaign, under one root folder.
 
     The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that wish for
-    it) and ``results/<campaign>/`` (plan, tables, report).
+    it), ``replaced/`` (directories of runs that were trained again) and ``results/<campaign>/`` (plan, tables, report).
     """
 
     campaign: Campaign

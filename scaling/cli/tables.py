@@ -59,8 +59,12 @@ class OnTable:
             return Path(self.table).with_suffix("")
         if self.table.endswith(".toml"):
             from sweeps.campaign import load_campaign
+            from sweeps.collect import refuse_other
 
-            return self.root / "results" / load_campaign(self.table).name
+            campaign = load_campaign(self.table)
+            folder = self.root / "results" / campaign.name
+            refuse_other(folder, campaign)
+            return folder
         return self.root / "results" / self.table
 
     def collected(self) -> Path | None:
