@@ -19,6 +19,7 @@ from scaling.spec import Strict
 from sweeps.campaign import Campaign
 from sweeps.plan import Plan, PlannedRun
 from sweeps.status import status_and_record
+from sweeps.tuning.settings import refuse_untuned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,12 +118,13 @@ def collect(plan: Plan, folder: Path | str | None = None, *, overwrite: bool = F
         The content of runs.csv, columns `RUN_COLUMNS`.
 
     Raises:
-        Refusal: The folder holds finished runs that this campaign does not have.
+        Refusal: The folder holds finished runs that this campaign does not have, or its tuning is not done.
     """
     import io
 
     import pandas as pd
 
+    refuse_untuned(plan.campaign)
     folder = plan.results if folder is None else Path(folder)
     if not overwrite:
         _refuse_loss(folder, plan)

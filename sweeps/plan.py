@@ -27,7 +27,7 @@ from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
 from sweeps.placement import PlacementTable
 from sweeps.tomlfile import located
-from sweeps.tuning.settings import refuse_untuned, settled, with_settings
+from sweeps.tuning.settings import refuse_foreign, refuse_untuned, settled, with_settings
 
 
 class PlannedRun(Strict, frozen=True):
@@ -145,6 +145,8 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
                 cell[arm.name] = runs[-1].id
     if campaign.schedule.branches:
         runs = branched(runs)
+    if manifest is not None and not campaign.untuned:
+        refuse_foreign(campaign, root, runs)
     return Plan(
         campaign=campaign,
         root=root,

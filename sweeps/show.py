@@ -34,6 +34,7 @@ from sweeps.cost import (
 )
 from sweeps.placement import PlacementTable
 from sweeps.plan import Plan
+from sweeps.tuning.settings import untuned_note
 
 
 def plan(planned: Plan) -> None:
@@ -397,6 +398,7 @@ def _notes(plan: Plan, seen: Outlook) -> list[str]:
     lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
     lines.append(_beside(plan))
     lines += _bases(plan, seen)
+    lines += untuned_note(plan.campaign)
     lines += code_notes((code.commit, changed_files(code)) for code in seen.code)
     if plan.provisional:
         lines.append(

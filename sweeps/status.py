@@ -29,6 +29,7 @@ from sweeps.plan import Plan, PlannedRun
 from sweeps.show import MAX_ROWS, code_notes, hours_text, to_go
 from sweeps.slurm import Task
 from sweeps.survey import Survey, survey
+from sweeps.tuning.settings import untuned_note
 
 STYLES: dict[str, str] = {
     "finished": "green",
@@ -249,7 +250,8 @@ def status_table(plan: Plan, *, totals_first: bool = False, height: int | None =
         shares={row.run: row.share for row in runs.values()},
         speeds={row.run: row.tokens_per_second for row in runs.values() if row.tokens_per_second},
     )
-    notes = reasons((f"{row.arm} {row.cell}", row.state, row.reason) for row in found if row.reason)
+    notes = untuned_note(plan.campaign)
+    notes += reasons((f"{row.arm} {row.cell}", row.state, row.reason) for row in found if row.reason)
     if counts["failed"]:
         notes.append(f"Failed runs are tried again by {RETRY_FAILED}")
     if spent := sum(row.gpu_hours for row in runs.values()):
