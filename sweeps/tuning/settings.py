@@ -67,7 +67,9 @@ def refuse_foreign(campaign: Campaign, root: Path, runs: Sequence[PlannedRun]) -
     first = {(run.arm, run.rung): msgspec.structs.replace(run.spec, branch_of=None) for run in reversed(runs)}
     for study in found.studies:
         template = first.get((study.arm, study.rung))
-        for trial in study.trials if template is not None else ():
+        if template is None:
+            continue
+        for trial in study.trials:
             if not _makes(template, trial):
                 raise Refusal(
                     f"{facts_file(root, campaign.name)}: the settings of {study.arm} were searched with run {trial.run} "
