@@ -91,11 +91,13 @@ class Live:
             self.bars.update(self.tasks[run.id], completed=now[run.id].share, loss=said)
         for run_id in set(self.tasks) - now.keys():
             last = run_status(self.plan, self.runs[run_id])
-            self.bars.update(self.tasks.pop(run_id), completed=last.share, loss=last.state)
+            self.bars.remove_task(self.tasks.pop(run_id))  # a hundred bars would push the active ones off the screen
+            loss = "" if last.loss is None else f", loss {last.loss:.3f}"
+            self.say(f"{self.names[run_id]} {last.state} at {last.share:.0%}{loss}")
 
     def say(self, sentence: str) -> None:
         """A line above the bars."""
-        self.console.print(sentence)
+        self.console.print(sentence, markup=False)
 
     def _line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
