@@ -92,8 +92,8 @@ class Live:
         for run_id in set(self.tasks) - now.keys():
             last = run_status(self.plan, self.runs[run_id])
             self.bars.remove_task(self.tasks.pop(run_id))  # a hundred bars would push the active ones off the screen
-            loss = "" if last.loss is None else f", loss {last.loss:.3f}"
-            self.say(f"{self.names[run_id]} {last.state} at {last.share:.0%}{loss}")
+            said = "" if last.loss is None else f", loss {last.loss:.3f}"
+            self.say(f"{self.names[run_id]} {last.state} at {last.share:.0%}{said}")
 
     def say(self, sentence: str) -> None:
         """A line above the bars."""
