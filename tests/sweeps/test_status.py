@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 
 from scaling.provenance import describe_code
 from scaling.records import MetricsRow, RunDirectory, append_line, write_json
+from sweeps.live import Live
 from sweeps.plan import Plan
 from sweeps.show import plan_table
 from sweeps.status import status_table
@@ -77,3 +78,21 @@ def test_runs_of_other_code_are_named_in_plan_and_status(campaigns: Campaigns) -
         assert len(said) == 2
         assert any(line.startswith("1 run was recorded without hashes") for line in said)
         assert any("2 runs were trained by other code" in line and "1 file differs" in line for line in said)
+
+
+def test_the_bar_of_all_runs_stands_first_and_ended_runs_leave(campaigns: Campaigns) -> None:
+    plan = campaigns.plan()
+    first, *others = plan.runs
+    with Live(plan, progress=True) as live:
+        assert live.bars is not None
+        (whole,) = live.bars.tasks  # before anything trains
+        assert "loading the training code" in whole.description
+        assert whole.total == sum(run.spec.budget.flops for run in plan.runs)
+        live.update([first], waiting=others)
+        assert [task.description for task in live.bars.tasks][1:] == ["adamw a/0"]
+        assert whole.completed == 0
+        write_record(plan.directory(first), first.spec, 3.0)
+        live.update([], waiting=others)
+        assert live.bars.tasks == [whole]
+        assert whole.completed == first.spec.budget.flops
+        assert "1 of 4 runs ended" in whole.description
