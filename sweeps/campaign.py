@@ -17,6 +17,7 @@ import msgspec
 
 from scaling.data.sources import DataConfig
 from scaling.errors import Refusal, unknown_name
+from scaling.records import read_json
 from scaling.spec import Evaluation, Fraction, LatentAttention, Mixture, ModelShape, Positive, Strict
 from sweeps.placement import PlacementTable, Word, placements
 from sweeps.rules import rule
@@ -235,6 +236,35 @@ def campaign_identity(tables: Mapping[str, Any]) -> str:
     """
     content = {key: value for key, value in tables.items() if key not in ("title", "placement")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+IDENTITY = "campaign.json"
+
+
+class Collected(Strict, frozen=True):
+    """campaign.json: the campaign whose tables lie in a folder of results."""
+
+    file: str
+    identity: str
+    """`campaign_identity`."""
+
+
+def refuse_other(folder: Path, campaign: Campaign) -> None:
+    """Refuse to read tables that another campaign, or an earlier version of this one, left in a folder.
+
+    Tables without a campaign.json are accepted: nothing says whose they are.
+
+    Raises:
+        Refusal: campaign.json names another campaign.
+    """
+    file = folder / IDENTITY
+    if (folder / "runs.csv").exists() and file.exists():
+        found = read_json(file, Collected)
+        if found.identity != campaign.identity:
+            raise Refusal(
+                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
+                f"Collect again (scaling collect), or name the folder instead of the file to read what is there: {folder}"
+            )
 
 
 def _beside(arm: ArmTable, folder: Path) -> ArmTable:

@@ -15,8 +15,7 @@ from scaling.flops import CONVENTIONS, train_flops
 from scaling.initial import charged_parents
 from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import read_json, write_atomic, write_json
-from scaling.spec import Strict
-from sweeps.campaign import Campaign
+from sweeps.campaign import IDENTITY, Collected
 from sweeps.plan import Plan, PlannedRun
 from sweeps.status import status_and_record
 from sweeps.tuning.settings import refuse_untuned
@@ -47,35 +46,6 @@ DYNAMICS_COLUMNS = (
 """Of dynamics.parquet: `quantity` is a field of `scaling.records.DynamicsRow`, `part` what it was measured of."""
 
 
-IDENTITY = "campaign.json"
-
-
-class Collected(Strict, frozen=True):
-    """campaign.json: the campaign whose tables lie in a folder of results."""
-
-    file: str
-    identity: str
-    """`sweeps.campaign.campaign_identity`."""
-
-
-def refuse_other(folder: Path, campaign: Campaign) -> None:
-    """Refuse to read tables that another campaign, or an earlier version of this one, left in a folder.
-
-    Tables without a campaign.json are accepted: nothing says whose they are.
-
-    Raises:
-        Refusal: campaign.json names another campaign.
-    """
-    file = folder / IDENTITY
-    if (folder / "runs.csv").exists() and file.exists():
-        found = read_json(file, Collected)
-        if found.identity != campaign.identity:
-            raise Refusal(
-                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
-                f"Collect again (scaling collect), or name the folder instead of the file to read what is there: {folder}"
-            )
-
-
 def _refuse_loss(folder: Path, plan: Plan) -> None:
     """Refuse to replace tables by others in which finished runs of another campaign would be missing.
 
@@ -90,10 +60,10 @@ def _refuse_loss(folder: Path, plan: Plan) -> None:
     of = read_json(file, Collected) if file.exists() else None
     if of is not None and of.identity == plan.campaign.identity:
         return
-    old = pd.read_csv(table)
+    old = pd.read_csv(table, dtype={"run": str})
     if not {"run", "status"} <= set(old.columns):
         return
-    done = set(old.loc[old["status"].isin(["finished", "diverged"]), "run"].astype(str))
+    done = set(old.loc[old["status"].isin(["finished", "diverged"]), "run"])
     lost = done - {run.id for run in plan.runs}
     if lost:
         raise Refusal(

@@ -57,10 +57,9 @@ class OnTable:
             return Path(self.table)
         if self.is_file:
             return Path(self.table).with_suffix("")
-        if self.table.endswith(".toml"):
-            from sweeps.campaign import load_campaign
-            from sweeps.collect import refuse_other
+        from sweeps.campaign import built_in, load_campaign, refuse_other
 
+        if self.table.endswith(".toml") or self.table in built_in():
             campaign = load_campaign(self.table)
             folder = self.root / "results" / campaign.name
             refuse_other(folder, campaign)

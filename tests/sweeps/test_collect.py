@@ -11,8 +11,8 @@ from recorded import write_record
 from scaling.errors import Refusal
 from scaling.optim.ledger import run_optimizer_flops
 from scaling.records import DynamicsRow, append_line
-from sweeps.campaign import load_campaign
-from sweeps.collect import DYNAMICS_COLUMNS, collect, refuse_other
+from sweeps.campaign import load_campaign, refuse_other
+from sweeps.collect import DYNAMICS_COLUMNS, collect
 from sweeps.plan import Plan, plan
 from tests.sweeps.conftest import Campaigns
 
