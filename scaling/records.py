@@ -119,6 +119,14 @@ class Code(Strict, frozen=True):
     dirty: bool | None
     versions: dict[str, str]
     """Python and the libraries whose numbers reach the result."""
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    """Hashes of the source files that decide a run's numbers (`scaling.provenance.code_hashes`), by path."""
+
+    @property
+    def digest(self) -> str | None:
+        """One hash over `files`; None where none were recorded."""
+        text = "".join(f"{name} {self.files[name]}\n" for name in sorted(self.files))
+        return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
 
 
 class RunRecord(Strict, frozen=True):

@@ -6,8 +6,10 @@ them); `sweeps.plan` turns it into runs. The built-in campaigns are examples of 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +18,7 @@ import msgspec
 
 from scaling.data.sources import DataConfig, beside
 from scaling.errors import Refusal, unknown_name
+from scaling.records import read_json
 from scaling.spec import (
     BatchTokens,
     Evaluation,
@@ -184,6 +187,8 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
     """A campaign file and where it was read from."""
 
     file: str
+    identity: str = ""
+    """Hash of what the file and ``--set`` ask for, titles and placement left out (`campaign_identity`)."""
     settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
     """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.tuning.settings`)."""
     untuned: bool = False
@@ -228,7 +233,8 @@ def load_campaign(
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
-    campaign = Campaign(**{**{f: getattr(content, f) for f in content.__struct_fields__}, "file": path.name})
+    fields = {f: getattr(content, f) for f in content.__struct_fields__}
+    campaign = Campaign(**{**fields, "file": path.name, "identity": campaign_identity(tables)})
     with located(path.name):
         data = campaign.data.resolved(path.parent)
     campaign = msgspec.structs.replace(
@@ -238,6 +244,45 @@ def load_campaign(
     )
     _check(campaign)
     return campaign
+
+
+def campaign_identity(tables: Mapping[str, Any]) -> str:
+    """Hash of a campaign's tables as they are written, ``--set`` applied.
+
+    Equal for files that differ only in comments, layout, order of keys, title or ``[placement]``: those change no
+    number. The folder of the file does not count either, so results that were copied elsewhere still belong to it.
+    """
+    content = {key: value for key, value in tables.items() if key not in ("title", "placement")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+IDENTITY = "campaign.json"
+
+
+class Collected(Strict, frozen=True):
+    """campaign.json: the campaign whose tables lie in a folder of results."""
+
+    file: str
+    identity: str
+    """`campaign_identity`."""
+
+
+def refuse_other(folder: Path, campaign: Campaign) -> None:
+    """Refuse to read tables that another campaign, or an earlier version of this one, left in a folder.
+
+    Tables without a campaign.json are accepted: nothing says whose they are.
+
+    Raises:
+        Refusal: campaign.json names another campaign.
+    """
+    file = folder / IDENTITY
+    if (folder / "runs.csv").exists() and file.exists():
+        found = read_json(file, Collected)
+        if found.identity != campaign.identity:
+            raise Refusal(
+                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
+                f"Collect again (scaling collect), or name the folder instead of the file to read what is there: {folder}"
+            )
 
 
 def _beside(arm: ArmTable, folder: Path) -> ArmTable:

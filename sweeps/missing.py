@@ -9,7 +9,7 @@ import msgspec
 from scaling.errors import Refusal
 from sweeps import arrays, endings, nodes
 from sweeps.batch import job_placement
-from sweeps.dispatch import Retry, retries
+from sweeps.dispatch import Retry, placement_changed, retries
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, PlannedRun
 from sweeps.slurm import Task
@@ -34,6 +34,7 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
     folder = plan.root / "runs"
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     bad = set(nodes.bad_nodes(plan.root))
+    tables = {rung: table.slurm for rung, table in plan.placements.items()}
     for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
         if run.id not in present:
             missing.append(run)
@@ -45,7 +46,7 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
             found.done.append(run.id)
         elif alive and place is not None and place.array.per_task > 1 and _out_of_its_pack(plan, run):
             # Its neighbours still train. The job does not start it again, and a new claim would keep it from doing so.
-            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad)
+            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad, slurm=tables[run.rung])
         elif state == "running" or alive:
             found.joined.append(run.id)
             if task is not None and task.advice is not None:
@@ -57,22 +58,33 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
         elif _was_cancelled(plan, run, task, seen) and not retries(retry, "cancelled"):
             found.cancelled.append(run.id)
         else:
-            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad)
-    found.classes = _classes(plan, missing)
+            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad, slurm=tables[run.rung])
+    found.classes = _classes(plan, missing, tables)
     return found
 
 
 def prerequisites(run: PlannedRun) -> frozenset[str]:
     """Runs that this one starts from, by their weights or as a branch of their course."""
-    initial = run.spec.initial.run if run.spec.initial else None
-    return frozenset(other for other in (initial, run.spec.branch_of) if other is not None)
+    return run.starts_from
 
 
 def _sort_ended(
-    found: Submission, missing: list[PlannedRun], run: PlannedRun, *, state: str, retry: Retry, bad: set[str]
+    found: Submission,
+    missing: list[PlannedRun],
+    run: PlannedRun,
+    *,
+    state: str,
+    retry: Retry,
+    bad: set[str],
+    slurm: SlurmTable,
 ) -> None:
     """A run that no job has any more."""
-    if state == "failed" and not retries(retry, "failed") and not _was_the_nodes_fault(found.plan, run, bad):
+    if (
+        state == "failed"
+        and not retries(retry, "failed")
+        and not _was_the_nodes_fault(found.plan, run, bad)
+        and not placement_changed(found.plan.directory(run), job_placement(found.plan, run, slurm))
+    ):
         found.failed.append(run.id)
         return
     if (found.plan.directory(run).path / arrays.CANCELLED).exists() and not retries(retry, "cancelled"):
@@ -106,7 +118,7 @@ def _was_cancelled(plan: Plan, run: PlannedRun, task: Task | None, seen: Survey)
     return not seen.ended_with_its_predecessor(run.id)
 
 
-def _classes(plan: Plan, missing: list[PlannedRun]) -> list[Class]:
+def _classes(plan: Plan, missing: list[PlannedRun], tables: dict[str, SlurmTable]) -> list[Class]:
     """Runs that can share an array.
 
     Runs that start from others come after them, and share an array only with those that start from the same: one run

@@ -27,7 +27,7 @@ from sweeps.campaign import ArmTable, Campaign
 from sweeps.ladder import Rung, peak_lr, rungs_of
 from sweeps.placement import PlacementTable
 from sweeps.tomlfile import as_value, located
-from sweeps.tuning.settings import refuse_untuned, settled, with_settings
+from sweeps.tuning.settings import refuse_foreign, refuse_untuned, settled, with_settings
 
 MOST_RUNS = 100_000
 """Of one campaign: each is kept in memory, and is a directory."""
@@ -52,6 +52,12 @@ class PlannedRun(Strict, frozen=True):
         return count_parameters(self.spec.shape).blocks
 
     @property
+    def starts_from(self) -> frozenset[str]:
+        """Runs that this one starts from, by their weights or as a branch of their course."""
+        initial = self.spec.initial.run if self.spec.initial else None
+        return frozenset(other for other in (initial, self.spec.branch_of) if other is not None)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The columns that say in every table which run a row is of."""
         return {
@@ -68,7 +74,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The runs of a campaign, under one root folder.
 
     The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that wish for
-    it) and ``results/<campaign>/`` (plan, tables, report).
+    it), ``replaced/`` (directories of runs that were trained again) and ``results/<campaign>/`` (plan, tables, report).
     """
 
     campaign: Campaign
@@ -146,6 +152,8 @@ def plan(campaign: Campaign, root: Path | str) -> Plan:
                 cell[arm.name] = runs[-1].id
     if campaign.schedule.branches:
         runs = branched(runs)
+    if manifest is not None and not campaign.untuned:
+        refuse_foreign(campaign, root, runs)
     return Plan(
         campaign=campaign,
         root=root,

@@ -1,31 +1,35 @@
-"""Where a campaign stands, read from the runs' own files."""
+"""State and progress of a campaign's runs, read from the runs' own files and, where they were submitted, from SLURM."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from scaling.console import console
 from scaling.errors import Refusal
 from scaling.packing import LOG
-from scaling.records import Attempt, RunDirectory, RunState
+from scaling.provenance import changed_files
+from scaling.records import Attempt, RunDirectory, RunRecord, RunState
 from scaling.spec import Strict, as_dict
 from scaling.units import human
-from sweeps.cost import predict
+from sweeps.cost import Measurements, predict
 from sweeps.endings import given_up
 from sweeps.nodes import sentences
 from sweeps.plan import Plan, PlannedRun
-from sweeps.show import hours_text, to_go
+from sweeps.show import MAX_ROWS, code_notes, hours_text, to_go
 from sweeps.slurm import Task
 from sweeps.survey import Survey, survey
+from sweeps.tuning.settings import untuned_note
 
 STYLES: dict[str, str] = {
     "finished": "green",
@@ -70,10 +74,19 @@ class RunStatus(Strict, frozen=True):
     """Spent in SLURM over all attempts."""
     redone: int = 0
     """Steps taken again, since an attempt ended after its last resume point."""
+    commit: str | None = None
+    """Of the code that trained it, once it is done."""
+    changed_files: tuple[str, ...] | None = ()
+    """Files in which that code differs from the code that runs now; None where its record does not say."""
 
 
 def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunStatus:
-    """Where one run stands; a run whose files cannot be read has failed, with the reason.
+    """State and progress of one run; see `status_and_record`."""
+    return status_and_record(plan, run, seen)[0]
+
+
+def status_and_record(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> tuple[RunStatus, RunRecord | None]:
+    """State and progress of one run, and its record where it is done; a run whose files cannot be read has failed.
 
     Args:
         plan: The run's plan.
@@ -86,7 +99,11 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
     record, attempts, row, abandoned = None, list[Attempt](), None, None
     try:
         record = directory.record()
-        attempts, row, abandoned = directory.attempts(), directory.last_row(), given_up(directory)
+        attempts, row, abandoned = (
+            directory.attempts(),
+            directory.last_row() if record is None else None,
+            given_up(directory),
+        )
     except Refusal as refusal:  # a finished run stays finished where only its logs are damaged
         reason = str(refusal)
         state = state if record is not None else "failed"
@@ -106,7 +123,7 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
             reason = "SLURM dropped it, for a run that it starts from did not end well; submitting again continues both"
         if state == "running" and reason is None:
             reason = _stalled(directory)
-    return RunStatus(
+    found = RunStatus(
         arm=run.arm,
         rung=run.rung,
         cell=run.cell,
@@ -123,7 +140,10 @@ def run_status(plan: Plan, run: PlannedRun, seen: Survey | None = None) -> RunSt
         job=task.job if task else None,
         gpu_hours=seen.gpu_hours(run.id) if seen is not None else 0.0,
         redone=redone_steps(attempts),
+        commit=record.code.commit if record else None,
+        changed_files=changed_files(record.code) if record else (),
     )
+    return found, record
 
 
 def redone_steps(attempts: Iterable[Attempt]) -> int:
@@ -163,9 +183,9 @@ def _stalled(directory: RunDirectory) -> str | None:
 
 
 def planned_gpu_hours(plan: Plan) -> float:
-    """Of all runs, as the campaign assumes the speed: measured ones are not asked, there may be thousands."""
-    tables = plan.placements
-    return sum(predict(run, tables[run.rung], []).hours * tables[run.rung].gpus for run in plan.distinct())
+    """GPU-hours of all runs at the speed that the campaign assumes."""
+    tables, assumed = plan.placements, Measurements({})
+    return sum(predict(run, tables[run.rung], assumed).hours * tables[run.rung].gpus for run in plan.distinct())
 
 
 def _free_bytes(root: Path) -> float:
@@ -191,10 +211,69 @@ def show(plan: Plan) -> None:
     console().print(status_table(plan))
 
 
-def status_table(plan: Plan) -> RenderableType:
-    """`status` as a table, with what went wrong below it."""
+def watch(plan: Plan, *, seconds: float) -> None:
+    """Show the status again and again, until Ctrl-C; on a terminal the totals stay in sight."""
+    console = Console()
+    with Live(_watched(plan, console), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            live.update(_watched(plan, console), refresh=True)
+
+
+def _watched(plan: Plan, console: Console) -> RenderableType:
+    return status_table(plan, totals_first=True, height=console.height)
+
+
+STATE_ORDER: tuple[RunState, ...] = ("running", "failed", "preempted", "queued", "diverged", "planned", "finished")
+"""States in the order in which their runs are kept where a table has no room for all."""
+
+
+def status_table(plan: Plan, *, totals_first: bool = False, height: int | None = None) -> RenderableType:
+    """`status` as a table, with totals and what went wrong below it.
+
+    Args:
+        plan: The plan.
+        totals_first: Put the totals above the table, where a terminal that is too low does not cut them off.
+        height: Lines that there is room for; without it `MAX_ROWS` rows.
+    """
     seen = survey(plan.root)
     found = status(plan, seen)
+    runs = {row.run: row for row in found}
+    counts = Counter(row.state for row in runs.values())
+    totals = [f"{len(runs):,} runs: {', '.join(f'{count:,} {state}' for state, count in counts.items())}."]
+    totals += to_go(
+        plan,
+        {row.run: row.state for row in runs.values()},
+        shares={row.run: row.share for row in runs.values()},
+        speeds={row.run: row.tokens_per_second for row in runs.values() if row.tokens_per_second},
+    )
+    notes = untuned_note(plan.campaign)
+    notes += reasons((f"{row.arm} {row.cell}", row.state, row.reason) for row in found if row.reason)
+    if counts["failed"]:
+        notes.append(f"Failed runs are tried again by {RETRY_FAILED}")
+    if spent := sum(row.gpu_hours for row in runs.values()):
+        notes.append(f"{spent:,.2f} of {planned_gpu_hours(plan):,.2f} planned GPU-hours spent, all attempts counted.")
+    if redone := sum(row.redone for row in runs.values()):
+        notes.append(f"{redone:,} steps were taken again, for attempts ended after their last resume points.")
+    notes += code_notes((r.commit, r.changed_files) for r in runs.values() if r.state in ("finished", "diverged"))
+    notes += [*seen.answer.notes, *sentences(plan.root)]
+    if (free := _free_bytes(plan.root)) < FULL_BYTES:
+        notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Make room: runs that cannot save their state end.")
+    notes = list(dict.fromkeys(notes))
+    room = MAX_ROWS if height is None else max(3, height - len(totals) - len(notes) - 5)
+    rows = sorted(found, key=lambda row: STATE_ORDER.index(row.state))[:room] if len(found) > room else found
+    kept = {id(row) for row in rows}
+    table = [_rows(plan, [row for row in found if id(row) in kept])]
+    if len(found) > room:
+        left = Counter(row.state for row in found if id(row) not in kept)
+        not_shown = ", ".join(f"{count:,} {state}" for state, count in left.items())
+        table.append(Text(f"Not shown: {not_shown}; --json prints every run."))
+    said, rest = [Text(line) for line in totals], [Text(note) for note in notes]
+    parts = [*said, Text(), *table, Text(), *rest] if totals_first else [*table, Text(), *said, *rest]
+    return Group(*parts)
+
+
+def _rows(plan: Plan, found: list[RunStatus]) -> RenderableType:
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in ("arm", "rung", "run", "state"):
         table.add_column(name, overflow="fold")
@@ -213,15 +292,18 @@ def status_table(plan: Plan) -> RenderableType:
             "" if row.seconds_left is None else hours_text(row.seconds_left / 3600),
             str(row.attempts or ""),
         )
-    notes = [f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason]
-    if spent := sum({row.run: row.gpu_hours for row in found}.values()):
-        notes.append(f"{spent:,.2f} of {planned_gpu_hours(plan):,.2f} planned GPU-hours spent, all attempts counted.")
-    if redone := sum({row.run: row.redone for row in found}.values()):
-        notes.append(f"{redone:,} steps were taken again, for attempts ended after their last resume points.")
-    notes += to_go(plan)
-    notes += [*seen.answer.notes, *sentences(plan.root)]
-    if (free := _free_bytes(plan.root)) < FULL_BYTES:
-        notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Make room: runs that cannot save their state end.")
-    states = {row.run: row.state for row in found}
-    counts = ", ".join(f"{list(states.values()).count(state)} {state}" for state in dict.fromkeys(states.values()))
-    return Group(table, Text(), Text(f"{len(states)} runs: {counts}."), *(Text(note) for note in dict.fromkeys(notes)))
+    return table
+
+
+RETRY_FAILED = "submit --retry failed, or by submit itself once their [placement] has changed."
+
+
+def reasons(found: Iterable[tuple[str, str, str | None]]) -> list[str]:
+    """Why runs do not go on, as name, state and reason of each; equal reasons in one sentence."""
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for name, state, reason in found:
+        groups.setdefault((state, reason), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{len(names):,} runs'} {state}: {reason}"
+        for (state, reason), names in groups.items()
+    ]

@@ -315,3 +315,15 @@ def test_the_whole_road_twice_trains_once(
     page = (tmp_path / "results" / "tiny" / "report.html").read_text()
     assert "<svg" in page
     assert re.findall(r'(?:src|xlink:href|url\()\s*=?\s*["\']?https?:|<link|<script[^>]+src', page) == []
+
+
+def test_fit_reads_no_table_of_another_file_and_cancel_says_what_there_is(
+    campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    assert run(monkeypatch, "collect", campaign, "--root", root, "--set", "seeds=[3]") == 0
+    assert run(monkeypatch, "fit", campaign, "--root", root) == 2
+    said = capsys.readouterr().err
+    assert "collected from tiny.toml with another content than tiny.toml has now" in said
+    assert run(monkeypatch, "cancel", campaign, "--root", root) == 0
+    assert "none of its runs waits or runs on SLURM" in capsys.readouterr().out

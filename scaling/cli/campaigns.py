@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,7 @@ from scaling.errors import plain
 
 if TYPE_CHECKING:
     from sweeps.dispatch import Outcome
+    from sweeps.plan import Plan as CampaignPlan
     from sweeps.submission import Submission
 
 WATCH_SECONDS = 5.0
@@ -55,7 +56,8 @@ class Plan(OnCampaign):
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            print_json({"runs": show.plan_rows(plan), "totals": show.plan_totals(plan)})
+            seen = show.outlook(plan)
+            print_json({"runs": show.plan_rows(plan, seen), "totals": show.plan_totals(plan, seen)})
         elif self.groups:
             show.groups(plan)
         else:
@@ -106,6 +108,8 @@ class Submit(OnCampaign):
     """local: runs at once; by default as many as the processors allow at each run's threads."""
     retry: Literal["none", "failed", "diverged", "cancelled", "all"] = "none"
     """Which runs that ended badly, or that a person cancelled, are tried again."""
+    rerun: Literal["none", "changed-code"] = "none"
+    """Which finished runs are trained again: those that other code trained. Their old directories move to replaced/."""
     order: Literal["cheap", "expensive"] = "cheap"
     """Which rungs go first."""
     dry_run: bool = False
@@ -117,6 +121,8 @@ class Submit(OnCampaign):
 
     def run(self) -> None:
         """Prepare the data if need be, then train here or hand over."""
+        if self.rerun == "changed-code":
+            self._set_aside()
         if self.executor == "slurm":
             self._slurm()
             return
@@ -127,6 +133,18 @@ class Submit(OnCampaign):
         self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
             sys.exit(1)
+
+    def _set_aside(self) -> None:
+        from sweeps.dispatch import changed_code, set_aside
+        from sweeps.plan import with_data
+
+        plan = self.planned() if self.dry_run else with_data(self.planned())
+        runs = changed_code(plan)
+        if self.dry_run:
+            print(f"{len(runs)} runs of other code would be trained again; they count as done below.")
+        else:
+            moved = set_aside(plan, runs)
+            print(f"{len(moved)} runs of other code are trained again; the old ones are in {plan.root / 'replaced'}.")
 
     def _slurm(self) -> None:
         from sweeps import show
@@ -159,38 +177,39 @@ class Status(OnCampaign):
 
     def run(self) -> None:
         """Print the table, once or again and again."""
-        from rich.live import Live
-
         from sweeps import status
 
         plan = self.planned()
         if self.json:
             print_json(status.rows(plan))
-        elif not self.watch:
-            status.show(plan)
+        elif self.watch:
+            status.watch(plan, seconds=WATCH_SECONDS)
         else:
-            with Live(status.status_table(plan), auto_refresh=False) as live:
-                while True:
-                    time.sleep(WATCH_SECONDS)
-                    live.update(status.status_table(plan), refresh=True)
+            status.show(plan)
 
 
 @dataclass(frozen=True)
 class Collect(OnCampaign):
     """Gather the records of a campaign into runs.csv and curves.parquet."""
 
+    overwrite: bool = False
+    """Replace the tables of another campaign of the same name; its runs stay under runs/."""
+
     def run(self) -> None:
         """Write both files."""
         from sweeps.collect import collect
 
         plan = self.planned()
-        table = collect(plan)
+        table = collect(plan, overwrite=self.overwrite)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
         for run, status, reason in zip(table["run"], table["status"], table["reason"], strict=True):
             if status == "failed":
-                print(f"  {run} failed: {reason or 'no reason was recorded'}")
-        self.next_step("fit" if finished else "submit")
+                print(plain(f"  {run} failed: {reason or 'no reason was recorded'}"))
+        if finished and self.set:
+            next_step(shlex.join(["scaling", "fit", str(plan.results)]))  # the file alone is another campaign
+        else:
+            self.next_step("fit" if finished else "submit")
 
 
 @dataclass(frozen=True)
@@ -229,12 +248,28 @@ class Demo:
 
 def report_outcome(outcome: Outcome) -> None:
     """Say what one call on this machine did."""
+    from sweeps.status import RETRY_FAILED, reasons
+
     parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were there"]
     parts += [f"{len(outcome.failed)} failed"] if outcome.failed else []
     parts += [f"{len(outcome.stopped)} interrupted"] if outcome.stopped else []
     print(f"{outcome.plan.campaign.name}: {', '.join(parts)}.")
-    for run, reason in outcome.failed.items():
-        print(plain(f"  {run} failed: {reason}"))
+    for line in reasons((run, "failed", reason) for run, reason in outcome.failed.items()):
+        print(plain(f"  {line}"))
+    if outcome.failed:
+        print(f"  Failed runs are tried again by {RETRY_FAILED}")
+    for line in _other_code(outcome.plan, outcome.present):
+        print(plain(f"  {line}"))
+
+
+def _other_code(plan: CampaignPlan, done: Iterable[str]) -> list[str]:
+    """Sentences on runs that are done and that other code trained."""
+    from scaling.provenance import changed_files
+    from scaling.records import RunDirectory
+    from sweeps.show import code_notes
+
+    records = [RunDirectory(plan.root / "runs" / run).record() for run in done]
+    return code_notes((record.code.commit, changed_files(record.code)) for record in records if record is not None)
 
 
 def report_submission(submission: Submission, *, dry_run: bool) -> None:
@@ -253,9 +288,9 @@ def report_submission(submission: Submission, *, dry_run: bool) -> None:
     print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")
     for request in submission.requests():
         print(f"  {plain(request)}")
-    if submission.gpu_hours:
-        print(f"Predicted: {submission.gpu_hours:,.1f} GPU-hours.")
+    if hours := submission.gpu_hours:
+        print(f"Predicted: {hours:,.1f} GPU-hours.")
     if submission.jobs:
         print(f"Jobs: {', '.join(submission.jobs)}.")
-    for note in submission.notes:
+    for note in [*submission.notes, *_other_code(submission.plan, submission.done)]:
         print(plain(f"  {note}"))

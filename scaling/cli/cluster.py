@@ -71,7 +71,18 @@ class Cancel(_OnRuns):
         from sweeps.manage import cancel
 
         plan = self.planned()
-        jobs = cancel(plan, self.chosen(plan))
+        chosen = self.chosen(plan)
+        jobs = cancel(plan, chosen)
+        here = [run.id for run in chosen if plan.directory(run).is_locked()]
+        if here and not jobs:
+            print(
+                f"{plan.campaign.name}: {len(here)} runs train on this machine and not as jobs. Press Ctrl-C where scaling "
+                "submit runs, or send its process SIGTERM: each run stops at a checkpoint, and submit continues it."
+            )
+            return
+        if not jobs:
+            print(f"{plan.campaign.name}: none of its runs waits or runs on SLURM, so there is nothing to cancel.")
+            return
         print(f"{plan.campaign.name}: {len(jobs)} jobs were asked to end{': ' if jobs else ''}{', '.join(jobs)}.")
 
 

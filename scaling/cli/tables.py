@@ -57,10 +57,13 @@ class OnTable:
             return Path(self.table)
         if self.is_file:
             return Path(self.table).with_suffix("")
-        if self.table.endswith(".toml"):
-            from sweeps.campaign import load_campaign
+        from sweeps.campaign import built_in, load_campaign, refuse_other
 
-            return self.root / "results" / load_campaign(self.table).name
+        if self.table.endswith(".toml") or self.table in built_in():
+            campaign = load_campaign(self.table)
+            folder = self.root / "results" / campaign.name
+            refuse_other(folder, campaign)
+            return folder
         return self.root / "results" / self.table
 
     def collected(self) -> Path | None:

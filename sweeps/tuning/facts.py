@@ -6,12 +6,16 @@ FLOPs are 6ND; a ``None`` is a number that could not be given.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from scaling.spec import Strict
 from sweeps.tuning.bracket import Bracket
 from sweeps.tuning.space import Values
+from sweeps.tuning.table import TuneTable
 
 
 class TrialFacts(Strict, frozen=True):
@@ -170,6 +174,13 @@ class Tuning(Strict, frozen=True):
     """Empty where every rung was tuned or lies between tuned ones; three times and more is a guess."""
     noise: tuple[NoiseRow, ...]
     """Empty until rungs with several seeds are trained."""
+    search: str | None = None
+    """`search_hash` of the ``[tune]`` table that was searched; None in files of earlier versions."""
+
+
+def search_hash(table: TuneTable) -> str:
+    """Hash of a ``[tune]`` table, defaults included: settings hold for the search that found them."""
+    return hashlib.sha256(msgspec.json.encode(table, order="sorted")).hexdigest()[:12]
 
 
 def facts_file(root: Path, campaign: str) -> Path:

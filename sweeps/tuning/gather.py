@@ -22,6 +22,7 @@ from sweeps.tuning.facts import (
     TransferFacts,
     TrialFacts,
     Tuning,
+    search_hash,
 )
 from sweeps.tuning.space import Values
 from sweeps.tuning.study import RecordsOf, Study, Trial
@@ -154,6 +155,7 @@ def gather(campaign: Campaign, rungs: Sequence[Rung], told: Told, records: Recor
         budget=_budget(campaign, facts) if done else (),
         outside=tuple(_outside(arms, rungs)),
         noise=tuple(_noise(final, records)) if final is not None else (),
+        search=search_hash(table),
     )
 
 

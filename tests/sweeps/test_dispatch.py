@@ -16,9 +16,9 @@ import msgspec
 import pytest
 
 from scaling.errors import Refusal
-from scaling.records import Attempt, RunDirectory
+from scaling.records import Attempt, RunDirectory, write_json
 from sweeps.collect import collect
-from sweeps.dispatch import run_local
+from sweeps.dispatch import changed_code, run_local, set_aside
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.status import redone_steps, run_status
 
@@ -154,7 +154,31 @@ def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
     assert "prepare the data again" in next(iter(failing.failed.values()))
     manifest.write_bytes(content)
     assert len(run_local(planned, workers=2, progress=False).failed) == 4
-    assert run_local(planned, workers=2, retry="failed", progress=False).complete
+    first, *others = planned.runs
+    alone = msgspec.structs.replace(planned, runs=(first,))
+    assert run_local(alone, workers=1, retry="failed", progress=False).complete
+    # Under another placement it is another attempt, and nobody has to ask for it.
+    placed = [
+        msgspec.structs.replace(run, placement=msgspec.structs.replace(run.placement, micro_batch=4)) for run in others
+    ]
+    corrected = msgspec.structs.replace(planned, runs=(first, *placed))
+    assert run_local(corrected, workers=2, progress=False).complete
+
+
+def test_runs_of_other_code_are_trained_again_and_kept(campaigns: Any) -> None:
+    plan = run_local(campaigns.plan(), workers=2, progress=False).plan
+    assert changed_code(plan) == []
+    old = plan.directory(plan.runs[0])
+    record = old.record()
+    assert record is not None
+    files = record.code.files | {"scaling/flops.py": "another"}
+    write_json(old.record_file, msgspec.structs.replace(record, code=msgspec.structs.replace(record.code, files=files)))
+    assert [run.id for run in changed_code(plan)] == [plan.runs[0].id]
+    (kept,) = set_aside(plan, changed_code(plan))
+    assert RunDirectory(kept).record_file.exists()
+    again = run_local(plan, workers=1, progress=False)
+    assert again.trained == (plan.runs[0].id,)
+    assert changed_code(plan) == []
 
 
 def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(campaigns: Any) -> None:
