@@ -7,7 +7,6 @@ run says nothing about the compute that it spent.
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -39,7 +38,9 @@ class Cells(NamedTuple):
     @property
     def paired(self) -> NDArray[np.intp]:
         """Cells that every arm has."""
-        return reduce(np.intersect1d, (np.unique(self.cell[self.rows.arm == arm]) for arm in range(len(self.arms))))
+        count = int(self.cell.max()) + 1
+        held = [np.bincount(self.cell[self.rows.arm == arm], minlength=count) > 0 for arm in range(len(self.arms))]
+        return np.flatnonzero(np.all(held, axis=0))
 
 
 def run_of(frame: pd.DataFrame) -> pd.Series:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from analysis.cells import Cells, select
 from analysis.design import Rows
 from analysis.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
-from analysis.intervals import Linear, gradient, linear, t_quantile
+from analysis.intervals import ROUNDING, Linear, gradient, linear, t_quantile
 from analysis.laws import Law
 from analysis.load import check_table
 from analysis.solve import Array, predict
@@ -119,6 +119,7 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
         if spread.freedom >= 0.999:
             noise = float(spread.noise[0, 0]) / here.sum()
             half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+            half = half if half > ROUNDING else None
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)
         found.append(

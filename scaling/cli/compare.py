@@ -31,7 +31,7 @@ class Compare(OnTable):
 
         from analysis.same_budget import gaps, outcomes, overtakings
         from analysis.study import choose_arms
-        from analysis.tables import markdown_table
+        from analysis.tables import markdown_table, markdown_text
 
         frame = self.read()
         arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
@@ -44,11 +44,11 @@ class Compare(OnTable):
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
-        Console().print(_table(head, rows, without="sd"))
+        Console(markup=False, emoji=False).print(_table(head, rows, without="sd"))
         for line in crossings:
             print(line)
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
-        text = markdown_table((caption, head, rows)) + "".join(f"\n{line}\n" for line in crossings)
+        text = markdown_table((caption, head, rows)) + "".join(f"\n{markdown_text(line)}\n" for line in crossings)
         write_atomic(folder / "compare.md", text.encode())
         measured = _read(folder / "dynamics.parquet") if (folder / "dynamics.parquet").exists() else None
         drawn = _draw(folder / "figures", found, arms, along, curves, measured)
@@ -125,5 +125,4 @@ def _draw(
             figures["dynamics"] = along_the_run(curves, measured, arms, rung)
             figures["spectra"] = spectra(measured, arms, rung)
         for name, figure in figures.items():
-            save(figure, folder, f"{name}-{rung}")
-            yield folder / f"{name}-{rung}.svg"
+            yield save(figure, folder, f"{name}-{rung}")

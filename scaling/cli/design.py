@@ -137,8 +137,7 @@ def _draw(answer: Answer, folder: Path) -> Path:
     from analysis.figures.design import width_against_cost
     from analysis.figures.style import save
 
-    save(width_against_cost(answer), folder, "design")
-    return folder / "design.svg"
+    return save(width_against_cost(answer), folder, "design")
 
 
 def show(answer: Answer, *, unit: str) -> None:
