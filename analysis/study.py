@@ -76,7 +76,7 @@ def fit_table(
         frame = check_table(frame, name)
     arms = choose_arms(frame, name, baseline, challenger)
     for arm in arms:
-        _check_computes(frame, name, arm)
+        check_computes(frame, name, arm)
     _check_conventions(frame, name, arms)
     ladder = is_ladder(frame, arms)
     if family is not None and family not in FAMILIES:
@@ -145,7 +145,8 @@ def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger
     return (baseline, challenger) if challenger else (baseline, *(arm for arm in known if arm != baseline))
 
 
-def _check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+def check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+    """Refuse an arm whose usable runs have fewer than three distinct computes, or one loss."""
     used = frame[(frame["arm"] == arm) & (frame["left_out"] == "")]
     distinct = len(np.unique(rungs(used["flops"].to_numpy(dtype=np.float64)))) if len(used) else 0
     if distinct < 3:
