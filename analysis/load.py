@@ -321,7 +321,7 @@ def _is_a_pattern(group: pd.DataFrame, ratio: Any) -> bool:
 def _shown(value: Any) -> str:
     try:
         text = "nothing" if value is None or value != value else f"{value:g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         text = ascii(value) if CONTROL.search(str(value)) else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
