@@ -77,6 +77,8 @@ class Linear(NamedTuple):
                 lean[:, i, j] = np.einsum("vp,pq,vq->v", slope, product, slope)
         product = lean @ self.noise
         variance = np.trace(product, axis1=1, axis2=2).clip(0.0)
+        # Where the arms' noise cancels, what is left of it is rounding.
+        variance[variance <= ROUNDING * np.einsum("vii,ii->v", lean, self.noise)] = 0.0
         squares = np.trace(product @ product, axis1=1, axis2=2)
         # The plain quotient of estimates is biased towards 1 where degrees of freedom are few; these two are unbiased.
         nu = self.freedom

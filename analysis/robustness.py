@@ -61,7 +61,8 @@ def intervals_by_method(
     centre = quantity(fitted.theta)
     apart = cells._replace(cell=np.arange(len(cells.cell)))
     paired, alone = t_interval(fitted, cells, quantity), t_interval(fitted, apart, quantity)
-    wider = float(alone[1][0] - alone[0][0]) > float(paired[1][0] - paired[0][0])
+    # No paired interval at all (NaN) means that the arms' noise cancels.
+    wider = not float(alone[1][0] - alone[0][0]) <= float(paired[1][0] - paired[0][0])
     found = [
         _made("t, paired", paired, "the arms' covariance within cells"),
         _made("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),

@@ -90,8 +90,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str, capsys: pytest
     return status
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=CHANGES, verb=st.sampled_from(["fit --extrapolate", "fit --holdout 1", "compare", "report", "audit"]))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=CHANGES, verb=st.sampled_from(["fit --extrapolate", "compare", "fit --holdout 1", "audit", "report"]))
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_damage_ends_in_an_answer_or_a_sentence(
     changes: list[tuple[str, object, str]],
@@ -122,9 +122,7 @@ def test_the_name_of_a_rung_stays_inside_the_folder(
     assert len(list((folder / "t" / "figures").glob("losses-*.svg"))) == 5
 
 
-@pytest.mark.parametrize(
-    "arm", ["a$\\frac{$", "$x$ & \\input{/etc/passwd} {#}", "[/bold] :warning: <b>|`x`", "muon (lr x2)", "_a_b"]
-)
+@pytest.mark.parametrize("arm", ["a$\\frac{$ & \\input{/etc/passwd} {#}", "[/bold] :warning: <b>|`x`", "_a_b (lr x2)"])
 def test_names_of_arms_are_text_everywhere(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
