@@ -104,7 +104,8 @@ def wild(fitted: Fitted, cells: Cells, *, resamples: int, seed: int) -> Array:
     generator = np.random.default_rng(seed)
     rows = np.bincount(cells.rows.arm)[cells.rows.arm]
     r = fitted.log_residuals() * np.sqrt(rows / max(found.freedom, 1e-9) if found.freedom >= 1.0 else 1.0)
-    moves = np.stack([np.bincount(inverse, weights=row * r) for row in found.response], axis=1)
+    sums = [np.bincount(inverse, weights=row * r) for row in found.response]
+    moves: Array = np.stack(sums, axis=1).astype(np.float64)
     if len(names) > MAX_RESAMPLED_GROUPS:
         return fitted.theta + random_sums(moves, resamples, generator)
     shape = (resamples, len(names))
