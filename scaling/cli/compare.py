@@ -41,6 +41,8 @@ class Compare(OnTable):
             return
         folder = self.results()
         curves = _read(folder / "curves.parquet") if (folder / "curves.parquet").exists() else None
+        if curves is not None:  # their names of rungs are printed too, and only those of the table were checked
+            curves = curves[curves["rung"].astype(str).isin({outcome.rung for outcome in found})]
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
