@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis.cells import Cells
 from analysis.fit import Fit
+from analysis.intervals import ROUNDING
 from analysis.laws import PowerLaw
 from analysis.match import Support, at_loss, compute_law, support
 from analysis.paired import Difference, cell_means
@@ -90,7 +91,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
         if difference is not None and who == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
             moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
-            if min(moved) > b.floor:
+            if half > ROUNDING and min(moved) > b.floor:
                 low, high = (point.challenger_compute / b.compute(value) for value in moved)
         found.append(
             Definition(

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from analysis.cells import Cells, select
 from analysis.design import Rows
 from analysis.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
-from analysis.intervals import Linear, gradient, linear, t_quantile
+from analysis.intervals import ROUNDING, Linear, gradient, linear, t_quantile
 from analysis.laws import Law
 from analysis.load import check_table
 from analysis.solve import Array, predict
-from analysis.study import choose_arms, is_ladder
+from analysis.study import check_computes, choose_arms, is_ladder
 from scaling.errors import Refusal
 from scaling.spec import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
@@ -78,6 +78,8 @@ def hold_out(
         frame = check_table(frame, name)
     known = list(dict.fromkeys(frame["arm"]))
     arms = choose_arms(frame, name, baseline, challenger) if len(known) > 1 else (str(known[0]),)
+    for arm in arms:
+        check_computes(frame, name, arm)
     ladder = is_ladder(frame, arms)
     everything = select(frame, arms)
     levels = np.unique(everything.rung)
@@ -85,7 +87,7 @@ def hold_out(
         raise Refusal(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
     if len(levels) - rungs < 3:
         raise Refusal(
-            f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {len(levels) - rungs}; a law needs "
+            f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {max(len(levels) - rungs, 0)}; a law needs "
             "at least 3 to be fitted. Hold out fewer, or train more sizes."
         )
     held = levels[-rungs:]
@@ -119,6 +121,7 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
         if spread.freedom >= 0.999:
             noise = float(spread.noise[0, 0]) / here.sum()
             half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+            half = half if half > ROUNDING else None
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)
         found.append(

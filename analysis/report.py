@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.audit import audit
 from analysis.compare import Comparison
-from analysis.figures.style import as_bytes, save
+from analysis.figures.style import save
 from analysis.pictures import pictures
 from analysis.search import Search
 from analysis.study import Study, write_study
@@ -30,7 +30,6 @@ from scaling.units import human
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1c1c1c;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
@@ -74,13 +73,12 @@ def write_report(
     """
     folder = Path(folder)
     figures = pictures(study, frame, curves, search)
-    for name, (figure, _) in figures.items():
-        save(figure, folder / "figures", name)
+    captions = {save(figure, folder / "figures", name): caption for name, (figure, caption) in figures.items()}
     write_study(study, folder / "fits.json")
     write_atomic(folder / "tables.md", markdown(study).encode())
     write_atomic(folder / "tables.tex", latex(study).encode())
     title = title or f"{', '.join(study.arms[1:])} against {study.baseline}"
-    page = "\n".join(_page(study, frame, search, figures, title))
+    page = "\n".join(_page(study, frame, search, captions, title))
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
@@ -89,7 +87,7 @@ def _page(
     study: Study,
     frame: pd.DataFrame,
     search: Search | None,
-    figures: dict[str, tuple[Figure, str]],
+    captions: dict[Path, str],
     title: str,
 ) -> Iterable[str]:
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -100,9 +98,9 @@ def _page(
         yield from (f"<p>{html.escape(line)}</p>" for line in explanation(study, comparison))
     yield from _audit(study, frame, search)
     yield "<h2>Figures</h2>"
-    for name, (figure, caption) in figures.items():
-        svg = as_bytes(figure, "svg").decode()
-        yield f'<figure id="{name}">{_inline(svg, name)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    for file, caption in captions.items():
+        svg = _inline(file.read_text(), file.stem)
+        yield f'<figure id="{file.stem}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
     for comparison in study.comparisons:
         yield from _comparison(study, comparison)
     yield "<h2>Laws</h2>"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from scaling.data.batches import held_out
 from scaling.data.documents import Document
+from scaling.data.meter import Meter
 from scaling.data.prepare import TOKENIZER_COPY
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.data.sources import SOURCES, DataConfig
@@ -24,6 +25,7 @@ from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenize
 from scaling.errors import Refusal
 from scaling.records import RunDirectory, RunRecord
 from scaling.spec import Strict
+from scaling.units import human
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,7 @@ def evaluate(
     data: Path | str | None = None,
     tokens: int | None = None,
     device: str = "cpu",
+    progress: bool | None = False,
 ) -> Evaluated:
     """Score a text with the weights of a finished run.
 
@@ -76,6 +79,7 @@ def evaluate(
         tokens: Score no more than so many: of the validation split a sample, of another text its beginning. None scores
             all of it.
         device: Where to compute, in torch's words.
+        progress: As in `scaling.data.meter.Meter`.
 
     Raises:
         Refusal: The run has no weights, its data folder is gone, or the text has no token to predict.
@@ -99,7 +103,11 @@ def evaluate(
         stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
     model = _model(directory, record).to(torch.device(device))
-    total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device))
+    with Meter(f"{where}: scoring", progress) as meter:
+        known = windows.size - len(windows) if text is None else tokens
+        total, scored = _score(
+            model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), meter, known
+        )
     if text is not None:
         counts = stream.documents, stream.bytes / max(stream.tokens, 1)
     if not scored:
@@ -161,9 +169,14 @@ class _Stream:
 
 
 def _score(
-    model: Decoder, parts: Iterable[npt.NDArray[np.int64]], at_once: int, device: torch.device
+    model: Decoder,
+    parts: Iterable[npt.NDArray[np.int64]],
+    at_once: int,
+    device: torch.device,
+    meter: Meter,
+    known: int | None,
 ) -> tuple[float, int]:
-    """Sum of losses and number of targets."""
+    """Sum of losses and number of targets; `known` is how many there will be at most, where that is known."""
     import torch
 
     total, scored = 0.0, 0
@@ -174,6 +187,7 @@ def _score(
         targets = windows.shape[0] * (windows.shape[1] - 1)
         total += float(model.loss(torch.from_numpy(windows).to(device))) * targets
         scored += targets
+        meter.show(f"{human(scored)} tokens", min(scored / known, 1.0) if known else None)
 
     with torch.no_grad():
         waiting: list[npt.NDArray[np.int64]] = []

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.compare import Comparison
-from analysis.figures.style import BEYOND, MUTED, OVER_LINES, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import (
+    BEYOND,
+    MUTED,
+    OVER_LINES,
+    compute_label,
+    legend_name,
+    look,
+    new_figure,
+    plain_log_axis,
+    styled,
+)
 from analysis.match import compute_law
 from analysis.study import Study
 from analysis.summary import ratio_text
@@ -57,7 +67,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
         ratio[inside],
         color=dress.colour,
         linewidth=1.8,
-        label=f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)",
+        label=legend_name(f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)"),
     )
     head = comparison.headline
     axes.plot(

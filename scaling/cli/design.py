@@ -46,6 +46,7 @@ class Design(OnCampaign):
     def run(self) -> None:
         """Print the forecast; draw width against cost where the results of this campaign are."""
         from analysis.forecast import forecast
+        from scaling.data.meter import Meter
         from sweeps import design as designs
         from sweeps.show import plan_costs
 
@@ -54,23 +55,25 @@ class Design(OnCampaign):
         arms = designs.two_arms(plan, self.baseline, self.challenger)
         points, planned = designs.points_of(plan, plan_costs(plan), arms)
         middle = (points[0].flops * points[-1].flops) ** 0.5
-        answer = forecast(
-            campaign=plan.campaign.name,
-            arms=arms,
-            points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
-            plan=planned.seeds,
-            changed={one.name: one.seeds for one in designs.variants(points, planned)},
-            searched=[one.seeds for one in designs.candidates(points)],
-            laws=_laws(self.law, arms, middle),
-            noise=_noise(self.noise, middle),
-            family=self.family,
-            lost=self.lost,
-            margin=self.margin,
-            wanted=self.width,
-            budget=self.budget_gpu_hours,
-            studies=self.studies,
-            seed=self.seed,
-        )
+        with Meter(f"{plan.campaign.name}: synthetic studies", None) as meter:
+            answer = forecast(
+                campaign=plan.campaign.name,
+                arms=arms,
+                points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
+                plan=planned.seeds,
+                changed={one.name: one.seeds for one in designs.variants(points, planned)},
+                searched=[one.seeds for one in designs.candidates(points)],
+                laws=_laws(self.law, arms, middle),
+                noise=_noise(self.noise, middle),
+                family=self.family,
+                lost=self.lost,
+                margin=self.margin,
+                wanted=self.width,
+                budget=self.budget_gpu_hours,
+                studies=self.studies,
+                seed=self.seed,
+                progress=lambda share: meter.show("", share),
+            )
         figure = _draw(answer, plan.results / "figures")
         if self.json:
             print_json(answer)
@@ -137,8 +140,7 @@ def _draw(answer: Answer, folder: Path) -> Path:
     from analysis.figures.design import width_against_cost
     from analysis.figures.style import save
 
-    save(width_against_cost(answer), folder, "design")
-    return folder / "design.svg"
+    return save(width_against_cost(answer), folder, "design")
 
 
 def show(answer: Answer, *, unit: str) -> None:

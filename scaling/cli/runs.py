@@ -94,7 +94,7 @@ class Evaluate(OnRun):
         from scaling.evaluate import evaluate
 
         text = None if self.text is None else DataConfig(source="text", path=self.text)
-        found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device)
+        found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device, progress=None)
         if self.json:
             print_json(found)
         else:
