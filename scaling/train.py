@@ -55,6 +55,8 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         Refusal: The directory, the data or the placement cannot be used.
     """
     directory = RunDirectory(run_dir)
+    if not directory.spec_file.exists():
+        directory.spec()  # refuses, before the lock file is made in a folder that is not a run's
     if directory.placement_file.exists() and rank_of(directory.placement()):
         # Not the run's first process, which keeps its books.
         return directory.record() or train_one_process(run_dir)

@@ -24,7 +24,7 @@ from sweeps.nodes import sentences
 from sweeps.placement import slurm_tables
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import hours_text, to_go
-from sweeps.slurm import Task
+from sweeps.slurm import LOST, Task
 from sweeps.survey import Survey, survey
 
 STYLES: dict[str, str] = {
@@ -39,6 +39,9 @@ STYLES: dict[str, str] = {
 STALLED_SECONDS = 900.0
 """Without a logged step, after which a run that is said to run may hang."""
 
+
+NAMED_RUNS = 4
+"""Runs that a note of `status_table` names before it counts the others."""
 
 FULL_BYTES = 50_000_000
 """Below which a disk is as good as full."""
@@ -150,6 +153,8 @@ def _with_scheduler(state: RunState, reason: str | None, task: Task | None) -> t
         return "preempted", "its job was cancelled; it stays so until it is submitted with --retry cancelled"
     if task.verdict == "unknown":
         return state, f"SLURM says {task.state} of its job, which this program does not know; it is left alone"
+    if task.state == LOST:
+        return "preempted", "SLURM has lost its job, which nobody cancelled; submitting again continues it"
     return "preempted", f"its job ended as {task.state} before the run was done; submitting again continues it"
 
 
@@ -171,6 +176,18 @@ def planned_gpu_hours(plan: Plan) -> float:
         / plan.placements[run.rung].runs_per_gpu
         for run in plan.distinct()
     )
+
+
+def _by_reason(found: Iterable[RunStatus]) -> dict[str, str]:
+    """The runs that each reason holds for, the first few by name: a limit can hold a thousand of them."""
+    runs: dict[str, list[str]] = {}
+    for row in found:
+        if row.reason:
+            runs.setdefault(row.reason, []).append(f"{row.arm} {row.cell} {row.state}")
+    more = {
+        reason: f" and {len(names) - NAMED_RUNS} more" * (len(names) > NAMED_RUNS) for reason, names in runs.items()
+    }
+    return {reason: ", ".join(names[:NAMED_RUNS]) + more[reason] for reason, names in runs.items()}
 
 
 def _free_bytes(root: Path) -> float:
@@ -218,7 +235,7 @@ def status_table(plan: Plan) -> RenderableType:
             "" if row.seconds_left is None else hours_text(row.seconds_left / 3600),
             str(row.attempts or ""),
         )
-    notes = [f"{row.arm} {row.cell} {row.state}: {row.reason}" for row in found if row.reason]
+    notes = [f"{names}: {reason}" for reason, names in _by_reason(found).items()]
     if spent := sum({row.run: row.gpu_hours for row in found}.values()):
         notes.append(f"{spent:,.2f} of {planned_gpu_hours(plan):,.2f} planned GPU-hours spent, all attempts counted.")
     if redone := sum({row.run: row.redone for row in found}.values()):
