@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import status_of, until
 
 from scaling.errors import Refusal
 from scaling.provenance import describe_code
@@ -636,12 +637,11 @@ def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
 
 
 def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
-    with hold(tmp_path, beat_seconds=0.05) as held:
+    with hold(tmp_path, beat_seconds=0.5) as held:
         assert held
-        time.sleep(0.2)
-        with hold(tmp_path, beat_seconds=0.05) as second:
+        with hold(tmp_path, beat_seconds=0.5) as second:
             assert not second
-    assert not is_held(tmp_path, beat_seconds=0.05)
+    assert not is_held(tmp_path, beat_seconds=0.5)
     assert not (tmp_path / lease.FILE).exists()
 
 
@@ -668,8 +668,8 @@ def test_a_lease_on_another_node_that_still_beats_is_respected(tmp_path: Path) -
     beating = threading.Thread(target=beat)
     beating.start()
     try:
-        time.sleep(0.1)
-        assert is_held(tmp_path, beat_seconds=0.1)
+        until((tmp_path / lease.FILE).exists, "it does not beat")
+        assert is_held(tmp_path, beat_seconds=1.0)
     finally:
         stop.set()
         beating.join()
@@ -687,7 +687,7 @@ def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
         thief = msgspec.json.encode(Lease(owner="thief", host="another-node", pid=1))
         (tmp_path / "new").write_bytes(thief)
         (tmp_path / "new").rename(tmp_path / lease.FILE)
-        assert process.wait(10) == lease.LOST_LEASE
+        assert status_of(process) == lease.LOST_LEASE
     assert msgspec.json.decode((tmp_path / lease.FILE).read_bytes(), type=Lease).owner == "thief"
 
 
