@@ -101,7 +101,8 @@ def hopeless(endings: list[Ending], tries: int) -> str | None:
     """Why a run that keeps ending without a step of progress would do so again, or None."""
     killed, barren = fruitless(endings)
     if killed >= tries:
-        said = f"{killed} attempts were killed without a step of progress"
+        said = f"{killed} attempts were" if killed > 1 else "1 attempt was"
+        said += " killed without a step of progress"
         if endings[-1].state == "TIMEOUT":
             return (
                 f"{said}, by the time limit; raise minutes, for the first checkpoint comes after a step at the earliest"

@@ -43,7 +43,8 @@ def until(
     seen: list[object] = []
     quiet = 0
     for _ in range(MOST_SAMPLES):
-        for _ in range(round(1 / every)):
+        sampled = time.monotonic()  # paces the samples: a call of `true` may take milliseconds, or seconds
+        while time.monotonic() < sampled + 1.0:
             if true():
                 return
             time.sleep(every)

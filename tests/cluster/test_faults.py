@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,18 +144,20 @@ def test_a_controller_that_crashes_under_a_young_job_starts_nothing_twice(cluste
     cluster.crash_controller()
     time.sleep(3)
     cluster.start_controller()
-    until(lambda: all(over_or_held(planned, run) for run in planned.runs), "neither done nor explained")
+    until(lambda: all(over_or_explained(planned, run) for run in planned.runs), "neither done nor explained")
     cluster.start()  # drained nodes come back, as their administrator would have them
     for run in planned.runs:
-        if not planned.directory(run).record_file.exists():
+        if "scontrol release" in (of(planned, run).reason or ""):
             cluster.ask("scontrol", "release", task_of(planned, run))
+    counting.submit(planned)  # what SLURM has lost
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
 
 
-def over_or_held(planned: Plan, run: PlannedRun) -> bool:
-    """Whether the run has its record, or `status` says how to release its job."""
-    return planned.directory(run).record_file.exists() or "scontrol release" in (of(planned, run).reason or "")
+def over_or_explained(planned: Plan, run: PlannedRun) -> bool:
+    """Whether the run has its record, or `status` says that its job is held or lost, and what to do."""
+    reason = of(planned, run).reason or ""
+    return planned.directory(run).record_file.exists() or "scontrol release" in reason or "submitting again" in reason
 
 
 def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
@@ -207,6 +210,44 @@ def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, cou
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
+
+
+def test_a_step_longer_than_the_time_limit_is_given_up_by_the_next_submission(
+    cluster: Cluster, counting: Counting
+) -> None:
+    planned = counting.plan(steps=2, step_seconds=600, slurm="minutes = 5\ntries = 1")
+    planned = msgspec.structs.replace(planned, runs=planned.runs[:1])
+    victim = planned.runs[0]
+    counting.submit(planned)
+    until(lambda: starts(planned.directory(victim)), "it did not start")
+    cluster.ask("scontrol", "update", f"JobId={task_of(planned, victim)}", "EndTime=now+1")
+    until(lambda: counting.submit(planned).failed == [victim.id], "it was not given up", every=0.5)
+    assert "1 attempt was killed without a step of progress, by the time limit" in (of(planned, victim).reason or "")
+
+
+def test_jobs_that_a_restarted_controller_has_forgotten_are_submitted_again(
+    cluster: Cluster, counting: Counting
+) -> None:
+    planned = counting.plan(slurm='minutes = 5\nsbatch = { begin = "now+1hour" }')
+    first = counting.submit(planned)
+    cluster.crash_controller()
+    shutil.rmtree(cluster.folder / "state")
+    cluster.start()
+    until(lambda: counting.submit(planned).queued == first.queued, "they are not submitted again", every=0.5)
+
+
+def test_what_the_folder_of_the_submitter_has_become_does_not_matter(
+    cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = counting.plan(steps=10)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    submission = counting.submit(planned)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").rmdir()
+    wait_until_done(planned)
+    assert_finished_once(planned, redone=0)
+    assert f"WorkDir={planned.root}" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
 
 
 SUBMIT = """

@@ -22,7 +22,7 @@ from waiting import status_of, until
 from scaling.errors import Refusal
 from scaling.provenance import describe_code
 from scaling.records import MetricsRow, RunDirectory, append_line
-from sweeps import arrays, lease, nodes, worker
+from sweeps import arrays, doctor, lease, nodes, worker
 from sweeps.aftermath import _why_give_up
 from sweeps.arrays import ArrayRecord
 from sweeps.batch import SubmissionError, batch_script, launch
@@ -520,6 +520,29 @@ def test_the_job_id_is_what_sbatch_says_and_not_what_a_wrapper_adds(
 )
 def test_a_waiting_job_says_slurms_reason_and_what_to_do(reason: str, advice: str) -> None:
     assert advice in (Task("5_0", "PENDING", "pending", reason=reason).advice or "")
+
+
+@pytest.mark.parametrize(
+    ("association", "verdict", "said"),
+    [
+        ("|cpu=1|||", "fail", "account lab may use 1 of cpu, and a job asks for 2"),
+        ("me||gres/gpu=4,cpu=9||", "pass", ""),
+        ("me|||0|", "fail", "account lab may have no running jobs"),
+        ("somebody|cpu=1|||", "pass", ""),
+    ],
+)
+def test_doctor_fails_a_job_that_exceeds_a_limit_by_itself(
+    commands: Any, association: str, verdict: str, said: str
+) -> None:
+    commands(
+        id="echo me",
+        sacctmgr=f"[[ $* == *association* ]] && echo '{association}' || echo lab",
+        scontrol="echo 'PartitionName=main Default=YES MaxTime=UNLIMITED'",
+        sbatch="exit 0",
+    )
+    (check,) = doctor._placement("a", SlurmTable(cpus=2))
+    assert check.verdict == verdict
+    assert said in check.finding
 
 
 def test_a_job_that_would_be_asked_to_save_when_it_begins_is_refused(campaigns: Any, no_profile: Path) -> None:
