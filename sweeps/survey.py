@@ -43,7 +43,8 @@ class Survey:
             return Task(place.job, "just submitted", "pending")
         if arrays.began(self.root, run, place.array):
             return Task(place.job, "forgotten", "over")
-        if self.answer.accounting_reached and not self.answer.knows(place.job.split("_")[0]):
+        cancelled = (self.root / "runs" / run / arrays.CANCELLED).exists()
+        if self.answer.accounting_reached and not cancelled and not self.answer.knows(place.job.split("_")[0]):
             return Task(place.job, LOST, "over")
         return Task(place.job, "cancelled before it began", "cancelled")
 

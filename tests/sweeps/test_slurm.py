@@ -34,6 +34,7 @@ from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
 from sweeps.slurm import Answer, Task, Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
 from sweeps.snapshot import code_digest, take_snapshot
+from sweeps.status import status
 from sweeps.submit import submit_slurm
 from sweeps.survey import Survey
 
@@ -444,6 +445,7 @@ def test_jobs_that_the_controller_lost_are_submitted_again_and_cancelled_ones_ar
     if outcome == "cancelled":
         commands(sacct="exit 0")  # the accounting forgets; the run does not
         assert submit_slurm(ready).cancelled == first
+        assert {"--retry cancelled" in (row.reason or "") for row in status(ready)} == {True}
 
 
 def test_a_waiting_task_that_leaves_no_trace_was_cancelled_if_its_array_is_known() -> None:
