@@ -224,7 +224,8 @@ class _Arrays:
                         self.submit(group, part, after=after)
                     return
                 submission.left += [run.id for run in mine]
-                submission.notes.append(_why_refused(said))
+                if (why := _why_refused(said)) not in submission.notes:
+                    submission.notes.append(why)
                 return
             job = adopted
         arrays.with_job(plan.root, array, job)

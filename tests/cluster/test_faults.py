@@ -114,7 +114,7 @@ def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_i
     wait_until_done(both)
     wide = both.directory(both.runs[0])
     assert crashed, "the run on two nodes was over before the crash; give it more steps"
-    assert len(starts(wide)) == 2
+    assert len(starts(wide)) >= 2  # SLURM may ask it to save once more, before its time limit
     assert starts(wide)[1].step > 0
     assert [row.step for row in wide.metrics()] == sorted({row.step for row in wide.metrics()})
 
