@@ -204,8 +204,8 @@ def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counti
 
 
 def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, counting: Counting) -> None:
-    # SLURM looks at limits every few seconds and may ask up to a minute early: this run of 25 s is asked in time.
-    planned = counting.plan(steps=50, step_seconds=0.5, slurm="minutes = 1\nsignal_seconds = 50")
+    # SLURM looks at limits every few seconds and may ask up to a minute early: it asks this run of 35 s after 10 to 25 s.
+    planned = counting.plan(steps=70, step_seconds=0.5, slurm="minutes = 1\nsignal_seconds = 50")
     counting.submit(planned)
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
