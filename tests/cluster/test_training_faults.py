@@ -62,7 +62,7 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(root)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=755", "tmpfs", str(root)], check=False).returncode:
         pytest.skip("this machine mounts no file systems for tests")
     try:
         there = real_plan(tiny_text, tmp_path, slurm="minutes = 5\nparallel = 1")
