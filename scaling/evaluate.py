@@ -104,7 +104,7 @@ def evaluate(
         parts, where = stream, text.path or text.name or text.source
     model = _model(directory, record).to(torch.device(device))
     with Meter(f"{where}: scoring", progress) as meter:
-        known = windows.size - len(windows) if text is None else tokens
+        known = held.windows.size - len(held.windows) if text is None else tokens
         total, scored = _score(
             model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), meter, known
         )

@@ -24,7 +24,7 @@ from scaling.spec import Strict
 from sweeps.placement import SlurmTable, profile_file
 from sweeps.plan import Plan
 from sweeps.slurm import Unreachable, ask
-from sweeps.snapshot import code_root
+from sweeps.snapshot import code_root, exposed
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 ROOM_BYTES = 1 << 30
@@ -104,6 +104,10 @@ def _root(root: Path) -> Iterator[Check]:
         here = here.parent
     if not os.access(here, os.W_OK):
         yield Check(name="run root", verdict="fail", finding=f"{here} is not writable. Choose another with --root.")
+        return
+    if (folder := exposed(root)) is not None:
+        finding = f"others may write {folder}, and could replace what your jobs execute. Run chmod go-w, or move."
+        yield Check(name="run root", verdict="fail", finding=finding)
         return
     free = shutil.disk_usage(here).free
     if free < ROOM_BYTES:
@@ -216,7 +220,42 @@ def _placement(rung: str, table: SlurmTable) -> Iterator[Check]:
         said = str(error).removeprefix("sbatch failed: ")
         yield Check(name=name, verdict="fail", finding=f"SLURM would refuse: {said}. Change [placement.slurm].")
         return
+    if (exceeded := _limit_below(table)) is not None:
+        yield Check(
+            name=name,
+            verdict="fail",
+            finding=f"{exceeded}; the job would wait for ever. Ask for less in [placement.slurm], or have the limit raised.",
+        )
+        return
     yield Check(name=name, verdict="pass", finding=f"partition {chosen[0]['PartitionName']} would take it")
+
+
+def _limit_below(table: SlurmTable) -> str | None:
+    """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
+    wanted = {"cpu": table.nodes * table.tasks * table.cpus, "node": table.nodes, "gres/gpu": table.devices}
+    limits = "GrpTRES,MaxTRES,GrpJobs,MaxJobs"
+    rows = []
+    try:
+        user = ask("id", "-un").strip()
+        account = (
+            table.account
+            or ask("sacctmgr", "-n", "-P", "show", "user", user, "format=DefaultAccount").partition("\n")[0]
+        )
+        text = ask("sacctmgr", "-n", "-P", "show", "association", f"account={account}", f"format=User,{limits}")
+        rows += [(f"account {account}", row) for row in text.splitlines() if row.split("|")[0] in ("", user)]
+        if table.qos is not None:
+            text = ask("sacctmgr", "-n", "-P", "show", "qos", table.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")
+            rows += [(f"QOS {table.qos}", row) for row in text.splitlines()]
+    except Unreachable:
+        return None
+    for owner, row in rows:
+        group, each, *jobs = row.split("|")[1:]
+        if "0" in jobs:
+            return f"{owner} may have no running jobs"
+        for name, most in re.findall(r"([\w/]+)=(\d+)", f"{group},{each}"):
+            if wanted.get(name, 0) > int(most):
+                return f"{owner} may use {most} of {name}, and a job asks for {wanted[name]}"
+    return None
 
 
 def _request(table: SlurmTable) -> list[str]:

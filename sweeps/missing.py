@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import msgspec
@@ -31,6 +32,7 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
     """
     found = Submission(plan=plan, classes=[], notes=[*seen.answer.notes, *nodes.sentences(plan.root)])
     missing: list[PlannedRun] = []
+    waiting = Counter[str]()
     folder = plan.root / "runs"
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     bad = set(nodes.bad_nodes(plan.root))
@@ -50,7 +52,7 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
         elif state == "running" or alive:
             found.joined.append(run.id)
             if task is not None and task.advice is not None:
-                found.notes.append(task.advice)
+                waiting[task.advice] += 1
         elif (place is not None and not seen.answer.queue_reached) or (task is not None and task.verdict == "unknown"):
             found.unknown.append(run.id)
         elif place is not None and place.job is None:
@@ -59,6 +61,7 @@ def sort(plan: Plan, seen: Survey, *, retry: Retry, order: Literal["cheap", "exp
             found.cancelled.append(run.id)
         else:
             _sort_ended(found, missing, run, state=state, retry=retry, bad=bad, slurm=tables[run.rung])
+    found.notes += [f"{count} waiting: {advice}" for advice, count in waiting.items()]
     found.classes = _classes(plan, missing, tables)
     return found
 

@@ -27,7 +27,7 @@ from sweeps.endings import given_up
 from sweeps.nodes import sentences
 from sweeps.plan import Plan, PlannedRun
 from sweeps.show import MAX_ROWS, code_notes, hours_text, to_go
-from sweeps.slurm import Task
+from sweeps.slurm import LOST, Task
 from sweeps.survey import Survey, survey
 from sweeps.tuning.settings import untuned_note
 
@@ -170,6 +170,8 @@ def _with_scheduler(state: RunState, reason: str | None, task: Task | None) -> t
         return "preempted", "its job was cancelled; it stays so until it is submitted with --retry cancelled"
     if task.verdict == "unknown":
         return state, f"SLURM says {task.state} of its job, which this program does not know; it is left alone"
+    if task.state == LOST:
+        return "preempted", "SLURM has lost its job, which nobody cancelled; submitting again continues it"
     return "preempted", f"its job ended as {task.state} before the run was done; submitting again continues it"
 
 

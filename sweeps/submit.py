@@ -12,27 +12,28 @@ import errno
 import fcntl
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
-from submitit.core.utils import FailedJobError
 
 from scaling.errors import Refusal
 from scaling.records import RunDirectory
 from sweeps import arrays, endings, nodes
-from sweeps.batch import Launcher, batch_script, job_placement
+from sweeps.aftermath import settle_unnoted
+from sweeps.batch import QUEUE_IS_FULL, SubmissionError, batch_script, job_placement, launch
 from sweeps.dispatch import Retry, forget_divergence, retries
 from sweeps.missing import prerequisites, sort
-from sweeps.placement import SlurmTable
+from sweeps.placement import SlurmTable, slurm_tables
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.repair import adopted_after_error, repair
 from sweeps.slurm import largest_array
-from sweeps.snapshot import code_digest, code_root, take_snapshot
+from sweeps.snapshot import code_digest, code_root, exposed, take_snapshot
 from sweeps.submission import Class, Submission
-from sweeps.survey import survey
+from sweeps.survey import Survey, survey
 
 
 def submit_slurm(
@@ -68,7 +69,10 @@ def submit_slurm(
         repair(plan.root)
         seen = survey(plan.root)
         nodes.note_failures(plan.root, seen.jobs_that_never_began())
+        _settle_ended(plan, seen)
         submission = sort(plan, seen, retry=retry, order=order)
+        for run in submission.cancelled:  # SLURM forgets after some minutes
+            (plan.root / "runs" / run / arrays.CANCELLED).touch()
         _refuse_cost(submission, max_gpu_hours)
         if submission.missing:
             code = take_snapshot(plan.root / "code") if snapshot else code_root()
@@ -81,6 +85,17 @@ def submit_slurm(
                 for start in range(0, len(group.runs), limit * group.per_task):
                     array.submit(group, list(group.runs[start : start + limit * group.per_task]), after=after)
     return submission
+
+
+def _settle_ended(plan: Plan, seen: Survey) -> None:
+    """Note how jobs ended that SLURM killed before they could: they count as attempts all the same."""
+    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
+    for run in plan.distinct():
+        task, place = seen.task(run.id), seen.places.get(run.id)
+        if task is None or place is None or task.verdict != "over" or task.state not in endings.ENDED_BY_SLURM:
+            continue
+        if arrays.began(plan.root, run.id, place.array):
+            settle_unnoted(plan.directory(run), task.job, task.state, tables[run.rung].tries)
 
 
 def _jobs_before(submission: Submission, group: Class) -> list[str] | None:
@@ -124,13 +139,12 @@ def _room(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private(root: Path) -> Iterator[None]:
-    """What is made here is the user's alone, for jobs execute it; folders that others may write are refused."""
-    for folder in (root / "code", root / arrays.FOLDER):
-        if folder.exists() and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
-            raise Refusal(
-                f"{folder}: others may write this folder, and your jobs execute what is in it. "
-                f"Run: chmod go-w {folder}; where it belongs to somebody else, choose another --root."
-            )
+    """What is made here is the user's alone, for jobs execute it; a root that others can replace is refused."""
+    if (folder := exposed(root)) is not None:
+        raise Refusal(
+            f"{folder}: others may write this folder, and could replace what your jobs execute under {root}. "
+            f"Run: chmod go-w {shlex.quote(str(folder))}; where it belongs to somebody else, choose another --root."
+        )
     before = os.umask(0o077)
     try:
         yield
@@ -198,9 +212,9 @@ class _Arrays:
             exclude=self.exclude,
         )
         try:
-            job = Launcher(plan.root / arrays.FOLDER / "slurm", script).launch()
-        except FailedJobError as error:
-            said = " ".join(str(error).split()).removeprefix("sbatch: error: ") or "sbatch failed"
+            job = launch(plan.root / arrays.FOLDER / "slurm" / f"{token}.sh", script)
+        except SubmissionError as error:
+            said = str(error)
             adopted = adopted_after_error(name)
             if adopted is None:
                 arrays.drop(plan.root, array)
@@ -210,7 +224,8 @@ class _Arrays:
                         self.submit(group, part, after=after)
                     return
                 submission.left += [run.id for run in mine]
-                submission.notes.append(_why_refused(said))
+                if (why := _why_refused(said)) not in submission.notes:
+                    submission.notes.append(why)
                 return
             job = adopted
         arrays.with_job(plan.root, array, job)
@@ -240,11 +255,12 @@ class _Arrays:
 
 def _no_room(said: str) -> bool:
     return any(
-        word in said for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index")
+        word in said
+        for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
     )
 
 
 def _why_refused(said: str) -> str:
     if _no_room(said):
-        return f"SLURM takes no more of your jobs now ({said}); the same command submits the rest later."
+        return f"SLURM takes no more jobs now ({said}); the same command submits the rest later."
     return f"SLURM refused: {said}. See scaling doctor; the same command tries again."

@@ -10,7 +10,7 @@ from sweeps import arrays
 from sweeps.arrays import ArrayRecord, Location
 from sweeps.endings import UNNOTED
 from sweeps.nodes import NodeFailure
-from sweeps.slurm import Answer, Task, look_up
+from sweeps.slurm import LOST, Answer, Task, look_up
 
 NEW_SECONDS = 10.0
 """In which a job that was just submitted may not be in the queue yet."""
@@ -27,10 +27,11 @@ class Survey:
     answer: Answer = field(default_factory=Answer)
 
     def task(self, run: str) -> Task | None:
-        """SLURM's word on the run's last job; None where it had none, or SLURM was not reached.
+        """What SLURM says about the run's last job; None where it had none, or SLURM was not reached.
 
-        Of a task that is cancelled while it waits, SLURM keeps no trace. One that has left the queue and never began
-        was therefore ended by a person; one that began and is forgotten is over.
+        The accounting keeps no trace of a single array task that is cancelled while it waits, but of its array it does.
+        A task that never began and is in no answer was therefore cancelled if its array is known, or if there is no
+        accounting to tell; if the accounting answers and does not know the array, the controller has lost it.
         """
         place = self.places.get(run)
         if place is None or place.job is None or not self.answer.queue_reached:
@@ -42,6 +43,9 @@ class Survey:
             return Task(place.job, "just submitted", "pending")
         if arrays.began(self.root, run, place.array):
             return Task(place.job, "forgotten", "over")
+        cancelled = (self.root / "runs" / run / arrays.CANCELLED).exists()
+        if self.answer.accounting_reached and not cancelled and not self.answer.knows(place.job.split("_")[0]):
+            return Task(place.job, LOST, "over")
         return Task(place.job, "cancelled before it began", "cancelled")
 
     def runs_of(self, job: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tuned
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
 from scaling import cli
@@ -46,6 +47,14 @@ adamw,4000,80000,1.92e9,2.6
 muon,1000,20000,1.2e8,2.9
 muon,2000,40000,4.8e8,2.7
 muon,4000,80000,1.92e9,2.5
+"""
+
+TUNE = """
+trials = 2
+rungs = ["a"]
+[tune.search.peak_lr]
+low = 1e-3
+high = 1e-1
 """
 
 
@@ -327,3 +336,29 @@ def test_fit_reads_no_table_of_another_file_and_cancel_says_what_there_is(
     assert "collected from tiny.toml with another content than tiny.toml has now" in said
     assert run(monkeypatch, "cancel", campaign, "--root", root) == 0
     assert "none of its runs waits or runs on SLURM" in capsys.readouterr().out
+
+
+def test_a_search_that_was_stopped_exits_1_so_that_what_follows_it_in_a_script_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, tiny_text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny-tuned.toml"
+    file.write_text(tuned.CAMPAIGN.format(text=tiny_text, tune=TUNE))
+    monkeypatch.setattr(
+        "sweeps.dispatch.run_local",
+        lambda plan, **_: Outcome(plan=plan, trained=(), present=(), failed={}, stopped=("a run",)),
+    )
+    assert run(monkeypatch, "tune", file, "--root", tmp_path / "root") == 1
+    assert run(monkeypatch, "tune", file, "--root", tmp_path / "root", "--status") == 0
+
+
+def test_a_campaign_with_a_dot_in_its_name_is_fitted_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results" / "v1.5"
+    folder.mkdir(parents=True)
+    (folder / "runs.csv").write_text(TABLE)
+    assert run(monkeypatch, "fit", "v1.5", "--root", tmp_path, "--json") == 0
+    assert (folder / "fits.json").exists()
+    capsys.readouterr()
+    assert run(monkeypatch, "fit", "v1.6", "--root", tmp_path) == 2
+    assert "Collect the campaign first" in capsys.readouterr().err

@@ -93,9 +93,11 @@ class Tune(OnCampaign):
             tuning = tune(self.loaded(), self.root, executor=self.executor, workers=self.workers, wait=not self.no_wait)
         if self.json:
             print_json(study_rows(tuning))
-            return
-        show(tuning)
-        self.next_step("submit" if tuning.complete else "tune")
+        else:
+            show(tuning)
+            self.next_step("submit" if tuning.complete else "tune")
+        if not (tuning.complete or self.status or self.no_wait):
+            sys.exit(1)
 
 
 @dataclass(frozen=True)

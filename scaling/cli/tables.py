@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from analysis.study import Study
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+
+
 @dataclass(frozen=True)
 class OnTable:
     """A verb about a table of runs."""
@@ -48,8 +51,11 @@ class OnTable:
 
     @property
     def is_file(self) -> bool:
-        """Whether the table is named by its path, and not by a campaign."""
-        return bool(Path(self.table).suffix) and not self.table.endswith(".toml")
+        """Whether the table is named by its path, and not by a campaign, whose name may have a dot in it."""
+        path = Path(self.table)
+        if self.table.endswith(".toml") or (self.root / "results" / self.table / "runs.csv").exists():
+            return False
+        return bool(path.suffix) and (path.suffix in TABLE_SUFFIXES or path.is_file() or len(path.parts) > 1)
 
     def results(self) -> Path:
         """Where fits, figures and report of this table go: its folder, the campaign's, or one named after the file."""

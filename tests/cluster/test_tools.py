@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import Counting, assert_finished_once, wait_for_steps, wait_until_done
+from waiting import until
 
 from scaling.errors import Refusal
 from sweeps.doctor import Check, examine
@@ -53,11 +54,11 @@ def test_cancelling_an_arm_saves_its_runs_and_leaves_the_other_arm_alone(cluster
     wait_for_steps(planned, *planned.runs, step=3)
     muon = select(planned, arm="muon")
     assert len(cancel(planned, muon)) == 2
-    until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, 60, "not finished")
-    until(lambda: not cluster.ask("squeue", "-h"), 20, "the cancelled jobs did not end")
+    until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, "not finished")
+    until(lambda: not cluster.ask("squeue", "-h"), "the cancelled jobs did not end")
     # The accounting says RUNNING for some seconds after the queue has forgotten a job.
     cancelled = sorted(run.id for run in muon)
-    until(lambda: sorted(counting.submit(planned).cancelled) == cancelled, 30, "the cancelled runs do not say so")
+    until(lambda: sorted(counting.submit(planned).cancelled) == cancelled, "the cancelled runs do not say so")
     assert len(counting.submit(planned, retry="cancelled").queued) == 2
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)

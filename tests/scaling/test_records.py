@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_spec
+from waiting import until
 
 from scaling.errors import Refusal
 from scaling.records import Attempt, RunDirectory, append_line, read_lines, temporary_name, write_atomic
@@ -66,15 +67,15 @@ def test_a_file_that_is_no_spec_is_refused_by_name(directory: RunDirectory) -> N
 def _hold(path: Path, held: object, release: object) -> None:
     with RunDirectory(path).claim():
         held.set()  # type: ignore[attr-defined]
-        release.wait(30)  # type: ignore[attr-defined]
+        release.wait()  # type: ignore[attr-defined]
 
 
 def test_a_claim_is_exclusive_and_dies_with_its_process(directory: RunDirectory) -> None:
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(directory.path, held, release))
+    holder = context.Process(target=_hold, args=(directory.path, held, release), daemon=True)
     holder.start()
-    assert held.wait(30)
+    until(held.is_set, "the claim was not taken")
     assert directory.state() == "running"
     with directory.claim(wait=False) as got:
         assert not got

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import pytest
+from waiting import status_of, until
 
 from scaling.errors import Refusal
 from scaling.records import Attempt, RunDirectory, write_json
@@ -52,13 +52,6 @@ def submit(tmp_path: Path) -> Iterator[Callable[[Plan], subprocess.Popen[bytes]]
     for process in begun:
         process.kill()
         process.wait()
-
-
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def under_way(planned: Plan, run: PlannedRun) -> bool:
@@ -103,7 +96,7 @@ def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any)
     victim, neighbour = (run for run in planned.runs if run.rung == "b")
 
     def kill() -> None:
-        until(lambda: under_way(planned, victim))
+        until(lambda: under_way(planned, victim), "it did not start", every=0.02)
         os.kill(starts(planned.directory(victim))[-1].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -125,10 +118,10 @@ def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
     planned = with_data(campaigns.plan(tokens=LONG), progress=False)
     long = [run for run in planned.runs if run.rung == "b"]
     process = submit(planned)
-    until(lambda: under_way(planned, long[0]))
+    until(lambda: under_way(planned, long[0]), "it did not start", every=0.02)
     process.send_signal(signum)
-    assert process.wait(timeout=30) == (3 if signum == signal.SIGINT else -signum)
-    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), seconds=20)
+    assert status_of(process) == (3 if signum == signal.SIGINT else -signum)
+    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), "somebody still trains")
     assert not all(planned.state(run) == "finished" for run in long)
     assert run_local(planned, workers=2, progress=False).complete
     assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a resume point
@@ -140,7 +133,7 @@ def test_two_submitters_at_once_train_each_run_once(
     planned = with_data(campaigns.plan(), progress=False)
     other = submit(planned)
     assert run_local(planned, workers=2, progress=False).complete
-    assert other.wait(timeout=120) == 0
+    assert status_of(other) == 0
     assert [len(starts(planned.directory(run))) for run in planned.runs] == [1] * 4
 
 

@@ -17,27 +17,33 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import status_of, until
 
 from scaling.errors import Refusal
 from scaling.provenance import describe_code
 from scaling.records import MetricsRow, RunDirectory, append_line
-from sweeps import arrays, lease, nodes, worker
+from sweeps import arrays, doctor, lease, nodes, worker
 from sweeps.aftermath import _why_give_up
-from sweeps.batch import batch_script
+from sweeps.arrays import ArrayRecord
+from sweeps.batch import SubmissionError, batch_script, launch
 from sweeps.campaign import load_campaign
-from sweeps.endings import Ending, fruitless
+from sweeps.endings import UNNOTED, Ending, fruitless, read_endings
 from sweeps.lease import Lease, hold, is_held
 from sweeps.nodes import NodeFailure
 from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, plan, with_data
 from sweeps.show import plan_totals
-from sweeps.slurm import Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
+from sweeps.slurm import Answer, Task, Unreachable, accounted, ask, clean_environment, expand, look_up, verdict
 from sweeps.snapshot import code_digest, take_snapshot
-from sweeps.status import planned_gpu_hours
+from sweeps.status import planned_gpu_hours, status
 from sweeps.submit import submit_slurm
+from sweeps.survey import Survey
 
 IDLE = {"scontrol": "echo 'MaxArraySize = 1001'", "squeue": "exit 0", "sacct": "exit 0", "srun": "exit 0"}
 """A cluster with nothing in its queue and its books, but for what a test replaces."""
+
+FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+"""The controller's answer about a job that it does not know."""
 
 
 @pytest.fixture
@@ -258,7 +264,10 @@ def test_no_text_of_a_campaign_file_is_executed(
     with contextlib.suppress(Refusal):
         scripts = submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True).scripts()
     for script in scripts:
-        subprocess.run(["bash", "-c", script], capture_output=True, check=False)
+        # Without the check of the snapshot, which is not there and would end the script early.
+        unchecked = "\n".join(line for line in script.splitlines() if not line.startswith("found="))
+        assert unchecked != script
+        subprocess.run(["bash", "-c", unchecked], capture_output=True, check=False)
         directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
         assert not any("--wrap" in line for line in directives)
     assert not mark.exists()
@@ -274,8 +283,16 @@ def test_setup_lines_come_from_the_users_own_profile_only(campaigns: Any, no_pro
         submit_slurm(campaigns.plan(), dry_run=True)
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; echo 'Batch job submission failed' >&2; exit 1",
+        "echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2; sleep 600",
+    ],
+    ids=["refused", "retried in silence"],
+)
 def test_an_array_that_has_no_room_is_submitted_in_parts_and_the_rest_later(
-    campaigns: Any, commands: Any, no_profile: Path
+    campaigns: Any, commands: Any, no_profile: Path, refusal: str
 ) -> None:
     ready = planned(campaigns)
     commands(
@@ -284,12 +301,12 @@ def test_an_array_that_has_no_room_is_submitted_in_parts_and_the_rest_later(
         sacct="exit 0",
         srun="exit 0",
         # takes two jobs in all
-        sbatch="""
+        sbatch=f"""
         taken=$(ls $(dirname $0)/taken-* 2>/dev/null | wc -l)
         name=$(sed -n 's/^#SBATCH --job-name=//p' "$1")
         wanted=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
         if [ $((taken + wanted + 1)) -gt 2 ]; then
-            echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; echo 'Batch job submission failed' >&2; exit 1
+            {refusal}
         fi
         for task in $(seq 0 "$wanted"); do
             touch $(dirname $0)/taken-$taken-$task; echo "$((50 + taken))_$task|$name|PENDING|None" >> $(dirname $0)/queue
@@ -362,8 +379,9 @@ def test_runs_that_share_a_device_are_tasks_of_several_and_a_run_over_several_de
         submit_slurm(plan(load_campaign(file), campaigns.folder / "root"), dry_run=True)
 
 
+@pytest.mark.parametrize("folder", ["root/code", "root/runs", "root", "."])
 def test_folders_that_jobs_execute_from_are_private_and_refused_where_others_may_write(
-    campaigns: Any, commands: Any, no_profile: Path
+    campaigns: Any, commands: Any, no_profile: Path, folder: str
 ) -> None:
     ready = planned(campaigns)
     commands(
@@ -374,9 +392,204 @@ def test_folders_that_jobs_execute_from_are_private_and_refused_where_others_may
     made = [ready.root / "code", ready.root / arrays.FOLDER, *(ready.directory(run).path for run in ready.runs)]
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in made} == {0o700}
     assert not [file for folder in made for file in folder.rglob("*") if file.stat().st_mode & 0o077]
-    (ready.root / "code").chmod(0o770)
-    with pytest.raises(Refusal, match="chmod go-w"):
+    exposed = campaigns.folder / folder
+    exposed.chmod(0o777)
+    with pytest.raises(Refusal, match=re.escape(f"chmod go-w {exposed.resolve()}")):
         submit_slurm(ready)
+    if folder == ".":
+        exposed.chmod(0o1777)  # as /tmp: others cannot rename what is the user's
+        submit_slurm(ready)
+
+
+@pytest.mark.parametrize("change", [None, "a module edited", "a module added", "a compiled file", "a linked package"])
+def test_a_batch_script_starts_nothing_from_a_snapshot_that_was_changed(
+    campaigns: Any, no_profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
+) -> None:
+    code = take_snapshot(tmp_path / "code")
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for name in ("python", "srun"):
+        (shims / name).write_text('#!/bin/bash\ntouch "$0.ran"\n')
+        (shims / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(shims / "python"))
+    script = batch_script(campaigns.plan(), SlurmTable(), name="n", token="t", tasks=1, code=code)
+    if change == "a module edited":
+        (code / "sweeps" / "plan.py").write_text("# edited\n")
+    elif change == "a module added":
+        (code / "torch.py").write_text("")
+    elif change == "a compiled file":
+        (code / "sweeps" / "__pycache__").mkdir()
+        (code / "sweeps" / "__pycache__" / "plan.cpython-311.pyc").write_text("")
+    elif change == "a linked package":
+        (code / "torch").symlink_to(tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=os.environ | {"PATH": f"{shims}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    ran = {file.stem for file in shims.glob("*.ran")}
+    if change is None:
+        assert (done.returncode, ran) == (0, {"python", "srun"}), done.stderr
+        assert take_snapshot(tmp_path / "code") == code
+    else:
+        assert (done.returncode, ran) == (UNNOTED, set())
+        assert "other code than was submitted" in done.stderr
+        with pytest.raises(Refusal, match="remove the folder and submit again"):
+            take_snapshot(tmp_path / "code")
+
+
+@pytest.mark.parametrize(
+    ("sacct", "scontrol", "outcome"),
+    [
+        ("exit 0", FORGOTTEN, "queued"),
+        ("echo '5_[0-3]|allocation|CANCELLED|0|'", FORGOTTEN, "queued"),
+        ("echo '5_[0-3]|allocation|PENDING|0|'", FORGOTTEN, "queued"),
+        ("echo '5_[0-3]|allocation|PENDING|0|'", "echo 'slurm_load_jobs error: timed out' >&2; exit 1", "unknown"),
+        ("echo '5_[0-3]|allocation|CANCELLED by 7|0|'", FORGOTTEN, "cancelled"),
+        ("exit 1", FORGOTTEN, "cancelled"),
+    ],
+    ids=[
+        "never accounted",
+        "closed by the accounting",
+        "still accounted",
+        "nobody answers",
+        "by a person",
+        "no accounting",
+    ],
+)
+def test_jobs_that_the_controller_lost_are_submitted_again_and_cancelled_ones_are_not(
+    campaigns: Any,
+    commands: Any,
+    no_profile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sacct: str,
+    scontrol: str,
+    outcome: str,
+) -> None:
+    monkeypatch.setattr("sweeps.survey.NEW_SECONDS", 0.0)
+    ready = planned(campaigns)
+    commands(**IDLE, sbatch="echo Submitted batch job 5")
+    first = submit_slurm(ready).queued
+    assert len(first) == 4
+    commands(
+        sacct=sacct,
+        scontrol=f"[[ $* == *config* ]] && {{ echo 'MaxArraySize = 1001'; exit; }}; {scontrol}",
+        sbatch="echo Submitted batch job 6",
+    )
+    again = submit_slurm(ready)
+    assert {name: getattr(again, name) for name in ("queued", "cancelled", "unknown") if getattr(again, name)} == {
+        outcome: first
+    }
+    if outcome == "cancelled":
+        commands(sacct="exit 0")  # the accounting forgets; the run does not
+        assert submit_slurm(ready).cancelled == first
+        assert {"--retry cancelled" in (row.reason or "") for row in status(ready)} == {True}
+
+
+def test_a_waiting_task_that_leaves_no_trace_was_cancelled_if_its_array_is_known() -> None:
+    array = ArrayRecord(token="t", name="n", runs=("a", "b"), code="c", host="h", pid=1, time=0.0, job="5")
+    seen = Survey(
+        records=[array],
+        places=arrays.locations([array]),
+        answer=Answer(tasks={"5_0": Task("5_0", "COMPLETED", "over")}),
+    )
+    task = seen.task("b")
+    assert task is not None
+    assert task.verdict == "cancelled"
+
+
+def test_jobs_that_slurm_kills_with_their_batch_script_count_as_attempts(
+    campaigns: Any, commands: Any, no_profile: Path
+) -> None:
+    no_profile.write_text("tries = 2\n")
+    ready = planned(campaigns)
+    victim = ready.runs[0]
+    ready = msgspec.structs.replace(ready, runs=(victim,))
+    directory = ready.directory(victim)
+
+    def times_out(job: int) -> None:
+        """The job begins, trains, and is killed at its time limit before it can note anything."""
+        (array,) = [array for array in arrays.all_arrays(ready.root) if array.job == str(job)]
+        arrays.note_began(ready.root, victim.id, array)
+        directory.note("start", step=0)
+        commands(sacct=f"echo '{job}_0|allocation|TIMEOUT|60|'", sbatch=f"echo Submitted batch job {job + 1}")
+
+    commands(**IDLE, sbatch="echo Submitted batch job 5")
+    assert submit_slurm(ready).queued == [victim.id]
+    times_out(5)
+    assert submit_slurm(ready).queued == [victim.id]
+    times_out(6)
+    for _ in range(2):  # what is noted is noted once
+        assert submit_slurm(ready).failed == [victim.id]
+    assert "2 attempts were killed without a step of progress, by the time limit; raise minutes" in (
+        directory.attempts()[-1].reason or ""
+    )
+    assert [ending.state for ending in read_endings(directory)] == ["TIMEOUT", "TIMEOUT"]
+    assert submit_slurm(ready, retry="failed").queued == [victim.id]
+
+
+@pytest.mark.parametrize(
+    ("printed", "job"),
+    [
+        ("your job 41 used 3 hours\nSubmitted batch job 5", "5"),
+        ("Submitted batch job 5 on cluster c2\nsee you at job 41", "5"),
+        ("thanks for job 41", None),
+    ],
+)
+def test_the_job_id_is_what_sbatch_says_and_not_what_a_wrapper_adds(
+    commands: Any, tmp_path: Path, printed: str, job: str | None
+) -> None:
+    commands(sbatch=f"printf '{printed}\n'")
+    if job is None:
+        with pytest.raises(SubmissionError, match="thanks for job 41"):
+            launch(tmp_path / "script", "")
+    else:
+        assert launch(tmp_path / "script", "") == job
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("Priority", "SLURM's reason is Priority"),
+        ("AssocGrpCpuLimit", "AssocGrpCpuLimit: it starts when others of your account end, or never"),
+        ("AssocGrpJobsLimit", "AssocGrpJobsLimit: your account or QOS has as many running jobs as it may"),
+        ("QOSMaxGRESPerUser", "QOSMaxGRESPerUser: it starts when others of your QOS end, or never"),
+        ("AssocGrpCPUMinutesLimit", "AssocGrpCPUMinutesLimit: the budget"),
+        ("JobHeldUser", "scontrol release 5_0"),
+    ],
+)
+def test_a_waiting_job_says_slurms_reason_and_what_to_do(reason: str, advice: str) -> None:
+    assert advice in (Task("5_0", "PENDING", "pending", reason=reason).advice or "")
+
+
+@pytest.mark.parametrize(
+    ("association", "verdict", "said"),
+    [
+        ("|cpu=1|||", "fail", "account lab may use 1 of cpu, and a job asks for 2"),
+        ("me||gres/gpu=4,cpu=9||", "pass", ""),
+        ("me|||0|", "fail", "account lab may have no running jobs"),
+        ("somebody|cpu=1|||", "pass", ""),
+    ],
+)
+def test_doctor_fails_a_job_that_exceeds_a_limit_by_itself(
+    commands: Any, association: str, verdict: str, said: str
+) -> None:
+    commands(
+        id="echo me",
+        sacctmgr=f"[[ $* == *association* ]] && echo '{association}' || echo lab",
+        scontrol="echo 'PartitionName=main Default=YES MaxTime=UNLIMITED'",
+        sbatch="exit 0",
+    )
+    (check,) = doctor._placement("a", SlurmTable(cpus=2))
+    assert check.verdict == verdict
+    assert said in check.finding
+
+
+def test_a_job_that_would_be_asked_to_save_when_it_begins_is_refused(campaigns: Any, no_profile: Path) -> None:
+    no_profile.write_text("minutes = 2\n")
+    with pytest.raises(Refusal, match="minutes = 2 is asked to save signal_seconds = 120 before its end"):
+        submit_slurm(campaigns.plan(), dry_run=True)
 
 
 def test_a_disk_without_room_is_a_sentence_and_not_a_traceback(
@@ -488,12 +701,11 @@ def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
 
 
 def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
-    with hold(tmp_path, beat_seconds=0.05) as held:
+    with hold(tmp_path, beat_seconds=0.5) as held:
         assert held
-        time.sleep(0.2)
-        with hold(tmp_path, beat_seconds=0.05) as second:
+        with hold(tmp_path, beat_seconds=0.5) as second:
             assert not second
-    assert not is_held(tmp_path, beat_seconds=0.05)
+    assert not is_held(tmp_path, beat_seconds=0.5)
     assert not (tmp_path / lease.FILE).exists()
 
 
@@ -520,8 +732,8 @@ def test_a_lease_on_another_node_that_still_beats_is_respected(tmp_path: Path) -
     beating = threading.Thread(target=beat)
     beating.start()
     try:
-        time.sleep(0.1)
-        assert is_held(tmp_path, beat_seconds=0.1)
+        until((tmp_path / lease.FILE).exists, "it does not beat")
+        assert is_held(tmp_path, beat_seconds=1.0)
     finally:
         stop.set()
         beating.join()
@@ -539,7 +751,7 @@ def test_who_loses_a_lease_stops_at_once(tmp_path: Path) -> None:
         thief = msgspec.json.encode(Lease(owner="thief", host="another-node", pid=1))
         (tmp_path / "new").write_bytes(thief)
         (tmp_path / "new").rename(tmp_path / lease.FILE)
-        assert process.wait(10) == lease.LOST_LEASE
+        assert status_of(process) == lease.LOST_LEASE
     assert msgspec.json.decode((tmp_path / lease.FILE).read_bytes(), type=Lease).owner == "thief"
 
 
