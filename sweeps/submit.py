@@ -27,7 +27,7 @@ from sweeps.aftermath import settle_unnoted
 from sweeps.batch import QUEUE_IS_FULL, SubmissionError, batch_script, job_placement, launch
 from sweeps.dispatch import Retry, forget_divergence, retries
 from sweeps.missing import prerequisites, sort
-from sweeps.placement import SlurmTable, slurm_tables
+from sweeps.placement import SlurmTable
 from sweeps.plan import Plan, PlannedRun, with_data
 from sweeps.repair import adopted_after_error, repair
 from sweeps.slurm import largest_array
@@ -89,13 +89,12 @@ def submit_slurm(
 
 def _settle_ended(plan: Plan, seen: Survey) -> None:
     """Note how jobs ended that SLURM killed before they could: they count as attempts all the same."""
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
     for run in plan.distinct():
         task, place = seen.task(run.id), seen.places.get(run.id)
         if task is None or place is None or task.verdict != "over" or task.state not in endings.ENDED_BY_SLURM:
             continue
         if arrays.began(plan.root, run.id, place.array):
-            settle_unnoted(plan.directory(run), task.job, task.state, tables[run.rung].tries)
+            settle_unnoted(plan.directory(run), task.job, task.state, plan.placements[run.rung].slurm.tries)
 
 
 def _jobs_before(submission: Submission, group: Class) -> list[str] | None:
