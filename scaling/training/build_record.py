@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from scaling.data.shards import read_manifest
+from scaling.data.batches import held_out
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
 from scaling.optim import registry
 from scaling.optim.optimizer_flops import run_optimizer_flops
@@ -94,7 +94,9 @@ def build_record(
             "activated": parameters.activated,
         },
         groups=groups,
-        bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
+        bytes_per_token=held_out(
+            placement.data, context=spec.model.context, tokens=spec.evaluation.tokens
+        ).bytes_per_token,
         seconds=logbook.watch.seconds,
         cpu_seconds=logbook.work.seconds,
         tokens_per_second=rate,

@@ -108,17 +108,18 @@ def _why_ended(directory: RunDirectory, exit_code: int) -> str | None:
     """Why a run whose process is gone failed; None if it did not."""
     if exit_code < 0:
         return note_kill(directory, exit_code)
-    attempts = directory.attempts()
-    if exit_code and attempts and attempts[-1].outcome == "failed":
-        return attempts[-1].reason
-    return f"it ended with code {exit_code}; see {LOG} in its directory" if exit_code else None
+    if not exit_code:
+        return None
+    said = directory.failure() if directory.state() == "failed" else None
+    return said or f"it ended with code {exit_code}; see {LOG} in its directory"
 
 
 def note_kill(directory: RunDirectory, exit_code: int) -> str:
     """Write down, in the place of a run that no longer can, that a signal killed its process; the reason."""
     reason = f"its process was killed by {signal.Signals(-exit_code).name}"
-    row = directory.last_row()
-    directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
+    with contextlib.suppress(OSError, UserError):  # of a full disk or a damaged file; the caller reports the kill
+        row = directory.last_row()
+        directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
     return reason
 
 

@@ -30,8 +30,21 @@ REFUSED = 2
 """Exit status: the run cannot be trained as it is; starting it again would not help."""
 
 MAX_EXITS_WITHOUT_PROGRESS = 5
-"""Endings without progress, of any kind, that are borne for each of the `tries` that kills are: a run that is asked to
-leave before it can take a step wastes an allocation as surely as one that is killed."""
+"""Endings without progress, of any kind, that are tolerated for each of the `tries` that kills are: a run that is asked
+to leave before it can take a step wastes an allocation as surely as one that is killed."""
+
+KILLED = 137
+"""Exit status of a process that SIGKILL ended, as a shell counts."""
+
+ENDED_BY_SLURM = {
+    "TIMEOUT": KILLED,
+    "DEADLINE": KILLED,
+    "OUT_OF_MEMORY": KILLED,
+    "NODE_FAIL": LEFT_EARLY,
+    "PREEMPTED": LEFT_EARLY,
+}
+"""Exit status to note for a run whose job SLURM ended in that state, batch script and all; in the last two the run had
+no part in it. A job in another state has ended its script, and noted what there was to note."""
 
 
 class JobExit(Strict, frozen=True):
@@ -48,6 +61,8 @@ class JobExit(Strict, frozen=True):
     node: str | None = None
     starts: int = 0
     """Attempts that had begun to train by then."""
+    state: str | None = None
+    """SLURM's state of the job, where the job was ended before it could note anything itself."""
     abandoned: str | None = None
     """Why it is not started again, where it is not."""
 
@@ -87,7 +102,13 @@ def reason_to_abandon(endings: list[JobExit], tries: int) -> str | None:
     """Why a run that keeps ending without a step of progress would do so again, or None."""
     killed, barren = exits_without_progress(endings)
     if killed >= tries:
-        return f"{killed} attempts were killed without a step of progress"
+        said = f"{killed} attempts were" if killed > 1 else "1 attempt was"
+        said += " killed without a step of progress"
+        if endings[-1].state == "TIMEOUT":
+            return (
+                f"{said}, by the time limit; raise minutes, for the first checkpoint comes after a step at the earliest"
+            )
+        return said
     if barren >= tries * MAX_EXITS_WITHOUT_PROGRESS:
         return f"{barren} attempts had to leave before a step of progress; ask for more minutes, or another partition"
     return None

@@ -52,7 +52,7 @@ def _note(directory: RunDirectory, exit_code: int) -> None:
         return
     ending = exit_of(
         directory,
-        job=os.environ["SLURM_JOB_ID"],
+        job=f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         node=os.environ.get("SLURMD_NODENAME"),
         status=128 - exit_code if exit_code < 0 else exit_code,
