@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +13,6 @@ from typing import TypeVar
 import msgspec
 
 from scaling.errors import UserError
-from scaling.run.directory import _read_bytes, temporary_name
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -47,6 +48,14 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name that no other process uses, in the folder of `path`: a rename across file systems would not be atomic.
+
+    The process id alone is not enough, because two containers that share a file system can have equal ones.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -112,3 +121,24 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             values.append(decoder.decode(line))
     return values
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_bytes(path: Path, *, last: int | None = None) -> bytes:
+    """The content of a log, or its `last` bytes; empty where there is no file."""
+    try:
+        with path.open("rb") as file:
+            if last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Move it aside and submit the campaign again."
+        ) from None

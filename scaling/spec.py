@@ -102,7 +102,7 @@ class MLAConfig(Strict, frozen=True):
     """Channels of a query or key head without position."""
     qk_rope_head_dim: Size
     """Channels of a query head with position; all key heads of a token share theirs."""
-    value: Size
+    v_head_dim: Size
     """Channels of a value head."""
     q_lora_rank: Size | None = None
     """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""

@@ -28,10 +28,9 @@ from scaling.run.directory import RunDirectory
 from scaling.run.provenance import changed_files
 from scaling.spec import Placement
 from scaling.training.launch import begin
-from scaling.training.pool import LOG, device_slots, note_kill, train_in_process
+from scaling.training.pool import LOG, device_slots, log_tail, note_kill, train_in_process
 from sweeps.live import Live
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
-from sweeps.slurm.job_exits import log_tail
 
 Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
 """Runs that ended badly, or were ended, and are to be tried again."""

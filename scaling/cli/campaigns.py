@@ -15,7 +15,7 @@ from scaling.errors import plain
 
 if TYPE_CHECKING:
     from sweeps.local import LocalOutcome
-    from sweeps.planning.plan import CampaignPlan as CampaignPlan
+    from sweeps.planning.plan import CampaignPlan
     from sweeps.slurm.submission import Submission
 
 WATCH_SECONDS = 5.0
@@ -38,7 +38,7 @@ class Campaigns:
 
 
 @dataclass(frozen=True)
-class CampaignPlan(OnCampaign):
+class Plan(OnCampaign):
     """Show a campaign's runs and what they will cost; train nothing."""
 
     hyperparameters: Literal["listed", "law"] | None = None
@@ -51,12 +51,13 @@ class CampaignPlan(OnCampaign):
     def run(self) -> None:
         """Print the plan and write plan.jsonl."""
         from sweeps.planning.branches import saved_flops
+        from sweeps.planning.cost import outlook
         from sweeps.reporting import plan_table
 
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            seen = plan_table.outlook(plan)
+            seen = outlook(plan)
             print_json({"runs": plan_table.plan_rows(plan, seen), "totals": plan_table.plan_totals(plan, seen)})
         elif self.groups:
             plan_table.groups(plan)

@@ -20,57 +20,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
-from scaling.io import TAIL_BYTES, append_line, read_json, read_lines, write_json
+from scaling.io import TAIL_BYTES, _read_bytes, append_line, file_sha256, read_json, read_lines, write_json
 from scaling.run.record import Attempt, DynamicsRow, MetricsRow, RunRecord, RunState
 from scaling.spec import Placement, RunSpec
-
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
 
 WRITTEN_BY_SUBMIT = "Submit the campaign with --retry failed, which writes it anew."
 SET_RECORD_ASIDE = (
     "rename the file, to record.json.damaged for instance, and submit the campaign again. Nothing else of the run is "
     "lost: it continues from its last checkpoint and writes its record anew."
 )
-
-
-def temporary_name(path: Path) -> Path:
-    """A name that no other process uses, in the folder of `path`: a rename across file systems would not be atomic.
-
-    The process id alone is not enough, because two containers that share a file system can have equal ones.
-    """
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_bytes(path: Path, *, last: int | None = None) -> bytes:
-    """The content of a log, or its `last` bytes; empty where there is no file."""
-    try:
-        with path.open("rb") as file:
-            if last is not None:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
-            return file.read()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Move it aside and submit the campaign again."
-        ) from None
 
 
 class RunDirectory:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from scaling.flops import CONVENTIONS
-from scaling.run.directory import NonNegativeFloat
 from scaling.spec import NonNegative, RunSpec, Strict
+
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
 
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from scaling.data.batches import held_out
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.io import file_sha256
 from scaling.optim import registry
 from scaling.optim.optimizer_flops import run_optimizer_flops
-from scaling.run.directory import RunDirectory, file_sha256
+from scaling.run.directory import RunDirectory
 from scaling.run.provenance import describe_code
 from scaling.run.record import Device, RunRecord
 from scaling.training.launch import whole

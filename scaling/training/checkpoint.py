@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from scaling.run.directory import temporary_name
+from scaling.io import temporary_name
 from scaling.training.shutdown import ShutdownRequest as ShutdownRequest
 
 KEPT = 2

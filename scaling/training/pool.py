@@ -168,3 +168,16 @@ def device_slots(runs_per_gpu: int) -> list[str]:
     count = torch.cuda.device_count()  # asks the driver's library and starts no context
     devices = named.split(",")[:count] if named else [str(index) for index in range(count)]
     return devices * runs_per_gpu
+
+
+LOG_LINES = 5
+
+
+def log_tail(directory: RunDirectory) -> str:
+    """The end of what the run printed, as one clause."""
+    log: Path = directory.path / LOG
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "it left no log"
+    return f"its log ends: {' / '.join(lines[-LOG_LINES:])}"[:1000] if lines else "its log is empty"

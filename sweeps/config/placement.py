@@ -222,13 +222,13 @@ def placements(
 def _complete(table: PlacementConfig, slurm: dict[str, Any]) -> PlacementConfig:
     """The placement with what it asks SLURM for: processors and GPUs that fit its runs where nothing names them."""
     asked = as_value(slurm, SlurmConfig, where=str(profile_file()))
-    if "gpus" not in slurm and "gres" not in asked.sbatch and table.on_cuda:
-        asked = msgspec.structs.replace(asked, gpus=max(table.devices, asked.tasks))
+    if "gpus_per_node" not in slurm and "gres" not in asked.sbatch and table.on_cuda:
+        asked = msgspec.structs.replace(asked, gpus_per_node=max(table.devices, asked.tasks_per_node))
     table = msgspec.structs.replace(table, slurm=asked)
-    if "cpus" not in slurm:
-        side_by_side = table.runs_per_task if asked.tasks > 1 else table.runs_per_task * table.devices
+    if "cpus_per_task" not in slurm:
+        side_by_side = table.runs_per_task if asked.tasks_per_node > 1 else table.runs_per_task * table.devices
         table = msgspec.structs.replace(
-            table, slurm=msgspec.structs.replace(asked, cpus=min(table.threads * side_by_side, MAX_CPUS))
+            table, slurm=msgspec.structs.replace(asked, cpus_per_task=min(table.threads * side_by_side, MAX_CPUS))
         )
     return table
 

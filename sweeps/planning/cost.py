@@ -20,11 +20,10 @@ from scaling.errors import ConfigError
 from scaling.flops import train_flops, train_flops_per_token
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
-from scaling.run.record import RunRecord
+from scaling.run.record import Code, RunRecord, RunState
 from scaling.spec import RunSpec
 from sweeps.config.placement import PlacementConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun
-from sweeps.reporting.plan_table import _costs
 
 CONVENTION = "attention"
 Basis = Literal["itself", "like", "fitted", "assumed"]
@@ -139,7 +138,7 @@ def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> 
     cuda, devices = table.on_cuda, table.processes
 
     def cost(hours: float, basis: Basis, explanation: str) -> Cost:
-        return Cost(hours=hours, devices=table.gpus_per_node or 1.0, basis=basis, explanation=explanation)
+        return Cost(hours=hours, devices=table.gpus or 1.0, basis=basis, explanation=explanation)
 
     itself = measured.runs.get(run.id)
     if itself is not None and itself.seconds is not None:
@@ -266,6 +265,32 @@ def assumption(table: PlacementConfig) -> str:
     )
 
 
+class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+    """States and predicted costs of a plan's runs, read from disk once."""
+
+    states: dict[str, RunState]
+    costs: dict[str, Cost]
+    code: tuple[Code, ...] = ()
+    """Code of the runs that are finished or diverged."""
+
+
+def outlook(plan: CampaignPlan) -> Outlook:
+    """States, costs and code of every run; each record under the root is read once."""
+    records = records_under(plan.root)
+    runs = plan.distinct()
+    done = {run.id: records[run.id] for run in runs if run.id in records}
+    return Outlook(
+        states={run.id: done[run.id].status if run.id in done else plan.state(run) for run in runs},
+        costs=_costs(plan, measured_runs(records)),
+        code=tuple(record.code for record in done.values()),
+    )
+
+
 def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
     """Predicted time of every run, by id."""
     return _costs(plan, measured_runs(records_under(plan.root)))
+
+
+def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
+    known = Measurements(measured)
+    return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}

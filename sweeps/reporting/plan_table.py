@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,7 @@ from scaling.console import console
 from scaling.flops import train_flops
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.provenance import changed_files
-from scaling.run.record import Code, RunState
+from scaling.run.record import RunState
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
 from sweeps.config.placement import PlacementConfig
@@ -24,10 +23,11 @@ from sweeps.planning.cost import (
     Basis,
     Cost,
     Measured,
-    Measurements,
+    Outlook,
+    _costs,
     assumption,
     measured_runs,
-    predict,
+    outlook,
     records_under,
     slots,
     wall_hours,
@@ -69,32 +69,6 @@ def groups(planned: CampaignPlan) -> None:
                 size = " x ".join(map(str, claimed.shape))
                 table.add_row(claimed.name, size, claimed.algorithm, claimed.view, Text(claimed.rule))
         to.print(table, Text())
-
-
-class Outlook(msgspec.Struct, frozen=True, kw_only=True):
-    """States and predicted costs of a plan's runs, read from disk once."""
-
-    states: dict[str, RunState]
-    costs: dict[str, Cost]
-    code: tuple[Code, ...] = ()
-    """Code of the runs that are finished or diverged."""
-
-
-def outlook(plan: CampaignPlan) -> Outlook:
-    """States, costs and code of every run; each record under the root is read once."""
-    records = records_under(plan.root)
-    runs = plan.distinct()
-    done = {run.id: records[run.id] for run in runs if run.id in records}
-    return Outlook(
-        states={run.id: done[run.id].status if run.id in done else plan.state(run) for run in runs},
-        costs=_costs(plan, measured_runs(records)),
-        code=tuple(record.code for record in done.values()),
-    )
-
-
-def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
-    known = Measurements(measured)
-    return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
 
 
 def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str, Any]]:
@@ -387,7 +361,7 @@ def _notes(plan: CampaignPlan, seen: Outlook) -> list[str]:
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
     lines += [sentence] if (sentence := widened(list(plan.rungs))) else []
-    lines += [_spending(totals, cuda=any(table.gpus_per_node for table in plan.placements.values()))]
+    lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
     lines.append(_beside(plan))
     lines += _bases(plan, seen)
     lines += untuned_note(plan.campaign)

@@ -29,6 +29,7 @@ from sweeps.planning.tuned_settings import untuned_note
 from sweeps.reporting.plan_table import MAX_ROWS, code_notes, hours_text, to_go
 from sweeps.slurm.bad_nodes import sentences
 from sweeps.slurm.client import LOST, SlurmTask
+from sweeps.slurm.job_exits import reason_abandoned
 from sweeps.slurm.queue_state import QueueSnapshot, survey
 
 STYLES: dict[str, str] = {
@@ -104,7 +105,7 @@ def status_and_record(
         attempts, row, abandoned = (
             directory.attempts(),
             directory.last_row() if record is None else None,
-            abandoned(directory),
+            reason_abandoned(directory),
         )
     except UserError as error:  # a finished run stays finished where only its logs are damaged
         reason = str(error)

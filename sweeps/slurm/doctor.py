@@ -208,7 +208,7 @@ def _placement(rung: str, table: SlurmConfig) -> Iterator[ClusterCheck]:
             name=name,
             verdict="fail",
             finding=f"minutes is {table.time_minutes:,}, and partition {chosen[0]['PartitionName']} allows {limit:,}; "
-            f"the job would wait for ever. Set minutes = {limit} or less: a longer run continues in the next job.",
+            f"the job would wait for ever. Set time_minutes = {limit} or less: a longer run continues in the next job.",
         )
         return
     if table.signal_seconds >= table.time_minutes * 60:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from pathlib import Path
 
 from scaling.io import append_line, read_lines
 from scaling.run.directory import RunDirectory
 from scaling.spec import Strict
-from scaling.training.pool import LOG
 from sweeps.slurm.lease import LOST_LEASE
 
 FILE = "endings.jsonl"
-LOG_LINES = 5
 
 LEFT_EARLY = 75
 """Exit status: asked to leave before training began; nothing is lost, and it may be started again."""
@@ -63,7 +60,7 @@ class JobExit(Strict, frozen=True):
     """Attempts that had begun to train by then."""
     state: str | None = None
     """SLURM's state of the job, where the job was ended before it could note anything itself."""
-    abandoned: str | None = None
+    reason_abandoned: str | None = None
     """Why it is not started again, where it is not."""
 
 
@@ -73,10 +70,10 @@ def read_exits(directory: RunDirectory) -> list[JobExit]:
     return list({(line.job, line.restart): line for line in lines}.values())
 
 
-def abandoned(directory: RunDirectory) -> str | None:
+def reason_abandoned(directory: RunDirectory) -> str | None:
     """Why the run is not started again until somebody asks; None if it may be."""
     endings = read_exits(directory)
-    return endings[-1].abandoned if endings else None
+    return endings[-1].reason_abandoned if endings else None
 
 
 def record_exit(directory: RunDirectory, ending: JobExit) -> None:
@@ -118,13 +115,3 @@ def resume_step(directory: RunDirectory) -> int:
     """The step of the newest checkpoint, by its name; 0 where there is none."""
     steps = [re.match(r"step-(\d+)\.", point.name) for point in directory.checkpoints.glob("step-*.ckpt")]
     return max((int(step[1]) for step in steps if step), default=0)
-
-
-def log_tail(directory: RunDirectory) -> str:
-    """The end of what the run printed, as one clause."""
-    log: Path = directory.path / LOG
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "it left no log"
-    return f"its log ends: {' / '.join(lines[-LOG_LINES:])}"[:1000] if lines else "its log is empty"

@@ -16,7 +16,7 @@ from scaling.training.pool import LOG
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.array_records import CANCELLED
 from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.job_exits import abandoned
+from sweeps.slurm.job_exits import reason_abandoned
 from sweeps.slurm.queue_state import survey
 
 FOLLOW_SECONDS = 1.0
@@ -81,7 +81,11 @@ def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
 def _leaves(root: Path, run: str) -> bool:
     """Whether a run has no further part in its job."""
     directory = RunDirectory(root / "runs" / run)
-    return (directory.path / CANCELLED).exists() or directory.record_file.exists() or abandoned(directory) is not None
+    return (
+        (directory.path / CANCELLED).exists()
+        or directory.record_file.exists()
+        or reason_abandoned(directory) is not None
+    )
 
 
 def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:

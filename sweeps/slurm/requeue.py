@@ -19,6 +19,7 @@ import msgspec
 from scaling.errors import UserError
 from scaling.io import read_json
 from scaling.run.directory import RunDirectory
+from scaling.training.pool import log_tail
 from sweeps.slurm import array_records, bad_nodes
 from sweeps.slurm.array_records import ArrayRecord
 from sweeps.slurm.bad_nodes import NodeFailure
@@ -30,7 +31,6 @@ from sweeps.slurm.job_exits import (
     UNNOTED,
     JobExit,
     exit_of,
-    log_tail,
     read_exits,
     reason_to_abandon,
     record_exit,
@@ -73,10 +73,10 @@ def main(record_file: str, status: int, tries: int) -> int:
             continue
         if ending is None:
             continue
-        if ending.abandoned is None:
+        if ending.reason_abandoned is None:
             again = True
         else:
-            reasons.append(ending.abandoned)
+            reasons.append(ending.reason_abandoned)
         if job.node is not None and failed_at_start(directory, ending):
             avoid.add(job.node)
             failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=ending.time)
@@ -104,7 +104,7 @@ def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> JobEx
     if endings and (endings[-1].job, endings[-1].restart) == (job.id, job.restart):
         *endings, ending = endings  # the job itself has noted how each of its runs ended
     else:
-        if endings and endings[-1].abandoned is not None:
+        if endings and endings[-1].reason_abandoned is not None:
             return None  # it had no part in this attempt
         ending = exit_of(directory, job=job.id, restart=job.restart, node=job.node, status=status)
     return None if ending.status == LOST_LEASE else _conclude(directory, endings, ending, job, tries)
@@ -133,7 +133,7 @@ def settle_unnoted(directory: RunDirectory, job: str, state: str, tries: int) ->
 def _conclude(directory: RunDirectory, endings: list[JobExit], ending: JobExit, job: Job, tries: int) -> JobExit:
     """Note an ending that followed others, with what follows from it."""
     reason = _why_give_up(directory, endings, ending, tries, processes=job.processes)
-    ending = msgspec.structs.replace(ending, abandoned=reason)
+    ending = msgspec.structs.replace(ending, reason_abandoned=reason)
     record_exit(directory, ending)
     row, attempts = directory.last_row(), directory.attempts()
     reached = row.step if row else ending.step

@@ -166,7 +166,7 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
     """
     if slurm.signal_seconds >= 60 * slurm.time_minutes:
         raise UserError(
-            f'{plan.campaign.file}, rung "{run.rung}": a job of minutes = {slurm.time_minutes} is asked to save '
+            f'{plan.campaign.file}, rung "{run.rung}": a job of time_minutes = {slurm.time_minutes} is asked to save '
             f"signal_seconds = {slurm.signal_seconds} before its end, which is when it begins. Raise minutes, or lower "
             "signal_seconds."
         )

@@ -108,7 +108,7 @@ def _failed_on_a_bad_node(plan: CampaignPlan, run: PlannedRun, bad: set[str]) ->
 def _out_of_its_pack(plan: CampaignPlan, run: PlannedRun) -> bool:
     directory = plan.directory(run)
     return not directory.is_locked() and (
-        job_exits.abandoned(directory) is not None or (directory.path / array_records.CANCELLED).exists()
+        job_exits.reason_abandoned(directory) is not None or (directory.path / array_records.CANCELLED).exists()
     )
 
 

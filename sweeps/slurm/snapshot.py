@@ -16,8 +16,7 @@ import stat
 from pathlib import Path
 
 from scaling.errors import UserError
-from scaling.io import write_json
-from scaling.run.directory import temporary_name
+from scaling.io import temporary_name, write_json
 from scaling.run.provenance import describe_code
 from sweeps.slurm.job_exits import UNNOTED
 

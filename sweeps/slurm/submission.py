@@ -73,21 +73,23 @@ class Submission(msgspec.Struct, kw_only=True):
         asked, table = group.slurm, self.plan.placements[group.runs[0].rung]
         rungs = ", ".join(dict.fromkeys(run.rung for run in group.runs))
         sentences = [
-            f"{group.tasks} {'job' if group.tasks == 1 else 'jobs'} ({rungs}), each with nodes = {asked.nodes}, gpus = "
-            f"{asked.gpus}, tasks = {asked.tasks}, cpus = {asked.cpus}, memory {asked.memory or 'not stated'}, minutes = "
-            f"{asked.minutes}."
+            f"{group.tasks} {'job' if group.tasks == 1 else 'jobs'} ({rungs}), each with nodes = {asked.nodes}, gpus_per_node = "
+            f"{asked.gpus_per_node}, tasks_per_node = {asked.tasks_per_node}, cpus_per_task = {asked.cpus_per_task}, memory {asked.memory or 'not stated'}, time_minutes = "
+            f"{asked.time_minutes}."
         ]
-        if table.on_cuda and not asked.gpus and "gres" not in asked.sbatch:
-            sentences.append("Its runs train on GPUs and the job asks for none: set gpus in [placement.slurm].")
+        if table.on_cuda and not asked.gpus_per_node and "gres" not in asked.sbatch:
+            sentences.append(
+                "Its runs train on GPUs and the job asks for none: set gpus_per_node in [placement.slurm]."
+            )
         if group.per_task == 1 and asked.devices > table.processes:
             sentences.append(
-                f"A run has {table.processes} of its {asked.devices} GPUs, and the others stay idle: set tasks to the GPUs "
+                f"A run has {table.processes} of its {asked.devices} GPUs, and the others stay idle: set tasks_per_node to the GPUs "
                 "of a node, or ask for fewer."
             )
-        usable = asked.minutes / 60 - asked.signal_seconds / 3600
+        usable = asked.time_minutes / 60 - asked.signal_seconds / 3600
         if usable <= 0:
             sentences.append(
-                f"It is asked to save {asked.signal_seconds} s before its end, which is at its start: raise minutes."
+                f"It is asked to save {asked.signal_seconds} s before its end, which is at its start: raise time_minutes."
             )
         elif (attempts := math.ceil(hours / usable)) > 1:
             sentences.append(

@@ -8,8 +8,8 @@ from tiny import make_spec
 from waiting import until
 
 from scaling.errors import UserError
-from scaling.io import append_line, read_lines, write_atomic
-from scaling.run.directory import RunDirectory, temporary_name
+from scaling.io import append_line, read_lines, temporary_name, write_atomic
+from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
 from scaling.spec import Placement
 

@@ -13,9 +13,9 @@ from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
 from sweeps.config.campaign import load_campaign
 from sweeps.config.placement import PEAKS
-from sweeps.planning.cost import Speed, Work, fit_speed, plan_costs, wall_hours, work_of
+from sweeps.planning.cost import Speed, Work, fit_speed, outlook, plan_costs, wall_hours, work_of
 from sweeps.planning.plan import plan
-from sweeps.reporting.plan_table import outlook, plan_rows, plan_table, plan_totals, to_go
+from sweeps.reporting.plan_table import plan_rows, plan_table, plan_totals, to_go
 
 RESULTS = Path(__file__).parents[2] / "results"
 PEAK = PEAKS["cpu"]

@@ -687,12 +687,12 @@ def test_kills_without_progress_are_counted_and_progress_forgives_them() -> None
 
 
 @pytest.mark.parametrize(
-    ("processes", "step", "abandoned"),
+    ("processes", "step", "reason_abandoned"),
     [(1, 3, True), (2, 3, False), (1, 0, False)],
     ids=["it failed by itself", "a peer of it may be gone", "it may be the node"],
 )
 def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
-    processes: int, step: int, abandoned: bool, tmp_path: Path
+    processes: int, step: int, reason_abandoned: bool, tmp_path: Path
 ) -> None:
     directory = RunDirectory(tmp_path)
     directory.note("start", step=0)
@@ -705,7 +705,7 @@ def test_an_error_is_final_only_where_nothing_else_can_be_at_fault(
             ),
         )  # fmt: skip
     error = JobExit(job="1", status=1, step=0, starts=1, time=0.0)
-    assert (_why_give_up(directory, [], error, 3, processes=processes) is not None) == abandoned
+    assert (_why_give_up(directory, [], error, 3, processes=processes) is not None) == reason_abandoned
     assert _why_give_up(directory, [error, error], error, 3, processes=processes) is not None
 
 
