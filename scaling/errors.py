@@ -1,9 +1,14 @@
-"""The one exception that reaches the user as a sentence instead of a traceback."""
+"""Errors that reach the user as a sentence instead of a traceback, and the text that may stand in one."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters other than tab and line feed: a terminal may obey them."""
 
 
 class UserError(Exception):
@@ -12,6 +17,16 @@ class UserError(Exception):
     The message says where (file, table, field), what was found, what would be accepted, and what to do.
     Modules subclass it where a caller may want to catch one kind, as in ``analysis.fitting.laws.UnreachableLoss``.
     """
+
+
+def plain(text: str) -> str:
+    """Text for a terminal or a table: each control character is replaced by one that is seen (``ESC`` by ``␛``)."""
+    return CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "\ufffd", text)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Text to quote in a sentence: of a long one the beginning."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class ConfigError(UserError):
@@ -30,7 +45,33 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
         name: What was found.
         known: What would be accepted.
     """
-    known = sorted(known)
+    known, name = sorted(known), shortened(name)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
     return f'{what} "{name}" is not known; {hint}Known: {", ".join(known)}.'
+
+
+REMEDIES = {
+    errno.ENOSPC: "Free space on that disk; the same command then continues.",
+    errno.EDQUOT: "Free space under your quota; the same command then continues.",
+    errno.EFBIG: "Raise the limit on the size of a file (ulimit -f); the same command then continues.",
+    errno.EROFS: "Choose a folder that you may write, for instance with --root.",
+    errno.EACCES: "Choose a folder that you may read and write, for instance with --root.",
+    errno.EPERM: "Choose a folder that you may read and write, for instance with --root.",
+    errno.ENOTDIR: "A file stands where a folder is needed: move it aside, or choose another folder.",
+    errno.EEXIST: "A file stands where a folder is needed: move it aside, or choose another folder.",
+    errno.EISDIR: "A folder stands where a file is needed: move it aside, or choose another name.",
+    errno.ENAMETOOLONG: "Use a shorter name, or a folder with a shorter path.",
+    errno.ELOOP: "A link there leads to itself: remove it.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENOENT: "Check the path.",
+}
+"""What a user can do about an error of the operating system, by its number."""
+
+
+def os_error_sentence(error: OSError) -> str:
+    """An error of the operating system as a sentence: where, what was found, what to do."""
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    place = f"{' -> '.join(paths)}: " if paths else ""
+    remedy = REMEDIES.get(error.errno or 0, "What was written before is complete; the same command continues.")
+    return f"{place}{error.strerror or error}. {remedy}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -21,12 +23,13 @@ TAIL_BYTES = 4096
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a whole file, or leave the old one: same folder, flushed, renamed.
 
-    A move across file systems would truncate the old file in place, so the temporary name lives beside the final one.
     With `durable` false it is not flushed to disk, which is a hundred times quicker, and a power cut can lose it: for
     files that are written again when they are missed.
     """
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: a file name cannot hold a NUL character. Rename what the file is named after.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -34,11 +37,25 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = (
+                str(path),
+                None,
+            )  # write() names no file, and nobody knows the temporary one
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name that no other process uses, in the folder of `path`: a rename across file systems would not be atomic.
+
+    The process id alone is not enough, because two containers that share a file system can have equal ones.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -54,18 +71,27 @@ def write_json(path: Path, value: msgspec.Struct, *, durable: bool = True) -> No
     write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n", durable=durable)
 
 
-def read_json(path: Path, kind: type[T]) -> T:
+def read_json(path: Path, kind: type[T], *, remedy: str = "Restore it, or name another file.") -> T:
     """A value from a JSON file, strictly.
 
+    Args:
+        path: The file.
+        kind: The Struct to read.
+        remedy: What to do if it cannot be read: a sentence for the end of the error. Only the caller knows what
+            writes the file again and what would be lost without it.
+
     Raises:
-        UserError: The file is missing, is not JSON, has an unknown field, a missing field or a wrong type.
+        UserError: The file is missing or is not a file, is not JSON, has an unknown or a missing field, or a value that
+            cannot be.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. Plan the campaign again to write it.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a valid {kind.__name__}: {error}. Remove the file and plan again.") from None
+        raise UserError(f"{path}: there is no such file. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{path}: not a valid {kind.__name__}: {str(error).removesuffix('.')}. {remedy}") from None
 
 
 def append_line(path: Path, value: msgspec.Struct) -> None:
@@ -84,14 +110,35 @@ def write_lines(path: Path, values: Iterable[msgspec.Struct]) -> None:
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Values of a JSON-lines file, torn lines left out; empty where there is no file."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    values = []
+    """Values of a JSON-lines file, torn and damaged lines left out; empty where there is no file.
+
+    Raises:
+        UserError: It cannot be read at all, or is not a file.
+    """
     decoder = msgspec.json.Decoder(kind)
-    for line in content.splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
+    values = []
+    for line in _read_bytes(path).splitlines():
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             values.append(decoder.decode(line))
     return values
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_bytes(path: Path, *, last: int | None = None) -> bytes:
+    """The content of a log, or its `last` bytes; empty where there is no file."""
+    try:
+        with path.open("rb") as file:
+            if last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Move it aside and submit the campaign again."
+        ) from None

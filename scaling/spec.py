@@ -15,9 +15,27 @@ import msgspec
 
 from scaling.errors import UserError
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+# Number types of every file. All are finite and bounded: an unbounded count makes loops and lists of that length, and JSON
+# has no spelling for inf and nan. Each bound lies far above any experiment.
+MAX_COUNT = 10**15
+MAX_NUMBER = 1e30
+Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_COUNT)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Small = Annotated[int, msgspec.Meta(gt=0, le=1000)]
+"""A count of devices, processes, threads or repetitions."""
+Size = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+"""A dimension of a model: width, vocabulary, context, experts."""
+Layers = Annotated[int, msgspec.Meta(gt=0, le=2**10)]
+BatchTokens = Annotated[int, msgspec.Meta(gt=0, le=2**32)]
+Sequences = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+"""Sequences of one forward pass."""
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0, le=MAX_NUMBER)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_NUMBER)]
+Finite = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z", max_length=1000)]
+"""Text without control characters: one line that a terminal shows as it is."""
 
 ID_LENGTH = 12
 """Hex digits of a run id: 48 bits, so 10,000 runs collide with odds of 2e-7."""
@@ -43,24 +61,24 @@ class MoEConfig(Strict, frozen=True):
         UserError: More experts would be active than there are.
     """
 
-    experts: Positive
+    experts: Size
     """Routed experts of a layer."""
-    top_k: Positive
+    top_k: Size
     """Routed experts that a token meets."""
-    shared: NonNegative = 0
+    shared: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
     """Experts that every token meets beside them."""
     dense_layers: NonNegative = 0
     """First layers that keep one feed-forward."""
-    granularity: Positive = 1
+    granularity: Size = 1
     """An expert's hidden units are the shape's `ffn_width` divided by this."""
     score: Literal["sigmoid", "topk-softmax", "softmax-topk"] = "sigmoid"
     """``sigmoid``: DeepSeek-V3's, chosen scores made to sum to one; ``topk-softmax``: softmax over the chosen logits,
     so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
-    routed_scaling_factor: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    routed_scaling_factor: PositiveFloat | None = None
     """What the weights are multiplied by. None: what `scaling.models.moe.routed_scaling_factor` computes for sigmoid, else 1."""
-    bias_rate: Annotated[float, msgspec.Meta(ge=0.0)] = 1e-3
+    bias_rate: NonNegativeFloat = 1e-3
     """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
-    sequence_loss: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
+    sequence_loss: NonNegativeFloat = 0.0
     """Weight of DeepSeek-V3's sequence-wise balance loss in what is minimised; never part of a reported loss."""
 
     def __post_init__(self) -> None:
@@ -78,17 +96,17 @@ class MLAConfig(Strict, frozen=True):
         UserError: The rotary channels are odd.
     """
 
-    kv_lora_rank: Positive
+    kv_lora_rank: Size
     """Channels that keys and values are made from."""
-    qk_nope_head_dim: Positive
+    qk_nope_head_dim: Size
     """Channels of a query or key head without position."""
-    qk_rope_head_dim: Positive
+    qk_rope_head_dim: Size
     """Channels of a query head with position; all key heads of a token share theirs."""
-    v_head_dim: Positive
+    v_head_dim: Size
     """Channels of a value head."""
-    q_lora_rank: Positive | None = None
+    q_lora_rank: Size | None = None
     """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""
-    rope_theta: Annotated[float, msgspec.Meta(gt=1.0)] = 50_000.0
+    rope_theta: Annotated[float, msgspec.Meta(gt=1.0, le=MAX_NUMBER)] = 50_000.0
 
     def __post_init__(self) -> None:
         """Refuse what rotary embedding cannot turn."""
@@ -105,15 +123,15 @@ class ModelConfig(Strict, frozen=True):
         UserError: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
     """
 
-    layers: Positive
-    width: Positive
-    heads: Positive
-    vocabulary: Positive
-    context: Positive
-    ffn_multiple: Positive = 256
+    layers: Layers
+    width: Size
+    heads: Size
+    vocabulary: Size
+    context: Size
+    ffn_multiple: Size = 256
     tied: bool = False
     family: str = "decoder"
-    ffn: Positive | None = None
+    ffn: Size | None = None
     """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
@@ -173,7 +191,7 @@ class Budget(Strict, frozen=True):
     """
 
     tokens: Positive
-    flops: Positive
+    flops: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class OptimizerSpec(Strict, frozen=True):
@@ -183,8 +201,8 @@ class OptimizerSpec(Strict, frozen=True):
     """
 
     name: str
-    peak_lr: Annotated[float, msgspec.Meta(gt=0.0)]
-    weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] = 0.1
+    peak_lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.1
     options: dict[str, float | int | bool | str] = {}
 
 
@@ -222,8 +240,8 @@ class Evaluation(Strict, frozen=True):
     """When the held-out loss is measured, besides once at the end. The windows are the same for every run."""
 
     tokens: Positive = 131_072
-    """Held-out tokens, the first of the validation shard."""
-    times: NonNegative = 4
+    """Held-out tokens, sampled from the validation split by a fixed permutation (`scaling.data.batches.held_out`)."""
+    times: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 4
     """Measurements at equal distances before the last."""
     dynamics: Positive | None = None
     """How often, at equal distances and with the last step, sizes of updates, attention logits and spectra of weights
@@ -251,14 +269,14 @@ class RunSpec(Strict, frozen=True):
 
     model: ModelConfig
     budget: Budget
-    batch_tokens: Positive
+    batch_tokens: BatchTokens
     optimizer: OptimizerSpec
     schedule: Schedule
     data: DataSpec
     evaluation: Evaluation = Evaluation()
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    clip_norm: Annotated[float, msgspec.Meta(gt=0.0)] | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Global norm that gradients are clipped to; None clips nothing."""
     warm_start: WarmStart | None = None
     """Where the weights come from; None draws them from the seed."""
@@ -325,20 +343,20 @@ class Placement(Strict, frozen=True):
     data: str
     """Folder with the token shards and their manifest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive = 1
+    threads: Small = 1
     """CPU threads of the run; on small models two runs of one thread beat one run of two."""
-    micro_batch: Positive | None = None
+    micro_batch: Sequences | None = None
     """Windows of one forward pass; None takes the whole batch. Gradients are accumulated up to `batch_tokens`."""
     compile: bool = False
     graphs: bool = False
     """With `compile`: forward and backward pass of a model whose step launches would bound, as CUDA graphs."""
-    checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
+    checkpoint_seconds: NonNegativeFloat = 30.0
     """Seconds between checkpoints: what a kill can cost."""
     keep_tokens: tuple[Positive, ...] = ()
     """Tokens at which a checkpoint is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
-    devices: Positive = 1
+    devices: Small = 1
     """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
-    nodes: Positive = 1
+    nodes: Small = 1
     """Machines with so many devices."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """With several devices: every one keeps all weights, or a share of them."""

@@ -1,4 +1,4 @@
-"""The local executor: what is missing of a plan, trained on this machine, several runs at once.
+"""The local executor: trains what is missing of a plan on this machine, several runs at once.
 
 Each run is its own process, so that one that is killed or runs out of memory takes no other with it. Processes come
 from a server that has imported the training code once: the import takes ten seconds and more, a fork of it none. Who
@@ -14,18 +14,21 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import msgspec
 
+from scaling.errors import UserError, os_error_sentence
 from scaling.run.directory import RunDirectory
-from scaling.spec import RunSpec
+from scaling.run.provenance import changed_files
+from scaling.spec import Placement
 from scaling.training.launch import begin
-from scaling.training.pool import LOG, device_slots, note_kill, train_in_process
+from scaling.training.pool import LOG, device_slots, log_tail, note_kill, train_in_process
 from sweeps.live import Live
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 
@@ -78,7 +81,7 @@ def run_local(
     order: Literal["cheap", "expensive"] = "cheap",
     progress: bool | None = None,
 ) -> LocalOutcome:
-    """Train what is missing, and leave alone what is done or failed.
+    """Train what is missing; leave alone what is done, and what failed under the placement that it has now.
 
     Args:
         plan: Its data are prepared first if need be.
@@ -89,20 +92,20 @@ def run_local(
         progress: Bars (True), a line a minute (False), or what the output is fit for (None).
 
     Raises:
-        UserError: The data cannot be prepared.
+        UserError: The data cannot be prepared, or there are no workers.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}, so no run would ever start. Use 1 or more.")
     plan = with_data(plan, progress=progress)
     plan.write()
     runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")
-    for run in runs:
-        plan.directory(run).create(run.spec, run.placement)
     campaign = _Campaign(plan, runs, retry)
     if campaign.waiting:
         threads = max(table.threads for table in plan.placements.values())
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
         campaign.slots = _slots(plan)
         workers = min(workers, len(campaign.slots) or workers)
-        with _threads(threads), Live(plan, progress=progress) as live, _stop_signals():
+        with Live(plan, progress=progress) as live, _threads(threads), _stop_signals():
             campaign.work(workers, live)
     return campaign.outcome()
 
@@ -128,7 +131,9 @@ class _Campaign:
                 state = "planned"
             if state in ("finished", "diverged"):
                 self.present.append(run.id)
-            elif state == "failed" and not retries(retry, "failed"):
+            elif state == "failed" and not (
+                retries(retry, "failed") or placement_changed(plan.directory(run), run.placement)
+            ):
                 self.failed[run.id] = _reason(plan.directory(run))
             else:
                 self.waiting.append(run)
@@ -140,8 +145,14 @@ class _Campaign:
         try:
             while self.waiting or self.active:
                 while len(self.active) < workers and (run := self._next()) is not None:
-                    path = str(self.plan.directory(run).path)
-                    process = context.Process(target=train_in_process, args=(path, self._slot(run)))
+                    directory = self.plan.directory(run)
+                    # Not earlier: the placement in a failed run's directory is the one under which it failed.
+                    try:
+                        directory.create(run.spec, run.placement)
+                    except OSError as error:
+                        self.failed[run.id] = os_error_sentence(error)
+                        continue
+                    process = context.Process(target=train_in_process, args=(str(directory.path), self._slot(run)))
                     begin(process)
                     self.active[run.id] = run, process
                     self.tries[run.id] = self.tries.get(run.id, 0) + 1
@@ -154,7 +165,7 @@ class _Campaign:
                     if not process.is_alive():
                         del self.active[run.id]
                         self._ended(run, process.exitcode or 0)
-                live.update([run for run, _ in self.active.values()], waiting=len(self.waiting))
+                live.update([run for run, _ in self.active.values()], waiting=self.waiting)
         except _Stop:
             live.say("stopping at the next step; the same command continues from there")
         finally:
@@ -177,15 +188,16 @@ class _Campaign:
             if state in ("finished", "diverged"):
                 self.waiting.remove(run)
                 self.present.append(run.id)
-            elif state != "running" and not self._is_to_come(run.spec):
+            elif state != "running" and not self._is_to_come(run):
                 self.waiting.remove(run)
                 return run
         return None
 
-    def _is_to_come(self, spec: RunSpec) -> bool:
+    def _is_to_come(self, run: PlannedRun) -> bool:
         """Whether a run that this one starts from, by its weights or as a branch, waits or trains now."""
-        before = {spec.warm_start.run if spec.warm_start else None, spec.branch_of} - {None}
-        return any(run in self.active for run in before) or any(run.id in before for run in self.waiting)
+        return any(before in self.active for before in run.starts_from) or any(
+            other.id in run.starts_from for other in self.waiting
+        )
 
     def _ended(self, run: PlannedRun, exit_code: int) -> None:
         directory = self.plan.directory(run)
@@ -194,6 +206,10 @@ class _Campaign:
             self.trained.append(run.id)
         elif state == "failed":
             self.failed[run.id] = _reason(directory)
+        elif exit_code > 0:  # it ended before it could note why, and its log says so
+            self.failed[run.id] = log_tail(directory)
+            with contextlib.suppress(OSError):
+                directory.note("end", step=0, outcome="failed", reason=self.failed[run.id])
         elif exit_code < 0:
             reason = note_kill(directory, exit_code)
             if self.tries[run.id] < TRIES:
@@ -238,9 +254,50 @@ def _slots(plan: CampaignPlan) -> list[str]:
 
 
 def _reason(directory: RunDirectory) -> str:
-    attempts = directory.attempts()
-    said = attempts[-1].reason if attempts else None
-    return said or f"it says no reason; see {directory.path / LOG}"
+    return directory.failure() or f"no reason was recorded; see {directory.path / LOG}"
+
+
+def placement_changed(directory: RunDirectory, placement: Placement) -> bool:
+    """Whether a run is to be executed otherwise than at its last attempt, so that what failed then may not fail now."""
+    try:
+        return directory.placement() != placement
+    except UserError:
+        return True
+
+
+def changed_code(plan: CampaignPlan) -> list[PlannedRun]:
+    """Runs that other code trained, as far as their records say, and all that start from one of them."""
+    found: dict[str, PlannedRun] = {}
+    before = -1
+    runs = [run for run in plan.distinct() if plan.directory(run).spec_file.exists()]
+    while len(found) > before:
+        before = len(found)
+        for run in runs:
+            record = plan.directory(run).record() if run.id not in found else None
+            if run.starts_from & found.keys() or (record is not None and changed_files(record.code)):
+                found[run.id] = run
+    return list(found.values())
+
+
+def set_aside(plan: CampaignPlan, runs: Iterable[PlannedRun]) -> list[Path]:
+    """Move the directories of runs to ``replaced/`` under the root, so that the runs are trained again.
+
+    A run that trains now stays.
+
+    Returns:
+        Where they are now.
+    """
+    moved = []
+    for run in runs:
+        directory = plan.directory(run)
+        with directory.claim(wait=False) as held:
+            if not held:
+                continue
+            folder = plan.root / "replaced"
+            folder.mkdir(exist_ok=True)
+            number = sum(1 for _ in folder.glob(f"{run.id}-*")) + 1
+            moved.append(directory.path.rename(folder / f"{run.id}-{number}"))
+    return moved
 
 
 def forget_divergence(directory: RunDirectory) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import tuned
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 
 from scaling import cli
+from scaling.cli.common import find_run, next_step
+from scaling.cli.tables import Report
+from sweeps.config.campaign import built_in
+from sweeps.local import LocalOutcome
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -41,6 +47,14 @@ adamw,4000,80000,1.92e9,2.6
 muon,1000,20000,1.2e8,2.9
 muon,2000,40000,4.8e8,2.7
 muon,4000,80000,1.92e9,2.5
+"""
+
+TUNE = """
+trials = 2
+rungs = ["a"]
+[tune.search.peak_lr]
+low = 1e-3
+high = 1e-1
 """
 
 
@@ -126,6 +140,119 @@ def test_a_fit_that_cannot_be_meant_is_one_sentence_and_status_2(
     assert said in message
 
 
+def test_the_answer_is_printed_before_a_folder_that_cannot_be_written_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_bytes((Path(__file__).parents[1] / "results" / "demo" / "runs.csv").read_bytes())
+    (tmp_path / "fits.json").mkdir()
+    assert run(monkeypatch, "fit", tmp_path) == 2
+    said = capsys.readouterr()
+    assert "FLOPs" in said.out
+    assert re.fullmatch(rf"scaling: .*{tmp_path}/fits.json: Is a directory. A folder stands .*\n", said.err)
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [("/dev/null", "Not a directory. A file stands where"), ("/tmp/" + 300 * "a", "File name too long. Use a shorter")],
+)
+def test_an_error_of_the_operating_system_is_one_sentence_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: str, said: str
+) -> None:
+    assert run(monkeypatch, "plan", "quick", "--root", root) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert root in message
+    assert said in message
+
+
+def test_one_run_has_one_name_in_every_verb(
+    campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "plan", campaign, "--json", "--root", tmp_path) == 0
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    chosen = next(row for row in rows if (row["arm"], row["rung"], row["seed"]) == ("muon", "b", 0))
+    for row in rows:
+        (tmp_path / "runs" / row["run"]).mkdir(parents=True)
+    directory = tmp_path / "runs" / chosen["run"]
+    for name in (chosen["run"], chosen["run"][:8], str(directory), f"{campaign}/muon/b/0"):
+        assert find_run(name, tmp_path) == directory
+    for name in (
+        "",
+        "zz",
+        "nowhere/muon/b",
+        "/no/such/place",
+        f"{campaign}/muon/b/7",
+        f"{campaign}/muonn/b/0",
+        300 * "a",
+    ):
+        assert run(monkeypatch, "logs", name, "--root", tmp_path) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1, message
+        assert message.startswith("scaling: "), message
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_of_a_verb_ends_in_an_example_that_can_be_run(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, example = cli.VERBS[verb]
+    words = shlex.split(example)
+    assert words[:2] == ["scaling", verb]
+    assert run(monkeypatch, verb, "--help") == 0
+    assert f"Example: {example}" in capsys.readouterr().out
+    ran: list[object] = []
+    monkeypatch.setattr(kind, "run", lambda self: ran.append(self))
+    assert run(monkeypatch, *words[1:]) == 0
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "said"),
+    [
+        (".venv/bin/scaling", None, ".venv/bin/scaling"),
+        (".venv/bin/scaling", "/usr/bin/scaling", "scaling"),
+        ("/code/scaling/__main__.py", None, f"{sys.executable} -m scaling"),
+    ],
+)
+def test_a_next_step_is_a_command_that_the_shell_finds(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    called: str,
+    on_path: str | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: on_path)
+    monkeypatch.setattr(sys, "argv", [called, "plan"])
+    next_step("scaling submit scaling.toml")
+    assert capsys.readouterr().out == f"Next: {said} submit scaling.toml\n"
+
+
+def test_the_demo_ends_with_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sweeps.local.run_local", lambda planned, **options: LocalOutcome(
+        plan=planned, trained=(), present=(), failed={}, stopped=()))  # fmt: skip
+    monkeypatch.setattr("sweeps.reporting.collect.collect", lambda planned: None)
+    monkeypatch.setattr("analysis.reporting.terminal.show", lambda study: None)
+    monkeypatch.setattr(Report, "write", lambda self: (tmp_path / "report.html", None))
+    monkeypatch.setattr(sys, "argv", [".venv/bin/scaling", "demo", "--root", str(tmp_path)])
+    cli.main()
+    *_, hint, last = capsys.readouterr().out.splitlines()
+    assert hint.startswith('"source ')
+    assert last == f"Next: .venv/bin/scaling status quick --root {tmp_path}"
+
+
+def test_a_newcomer_finds_the_version_and_the_campaigns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert re.fullmatch(r"scaling \S.*\n", capsys.readouterr().out)
+    assert run(monkeypatch, "campaigns") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-2]] == built_in()
+
+
 def test_fits_are_kept_of_a_tables_own_answer_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,3 +324,41 @@ def test_the_whole_road_twice_trains_once(
     page = (tmp_path / "results" / "tiny" / "report.html").read_text()
     assert "<svg" in page
     assert re.findall(r'(?:src|xlink:href|url\()\s*=?\s*["\']?https?:|<link|<script[^>]+src', page) == []
+
+
+def test_fit_reads_no_table_of_another_file_and_cancel_says_what_there_is(
+    campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    assert run(monkeypatch, "collect", campaign, "--root", root, "--set", "seeds=[3]") == 0
+    assert run(monkeypatch, "fit", campaign, "--root", root) == 2
+    said = capsys.readouterr().err
+    assert "collected from tiny.toml with another content than tiny.toml has now" in said
+    assert run(monkeypatch, "cancel", campaign, "--root", root) == 0
+    assert "none of its runs waits or runs on SLURM" in capsys.readouterr().out
+
+
+def test_a_search_that_was_stopped_exits_1_so_that_what_follows_it_in_a_script_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, tiny_text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny-tuned.toml"
+    file.write_text(tuned.CAMPAIGN.format(text=tiny_text, tune=TUNE))
+    monkeypatch.setattr(
+        "sweeps.local.run_local",
+        lambda plan, **_: LocalOutcome(plan=plan, trained=(), present=(), failed={}, stopped=("a run",)),
+    )
+    assert run(monkeypatch, "tune", file, "--root", tmp_path / "root") == 1
+    assert run(monkeypatch, "tune", file, "--root", tmp_path / "root", "--status") == 0
+
+
+def test_a_campaign_with_a_dot_in_its_name_is_fitted_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results" / "v1.5"
+    folder.mkdir(parents=True)
+    (folder / "runs.csv").write_text(TABLE)
+    assert run(monkeypatch, "fit", "v1.5", "--root", tmp_path, "--json") == 0
+    assert (folder / "fits.json").exists()
+    capsys.readouterr()
+    assert run(monkeypatch, "fit", "v1.6", "--root", tmp_path) == 2
+    assert "Collect the campaign first" in capsys.readouterr().err

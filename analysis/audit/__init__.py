@@ -63,6 +63,7 @@ CHECKS: dict[str, tuple[str, Callable[[Case], Finding]]] = {
     "law-spread": ("Do other laws agree within the interval?", laws.spread),
     "one-rung": ("Does the ratio stand without any one rung?", laws.leans),
     "pairs": ("Did both arms see the same tokens in the same order?", runs.pairs),
+    "code": ("Did one version of the code train all runs?", runs.code),
     "missing-runs": ("Are runs that failed still in the table?", runs.diverged),
     "convention": ("Is it said what the FLOPs count?", runs.convention),
     "reach": ("Are there enough sizes, far enough apart?", laws.reach),

@@ -1,4 +1,4 @@
-"""Checks of the runs: ends of schedules, held-out losses, seeds, pairs, missing runs, what FLOPs and time count."""
+"""Checks of the runs: ends of schedules, held-out losses, seeds, pairs, code, missing runs, what FLOPs and time count."""
 
 from __future__ import annotations
 
@@ -108,6 +108,26 @@ def pairs(case: Case) -> Finding:
         "warn" if not low or min(low) < 0.5 else "pass",
         f"same cells in both arms{note}; the table does not say whether the tokens came in the same order",
         "" if low and min(low) >= 0.5 else "Give cells, seeds and the data's manifest as columns.",
+    )
+
+
+def code(case: Case) -> Finding:
+    """All runs were trained by the same code."""
+    used = case.used
+    if "code" not in used or used["code"].isna().all():
+        return Finding(
+            "warn",
+            "the table does not say which code trained its runs",
+            "Add a column code: a hash of the source that decides the numbers.",
+        )
+    counts = used.groupby(used["code"].fillna("not recorded").astype(str))["loss"].size().sort_values(ascending=False)
+    if len(counts) == 1:
+        return Finding("pass", f"one code trained all runs ({counts.index[0]})")
+    named = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    return Finding(
+        "warn",
+        f"{len(counts)} versions of the code trained the runs: {named}",
+        "Train them again by one version (scaling submit --rerun changed-code), or show that the difference changes no loss.",
     )
 
 

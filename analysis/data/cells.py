@@ -39,8 +39,9 @@ class Cells(NamedTuple):
     @property
     def paired(self) -> NDArray[np.intp]:
         """Cells that every arm has."""
-        sets = [set(self.cell[self.rows.arm == arm].tolist()) for arm in range(len(self.arms))]
-        return np.array(sorted(set.intersection(*sets)), dtype=np.intp)
+        count = int(self.cell.max()) + 1
+        held = [np.bincount(self.cell[self.rows.arm == arm], minlength=count) > 0 for arm in range(len(self.arms))]
+        return np.flatnonzero(np.all(held, axis=0))
 
 
 def run_of(frame: pd.DataFrame) -> pd.Series:
@@ -49,8 +50,8 @@ def run_of(frame: pd.DataFrame) -> pd.Series:
         return frame["arm"] + "\0" + frame["run"].astype(str)
     if "step" in frame and frame["step"].notna().any():
         parts = [c for c in ("arm", "params", "cell", "rung", "seed", "peak_lr", "batch_tokens") if c in frame]
-        return frame[parts].astype(str).agg("\0".join, axis=1)
-    return frame.index.to_series().astype(str)
+        return frame.groupby(parts, dropna=False, sort=False).ngroup()
+    return frame.index.to_series()
 
 
 def select(frame: pd.DataFrame, arms: tuple[str, ...], *, ends_only: bool = True) -> Cells:
@@ -62,10 +63,10 @@ def select(frame: pd.DataFrame, arms: tuple[str, ...], *, ends_only: bool = True
         ends_only: Keep the last row of each run.
     """
     frame = frame[frame["arm"].isin(arms)]
+    unused = frame[frame["left_out"] != ""]
     left_out = [
         LeftOut(row=int(index) + 1, arm=str(arm), reason=str(reason))
-        for index, arm, reason in zip(frame.index, frame["arm"], frame["left_out"], strict=True)
-        if reason
+        for index, arm, reason in zip(unused.index, unused["arm"], unused["left_out"], strict=True)
     ]
     used = frame[frame["left_out"] == ""]
     run = run_of(used)
@@ -92,7 +93,7 @@ def select(frame: pd.DataFrame, arms: tuple[str, ...], *, ends_only: bool = True
     return Cells(
         rows=rows,
         numbers=used.index.to_numpy(dtype=np.intp) + 1,
-        cell=_cells(used, rows, rung),
+        cell=_cells(used, rows, rung, replicates=ends_only),
         rung=rung,
         arms=arms,
         left_out=sorted(left_out, key=lambda out: out.row),
@@ -128,19 +129,30 @@ def rungs(flops: NDArray[np.float64]) -> NDArray[np.intp]:
     return numbers
 
 
-def _cells(used: pd.DataFrame, rows: Rows, rung: NDArray[np.intp]) -> NDArray[np.intp]:
+def _cells(used: pd.DataFrame, rows: Rows, rung: NDArray[np.intp], *, replicates: bool) -> NDArray[np.intp]:
+    """The number of each row's cell, so that no arm has two rows in one where `replicates` is set.
+
+    A column `cell` that names the rung alone holds several runs of an arm. As one cell their differences, which are the
+    noise of a run, would cancel, so they become cells of their own: by `seed` where there is that column, which keeps the
+    pairs, else in the order of the table.
+    """
     import pandas as pd
 
-    if "cell" in used and used["cell"].notna().all():
-        names = used["cell"].astype(str)
+    named = "cell" in used and bool(used["cell"].notna().all())
+    keys = pd.DataFrame({"arm": rows.arm})
+    if named:
+        keys["cell"] = used["cell"].astype(str).to_numpy()
     else:
         # Same point of the plane of sizes and tokens, same seed; further rows at one point are numbered in order.
-        size, tokens = rungs(rows.columns["params"]), rungs(rows.columns["tokens"])
-        names = pd.Series([f"{n}/{d}/{c}" for n, d, c in zip(size, tokens, rung, strict=True)], index=used.index)
-        if "seed" in used and used["seed"].notna().all():
-            names = names + "/seed " + used["seed"].astype(str)
-        names = names + "/" + used.groupby([used["arm"], names]).cumcount().astype(str)
-    return np.asarray(pd.factorize(names, sort=False)[0], dtype=np.intp)
+        keys["params"], keys["tokens"] = rungs(rows.columns["params"]), rungs(rows.columns["tokens"])
+        keys["rung"] = rung
+    replicates = replicates or not named
+    if "seed" in used and used["seed"].notna().all() and (not named or (replicates and keys.duplicated().any())):
+        keys["seed"] = used["seed"].astype(str).to_numpy()
+    if replicates:
+        keys["number"] = keys.groupby(list(keys.columns), sort=False).cumcount()
+    cell = keys.groupby(list(keys.columns[1:]), sort=False).ngroup()
+    return np.asarray(cell, dtype=np.intp)
 
 
 class Rows(NamedTuple):

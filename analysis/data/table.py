@@ -8,12 +8,14 @@ the audit looks at (``peak_lr``, ``batch_tokens``, ``manifest``); other columns 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scaling.errors import UserError
+from scaling.units import FLOPS_PER_PFLOPS_DAY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +23,37 @@ if TYPE_CHECKING:
 
 REQUIRED = ("arm", "params", "tokens", "flops", "loss")
 COUNTS = ("params", "tokens", "flops")
+NUMBERS = ("peak_lr", "batch_tokens", "schedule_tokens", "step", "train_loss", "seconds", "cpu_seconds", "gpu_hours")
+"""Other columns that hold numbers where they are present; a cell may be empty."""
+NAMES = ("arm", "rung", "cell", "seed", "run", "status", "convention", "manifest", "loss_kind")
+"""Columns whose text reaches terminals, figures, file names and reports."""
+MAX_NAME = 120
+"""Letters of a name."""
+MAX_ROWS = 2_000_000
+"""Rows of a table. A fit of one million rows takes a good minute of CPU time and 1.1 GB of memory."""
+LOSSES = (1e-6, 1e6)
+"""Losses in nats per token that the numerics of the fits are made for; a loss beyond is in another unit."""
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line separators, changes of writing direction and halves of characters: a terminal obeys them."""
+
 FINISHED = frozenset({"", "finished", "done", "ok", "completed", "complete", "success"})
 """Values of `status` that mean the loss is that of a whole run."""
 
 ANY = "any"
 """Convention: take `flops` as counted by whoever made the table, but refuse rows that break their own pattern."""
+
+UNIT = 1e-6
+"""Times 6 * params * tokens, below which `flops` are in another unit."""
+UNITS = {
+    "PFLOP/s-days": FLOPS_PER_PFLOPS_DAY,
+    "GFLOPs": 1e9,
+    "TFLOPs": 1e12,
+    "PFLOPs": 1e15,
+    "EFLOPs": 1e18,
+    "ZFLOPs": 1e21,
+}
+"""FLOPs in each unit that tables have been seen to use."""
 
 SYNONYMS = {
     "arm": ("optimizer", "method", "model_type", "variant", "architecture"),
@@ -100,6 +128,12 @@ def check_table(frame: pd.DataFrame, name: str = "table", *, convention: str | N
     frame = frame.drop(columns="left_out", errors="ignore").reset_index(drop=True)
     if not len(frame):
         raise TableError(f"{name}: the table has no rows. Collect finished runs first.")
+    if len(frame) > MAX_ROWS:
+        raise TableError(
+            f"{name}: found {len(frame):,} rows; at most {MAX_ROWS:,} are fitted. Keep the last row of each run, or the "
+            "mean of runs that share a size."
+        )
+    _check_names(frame, name)
     frame["left_out"] = _left_out(frame)
     used = (frame["left_out"] == "").to_numpy()
     _check_arms(frame, name)
@@ -117,6 +151,11 @@ def check_table(frame: pd.DataFrame, name: str = "table", *, convention: str | N
         "If the run diverged, say so in a column status (diverged); it is then left out and named.",
     )
     _refuse(frame, name, "loss", used & ~(losses > 0), "a loss above zero")
+    outside = used & ((losses < LOSSES[0]) | (losses > LOSSES[1]))
+    _refuse(frame, name, "loss", outside, f"a loss in nats per token, between {LOSSES[0]:g} and {LOSSES[1]:g},")
+    for column in NUMBERS:
+        if column in frame:
+            frame[column] = _numbers(frame, column, name, used)
     _check_flops(frame, name, used, convention)
     frame.attrs["name"] = name
     return frame
@@ -125,7 +164,12 @@ def check_table(frame: pd.DataFrame, name: str = "table", *, convention: str | N
 def _check_columns(frame: pd.DataFrame, name: str) -> None:
     import difflib
 
+    if CONTROL.search("".join(map(str, frame.columns))):
+        bad = next(str(column) for column in frame.columns if CONTROL.search(str(column)))
+        raise TableError(f"{name}: the column name {_shown(bad)} holds control characters. Rename the column.")
     twice = sorted({str(column) for column in frame.columns[frame.columns.duplicated()]})
+    # pandas renames the second column of one name in a CSV file.
+    twice = twice or [column for column in REQUIRED if column in frame and f"{column}.1" in frame]
     if twice:
         raise TableError(f"{name}: column {_listed(twice)} stands there twice. Keep one.")
     missing = [column for column in REQUIRED if column not in frame.columns]
@@ -143,22 +187,42 @@ def _check_columns(frame: pd.DataFrame, name: str) -> None:
         )
 
 
+def _check_names(frame: pd.DataFrame, name: str) -> None:
+    """Refuse text that a terminal, a figure or a file system would take for more than text."""
+    import pandas as pd
+
+    for column in NAMES:
+        if column not in frame or pd.api.types.is_numeric_dtype(frame[column]):
+            continue
+        texts = frame[column].dropna().astype(str).str.strip()
+        if CONTROL.search("".join(texts)):
+            bad = texts.map(lambda text: CONTROL.search(text) is not None)
+            rows = frame.index.isin(texts.index[bad.to_numpy()])
+            _refuse(frame, name, column, rows, "text without control characters")
+        if column in ("arm", "rung"):
+            rows = frame.index.isin(texts.index[(texts.str.len() > MAX_NAME).to_numpy()])
+            _refuse(frame, name, column, rows, f"a name of at most {MAX_NAME} letters")
+
+
 def _left_out(frame: pd.DataFrame) -> Any:
     import pandas as pd
 
     reasons = np.full(len(frame), "", dtype=object)
     if "status" in frame:
         status = frame["status"].astype(object).fillna("").astype(str).str.strip().str.lower()
-        given = (
-            frame["reason"].astype(object).fillna("").astype(str)
-            if "reason" in frame
-            else pd.Series("", index=frame.index)
-        )
-        for row in np.flatnonzero(~status.isin(FINISHED).to_numpy()):
-            detail = f": {given.iloc[row]}" if given.iloc[row] else ""
-            reasons[row] = f"{status.iloc[row]}{detail}"
+        open_ = ~status.isin(FINISHED)
+        told = status[open_]
+        if "reason" in frame:
+            # A reason may be the message of an exception, line breaks included.
+            given = frame.loc[open_, "reason"].astype(object).fillna("").astype(str)
+            given = given.str.replace(CONTROL, " ", regex=True)
+            told = told.where(given == "", told + ": " + given)
+        reasons[open_.to_numpy()] = told.to_numpy()
     # pandas compares NaN with NaN as equal here, so a row of a diverged run that stands twice is found as well.
-    again = frame.duplicated(keep="first").to_numpy() & (reasons == "")
+    # Cells of Parquet may be lists, which cannot be hashed.
+    lists = [column for column in frame if pd.api.types.is_object_dtype(frame[column])]
+    flat = frame.astype(dict.fromkeys(lists, str))
+    again = flat.duplicated(keep="first").to_numpy() & (reasons == "")
     reasons[again] = "the same row stands in the table before"
     return reasons
 
@@ -177,10 +241,11 @@ def _numbers(frame: pd.DataFrame, column: str, name: str, used: Any) -> Any:
         raise TableError(f"{name}, column {column}: found true and false; a number is wanted.")
     numbers = pd.to_numeric(values, errors="coerce").astype("float64")
     text = values.notna().to_numpy() & numbers.isna().to_numpy() & used
-    text &= values.astype(str).str.strip().str.lower().ne("nan").to_numpy()
+    text[text] = values[text].astype(str).str.strip().str.lower().ne("nan").to_numpy()
     _refuse(frame, name, column, text, "a number such as 339700000 or 3.397e8")
     if column != "loss":
-        missing = used & ~np.isfinite(numbers.to_numpy())
+        bad = np.isinf(numbers.to_numpy()) if column in NUMBERS else ~np.isfinite(numbers.to_numpy())
+        missing = used & bad
         _refuse(frame, name, column, missing, "a finite number")
     return numbers
 
@@ -205,6 +270,7 @@ def _check_flops(frame: pd.DataFrame, name: str, used: Any, convention: str | No
             f'{name}: convention "{convention}" cannot be checked from params and tokens. Use 6nd, any, or none.'
         )
     named = frame["convention"].astype(object).fillna("").astype(str).str.lower() if "convention" in frame else None
+    _check_unit(frame[used], name)
     for arm, group in frame[used].groupby("arm", sort=True):
         ratio = (group["flops"] / (6.0 * group["params"] * group["tokens"])).to_numpy()
         off = np.abs(ratio - 1.0) > TOLERANCE
@@ -226,6 +292,20 @@ def _check_flops(frame: pd.DataFrame, name: str, used: Any, convention: str | No
         )
 
 
+def _check_unit(used: pd.DataFrame, name: str) -> None:
+    """Refuse FLOPs in a larger unit: no count of a training run lies a million times below 6 * params * tokens."""
+    for arm, group in used.groupby("arm", sort=True):
+        ratio = float((group["flops"] / (6.0 * group["params"] * group["tokens"])).median())
+        if ratio > UNIT:
+            continue
+        near = [unit for unit, size in UNITS.items() if 1.0 / 3.0 < ratio * size < 3.0]
+        raise TableError(
+            f"{name}, column flops, arm {arm}: what was found is {ratio:.3g} times 6 * params * tokens"
+            f"{f', so it is in {near[0]}' if near else ''}. The column holds FLOPs: multiply by the number of FLOPs in its unit"
+            f"{f' ({UNITS[near[0]]:.4g})' if near else ', or correct params and tokens'}."
+        )
+
+
 def _is_a_pattern(group: pd.DataFrame, ratio: Any) -> bool:
     """Whether an arm's FLOPs follow another count: a smooth function of size, whatever it counts."""
     logs = np.log(ratio)
@@ -240,7 +320,10 @@ def _is_a_pattern(group: pd.DataFrame, ratio: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None or value != value else repr(value) if isinstance(value, str) else f"{value:g}"
+    try:
+        text = "nothing" if value is None or value != value else f"{value:g}"
+    except (TypeError, ValueError, OverflowError):
+        text = ascii(value) if CONTROL.search(str(value)) else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 

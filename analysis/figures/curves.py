@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.data.cells import Array
-from analysis.figures.style import look, new_figure, plain_log_axis, short_counts, styled
+from analysis.figures.style import legend_name, look, new_figure, plain_log_axis, short_counts, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 6
+MAX_LINES = 20
+"""Runs of one arm drawn in one panel; more make no picture and take minutes."""
 SMOOTHED = 25
 """A line is the mean over one part in so many of a run's logged rows; the rows themselves are drawn faintly."""
 
@@ -39,7 +41,7 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
             values = []
             for arm in arms:
                 dress = look(arms, arm)
-                for at, (_, run) in enumerate(part[part["arm"] == arm].groupby("run", sort=True)):
+                for at, (_, run) in enumerate(some_runs(part[part["arm"] == arm], "run").groupby("run", sort=True)):
                     run = run.sort_values("tokens", kind="stable")
                     train = run[run["train_loss"].notna()]
                     smooth = train["train_loss"].rolling(-(-len(train) // SMOOTHED), center=True, min_periods=1).mean()
@@ -53,7 +55,7 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
                         marker=dress.marker,
                         markersize=3.5,
                         color=dress.colour,
-                        label=arm if at == 0 else None,
+                        label=legend_name(arm) if at == 0 else None,
                     )
                     values += [train["train_loss"].to_numpy(), held["validation_loss"].to_numpy()]
             _scale(axes, part, np.concatenate([*values, np.array([])]))
@@ -64,6 +66,14 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
         figure.supxlabel("tokens", fontsize=9)
         figure.supylabel("loss (nats per token)", fontsize=9)
     return figure
+
+
+def some_runs(own: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The rows of at most `MAX_LINES` runs, evenly chosen in the order of their names in the column `key`."""
+    runs = np.sort(own[key].unique())
+    if len(runs) <= MAX_LINES:
+        return own
+    return own[own[key].isin(runs[np.linspace(0, len(runs) - 1, MAX_LINES).round().astype(int)])]
 
 
 def _scale(axes: Axes, part: pd.DataFrame, values: Array) -> None:

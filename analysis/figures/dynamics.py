@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import look, new_figure, short_counts, styled
+from analysis.figures.curves import some_runs
+from analysis.figures.style import legend_name, look, new_figure, short_counts, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,11 +95,11 @@ def _lines(axes: Axes, table: pd.DataFrame, arms: Sequence[str]) -> None:
     for arm in arms:
         own = table[(table["arm"] == arm) & table["value"].notna()]
         colour = look(arms, arm).colour
-        for _, run in own.groupby("seed", sort=True):
+        for _, run in some_runs(own, "seed").groupby("seed", sort=True):
             run = run.sort_values("tokens", kind="stable")
             axes.plot(run["tokens"], run["value"], color=colour, linewidth=0.5, alpha=0.5)
         mean = own.groupby("tokens")["value"].mean()
-        axes.plot(mean.index, mean, color=colour, linewidth=1.2, label=arm)
+        axes.plot(mean.index, mean, color=colour, linewidth=1.2, label=legend_name(arm))
     axes.set_xlim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.xaxis.set_major_formatter(short_counts)

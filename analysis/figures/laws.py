@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import BEYOND, MUTED, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import BEYOND, MUTED, compute_label, legend_name, look, new_figure, plain_log_axis, styled
 from analysis.ratio.compare import Comparison
 from analysis.ratio.formatting import ratio_text
 from analysis.ratio.match import compute_law
@@ -46,7 +46,11 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
         plain_log_axis(upper, "x", span=right / left)
         plain_log_axis(upper, "y", span=top / bottom)
         upper.set_ylabel("loss (nats per token)")
-        upper.legend(loc="upper right", title=None if factor == 1.0 else "laws: C in PFLOP/s-days", title_fontsize=7.5)
+        legend = upper.legend(
+            loc="upper right", title=None if factor == 1.0 else "laws: C in PFLOP/s-days", title_fontsize=7.5
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(True)
         lower.axhline(0.0, color=MUTED, linewidth=0.7)
         lower.set_ylabel("residual (%)")
         lower.set_xlabel(label)
@@ -96,7 +100,7 @@ def _draw_arm(
         markersize=5.0,
         markeredgecolor="white",
         markeredgewidth=0.5,
-        label=f"{arm}: {law_math(compute_law(fit.law))}",
+        label=legend_name(arm.replace("$", r"\$")) + f": {law_math(compute_law(fit.law))}",
     )
     for side in (x[x <= low], x[x >= high]):
         edge = np.sort(np.append(side, low if len(side) and side[0] < low else high))

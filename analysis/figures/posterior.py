@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from analysis.data.cells import Array
     from analysis.single_arm.fit_arm import ArmFit
 
-NAMES = {"alpha": r"$\alpha$", "beta": r"$\beta$", "A": "$A$", "B": "$B$", "E": "$E$"}
+NAMES = {"alpha": "α", "beta": "β"}
 
 
 def posterior_pairs(draws: dict[str, Array], centre: dict[str, float]) -> Figure:

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import BEYOND, MUTED, OVER_LINES, compute_label, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import (
+    BEYOND,
+    MUTED,
+    OVER_LINES,
+    compute_label,
+    legend_name,
+    look,
+    new_figure,
+    plain_log_axis,
+    styled,
+)
 from analysis.ratio.compare import Comparison
 from analysis.ratio.formatting import ratio_text
 from analysis.ratio.match import compute_law
@@ -57,7 +67,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
         ratio[inside],
         color=dress.colour,
         linewidth=1.8,
-        label=f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)",
+        label=legend_name(f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)"),
     )
     head = comparison.headline
     axes.plot(

@@ -24,15 +24,16 @@ def pictures(
         curves: Logged steps, if there are.
         search: What is known of the search for settings, if there was one.
     """
-    from analysis.figures.curves import training_curves
+    from analysis.figures.curves import MAX_LINES, training_curves
     from analysis.figures.laws import loss_against_compute
     from analysis.figures.ratio import ratio_curve
     from analysis.figures.search import has_bowls, learning_rate_bowls, tuning_budget
+    from analysis.figures.style import slug
 
     made: dict[str, tuple[Figure, str]] = {}
     for comparison in study.comparisons:
         several = len(study.comparisons) > 1
-        name = f"loss-{_slug(comparison.challenger)}" if several else "loss"
+        name = f"loss-{slug(comparison.challenger)}" if several else "loss"
         made[name] = (
             loss_against_compute(study, frame, comparison),
             "Loss against training compute. Points are runs, lines are fitted laws, dashed beyond the runs; bands are "
@@ -44,9 +45,11 @@ def pictures(
         "dashed: at least one law is beyond its runs there.",
     )
     if curves is not None and len(curves):
+        most = int(curves.groupby(["rung", "arm"])["run"].nunique().max())
+        drawn = f" Of arms with more runs at a rung, {MAX_LINES} are drawn." if most > MAX_LINES else ""
         made["curves"] = (
             training_curves(curves, study.arms),
-            "Training loss (lines) and held-out loss (points) of the largest rungs.",
+            f"Training loss (lines) and held-out loss (points) of the largest rungs.{drawn}",
         )
     searched = frame if search is None else search.trials
     if has_bowls(searched):
@@ -68,6 +71,7 @@ def pictures(
 
 def _grid_figures(study: Study, frame: pd.DataFrame, arm: str) -> dict[str, tuple[Figure, str]]:
     from analysis.figures.isoflop import isoflop_valleys, surface_contours
+    from analysis.figures.style import slug
     from analysis.single_arm.isoflop import allocations, allocations_text
 
     try:
@@ -75,16 +79,12 @@ def _grid_figures(study: Study, frame: pd.DataFrame, arm: str) -> dict[str, tupl
     except UserError:
         return {}
     made = {
-        f"surface-{_slug(arm)}": (
+        f"surface-{slug(arm)}": (
             surface_contours(found, frame, study.arms),
             f"Lines of equal loss of {arm} over parameters and tokens, its runs, and the best split of compute; dotted "
             "lines are equal compute.",
         )
     }
     if len(found.valleys) >= 2:
-        made[f"valleys-{_slug(arm)}"] = (isoflop_valleys(found, study.arms), allocations_text(found))
+        made[f"valleys-{slug(arm)}"] = (isoflop_valleys(found, study.arms), allocations_text(found))
     return made
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())

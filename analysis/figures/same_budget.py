@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, look, new_figure, short_counts, styled
+from analysis.figures.style import MUTED, legend_name, look, new_figure, short_counts, styled
 from analysis.single_arm.same_budget import BudgetOutcome
 from scaling.units import human
 
@@ -58,7 +58,7 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
     with styled():
         figure = new_figure(4.6, 2.9)
         axes = figure.add_subplot()
-        axes.axhline(0.0, color=look(arms, baseline).colour, linewidth=1.2, label=baseline)
+        axes.axhline(0.0, color=look(arms, baseline).colour, linewidth=1.2, label=legend_name(baseline))
         for arm in arms:
             own = here[here["arm"] == arm]
             if arm == baseline or not len(own):
@@ -71,7 +71,7 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
                 markersize=3.5,
                 linewidth=1.2,
                 color=dress.colour,
-                label=arm,
+                label=legend_name(arm),
             )
             axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
         axes.set_xlim(0, None)

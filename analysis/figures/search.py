@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, OVER_LINES, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, OVER_LINES, legend_name, look, new_figure, plain_log_axis, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,13 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
                 rates, losses = best.index.to_numpy(dtype=np.float64), best.to_numpy(dtype=np.float64)
                 dress = look(arms, arm)
                 axes.plot(
-                    rates, losses, color=dress.colour, linewidth=1.0, marker=dress.marker, markersize=3.5, label=arm
+                    rates,
+                    losses,
+                    color=dress.colour,
+                    linewidth=1.0,
+                    marker=dress.marker,
+                    markersize=3.5,
+                    label=legend_name(arm),
                 )
                 low = int(np.argmin(losses))
                 edge = low in (0, len(losses) - 1)
@@ -93,7 +99,9 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
                 markersize=3.5,
                 linewidth=1.2,
                 linestyle="-" if equal else "--",
-                label=f"{arm}, as many as {rows['baseline'].iloc[0]}" if equal else f"{arm}, all of its trials",
+                label=legend_name(
+                    f"{arm}, as many as {rows['baseline'].iloc[0]}" if equal else f"{arm}, all of its trials"
+                ),
             )
             if equal:
                 axes.fill_between(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.5,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of arms and rungs are text, whatever they hold
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
@@ -75,6 +77,11 @@ LOOKS = (
 def look(arms: Sequence[str], arm: str) -> Look:
     """The look of an arm by its place among the study's arms."""
     return LOOKS[list(arms).index(arm) % len(LOOKS)]
+
+
+def legend_name(name: str) -> str:
+    """A name for a legend: matplotlib leaves entries out that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 @contextlib.contextmanager
@@ -156,7 +163,20 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write the figure as SVG, PDF and PNG."""
+def slug(name: str) -> str:
+    """A name as part of a file name: letters, digits, dots, underscores and hyphens, at most 60 bytes.
+
+    A name that had to be changed for that ends in a hash of itself, so that two names never share a file.
+    """
+    kept = re.sub(r"[^\w.-]", "-", name.lower())
+    if kept == name.lower() and len(kept.encode()) <= 60:
+        return kept
+    return f"{kept.encode()[:50].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write the figure as SVG, PDF and PNG; the path of the SVG file."""
+    name = slug(name)
     for kind in ("svg", "pdf", "png"):
         write_atomic(folder / f"{name}.{kind}", as_bytes(figure, kind))
+    return folder / f"{name}.svg"

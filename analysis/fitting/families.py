@@ -12,11 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.data.cells import Array, Cells, Rows
-from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve
+from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve, some_of
 from analysis.fitting.parameterization import Sharing
 from analysis.fitting.solver import minimise, predict
 from scaling.spec import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY
+
+MAX_LEFT_OUT_WORK = 200_000
+"""Rows times rungs on which the error at rungs left out is measured; of larger tables some rows at random."""
 
 
 class LawFamily(NamedTuple):
@@ -182,18 +185,21 @@ def left_out_error(family: LawFamily, cells: Cells, fitted: Fitted) -> float | N
     None where a rung cannot be left out: too few runs would remain.
     """
     rungs = np.unique(cells.rung)
-    weights = (cells.rung != rungs[:, None]).astype(np.float64)
+    which = some_of(len(cells.rung), MAX_LEFT_OUT_WORK // len(rungs))
+    loss, arm_of, rung_of = cells.rows.loss[which], cells.rows.arm[which], cells.rung[which]
+    problem = fitted.problem._replace(z=fitted.problem.z[which], loss=loss)
+    weights = (rung_of != rungs[:, None]).astype(np.float64)
     arms = len(cells.arms)
     for arm in range(arms):
-        own = cells.rows.arm == arm
+        own = arm_of == arm
         per_arm = family.size(arms) / arms if arms > 1 else family.size(1)
         if np.any(weights[:, own].sum(axis=1) < max(2.0, per_arm)):
             return None
     if len(rungs) - 1 < 2 + family.has_floor:
         return None
-    found = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150)
+    found = minimise(problem, fitted.theta, weights, tolerance=1e-10, limit=150)
     errors = []
     for row, rung in enumerate(rungs):
-        log_prediction = predict(fitted.problem, found.theta[row][None])[0][0]
-        errors.append((np.log(cells.rows.loss) - log_prediction)[cells.rung == rung])
+        log_prediction = predict(problem, found.theta[row][None])[0][0]
+        errors.append((np.log(loss) - log_prediction)[rung_of == rung])
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.data.cells import Array, LeftOut, Rows
 from analysis.fitting.laws import LAWS, Law, LawForm
@@ -145,6 +146,13 @@ def form_named(name: str) -> LawForm:
     return LAWS[name]
 
 
+def some_of(rows: int, most: int) -> NDArray[np.intp]:
+    """Row numbers: all of fewer than twice `most`, else `most` at random. Every n-th row could be one arm alone."""
+    if rows < 2 * most:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
+
+
 def solve(
     form: LawForm,
     rows: Rows,
@@ -167,7 +175,7 @@ def solve(
     plan = parameterize(form, rows, arms=arms, sharing=sharing)
     delta = {"huber": objective_.delta, "least-squares": None, "absolute": HUBER_DELTA}[objective_.function]
     problem = plan.problem(rows, space=objective_.space, delta=delta)
-    thin = np.arange(0, len(rows.loss), max(1, len(rows.loss) // SEARCH_ROWS))
+    thin = some_of(len(rows.loss), SEARCH_ROWS)
     starts = plan.starts(rows.take(thin))
     # Among many rows the right valley shows in a part of them; the last descent uses all.
     searched = problem if len(thin) == len(rows.loss) else problem._replace(z=problem.z[thin], loss=problem.loss[thin])

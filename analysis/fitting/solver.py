@@ -20,6 +20,9 @@ Space = Literal["log", "loss"]
 CHUNK = 128
 """Problems solved side by side: the working arrays of 240 points then stay in the second-level cache."""
 
+CHUNK_ROWS = 2_000_000
+"""Rows of all problems solved side by side at most: bounds the memory of large tables."""
+
 FLOOR_SHARE = 1e-9
 """The smallest constant term, as a share of the smallest loss, that the search goes down to."""
 
@@ -194,6 +197,21 @@ def _solve(matrix: Array, right: Array) -> Array:
         return np.asarray(np.einsum("bij,bj->bi", np.linalg.pinv(matrix), right))
 
 
+def group_slopes(problem: Problem, theta: Array, groups: NDArray[np.intp]) -> tuple[Array, Array]:
+    """The gradient of each group of rows, shape ``(groups, parameters)``, and the Hessian of all rows."""
+    log_prediction, shares = predict(problem, theta[None])
+    r = residuals(problem, log_prediction)
+    ones = np.ones((1, len(problem.loss)))
+    curvature = _derivatives(problem, log_prediction, shares, r, ones)[1][0]
+    pull = r[0] if problem.delta is None else np.clip(r[0], -problem.delta, problem.delta)
+    if problem.space == "loss":
+        pull = pull * np.exp(log_prediction[0])
+    slopes = [
+        np.bincount(groups, weights=pull * shares[0, term] * problem.z[:, j]) for j, term in enumerate(problem.term)
+    ]
+    return np.stack(slopes, axis=1), curvature
+
+
 def group_steps(problem: Problem, theta: Array, groups: NDArray[np.intp], counts: Array) -> Array:
     """Parameters after one step from `theta` under each resample of whole groups of rows.
 
@@ -207,20 +225,13 @@ def group_steps(problem: Problem, theta: Array, groups: NDArray[np.intp], counts
         groups: Number of the group of each row, ``0 .. groups - 1``.
         counts: How often each group is drawn, shape ``(resamples, groups)``.
     """
-    log_prediction, shares = predict(problem, theta[None])
-    r = residuals(problem, log_prediction)
-    size, number = len(theta), int(groups.max()) + 1
-    order = np.argsort(groups, kind="stable")
-    edges = np.searchsorted(groups[order], np.arange(number + 1))
-    slopes, curvature = np.empty((number, size)), np.zeros((size, size))
-    for group in range(number):
-        own = order[edges[group] : edges[group + 1]]
-        part = problem._replace(z=problem.z[own], loss=problem.loss[own])
-        ones = np.ones((1, len(own)))
-        slope, curve, _ = _derivatives(part, log_prediction[:, own], shares[:, :, own], r[:, own], ones)
-        slopes[group] = slope[0]
-        curvature += curve[0]
-    return np.asarray(theta - np.linalg.solve(curvature, (counts @ slopes).T).T)
+    slopes, curvature = group_slopes(problem, theta, groups)
+    return theta - newton_steps(curvature, counts @ slopes)
+
+
+def newton_steps(curvature: Array, slopes: Array) -> Array:
+    """Newton steps under one Hessian, a row for each row of gradients."""
+    return _solve(np.broadcast_to(curvature, (len(slopes), *curvature.shape)), slopes)
 
 
 def minimise(
@@ -251,9 +262,10 @@ def minimise(
     theta = np.broadcast_to(theta, (count, theta.shape[1]))
     w = np.broadcast_to(w, (count, w.shape[1]))
     moving = np.flatnonzero(np.ones(theta.shape[1], dtype=bool) if free is None else free)
+    chunk = max(1, min(CHUNK, CHUNK_ROWS // len(problem.loss)))
     parts = [
-        _solve_chunk(problem, theta[at : at + CHUNK], w[at : at + CHUNK], moving, limit, tolerance)
-        for at in range(0, count, CHUNK)
+        _solve_chunk(problem, theta[at : at + chunk], w[at : at + chunk].astype(float), moving, limit, tolerance)
+        for at in range(0, count, chunk)
     ]
     joined = [np.concatenate([part[field] for part in parts]) for field in range(4)]
     return Solution(joined[0], joined[1], joined[2], joined[3], max(part.iterations for part in parts))

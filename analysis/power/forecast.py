@@ -6,7 +6,7 @@ rung: dropping that rung then shows what extrapolating to it would cost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +85,8 @@ class _Bench(NamedTuple):
     lost: float
     margin: float
     seed: int
+    simulated: Callable[[int], None]
+    """Takes the number of studies that were simulated, after each design."""
 
     def row(self, name: str, seeds: Sequence[int], studies: int) -> Row:
         """One design, simulated."""
@@ -108,6 +110,7 @@ class _Bench(NamedTuple):
             one = forecasts(found, self.truth, self.target, margin=self.margin)[0]
             width, excludes = one.width, one.excludes
             bias = one.bias
+        self.simulated(studies)
         return Row(
             name=name,
             design=", ".join(
@@ -140,6 +143,7 @@ def forecast(
     budget: float | None = None,
     studies: int = 1000,
     seed: int = 0,
+    progress: Callable[[float], None] | None = None,
 ) -> DesignForecast:
     """The forecast of a plan and of what could stand in its place.
 
@@ -160,6 +164,7 @@ def forecast(
         budget: Most GPU-hours.
         studies: Of the plan, its changes and the designs on the frontier.
         seed: Of the noise.
+        progress: Takes the share of the work that is done, 0 to 1, after each design.
 
     Raises:
         UserError: The plan has too few cells for the family.
@@ -169,7 +174,17 @@ def forecast(
     family = family or laws.family or ("shared-floor" if laws.has_floor else "lines")
     own = [at for at, count in enumerate(plan) if count]
     at = truth.loss(cells.flops[own], 1)
-    bench = _Bench(points, cells, truth, noise, at[-1:], family, lost, margin, seed)
+    # How many designs of the search come to the frontier is not known before; a tenth of them is usual.
+    total = len(searched) * (min(SCREENED, studies) + 0.1 * studies) + (1 + len(changed)) * studies
+    done = 0
+
+    def simulated(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done / total, 1.0))
+
+    bench = _Bench(points, cells, truth, noise, at[-1:], family, lost, margin, seed, simulated)
     whole = cells.take(np.repeat(np.arange(len(points)), plan).astype(np.intp))
     found = simulate(whole, truth, noise, at, family=family, lost=lost, studies=studies, seed=seed)
     rows = [bench.row("", seeds, min(SCREENED, studies)) for seeds in searched]

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Array, Cells
+from analysis.data.cells import SAME_POINT, Array, Cells
 from analysis.fitting.families import LAW_FAMILIES, Factors, factors, fit_family, left_out_error, log_loss_of, ratio_of
 from analysis.fitting.fit import Fit, Fitted, describe
 from analysis.fitting.laws import Law
 from analysis.ratio.cost_metrics import ConventionRatio, convention_ratios
 from analysis.ratio.definitions import Definition, arrow, at_largest, from_runs
 from analysis.ratio.match import MatchRatio, at_loss, common_losses, compute_law
-from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL, bootstrap, linear, percentile, t_interval
-from analysis.uncertainty.paired import Difference, difference
+from analysis.uncertainty.intervals import (
+    MAX_CELLS_FOR_T_INTERVAL,
+    ROUNDING,
+    bootstrap,
+    has_width,
+    linear,
+    percentile,
+    t_interval,
+)
+from analysis.uncertainty.paired import Difference, cell_means, difference
 from analysis.uncertainty.robustness import Interval, Without, intervals_by_method, jackknife
 from scaling.errors import UserError
 from scaling.spec import Strict
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 BEYOND = 10.0
 """How far past the data the curve is carried, as a factor of compute; it is marked there."""
 OWN_FLOORS = ("separate-floors", "separate-surfaces")
+NO_NOISE = "none: the losses follow the laws, or each other, to rounding, so there is no noise to estimate it from"
 CV_IMPROVEMENT = 0.9
 """A family replaces a simpler one when its error at rungs left out is at most this share of the simpler one's."""
 
@@ -156,7 +165,7 @@ def compare(
         intervals=intervals_by_method(fitted, cells, float(losses[0]), line, resamples=min(resamples, 500), seed=seed),
         jackknife=jackknife(fitted, cells, float(losses[0])),
         bands={arm: _band(fitted, cells, number, fits[arm]) for number, arm in enumerate(cells.arms)},
-        remarks=[fit.remark for fit in fits.values() if fit.remark],
+        remarks=[fit.remark for fit in fits.values() if fit.remark] + _bits_remark(cells),
     )
 
 
@@ -172,6 +181,22 @@ def _check_losses(cells: Cells, name: str, *, extrapolate: bool) -> None:
             "extrapolation. Train larger runs of the worse arm or smaller ones of the better, or pass --extrapolate to "
             "see marked values."
         )
+
+
+def _bits_remark(cells: Cells) -> list[str]:
+    """A warning where one arm's losses are 1 / ln 2 times the other's at every shared compute: bits against nats.
+
+    A suspicion and no error, because losses alone cannot prove their unit.
+    """
+    (one, x), (two, other) = cell_means(cells, 0), cell_means(cells, 1)
+    apart = np.abs(one - two)[np.abs(x - other) <= SAME_POINT]
+    if len(apart) < 3 or np.any(np.abs(apart + np.log(np.log(2.0))) > 0.05):
+        return []
+    low, high = cells.arms if one.mean() < two.mean() else cells.arms[::-1]
+    return [
+        f"{high}'s losses are about 1.44 = 1 / ln 2 times {low}'s at every shared compute: {high} may be in bits and {low} in "
+        "nats, and then every ratio here is wrong. The column loss holds nats per token: multiply losses in bits by ln 2."
+    ]
 
 
 def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Fitted, float | None]]:
@@ -261,11 +286,17 @@ def _intervals(fitted: Fitted, cells: Cells, losses: Array, resamples: int, seed
         freedom = linear(fitted, cells).freedom
         how = f"95 % t interval, {freedom:.0f} degrees of freedom, {paired}, exponents' errors included"
         if np.isnan(low).all():
-            how = "none: as many parameters as cells leave nothing to estimate the noise from"
+            how = (
+                NO_NOISE
+                if freedom >= 1.0
+                else "none: as many parameters as cells leave nothing to estimate the noise from"
+            )
     else:
         draws = quantity(bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed))
-        low, high = percentile(draws, centre)
+        low, high = has_width(*percentile(draws, centre))
         how = f"95 % percentile interval of {resamples:,} case resamples of {count} cells, all laws refitted, {paired}"
+        if np.isnan(low).all():
+            how = NO_NOISE
     return np.exp(low), np.exp(high), how
 
 
@@ -278,7 +309,8 @@ def _factors(chosen: str, fitted: Fitted, cells: Cells, resamples: int, seed: in
     if chosen not in ("factors", "token-factor"):
         return []
     draws = bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed)
-    return [factors(fitted, draws, number, arm) for number, arm in enumerate(cells.arms) if number]
+    found = [factors(fitted, draws, number, arm) for number, arm in enumerate(cells.arms) if number]
+    return [one for one in found if one.params.high - one.params.low > ROUNDING]
 
 
 def _model(key: str, fitted: Fitted, error: float | None, cells: Cells, losses: Array) -> ModelRatio:

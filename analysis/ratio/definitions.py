@@ -11,6 +11,7 @@ from analysis.data.cells import Array, Cells
 from analysis.fitting.fit import Fit
 from analysis.fitting.laws import PowerLaw
 from analysis.ratio.match import Support, at_loss, compute_law, support
+from analysis.uncertainty.intervals import ROUNDING
 from analysis.uncertainty.paired import Difference, cell_means
 from scaling.spec import Strict
 from scaling.units import pflops_days
@@ -89,7 +90,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
         if difference is not None and who == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
             moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
-            if min(moved) > b.floor:
+            if half > ROUNDING and min(moved) > b.floor:
                 low, high = (point.challenger_compute / b.compute(value) for value in moved)
         found.append(
             Definition(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 RESAMPLES = 1000
 
+MAX_ARMS = 50
+"""Arms of one study: each gets a figure and a comparison of its own."""
+
 
 class Study(Strict, frozen=True):
     """What a table of runs says."""
@@ -74,7 +77,8 @@ def fit_table(
         frame = check_table(frame, name)
     arms = choose_arms(frame, name, baseline, challenger)
     for arm in arms:
-        _check_computes(frame, name, arm)
+        check_computes(frame, name, arm)
+    _check_conventions(frame, name, arms)
     ladder = is_ladder(frame, arms)
     if family is not None and family not in LAW_FAMILIES:
         raise UserError(unknown_name("family", family, LAW_FAMILIES))
@@ -118,6 +122,11 @@ def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger
     for what, arm in (("baseline", baseline), ("challenger", challenger)):
         if arm is not None and arm not in known:
             raise UserError(f"{name}: {unknown_name(what, arm, known)}")
+    if challenger is None and len(known) > MAX_ARMS:
+        raise UserError(
+            f"{name}, column arm: found {len(known):,} arms; at most {MAX_ARMS} are compared at once. Name one with "
+            "--challenger, or check that the column holds names of arms and not of runs."
+        )
     if len(known) < 2:
         raise UserError(
             f'{name}, column arm: found one arm alone, "{known[0]}"; a ratio needs two. Add the runs of another arm, '
@@ -137,18 +146,42 @@ def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger
     return (baseline, challenger) if challenger else (baseline, *(arm for arm in known if arm != baseline))
 
 
-def _check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+def check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+    """Refuse an arm whose usable runs have fewer than three distinct computes, or one loss."""
     used = frame[(frame["arm"] == arm) & (frame["left_out"] == "")]
     distinct = len(np.unique(rungs(used["flops"].to_numpy(dtype=np.float64)))) if len(used) else 0
     if distinct < 3:
         raise UserError(
             f"{name}, column flops: arm {arm} has {distinct} distinct compute{'s' if distinct != 1 else ''} among its "
-            f"{len(used)} usable runs; a power law and its error need at least 3. Train more sizes."
+            f"{usable_text(frame[frame['arm'] == arm])}; a power law and its error need at least 3. Train more sizes."
         )
     if float(np.ptp(np.log(used["loss"].to_numpy(dtype=np.float64)))) < 1e-9:
         raise UserError(
             f"{name}, column loss: all {len(used)} runs of arm {arm} have the loss {used['loss'].iloc[0]:g}; a law needs "
             "a loss that falls with compute. Check the column."
+        )
+
+
+def usable_text(rows: pd.DataFrame) -> str:
+    """How many rows can be used, and what became of the others: ``1 usable runs (2 diverged)``."""
+    lost = rows.loc[rows["left_out"] != "", "left_out"].str.split(":").str[0].value_counts()
+    others = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})" if len(lost) else ""
+    return f"{len(rows) - int(lost.sum())} usable runs{others}"
+
+
+def _check_conventions(frame: pd.DataFrame, name: str, arms: tuple[str, ...]) -> None:
+    """Refuse FLOPs of which the table itself says that they were counted in several ways."""
+    if "convention" not in frame:
+        return
+    used = frame[frame["arm"].isin(arms) & (frame["left_out"] == "") & frame["convention"].notna()]
+    words = used["convention"].astype(str).str.strip().str.lower()
+    used = used[words != ""].assign(convention=words)
+    counts = used.groupby("convention", sort=False)["arm"].unique()
+    if len(counts) > 1:
+        told = "; ".join(f"{word} in rows of {', '.join(own)}" for word, own in counts.items())
+        raise UserError(
+            f"{name}, column convention: found {told}. A ratio of FLOPs needs one count in all rows. Write the same count "
+            "into the column flops of every row."
         )
 
 
@@ -189,4 +222,4 @@ def write_study(study: Study, path: Path | str) -> None:
 
 def read_study(path: Path | str) -> Study:
     """The study that `write_study` wrote, equal to what was written."""
-    return read_json(Path(path), Study)
+    return read_json(Path(path), Study, remedy="Name a fits.json that scaling fit wrote.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.audit import audit
 from analysis.data.tuning import TuningTables
 from analysis.figures.registry import pictures
-from analysis.figures.style import as_bytes, save
+from analysis.figures.style import save
 from analysis.ratio.compare import Comparison
 from analysis.ratio.formatting import compute_unit, interval_text, ratio_text
 from analysis.ratio.study import Study, write_study
@@ -21,7 +21,6 @@ from scaling.units import human
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 
 STYLE = """
@@ -66,13 +65,12 @@ def write_report(
     """
     folder = Path(folder)
     figures = pictures(study, frame, curves, search)
-    for name, (figure, _) in figures.items():
-        save(figure, folder / "figures", name)
+    captions = {save(figure, folder / "figures", name): caption for name, (figure, caption) in figures.items()}
     write_study(study, folder / "fits.json")
     write_atomic(folder / "tables.md", markdown(study).encode())
     write_atomic(folder / "tables.tex", latex(study).encode())
     title = title or f"{', '.join(study.arms[1:])} against {study.baseline}"
-    page = "\n".join(_page(study, frame, search, figures, title))
+    page = "\n".join(_page(study, frame, search, captions, title))
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
@@ -81,7 +79,7 @@ def _page(
     study: Study,
     frame: pd.DataFrame,
     search: TuningTables | None,
-    figures: dict[str, tuple[Figure, str]],
+    captions: dict[Path, str],
     title: str,
 ) -> Iterable[str]:
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -92,9 +90,9 @@ def _page(
         yield from (f"<p>{html.escape(line)}</p>" for line in explanation(study, comparison))
     yield from _audit(study, frame, search)
     yield "<h2>Figures</h2>"
-    for name, (figure, caption) in figures.items():
-        svg = as_bytes(figure, "svg").decode()
-        yield f'<figure id="{name}">{_inline(svg, name)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    for file, caption in captions.items():
+        svg = _inline(file.read_text(), file.stem)
+        yield f'<figure id="{file.stem}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
     for comparison in study.comparisons:
         yield from _comparison(study, comparison)
     yield "<h2>Laws</h2>"

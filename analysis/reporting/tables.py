@@ -9,6 +9,21 @@ from analysis.ratio.formatting import compute_unit, interval_text, ratio_text
 from analysis.ratio.study import Study
 from analysis.reporting.terminal import point_cells, point_header
 
+TEX = str.maketrans(
+    {mark: f"\\{mark}" for mark in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+)
+"""Characters that mean something to TeX, and how each is printed."""
+
+MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*[]|$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+"""Characters that mean something to GitHub's Markdown or to HTML inside it. An underscore inside a word means nothing."""
+
+
+class Formula(str):
+    """A cell that is already mathematics between dollars, which both formats understand."""
+
+
 Table = tuple[str, list[str], list[list[str]]]
 """Caption, header, rows."""
 
@@ -58,12 +73,11 @@ def tables(study: Study) -> list[Table]:
     return made
 
 
-def _law(law: Law) -> str:
-    """A formula that both formats understand: math between dollars."""
+def _law(law: Law) -> Formula:
     if isinstance(law, LossSurface):
-        return f"${law.E:.4g} + {law.A:.5g}\\,N^{{-{law.alpha:.4f}}} + {law.B:.5g}\\,D^{{-{law.beta:.4f}}}$"
+        return Formula(f"${law.E:.4g} + {law.A:.5g}\\,N^{{-{law.alpha:.4f}}} + {law.B:.5g}\\,D^{{-{law.beta:.4f}}}$")
     power = f"{law.scale:.5g}\\,C^{{-{law.exponent:.5f}}}"
-    return f"${law.floor:.4g} + {power}$" if law.floor else f"${power}$"
+    return Formula(f"${law.floor:.4g} + {power}$" if law.floor else f"${power}$")
 
 
 def markdown(study: Study) -> str:
@@ -75,11 +89,16 @@ def markdown_table(table: Table) -> str:
     """One table as GitHub's Markdown, its caption above it."""
     caption, head, rows = table
     lines = [_bar(head), _bar(["---"] * len(head)), *(_bar(row) for row in rows)]
-    return f"{caption}\n\n" + "\n".join(lines) + "\n"
+    return f"{markdown_text(caption)}\n\n" + "\n".join(lines) + "\n"
 
 
 def _bar(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Text as GitHub's Markdown shows it, whatever it holds."""
+    return text if isinstance(text, Formula) else text.translate(MARKDOWN)
 
 
 def latex(study: Study) -> str:
@@ -98,8 +117,4 @@ def latex(study: Study) -> str:
 
 
 def _tex(cell: str) -> str:
-    if cell.startswith("$"):
-        return cell
-    for mark in ("&", "%", "_", "#"):
-        cell = cell.replace(mark, f"\\{mark}")
-    return cell.replace("^", "\\^{}").replace("~", "\\~{}")
+    return cell if isinstance(cell, Formula) else cell.translate(TEX)

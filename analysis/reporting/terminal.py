@@ -29,11 +29,13 @@ FAR_BELOW = 1e-2
 def show(study: Study, console: Console | None = None) -> None:
     """Print the study."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
-    console.print(f"[bold]{study.table}[/bold]", markup=True)
+    from scaling.console import console as plain_console
+
+    # Names of arms and files are text: square brackets in them are no markup and colons no emoji.
+    console = console or plain_console(highlight=False, soft_wrap=True, force_jupyter=False)
+    console.print(study.table, style="bold", markup=False)
     table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
     for title in ("arm alone", "law (C in PFLOP/s-days)", "runs", "error", "fit"):
         table.add_column(title, justify="right" if title in ("runs", "error") else "left")
@@ -212,7 +214,8 @@ def arm_text(found: ArmFit) -> str:
             f"  {found.resamples:,} resamples of {found.units} {found.unit}; effective rows {found.effective:.0f}"
         )
         lines += [
-            f"  {p.name:>22} {p.value:12.6g}  error {p.error:.3g}  95 % {p.low:.5g} to {p.high:.5g}"
+            f"  {p.name:>22} {p.value:12.6g}  error {p.error:.3g}  "
+            + (f"95 % {p.low:.5g} to {p.high:.5g}" if p.error > 1e-12 * abs(p.value) else "no interval: no noise")
             for p in found.parameters
         ]
     if found.variants:

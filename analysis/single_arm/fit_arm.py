@@ -132,7 +132,7 @@ def fit_arm(
     if fit.status == "failed":
         raise UserError(f"{name}: these runs carry no law {law}. {fit.remark} Fit another.")
     used = frame.loc[cells.numbers - 1]
-    run = np.unique(run_of(used).to_numpy(dtype=str), return_inverse=True)[1]
+    run = run_of(used).factorize()[0]
     clustered = run.max() + 1 < len(rows.loss)
     groups = run if clustered else cells.cell
     unit = "runs, each with all its checkpoints" if clustered else "cells"
@@ -202,7 +202,7 @@ def resampled_laws(
     """Whole resampled laws as columns, and the numbers of the fit itself: what a scatter of pairs shows."""
     cells = select(frame, (arm,), ends_only=law != "surface")
     fitted = solve(form_named(law), cells.rows, HUBER if law == "surface" else LEAST_SQUARES)
-    run = np.unique(run_of(frame.loc[cells.numbers - 1]).to_numpy(dtype=str), return_inverse=True)[1]
+    run = run_of(frame.loc[cells.numbers - 1]).factorize()[0]
     groups = run if run.max() + 1 < len(run) else cells.cell
     return parameter_draws(fitted, bootstrap(fitted, groups, resamples=resamples, seed=seed)), quantities(fitted.law())
 

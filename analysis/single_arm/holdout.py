@@ -16,8 +16,8 @@ from analysis.data.table import check_table
 from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
 from analysis.fitting.laws import Law
 from analysis.fitting.solver import predict
-from analysis.ratio.study import choose_arms, is_ladder
-from analysis.uncertainty.intervals import Linear, gradient, linear, t_quantile
+from analysis.ratio.study import check_computes, choose_arms, is_ladder
+from analysis.uncertainty.intervals import ROUNDING, Linear, gradient, linear, t_quantile
 from scaling.errors import UserError
 from scaling.spec import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
@@ -77,6 +77,8 @@ def hold_out(
         frame = check_table(frame, name)
     known = list(dict.fromkeys(frame["arm"]))
     arms = choose_arms(frame, name, baseline, challenger) if len(known) > 1 else (str(known[0]),)
+    for arm in arms:
+        check_computes(frame, name, arm)
     ladder = is_ladder(frame, arms)
     everything = select(frame, arms)
     levels = np.unique(everything.rung)
@@ -84,7 +86,7 @@ def hold_out(
         raise UserError(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
     if len(levels) - rungs < 3:
         raise UserError(
-            f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {len(levels) - rungs}; a law needs "
+            f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {max(len(levels) - rungs, 0)}; a law needs "
             "at least 3 to be fitted. Hold out fewer, or train more sizes."
         )
     held = levels[-rungs:]
@@ -118,6 +120,7 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
         if spread.freedom >= 0.999:
             noise = float(spread.noise[0, 0]) / here.sum()
             half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+            half = half if half > ROUNDING else None
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)
         found.append(

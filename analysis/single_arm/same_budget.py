@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from analysis.data.cells import Array
-from analysis.uncertainty.intervals import t_quantile
+from analysis.data.cells import SAME_POINT, Array, rungs
+from analysis.ratio.study import usable_text
+from analysis.uncertainty.intervals import ROUNDING, t_quantile
+from scaling.errors import UserError
 from scaling.spec import Strict
 
 if TYPE_CHECKING:
@@ -54,15 +56,21 @@ def outcomes(runs: pd.DataFrame, arms: Sequence[str]) -> list[BudgetOutcome]:
     """Every arm at every rung.
 
     Args:
-        runs: A table checked by `analysis.data.table`; `rung` and `cell` (or `seed`) say what is paired.
+        runs: A table checked by `analysis.data.table`; `cell` and `seed` say what is paired. Without a column `rung`, runs
+            within 2 % of one size and one number of tokens share a budget.
         arms: The arms to compare, the baseline first: `analysis.ratio.study.choose_arms`.
+
+    Raises:
+        UserError: No run can be used, or an arm has runs of several budgets in one rung.
     """
-    used = runs[runs["left_out"] == ""] if "left_out" in runs else runs
+    name = str(runs.attrs.get("name", "table"))
+    used = runs[(runs["left_out"] == "") & runs["arm"].isin(arms)]
+    if not len(used):
+        raise UserError(f"{name}: there are {usable_text(runs)}; a comparison needs some. Finish runs first.")
     first = arms[0]
-    used = used.assign(
-        rung=used.get("rung", "all"),
-        pair=used["cell"] if "cell" in used else used["seed"] if "seed" in used else range(len(used)),
-    )
+    used = used.assign(rung=_budgets(used, name))
+    used = used.assign(pair=_pairs(used))
+    _check_budgets(used, name)
     found = []
     for rung, here in used.groupby("rung", sort=False):
         reference = here[here["arm"] == first].groupby("pair")["loss"].mean()
@@ -90,9 +98,53 @@ def outcomes(runs: pd.DataFrame, arms: Sequence[str]) -> list[BudgetOutcome]:
     return found
 
 
+def _budgets(used: pd.DataFrame, name: str) -> pd.Series:
+    """The name of each run's budget: `rung` where there is one, else its size, and its tokens where a size has several."""
+    from scaling.units import human
+
+    if "rung" in used:
+        empty = used["rung"].isna() | (used["rung"].astype(str).str.strip() == "")
+        if empty.any():
+            raise UserError(
+                f"{name}, column rung, row {int(used.index[empty.to_numpy()][0]) + 1}: found nothing; the name of a budget is "
+                "wanted in every row. Fill the column, or take it out to compare runs of equal params and tokens."
+            )
+        return used["rung"].astype(str).str.strip()
+    at = used[["params", "tokens"]].apply(lambda counts: rungs(counts.to_numpy(dtype=float)))
+    size = used["params"].groupby(at["params"]).transform("median").map(human)
+    several = at.groupby("params")["tokens"].transform("nunique") > 1
+    tokens = used["tokens"].groupby(at["tokens"]).transform("median").map(human)
+    return size.where(~several, size + ", " + tokens + " tokens")
+
+
+def _pairs(used: pd.DataFrame) -> pd.Series:
+    """What pairs the arms of a budget: `cell`, where that holds several runs of an arm `seed` too, then their order."""
+    keys = used[["rung", "arm"]]
+    for column in ("cell", "seed"):
+        if column in used and keys.duplicated().any():
+            keys = keys.assign(**{column: used[column].astype(str)})
+    if len(keys.columns) == 2:  # nothing tells which runs belong together
+        return used.index.to_series()
+    keys = keys.assign(number=keys.groupby(list(keys.columns), sort=False).cumcount())
+    return keys.drop(columns=["rung", "arm"]).groupby(list(keys.columns[2:]), sort=False).ngroup()
+
+
+def _check_budgets(used: pd.DataFrame, name: str) -> None:
+    """Refuse arms whose runs of one rung differ in size or tokens: their mean would be no loss of any budget."""
+    for column in ("params", "tokens"):
+        ends = used.groupby(["rung", "arm"], sort=False)[column].agg(["min", "max"])
+        wide = ends[ends["max"] > (1.0 + SAME_POINT) * ends["min"]]
+        if len(wide):
+            (rung, arm), low, high = wide.index[0], wide["min"].iloc[0], wide["max"].iloc[0]
+            raise UserError(
+                f"{name}, column rung, {rung}: runs of arm {arm} have {column} from {low:.4g} to {high:.4g}. A comparison "
+                "averages runs of one budget over seeds: give each budget its own rung, and keep the last row of each run."
+            )
+
+
 def mean_interval(values: Array, *, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """The t interval of a mean; nothing where there are fewer than two values."""
-    if len(values) < 2:
+    """The t interval of a mean; nothing where there are fewer than two values, or where all are equal to rounding."""
+    if len(values) < 2 or float(np.ptp(values)) <= ROUNDING:
         return None, None
     half = float(t_quantile(len(values) - 1, level)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.data.cells import Array, Cells
-from analysis.uncertainty.intervals import t_quantile
+from analysis.uncertainty.intervals import ROUNDING, t_quantile
 from scaling.spec import Strict
 from scaling.units import pflops_days
 
@@ -44,15 +44,15 @@ class Difference(Strict, frozen=True):
 
 def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
     """Mean ln loss and mean ln compute (PFLOP/s-days) of one arm in each shared cell."""
-    own = cells.rows.arm == arm
-    means = []
-    for cell in cells.paired:
-        here = own & (cells.cell == cell)
-        means.append(
-            (np.log(cells.rows.loss[here]).mean(), np.log(pflops_days(1.0) * cells.rows.columns["flops"][here]).mean())
-        )
-    both = np.array(means).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
+    paired = cells.paired
+    here = (cells.rows.arm == arm) & np.isin(cells.cell, paired)
+    place = np.searchsorted(paired, cells.cell[here])
+    counts = np.bincount(place, minlength=len(paired))
+    loss, compute = (
+        np.bincount(place, weights=np.log(values[here]), minlength=len(paired)) / counts
+        for values in (cells.rows.loss, pflops_days(1.0) * cells.rows.columns["flops"])
+    )
+    return loss, compute
 
 
 def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Difference | None:
@@ -81,6 +81,8 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
     residual = float(np.sqrt(np.sum(left**2) / freedom))
     error = residual / spread**0.5
     half = float(t_quantile(freedom, 0.95)) * error
+    # Differences that are equal up to rounding show no slope; a test of one would divide rounding by rounding.
+    flat = float(np.ptp(one - two)) <= ROUNDING
     r_one, r_two = line(one)[2], line(two)[2]
     size = float(np.sqrt(np.sum(r_one**2) * np.sum(r_two**2)))
     return Difference(
@@ -92,6 +94,6 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
         spread=spread,
         slope_low=slope - half,
         slope_high=slope + half,
-        p=float(2.0 * stdtr(freedom, -abs(slope) / error)) if error > 0 else 0.0,
+        p=1.0 if flat else float(2.0 * stdtr(freedom, -abs(slope) / error)) if error > 0 else 0.0,
         correlation=float(np.sum(r_one * r_two) / size) if size > 0 else 0.0,
     )

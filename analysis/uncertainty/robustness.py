@@ -13,7 +13,16 @@ from analysis.fitting.families import ratio_of
 from analysis.fitting.fit import Fitted
 from analysis.fitting.laws import PowerLaw
 from analysis.fitting.solver import minimise
-from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL, bootstrap, linear, percentile, t_interval
+from analysis.uncertainty.intervals import (
+    MAX_CELLS_FOR_T_INTERVAL,
+    MAX_RESAMPLED_GROUPS,
+    bootstrap,
+    has_width,
+    linear,
+    percentile,
+    random_sums,
+    t_interval,
+)
 from analysis.uncertainty.paired import Difference
 from scaling.spec import Strict
 from scaling.units import pflops_days
@@ -52,7 +61,8 @@ def intervals_by_method(
     centre = quantity(fitted.theta)
     apart = cells._replace(cell=np.arange(len(cells.cell)))
     paired, alone = t_interval(fitted, cells, quantity), t_interval(fitted, apart, quantity)
-    wider = float(alone[1][0] - alone[0][0]) > float(paired[1][0] - paired[0][0])
+    # No paired interval at all (NaN) means that the arms' noise cancels.
+    wider = not float(alone[1][0] - alone[0][0]) <= float(paired[1][0] - paired[0][0])
     found = [
         _made("t, paired", paired, "the arms' covariance within cells"),
         _made("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
@@ -81,7 +91,7 @@ def intervals_by_method(
 
 
 def _made(method: str, ends: tuple[Array, Array], remark: str) -> Interval | None:
-    low, high = (float(np.exp(end[0])) for end in ends)
+    low, high = (float(np.exp(end[0])) for end in has_width(*ends))
     if not (np.isfinite(low) and np.isfinite(high)):
         return None
     return Interval(method=method, low=low, high=high, remark=remark)
@@ -98,20 +108,24 @@ def wild(fitted: Fitted, cells: Cells, *, resamples: int, seed: int) -> Array:
     found = linear(fitted, cells)
     names, inverse = np.unique(cells.cell, return_inverse=True)
     generator = np.random.default_rng(seed)
-    shape = (resamples, len(names))
-    weights = generator.choice(WEBB, shape) * generator.choice([-1.0, 1.0], shape)
     rows = np.bincount(cells.rows.arm)[cells.rows.arm]
     r = fitted.log_residuals() * np.sqrt(rows / max(found.freedom, 1e-9) if found.freedom >= 1.0 else 1.0)
-    return np.asarray(fitted.theta + (weights[:, inverse] * r) @ found.response.T)
+    sums = [np.bincount(inverse, weights=row * r) for row in found.response]
+    moves: Array = np.stack(sums, axis=1).astype(np.float64)
+    if len(names) > MAX_RESAMPLED_GROUPS:
+        return fitted.theta + random_sums(moves, resamples, generator)
+    shape = (resamples, len(names))
+    weights = generator.choice(WEBB, shape) * generator.choice([-1.0, 1.0], shape)
+    return np.asarray(fitted.theta + weights @ moves)
 
 
 def jackknife(fitted: Fitted, cells: Cells, loss: float) -> list[Without]:
     """The ratio at one loss without each rung in turn."""
     rungs = np.unique(cells.rung)
-    weights = (cells.rung != rungs[:, None]).astype(np.float64)
     left = [np.unique(cells.rung[(cells.rows.arm == arm)]) for arm in range(len(cells.arms))]
     if min(len(own) for own in left) < 4 or len(rungs) > 60:
         return []
+    weights = cells.rung != rungs[:, None]
     theta = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150).theta
     values = ratio_of(fitted, theta, np.array([loss]))[:, 0]
     flops = cells.rows.columns["flops"]

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaling.cli.common import OnCampaign, default_root, next_step, print_json
+from scaling.cli.common import OnCampaign, default_root, next_step, print_json, program, under
 from scaling.cli.tables import Report
+from scaling.errors import plain
 
 if TYPE_CHECKING:
     from sweeps.local import LocalOutcome
+    from sweeps.planning.plan import CampaignPlan
     from sweeps.slurm.submission import Submission
 
 WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Campaigns:
+    """List the built-in campaigns."""
+
+    def run(self) -> None:
+        """Print name and title of each, and where their files are."""
+        from importlib import resources
+
+        from sweeps.config.campaign import built_in, load_campaign
+
+        for name in built_in():
+            print(f"{name:16} {load_campaign(name).title}")
+        print(f"Files: {resources.files('sweeps') / 'campaigns'}; copy one to begin your own.")
+        next_step("scaling plan quick")
 
 
 @dataclass(frozen=True)
@@ -32,12 +51,14 @@ class Plan(OnCampaign):
     def run(self) -> None:
         """Print the plan and write plan.jsonl."""
         from sweeps.planning.branches import saved_flops
+        from sweeps.planning.cost import outlook
         from sweeps.reporting import plan_table
 
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            print_json({"runs": plan_table.plan_rows(plan), "totals": plan_table.plan_totals(plan)})
+            seen = outlook(plan)
+            print_json({"runs": plan_table.plan_rows(plan, seen), "totals": plan_table.plan_totals(plan, seen)})
         elif self.groups:
             plan_table.groups(plan)
         else:
@@ -73,9 +94,11 @@ class Tune(OnCampaign):
             tuning = tune(self.loaded(), self.root, executor=self.executor, workers=self.workers, wait=not self.no_wait)
         if self.json:
             print_json(study_rows(tuning))
-            return
-        show(tuning)
-        self.next_step("submit" if tuning.complete else "tune")
+        else:
+            show(tuning)
+            self.next_step("submit" if tuning.complete else "tune")
+        if not (tuning.complete or self.status or self.no_wait):
+            sys.exit(1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,8 @@ class Submit(OnCampaign):
     """local: runs at once; by default as many as the processors allow at each run's threads."""
     retry: Literal["none", "failed", "diverged", "cancelled", "all"] = "none"
     """Which runs that ended badly, or that a person cancelled, are tried again."""
+    rerun: Literal["none", "changed-code"] = "none"
+    """Which finished runs are trained again: those that other code trained. Their old directories move to replaced/."""
     order: Literal["cheap", "expensive"] = "cheap"
     """Which rungs go first."""
     dry_run: bool = False
@@ -99,6 +124,8 @@ class Submit(OnCampaign):
 
     def run(self) -> None:
         """Prepare the data if need be, then train here or hand over."""
+        if self.rerun == "changed-code":
+            self._set_aside()
         if self.executor == "slurm":
             self._slurm()
             return
@@ -109,6 +136,18 @@ class Submit(OnCampaign):
         self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
             sys.exit(1)
+
+    def _set_aside(self) -> None:
+        from sweeps.local import changed_code, set_aside
+        from sweeps.planning.plan import with_data
+
+        plan = self.planned() if self.dry_run else with_data(self.planned())
+        runs = changed_code(plan)
+        if self.dry_run:
+            print(f"{len(runs)} runs of other code would be trained again; they count as done below.")
+        else:
+            moved = set_aside(plan, runs)
+            print(f"{len(moved)} runs of other code are trained again; the old ones are in {plan.root / 'replaced'}.")
 
     def _slurm(self) -> None:
         from sweeps.reporting import plan_table
@@ -141,35 +180,39 @@ class Status(OnCampaign):
 
     def run(self) -> None:
         """Print the table, once or again and again."""
-        from rich.live import Live
-
         from sweeps.reporting import status
 
         plan = self.planned()
         if self.json:
             print_json(status.rows(plan))
-        elif not self.watch:
-            status.show(plan)
+        elif self.watch:
+            status.watch(plan, seconds=WATCH_SECONDS)
         else:
-            with Live(status.status_table(plan), auto_refresh=False) as live:
-                while True:
-                    time.sleep(WATCH_SECONDS)
-                    live.update(status.status_table(plan), refresh=True)
+            status.show(plan)
 
 
 @dataclass(frozen=True)
 class Collect(OnCampaign):
     """Gather the records of a campaign into runs.csv and curves.parquet."""
 
+    overwrite: bool = False
+    """Replace the tables of another campaign of the same name; its runs stay under runs/."""
+
     def run(self) -> None:
         """Write both files."""
         from sweeps.reporting.collect import collect
 
         plan = self.planned()
-        table = collect(plan)
+        table = collect(plan, overwrite=self.overwrite)
         finished = int((table["status"] == "finished").sum())
         print(f"{plan.results / 'runs.csv'}: {finished} of {len(table)} runs finished.")
-        self.next_step("fit" if finished else "submit")
+        for run, status, reason in zip(table["run"], table["status"], table["reason"], strict=True):
+            if status == "failed":
+                print(plain(f"  {run} failed: {reason or 'no reason was recorded'}"))
+        if finished and self.set:
+            next_step(shlex.join(["scaling", "fit", str(plan.results)]))  # the file alone is another campaign
+        else:
+            self.next_step("fit" if finished else "submit")
 
 
 @dataclass(frozen=True)
@@ -200,16 +243,36 @@ class Demo:
         page, study = Report("quick", root=self.root).write()
         terminal.show(study)
         print(f"Report: {page}")
+        if program() != "scaling":
+            activate = Path(sys.executable).with_name("activate")
+            print(f'"source {activate}" puts the command scaling on the PATH of this shell.')
+        next_step(shlex.join(["scaling", "status", "quick", *under(self.root)]))
 
 
 def report_outcome(outcome: LocalOutcome) -> None:
     """Say what one call on this machine did."""
+    from sweeps.reporting.status import RETRY_FAILED, reasons
+
     parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were there"]
     parts += [f"{len(outcome.failed)} failed"] if outcome.failed else []
     parts += [f"{len(outcome.stopped)} interrupted"] if outcome.stopped else []
     print(f"{outcome.plan.campaign.name}: {', '.join(parts)}.")
-    for run, reason in outcome.failed.items():
-        print(f"  {run} failed: {reason}")
+    for line in reasons((run, "failed", reason) for run, reason in outcome.failed.items()):
+        print(plain(f"  {line}"))
+    if outcome.failed:
+        print(f"  Failed runs are tried again by {RETRY_FAILED}")
+    for line in _other_code(outcome.plan, outcome.present):
+        print(plain(f"  {line}"))
+
+
+def _other_code(plan: CampaignPlan, done: Iterable[str]) -> list[str]:
+    """Sentences on runs that are done and that other code trained."""
+    from scaling.run.directory import RunDirectory
+    from scaling.run.provenance import changed_files
+    from sweeps.reporting.plan_table import code_notes
+
+    records = [RunDirectory(plan.root / "runs" / run).record() for run in done]
+    return code_notes((record.code.commit, changed_files(record.code)) for record in records if record is not None)
 
 
 def report_submission(submission: Submission, *, dry_run: bool) -> None:
@@ -226,9 +289,11 @@ def report_submission(submission: Submission, *, dry_run: bool) -> None:
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")
-    if submission.gpu_hours:
-        print(f"Predicted: {submission.gpu_hours:,.1f} GPU-hours.")
+    for request in submission.requests():
+        print(f"  {plain(request)}")
+    if hours := submission.gpu_hours:
+        print(f"Predicted: {hours:,.1f} GPU-hours.")
     if submission.jobs:
         print(f"Jobs: {', '.join(submission.jobs)}.")
-    for note in submission.notes:
-        print(f"  {note}")
+    for note in [*submission.notes, *_other_code(submission.plan, submission.done)]:
+        print(plain(f"  {note}"))

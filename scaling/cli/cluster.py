@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from scaling.cli.common import OnCampaign
+from scaling.cli.common import OnCampaign, OnRun
 
 if TYPE_CHECKING:
     from sweeps.planning.plan import CampaignPlan, PlannedRun
@@ -48,20 +48,18 @@ class _OnRuns(OnCampaign):
 
 
 @dataclass(frozen=True)
-class Logs(OnCampaign):
+class Logs(OnRun):
     """Print what a run has printed."""
 
-    run_id: Positional[Annotated[str, arg(metavar="RUN")]] = field(kw_only=True)
-    """The start of a run's id, as `status` shows it."""
     follow: Annotated[bool, arg(aliases=["-f"])] = False
     """Go on as it prints more, until it is done."""
 
     def run(self) -> None:
         """Print the log."""
-        from sweeps.slurm.operations import select, show_log
+        from scaling.run.directory import RunDirectory
+        from sweeps.slurm.operations import show_log
 
-        plan = self.planned()
-        show_log(plan, select(plan, run=self.run_id)[0], follow=self.follow)
+        show_log(RunDirectory(self.run_dir), follow=self.follow)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,18 @@ class Cancel(_OnRuns):
         from sweeps.slurm.operations import cancel
 
         plan = self.planned()
-        jobs = cancel(plan, self.chosen(plan))
+        chosen = self.chosen(plan)
+        jobs = cancel(plan, chosen)
+        here = [run.id for run in chosen if plan.directory(run).is_locked()]
+        if here and not jobs:
+            print(
+                f"{plan.campaign.name}: {len(here)} runs train on this machine and not as jobs. Press Ctrl-C where scaling "
+                "submit runs, or send its process SIGTERM: each run stops at a checkpoint, and submit continues it."
+            )
+            return
+        if not jobs:
+            print(f"{plan.campaign.name}: none of its runs waits or runs on SLURM, so there is nothing to cancel.")
+            return
         print(f"{plan.campaign.name}: {len(jobs)} jobs were asked to end{': ' if jobs else ''}{', '.join(jobs)}.")
 
 

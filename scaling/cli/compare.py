@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scaling.cli.common import print_json
 from scaling.cli.tables import OnTable
+from scaling.errors import plain
 from scaling.io import write_atomic
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ class Compare(OnTable):
 
     def run(self) -> None:
         """Print the table; write the figures where the results of this table are."""
-        from rich.console import Console
-
         from analysis.ratio.study import choose_arms
-        from analysis.reporting.tables import markdown_table
+        from analysis.reporting.tables import markdown_table, markdown_text
         from analysis.single_arm.same_budget import gaps, outcomes, overtakings
+        from scaling.console import console
 
         frame = self.read()
         arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
@@ -41,14 +41,16 @@ class Compare(OnTable):
             return
         folder = self.results()
         curves = _read(folder / "curves.parquet") if (folder / "curves.parquet").exists() else None
+        if curves is not None:  # their names of rungs are printed too, and only those of the table were checked
+            curves = curves[curves["rung"].astype(str).isin({outcome.rung for outcome in found})]
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
-        Console().print(_table(head, rows, without="sd"))
+        console().print(_table(head, rows, without="sd"))
         for line in crossings:
-            print(line)
+            print(plain(line))
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
-        text = markdown_table((caption, head, rows)) + "".join(f"\n{line}\n" for line in crossings)
+        text = markdown_table((caption, head, rows)) + "".join(f"\n{markdown_text(line)}\n" for line in crossings)
         write_atomic(folder / "compare.md", text.encode())
         measured = _read(folder / "dynamics.parquet") if (folder / "dynamics.parquet").exists() else None
         drawn = _draw(folder / "figures", found, arms, along, curves, measured)
@@ -125,5 +127,4 @@ def _draw(
             figures["dynamics"] = along_the_run(curves, measured, arms, rung)
             figures["spectra"] = spectra(measured, arms, rung)
         for name, figure in figures.items():
-            save(figure, folder, f"{name}-{rung}")
-            yield folder / f"{name}-{rung}.svg"
+            yield save(figure, folder, f"{name}-{rung}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.cli.common import OnCampaign, print_json
-from scaling.errors import UserError, unknown_name
+from scaling.errors import UserError, plain, unknown_name
 
 if TYPE_CHECKING:
     from analysis.power.forecast import DesignForecast, Row
@@ -46,6 +46,7 @@ class Design(OnCampaign):
     def run(self) -> None:
         """Print the forecast; draw width against cost where the results of this campaign are."""
         from analysis.power.forecast import forecast
+        from scaling.run.progress import ProgressReporter
         from sweeps.planning import designs as designs
         from sweeps.planning.cost import plan_costs
 
@@ -54,23 +55,25 @@ class Design(OnCampaign):
         arms = designs.two_arms(plan, self.baseline, self.challenger)
         points, planned = designs.points_of(plan, plan_costs(plan), arms)
         middle = (points[0].flops * points[-1].flops) ** 0.5
-        answer = forecast(
-            campaign=plan.campaign.name,
-            arms=arms,
-            points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
-            plan=planned.seeds,
-            changed={one.name: one.seeds for one in designs.variants(points, planned)},
-            searched=[one.seeds for one in designs.candidates(points)],
-            laws=_laws(self.law, arms, middle),
-            noise=_noise(self.noise, middle),
-            family=self.family,
-            lost=self.lost,
-            margin=self.margin,
-            wanted=self.width,
-            budget=self.budget_gpu_hours,
-            studies=self.studies,
-            seed=self.seed,
-        )
+        with ProgressReporter(f"{plan.campaign.name}: synthetic studies", None) as meter:
+            answer = forecast(
+                campaign=plan.campaign.name,
+                arms=arms,
+                points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
+                plan=planned.seeds,
+                changed={one.name: one.seeds for one in designs.variants(points, planned)},
+                searched=[one.seeds for one in designs.candidates(points)],
+                laws=_laws(self.law, arms, middle),
+                noise=_noise(self.noise, middle),
+                family=self.family,
+                lost=self.lost,
+                margin=self.margin,
+                wanted=self.width,
+                budget=self.budget_gpu_hours,
+                studies=self.studies,
+                seed=self.seed,
+                progress=lambda share: meter.show("", share),
+            )
         figure = _draw(answer, plan.results / "figures")
         if self.json:
             print_json(answer)
@@ -137,14 +140,14 @@ def _draw(answer: DesignForecast, folder: Path) -> Path:
     from analysis.figures.design import width_against_cost
     from analysis.figures.style import save
 
-    save(width_against_cost(answer), folder, "design")
-    return folder / "design.svg"
+    return save(width_against_cost(answer), folder, "design")
 
 
 def show(answer: DesignForecast, *, unit: str) -> None:
     """The forecast as tables and sentences."""
-    from rich.console import Console
     from rich.table import Table
+
+    from scaling.console import console
 
     def table(title: str, left: tuple[str, ...], right: tuple[str, ...], rows: list[list[Any]]) -> Table:
         made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
@@ -156,9 +159,9 @@ def show(answer: DesignForecast, *, unit: str) -> None:
             made.add_row(*row)
         return made
 
-    console = Console()
+    to = console()
     beyond = "excludes 1" if answer.margin == 1.0 else f"excludes {answer.margin:g}"
-    console.print(
+    to.print(
         table(
             f"{answer.campaign}: {answer.challenger} against {answer.baseline} as planned, {answer.studies:,} studies",
             ("loss of",),
@@ -182,7 +185,7 @@ def show(answer: DesignForecast, *, unit: str) -> None:
         "width: of the 95 % interval of the ratio, median and 10th to 90th percentile over studies; paired line: the "
         "interval of the paired differences, which takes the baseline's exponent as fitted; none under laws with a floor.\n"
     )
-    console.print(
+    to.print(
         table(
             f"One thing changed, at the loss of {answer.target_rung}",
             ("design",),
@@ -202,7 +205,7 @@ def show(answer: DesignForecast, *, unit: str) -> None:
         )
     )
     print()
-    console.print(
+    to.print(
         table(
             "Narrowest for their cost",
             ("rungs and seeds (x: at each)",),
@@ -211,7 +214,7 @@ def show(answer: DesignForecast, *, unit: str) -> None:
         )
     )
     for line in (*answer.verdict, *answer.assumptions):
-        print(line)
+        print(plain(line))
 
 
 def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, subcommand
 
-from scaling.cli.common import OnCampaign, RunDir, print_json
+from scaling.cli.common import OnCampaign, OnRun, print_json
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and can continue: EX_TEMPFAIL."""
@@ -59,11 +59,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train one run directory, from its last checkpoint if there is one."""
-
-    run_dir: Positional[RunDir]
-    """Directory with spec.json and placement.json, as `submit` writes it."""
+class Train(OnRun):
+    """Train one run that was submitted, from its last checkpoint if there is one."""
 
     def run(self) -> None:
         """Train, and say what came out."""
@@ -77,17 +74,15 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Loss and bits per byte of a finished run on its held-out text, or on any other."""
+class Evaluate(OnRun):
+    """Loss and bits per byte of a finished run on its validation split, or on any other text."""
 
-    run_dir: Positional[RunDir]
-    """Directory of a finished run."""
     text: str | None = None
-    """A file, folder or glob of text; without it the run's own held-out text."""
+    """A file, folder or glob of text; without it the run's validation split."""
     data: Path | None = None
     """The run's data folder, where it was moved."""
     tokens: int | None = None
-    """Score no more than so many."""
+    """Score no more than so many: of the validation split a sample, of another text its beginning."""
     device: str = "cpu"
     """Where to compute, in torch's words."""
     json: bool = False
@@ -99,23 +94,26 @@ class Evaluate:
         from scaling.evaluation.loss import evaluate
 
         text = None if self.text is None else DataConfig(source="text", path=self.text)
-        found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device)
+        found = evaluate(self.run_dir, text, data=self.data, tokens=self.tokens, device=self.device, progress=None)
         if self.json:
             print_json(found)
         else:
+            if text is None:
+                print(
+                    f"validation_loss in the record: {found.validation_loss:.4f} nats per token "
+                    f"over {found.validation_tokens:,} tokens sampled from the validation split"
+                )
             print(
                 f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
-                f"over {found.tokens:,} tokens of {found.documents:,} documents"
+                f"over {found.tokens:,} tokens (documents: {found.documents:,})"
             )
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(OnRun):
     """Write a finished run as a model that other tools load: safetensors, configuration, tokenizer, model card."""
 
-    run_dir: Positional[RunDir]
-    """Directory of a finished run."""
-    folder: Positional[Path]
+    folder: Positional[Path] = field(kw_only=True)
     """Where to write."""
     to: Literal["hf"] = "hf"
     """The layout of Hugging Face transformers."""

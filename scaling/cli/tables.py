@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from scaling.cli.common import TableName, default_root, next_step, print_json, under
-from scaling.errors import UserError
+from scaling.errors import UserError, plain
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from analysis.data.tuning import TuningTables
     from analysis.fitting.fit import Objective
     from analysis.ratio.study import Study
+
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class OnTable:
 
     @property
     def is_file(self) -> bool:
-        """Whether the table is named by its path, and not by a campaign."""
-        return bool(Path(self.table).suffix) and not self.table.endswith(".toml")
+        """Whether the table is named by its path, and not by a campaign, whose name may have a dot in it."""
+        path = Path(self.table)
+        if self.table.endswith(".toml") or (self.root / "results" / self.table / "runs.csv").exists():
+            return False
+        return bool(path.suffix) and (path.suffix in TABLE_SUFFIXES or path.is_file() or len(path.parts) > 1)
 
     def results(self) -> Path:
         """Where fits, figures and report of this table go: its folder, the campaign's, or one named after the file."""
@@ -57,10 +63,13 @@ class OnTable:
             return Path(self.table)
         if self.is_file:
             return Path(self.table).with_suffix("")
-        if self.table.endswith(".toml"):
-            from sweeps.config.campaign import load_campaign
+        from sweeps.config.campaign import built_in, load_campaign, refuse_other
 
-            return self.root / "results" / load_campaign(self.table).name
+        if self.table.endswith(".toml") or self.table in built_in():
+            campaign = load_campaign(self.table)
+            folder = self.root / "results" / campaign.name
+            refuse_other(folder, campaign)
+            return folder
         return self.root / "results" / self.table
 
     def collected(self) -> Path | None:
@@ -111,7 +120,7 @@ class OnTable:
             return None
         if not facts.exists():
             return TuningTables(read_table(file))
-        tuning = read_json(facts, Tuning)
+        tuning = read_json(facts, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
         return TuningTables(
             read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
         )
@@ -190,15 +199,16 @@ class Fit(OnTable):
         from analysis.reporting import terminal
 
         study, _ = self.fitted()
-        kept = self.collected() is not None and not self.chosen()
-        if kept:
-            write_study(study, self.results() / "fits.json")
         if self.json:
             print_json(study)
+        else:
+            terminal.show(study)
+        if self.collected() is not None and not self.chosen():  # after the answer, for the folder may be read-only
+            write_study(study, self.results() / "fits.json")
+            if not self.json:
+                print(f"Wrote {self.results() / 'fits.json'}")
+        if self.json:
             return
-        terminal.show(study)
-        if kept:
-            print(f"Wrote {self.results() / 'fits.json'}")
         next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
 
     def _one_law(self, law: str) -> None:
@@ -209,7 +219,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(terminal.arm_text(found))
+            print(plain(terminal.arm_text(found)))
 
     def _allocate(self) -> None:
         from analysis.single_arm.isoflop import allocations, allocations_text
@@ -218,7 +228,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(allocations_text(found))
+            print(plain(allocations_text(found)))
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.single_arm.holdout import hold_out, holdout_text
@@ -227,7 +237,7 @@ class Fit(OnTable):
         if self.json:
             print_json(found)
         else:
-            print(holdout_text(found))
+            print(plain(holdout_text(found)))
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,7 @@ class Audit(OnTable):
         if self.json:
             print_json(checks)
         else:
-            print(audit_text(checks))
+            print(plain(audit_text(checks)))
         if any(check.verdict == "fail" for check in checks):
             sys.exit(1)
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -19,9 +20,16 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.data.shards import MANIFEST, Manifest, read_manifest
-from scaling.data.sources.documents import Document, Split, content_digest, split_by_hash
+from scaling.data.shards import DOCUMENT_ENDS, MANIFEST, Manifest, file_digest, read_manifest
+from scaling.data.sources.documents import (
+    Split,
+    content_digest,
+    documents_to_choose_from,
+    split_by_content,
+    split_inside,
+)
 from scaling.data.sources.registry import SOURCES, DataConfig
+from scaling.data.sources.text import plain_sizes
 from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_digest
 from scaling.data.writer import ShardWriter, ShardWriterState
 from scaling.errors import DataError
@@ -31,7 +39,7 @@ from scaling.spec import Strict
 
 PROGRESS = "progress.json"
 TOKENIZER_COPY = "tokenizer.json"
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same wish would give other shards, so that old folders are not taken for new ones."""
 
 CHECKPOINT_SECONDS = 2.0
@@ -84,6 +92,32 @@ def default_folder(config: DataConfig, root: Path) -> Path:
         DataError: The files that the configuration names are not there.
     """
     return root / "data" / f"{config.source}-{config_hash(config)[:8]}"
+
+
+def at_most(config: DataConfig) -> tuple[int, int] | None:
+    """Upper bounds of the training and validation tokens, before any text is read; None where sizes do not say.
+
+    Of plain text files every byte is a token, and every document ends with one more.
+
+    Raises:
+        DataError: The files are not there, or all of them are empty.
+    """
+    if config.tokenizer != BYTES or config.source != "text":
+        return None
+    assert config.path is not None
+    files = plain_sizes(config.path, config.validation)
+    if files is None:
+        return None
+    if not any(size for _, size in files):
+        raise _no_text(config)
+    total = sum(size + 1 for _, size in files)
+    if config.validation is not None:
+        held = sum(size + 1 for half, size in files if half == "validation")
+        return total - held, held
+    if len(files) >= documents_to_choose_from(config.validation_fraction):
+        return total, total
+    held = sum(round(size * config.validation_fraction) + 4 for _, size in files)  # a character has 4 bytes at most
+    return sum(size - round(size * config.validation_fraction) + 1 for _, size in files), held
 
 
 def prepared(config: DataConfig, folder: Path) -> Manifest | None:
@@ -158,7 +192,7 @@ def _write(
         note(begun.documents, bytes.fromhex(begun.chain))
         noted = time.monotonic()
         enough = config.train_tokens is not None and train.tokens >= config.train_tokens
-        batches = _batches(SOURCES[config.source].documents(config), config.validation_fraction, begun)
+        batches = _batches(config, begun)
         for batch in () if enough else batches:
             for ids, size, half in zip(
                 tokenizer.encode(batch.texts), map(_utf8_bytes, batch.texts), batch.halves, strict=True
@@ -184,6 +218,7 @@ def _write(
             tokenizer=tokenizer.info,
             train=train.finish(),
             validation=validation.finish(),
+            document_ends=file_digest(folder / DOCUMENT_ENDS),
         )
     if config.tokenizer != BYTES:
         write_atomic(folder / TOKENIZER_COPY, Path(config.tokenizer).read_bytes())
@@ -202,33 +237,34 @@ class _Batch(msgspec.Struct):
     done: float | None
 
 
-def _batches(documents: Iterator[Document], validation_fraction: float, begun: Progress) -> Iterator[_Batch]:
+def _batches(config: DataConfig, begun: Progress) -> Iterator[_Batch]:
     """Documents after those already dealt with, in pieces of about `BATCH_BYTES`, each with its half.
 
     Raises:
         _SourceChanged: Those already dealt with are other ones now.
     """
-    chain = b""
+    inside = _splits_inside(config)
+    split = split_inside if inside else split_by_content
+    chain = b"inside" if inside else b""  # an interrupted preparation goes on only under the rule that it began with
     number = size = 0
     held_out: set[bytes] = set()
     done: float | None = 0.0
     texts: list[str] = []
     halves: list[Split] = []
-    for number, (text, half, done) in enumerate(documents, start=1):
+    for number, (text, half, done) in enumerate(SOURCES[config.source].documents(config), start=1):
         digest = content_digest(text)
         chain = hashlib.blake2b(chain + digest, digest_size=16).digest()
         if number == begun.documents and chain.hex() != begun.chain:
             raise _SourceChanged
-        if half is None:
-            half = split_by_hash(digest, validation_fraction)
-        elif half == "validation":
+        if half == "validation":
             held_out.add(digest)
         elif digest in held_out:  # a published training set may hold copies of its validation set
             continue
         if number <= begun.documents:
             continue
-        texts.append(text)
-        halves.append(half)
+        for part, side in [(text, half)] if half else split(text, digest, config.validation_fraction):
+            texts.append(part)
+            halves.append(side)
         size += len(text)
         if size >= BATCH_BYTES:
             yield _Batch(texts, halves, number, chain, done)
@@ -237,6 +273,15 @@ def _batches(documents: Iterator[Document], validation_fraction: float, begun: P
         raise _SourceChanged
     if texts:
         yield _Batch(texts, halves, number, chain, done)
+
+
+def _splits_inside(config: DataConfig) -> bool:
+    """Whether there are too few documents for a split by content."""
+    if config.validation is not None:
+        return False
+    enough = documents_to_choose_from(config.validation_fraction)
+    # Counted in a pass of its own, since documents may be too large to keep so many of them.
+    return sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), enough)) < enough
 
 
 def _begun(folder: Path, wish: str) -> Progress:
@@ -277,18 +322,27 @@ def _refuse_empty(config: DataConfig, folder: Path, train: ShardWriter, validati
     validation.discard()
     (folder / PROGRESS).unlink()
     total = train.documents + validation.documents
-    where = config.path or config.name or SOURCES[config.source].label
+    where = _where(config)
     if not total:
-        raise DataError(f"[data] {where}: there is no text in it. Name files that hold some.")
+        raise _no_text(config)
     if config.validation is not None:
         empty = "validation set" if train.documents else "training set"
         raise DataError(f"[data] {where}: the {empty} holds no document. Name another in path or validation.")
     empty, side = ("held out", "larger") if train.documents else ("left to train on", "smaller")
     capped = "" if config.train_tokens is None else "a larger train_tokens, "
     raise DataError(
-        f"[data] {where}: of the documents read, {total:,}, none is {empty} at validation_fraction = {config.validation_fraction:g}. "
-        f"Use {capped}a {side} fraction or more files, or name a validation set in validation."
+        f"[data] {where}: of {total:,} documents with {train.bytes + validation.bytes:,} bytes, nothing is {empty} at "
+        f"validation_fraction = {config.validation_fraction:g}. "
+        f"Use {capped}a {side} fraction or more text, or name a validation set in validation."
     )
+
+
+def _where(config: DataConfig) -> str:
+    return config.path or config.name or SOURCES[config.source].label
+
+
+def _no_text(config: DataConfig) -> DataError:
+    return DataError(f"[data] {_where(config)}: there is no text in it. Name files that hold some.")
 
 
 def _utf8_bytes(text: str) -> int:

@@ -25,6 +25,8 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN = np.dtype("<u2")
 MANIFEST = "manifest.json"
+DOCUMENT_ENDS = "validation-documents.bin"
+END = np.dtype("<i8")
 
 
 class Shard(Strict, frozen=True):
@@ -49,11 +51,6 @@ class SplitInfo(Strict, frozen=True):
         """Tokens of the stream, one separator a document included."""
         return sum(shard.tokens for shard in self.shards)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bits per byte are loss / ln 2 / this; separators count as tokens, since the loss is a mean over them too."""
-        return self.bytes / self.tokens if self.tokens else 0.0
-
 
 class Manifest(Strict, frozen=True):
     """What a folder of shards holds and what it was made from; written last."""
@@ -66,6 +63,8 @@ class Manifest(Strict, frozen=True):
     tokenizer: TokenizerInfo
     train: SplitInfo
     validation: SplitInfo
+    document_ends: str
+    """SHA-256 of `DOCUMENT_ENDS`."""
 
     @property
     def vocabulary(self) -> int:
@@ -78,7 +77,7 @@ class Manifest(Strict, frozen=True):
 
 
 def manifest_hash(manifest: Manifest | Path | str) -> str:
-    """SHA-256 of the content: tokens, tokenizer and counts. No path, name, option or date changes it.
+    """SHA-256 of the content: tokens, tokenizer, counts and document ends. No path, name, option or date changes it.
 
     Args:
         manifest: A manifest, or a folder that holds one.
@@ -86,7 +85,7 @@ def manifest_hash(manifest: Manifest | Path | str) -> str:
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
     tokenizer = manifest.tokenizer
-    facts: list[object] = [tokenizer.sha256, tokenizer.vocabulary, tokenizer.separator]
+    facts: list[object] = [tokenizer.sha256, tokenizer.vocabulary, tokenizer.separator, manifest.document_ends]
     for split in (manifest.train, manifest.validation):
         facts += [split.documents, split.bytes, [(shard.tokens, shard.sha256) for shard in split.shards]]
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
@@ -154,6 +153,27 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
     return np.asarray(np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,)))
 
 
+def document_ends(folder: Path) -> npt.NDArray[np.int64]:
+    """Tokens and UTF-8 bytes of the validation split up to the end of each document, shape ``(documents, 2)``.
+
+    Raises:
+        DataError: The file is missing, or not as long as the manifest says.
+    """
+    path, documents = folder / DOCUMENT_ENDS, read_manifest(folder).validation.documents
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Remove the folder and prepare the data again."
+        ) from None
+    if len(content) != 2 * END.itemsize * documents:
+        raise DataError(
+            f"{path}: holds {len(content):,} bytes, and {documents:,} documents take {2 * END.itemsize * documents:,}. "
+            "Remove the folder and prepare the data again."
+        )
+    return np.frombuffer(content, dtype=END).reshape(documents, 2).astype(np.int64)
+
+
 class TokenStream:
     """Several shards as one stream, memory-mapped; headers and lengths are checked when it is made."""
 
@@ -192,13 +212,17 @@ def verify(folder: Path) -> Manifest:
         DataError: A shard is missing, cut short, or has other content than the manifest says.
     """
     manifest = read_manifest(folder)
+    digests = {DOCUMENT_ENDS: manifest.document_ends}
     for shard in (*manifest.train.shards, *manifest.validation.shards):
         open_shard(folder / shard.file, shard.tokens)
-        found = file_digest(folder / shard.file)
-        if found != shard.sha256:
+        digests[shard.file] = shard.sha256
+    document_ends(folder)
+    for file, digest in digests.items():
+        found = file_digest(folder / file)
+        if found != digest:
             raise DataError(
-                f"{folder / shard.file}: its content has changed since it was written (SHA-256 {found[:12]}..., and the "
-                f"manifest says {shard.sha256[:12]}...). Remove the folder and prepare the data again."
+                f"{folder / file}: its content has changed since it was written (SHA-256 {found[:12]}..., and the "
+                f"manifest says {digest[:12]}...). Remove the folder and prepare the data again."
             )
     return manifest
 

@@ -18,6 +18,9 @@ BYTES = "bytes"
 LARGEST_VOCABULARY = 2**16
 """RowSharding hold uint16."""
 
+LARGEST_FILE = 2**28
+"""Bytes of a tokenizers file: many times what a vocabulary of 65,536 takes."""
+
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 """Names of the token that ends a document, the first that the vocabulary has."""
 
@@ -58,12 +61,23 @@ def tokenizer_digest(name: str) -> str | None:
     """SHA-256 of the tokenizers file; None for bytes.
 
     Raises:
-        DataError: There is no such file.
+        DataError: There is no such file, or it is too large for a tokenizer.
     """
     if name == BYTES:
         return None
+    path = Path(name)
     try:
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise DataError(
+                f"[data] tokenizer {name}: this is not a file. "
+                'Give the path of a tokenizers JSON file, relative to the campaign file, or "bytes".'
+            )
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise DataError(
+                f"[data] tokenizer {name}: a file of {size:,} bytes, and a tokenizers JSON file has at most "
+                f'{LARGEST_FILE:,}. Give the tokenizer.json that the library writes, or "bytes".'
+            )
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(
             f"[data] tokenizer {name}: the file cannot be read ({error.strerror}). "

@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from scaling.data.shards import HEADER_BYTES, TOKEN, Shard, SplitInfo, file_digest, header
+from scaling.data.shards import DOCUMENT_ENDS, END, HEADER_BYTES, TOKEN, Shard, SplitInfo, file_digest, header
 from scaling.data.sources.documents import Split
 from scaling.spec import Strict
 
@@ -29,9 +29,10 @@ class ShardWriterState(Strict, frozen=True):
 
 
 class ShardWriter:
-    """The shards of one half, taken up where a state says they were left.
+    """Appends to the shards of one half, from where a state says they were left.
 
-    A shard's header counts 0 tokens until it is finished, so a reader refuses one that is being written.
+    Of the validation half it also writes where each document ends (`scaling.data.shards.document_ends`). A shard's
+    header counts 0 tokens until the shard is finished, so a reader refuses one that is being written.
     """
 
     def __init__(self, folder: Path, half: Split, begun: ShardWriterState) -> None:
@@ -42,6 +43,8 @@ class ShardWriter:
         self._shards = list(begun.shards)
         self._open_tokens = begun.open_tokens
         self._file: IO[bytes] | None = None
+        self._ends_path = folder / DOCUMENT_ENDS if half == "validation" else None
+        self._ends: IO[bytes] | None = None
 
     @property
     def tokens(self) -> int:
@@ -53,10 +56,10 @@ class ShardWriter:
         sizes = {self.folder / shard.file: shard.tokens for shard in self._shards}
         if self._open_tokens:
             sizes[self._open_path] = self._open_tokens
-        return all(
-            path.exists() and path.stat().st_size >= HEADER_BYTES + TOKEN.itemsize * tokens
-            for path, tokens in sizes.items()
-        )
+        lengths = {path: HEADER_BYTES + TOKEN.itemsize * tokens for path, tokens in sizes.items()}
+        if self._ends_path and self.documents:
+            lengths[self._ends_path] = 2 * END.itemsize * self.documents
+        return all(path.exists() and path.stat().st_size >= length for path, length in lengths.items())
 
     def add(self, ids: npt.NDArray[np.uint16], size: int) -> None:
         """Append one document.
@@ -65,6 +68,7 @@ class ShardWriter:
             ids: Its tokens with the separator, shape ``(tokens,)``.
             size: UTF-8 bytes of its text.
         """
+        ends = self._opened_ends(self._ends_path) if self._ends_path else None
         self.documents += 1
         self.bytes += size
         while len(ids):
@@ -74,37 +78,51 @@ class ShardWriter:
             ids = ids[len(piece) :]
             if self._open_tokens == SHARD_TOKENS:
                 self._finish_shard()
+        if ends is not None:
+            ends.write(np.array([self.tokens, self.bytes], dtype=END).tobytes())
 
     def state(self) -> ShardWriterState:
         """What has been written, after it has reached the disk."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        for file in (self._file, self._ends):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
         return ShardWriterState(
             shards=tuple(self._shards), open_tokens=self._open_tokens, documents=self.documents, bytes=self.bytes
         )
 
     def finish(self) -> SplitInfo:
         """Everything that was written, the last shard finished."""
+        self.state()
         if self._open_tokens:
             self._finish_shard()
         return SplitInfo(shards=tuple(self._shards), documents=self.documents, bytes=self.bytes)
 
     def close(self) -> None:
-        """Let go of the file; what is not finished can be taken up again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the files; a later writer continues what is not finished."""
+        self._close_shard()
+        if self._ends is not None:
+            self._ends.close()
+            self._ends = None
 
     def discard(self) -> None:
-        """Remove every shard of this half."""
+        """Remove every file of this half."""
         self.close()
         for path in (*(self.folder / shard.file for shard in self._shards), self._open_path):
             path.unlink(missing_ok=True)
+        if self._ends_path:
+            self._ends_path.unlink(missing_ok=True)
 
     @property
     def _open_path(self) -> Path:
         return self.folder / f"{self.half}-{len(self._shards):05d}.bin"
+
+    def _opened_ends(self, path: Path) -> IO[bytes]:
+        if self._ends is None:
+            self._ends = path.open("r+b" if self.documents else "wb")
+            self._ends.truncate(2 * END.itemsize * self.documents)
+            self._ends.seek(0, os.SEEK_END)
+        return self._ends
 
     def _opened(self) -> IO[bytes]:
         if self._file is None:
@@ -122,9 +140,14 @@ class ShardWriter:
         path, file = self._open_path, self._opened()
         self._put_header(file, self._open_tokens)
         os.fsync(file.fileno())
-        self.close()
+        self._close_shard()
         self._shards.append(Shard(file=path.name, tokens=self._open_tokens, sha256=file_digest(path)))
         self._open_tokens = 0
+
+    def _close_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @staticmethod
     def _put_header(file: IO[bytes], tokens: int) -> None:

@@ -1,7 +1,8 @@
-"""Loss and bits per byte of a finished run on any text: its own held-out part, files, a data set, a source by name.
+"""Loss and bits per byte of a finished run on its validation split, or on any text: files, a data set, another source.
 
-The text is cut into tokens by the tokenizer that the run was trained with and scored as one stream, window after
-window, as the run's own evaluation does it, so that both numbers mean the same.
+The run's own `validation_loss` is the mean over a fixed sample of the validation split; asked for as many tokens as the
+run evaluated, `evaluate` takes the same sample. Other text is cut into tokens by the tokenizer that the run was trained
+with and scored as one stream, sequence after sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
+from scaling.run.progress import ProgressReporter
 from scaling.run.record import RunRecord
 from scaling.spec import Strict
+from scaling.units import human
 
 if TYPE_CHECKING:
     import torch
@@ -39,20 +42,25 @@ DOCUMENTS_AT_ONCE = 64
 
 
 class EvaluationResult(Strict, frozen=True):
-    """What a run makes of a text."""
+    """Loss of one run on one text."""
 
     run: str
     text: str
-    """Where it came from."""
+    """What was scored: the whole validation split, a sample of it, or a path or name."""
     loss: float
     """Mean over all targets, nats per token."""
     bits_per_byte: float
     """``loss / ln 2 / bytes_per_token``: does not depend on the tokenizer."""
     tokens: int
     """Targets that were scored."""
+    validation_loss: float
+    """What the run's record says: the loss on `validation_tokens`, the value in tables and fits, nats per token."""
+    validation_tokens: int
+    """Tokens of the validation split that the run evaluated: a fixed sample, spread over the split."""
     bytes_per_token: float
     """Of the text, the token that ends each document counted, since it is predicted too."""
     documents: int
+    """Documents that the targets belong to."""
 
 
 def evaluate(
@@ -62,15 +70,18 @@ def evaluate(
     data: Path | str | None = None,
     tokens: int | None = None,
     device: str = "cpu",
+    progress: bool | None = False,
 ) -> EvaluationResult:
     """Score a text with the weights of a finished run.
 
     Args:
         run_dir: The run.
-        text: Which text, by source; its tokenizer is ignored in favour of the run's. None: the run's held-out text.
+        text: Which text, by source; its tokenizer is ignored in favour of the run's. None: the run's validation split.
         data: The run's data folder, where it is no longer the one in its placement.
-        tokens: Score no more than so many; None takes all there is.
+        tokens: Score no more than so many: of the validation split a sample, of another text its beginning. None scores
+            all of it.
         device: Where to compute, in torch's words.
+        progress: As in `scaling.run.progress.ProgressReporter`.
 
     Raises:
         UserError: The run has no weights, its data folder is gone, or the text has no token to predict.
@@ -82,17 +93,23 @@ def evaluate(
     folder = Path(data) if data is not None else Path(directory.placement().data)
     manifest = _manifest(folder, record)
     shape = record.spec.model
+    assert record.validation_loss is not None  # a finished run has one
     if text is None:
         there = max(manifest.validation.tokens - 1, 0)
-        windows = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
-        counts = manifest.validation.documents, manifest.validation.bytes_per_token
-        parts: Iterable[npt.NDArray[np.int64]] = [windows]
-        where = f"held-out text of {folder.name}"
+        held = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
+        counts = held.documents, held.bytes_per_token
+        parts: Iterable[npt.NDArray[np.int64]] = [held.windows]
+        whole = held.windows.shape[0] == there // shape.context
+        where = f"{'whole' if whole else 'sample of the'} validation split of {folder.name}"
     else:
         stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
     model = _model(directory, record).to(torch.device(device))
-    total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device))
+    with ProgressReporter(f"{where}: scoring", progress) as meter:
+        known = held.windows.size - len(held.windows) if text is None else tokens
+        total, scored = _score(
+            model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), meter, known
+        )
     if text is not None:
         counts = stream.documents, stream.bytes / max(stream.tokens, 1)
     if not scored:
@@ -104,6 +121,8 @@ def evaluate(
         loss=loss,
         bits_per_byte=loss / math.log(2) / counts[1],
         tokens=scored,
+        validation_loss=record.validation_loss,
+        validation_tokens=record.spec.evaluation.tokens // shape.context * shape.context,
         bytes_per_token=counts[1],
         documents=counts[0],
     )
@@ -152,9 +171,14 @@ class _Stream:
 
 
 def _score(
-    model: Decoder, parts: Iterable[npt.NDArray[np.int64]], at_once: int, device: torch.device
+    model: Decoder,
+    parts: Iterable[npt.NDArray[np.int64]],
+    at_once: int,
+    device: torch.device,
+    meter: ProgressReporter,
+    known: int | None,
 ) -> tuple[float, int]:
-    """Sum of losses and number of targets."""
+    """Sum of losses and number of targets; `known` is how many there will be at most, where that is known."""
     import torch
 
     total, scored = 0.0, 0
@@ -165,6 +189,7 @@ def _score(
         targets = windows.shape[0] * (windows.shape[1] - 1)
         total += float(model.loss(torch.from_numpy(windows).to(device))) * targets
         scored += targets
+        meter.show(f"{human(scored)} tokens", min(scored / known, 1.0) if known else None)
 
     with torch.no_grad():
         waiting: list[npt.NDArray[np.int64]] = []

@@ -25,10 +25,10 @@ from scaling.export.architectures import (
 )
 from scaling.export.model_card import model_card
 from scaling.export.tokenizer import tokenizer_files
-from scaling.io import read_json, write_atomic
+from scaling.io import write_atomic
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
-from scaling.spec import ModelConfig, Placement
+from scaling.spec import ModelConfig
 
 SHARD_BYTES = 5_000_000_000
 """Largest weights file, as model hubs cut them."""
@@ -109,7 +109,7 @@ def _finished(directory: RunDirectory) -> RunRecord:
     if not directory.weights_file.exists():
         raise UserError(
             f"{directory.weights_file}: the weights are gone, though the run is finished. "
-            "Put the file back, or remove record.json and train again."
+            "Put the file back, or rename record.json and submit the campaign again."
         )
     return record
 
@@ -127,7 +127,7 @@ def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -
         return manifest, folder
     if not directory.placement_file.exists():
         return None, Path()
-    folder = Path(read_json(directory.placement_file, Placement).data)
+    folder = Path(directory.placement().data)
     if not (folder / MANIFEST).exists():
         return None, folder
     manifest = read_manifest(folder)

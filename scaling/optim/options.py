@@ -7,11 +7,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from scaling.optim.newton_schulz.coefficients import CoefficientSet, Form
-from scaling.spec import Positive, Strict
+from scaling.spec import NonNegativeFloat, PositiveFloat, Size, Small, Strict
 
 Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
-Factor = Annotated[float, msgspec.Meta(ge=0.0)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
 class AdamWOptions(Strict, frozen=True):
@@ -28,7 +26,7 @@ class MatrixOptions(Strict, frozen=True):
     """What Muon and its relatives share, and AdamW for what is not a matrix of a block."""
 
     momentum: Beta = 0.95
-    ns_steps: Positive = 5
+    ns_steps: Small = 5
     coefficients: CoefficientSet = "keller"
     form: Form = "standard"
     """``gram`` iterates long matrices by their Gram matrix in fp16 (fp32 on a CPU): fewer products, other rounding."""
@@ -37,14 +35,14 @@ class MatrixOptions(Strict, frozen=True):
     without bf16 instructions large ones are quicker in ``fp32``."""
     rms: PositiveFloat = 0.2
     """Root mean square that an update is scaled to, in units of the learning rate."""
-    head_blocks: Positive = 1
+    head_blocks: Size = 1
     """Row blocks that query, key and value are orthogonalised in: 1, or the number of heads."""
     adamw_beta1: Beta = 0.9
     adamw_beta2: Beta = 0.95
     adamw_epsilon: PositiveFloat = 1e-8
     adamw_lr_factor: PositiveFloat = 1.0
     """Peak learning rate of the AdamW part, as a multiple of the run's."""
-    adamw_decay_factor: Factor = 1.0
+    adamw_decay_factor: NonNegativeFloat = 1.0
     """Weight decay of the AdamW part, as a multiple of the run's."""
     qk_clip: PositiveFloat | None = None
     """Bound of attention logits (Kimi K2: 100): after a step, heads that passed it are shrunk. None bounds nothing."""

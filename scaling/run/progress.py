@@ -1,4 +1,4 @@
-"""How far a preparation has come: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LINE_SECONDS = 30.0
 
 
 class ProgressReporter:
-    """A context that is told the numbers as they grow.
+    """A context that shows progress.
 
     Args:
-        label: What is being prepared.
+        label: The work.
         show: None decides by whether stderr is a terminal; True asks for the bar; False is silent.
     """
 
@@ -66,7 +66,10 @@ class ProgressReporter:
             validation_tokens: Written so far.
             done: Share of the work, 0 to 1; None where nobody knows.
         """
-        counts = f"{human(train_tokens)} training tokens, {human(validation_tokens)} held out"
+        self.show(f"{human(train_tokens)} training tokens, {human(validation_tokens)} held out", done)
+
+    def show(self, counts: str, done: float | None) -> None:
+        """Show counts in words, and the share of the work: 0 to 1, None where it is not known."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=None if done is None else 1.0, counts=counts)
         elif not self.silent and time.monotonic() >= self._next_line:

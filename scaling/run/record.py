@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from typing import Annotated, Literal
 
 import msgspec
 
-from scaling.spec import RunSpec, Strict
+from scaling.flops import CONVENTIONS
+from scaling.spec import NonNegative, RunSpec, Strict
+
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
 
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
 
@@ -14,19 +18,19 @@ RunState = Literal["planned", "queued", "running", "finished", "diverged", "fail
 class MetricsRow(Strict, frozen=True):
     """One logged step. Losses in nats per token; a loss that was not measured, or is not finite, is null."""
 
-    step: int
-    tokens: int
-    flops: int
+    step: NonNegative
+    tokens: NonNegative
+    flops: NonNegative
     """Convention ``6nd``."""
-    train_loss: float | None
+    train_loss: NonNegativeFloat | None
     """Mean over the steps since the row before."""
     learning_rate: float
     grad_norm: float | None
     """Global norm before clipping, at this step."""
-    tokens_per_second: float
+    tokens_per_second: NonNegativeFloat
     mfu: float | None
     """Share of the device's peak, convention ``attention``; null where no peak is known."""
-    validation_loss: float | None = None
+    validation_loss: NonNegativeFloat | None = None
     load_imbalance: float | None = None
     """With experts: load of the busiest over the mean, in the worst layer of this step; no token is ever dropped."""
 
@@ -81,6 +85,14 @@ class Code(Strict, frozen=True):
     dirty: bool | None
     versions: dict[str, str]
     """Python and the libraries whose numbers reach the result."""
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    """Hashes of the source files that decide a run's numbers (`scaling.run.provenance.code_hashes`), by path."""
+
+    @property
+    def digest(self) -> str | None:
+        """One hash over `files`; None where none were recorded."""
+        text = "".join(f"{name} {self.files[name]}\n" for name in sorted(self.files))
+        return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
 
 
 class RunRecord(Strict, frozen=True):
@@ -91,23 +103,23 @@ class RunRecord(Strict, frozen=True):
 
     spec: RunSpec
     status: Literal["finished", "diverged"]
-    validation_loss: float | None
-    """Mean over the fixed held-out windows at the last token, nats per token."""
-    train_loss: float | None
+    validation_loss: NonNegativeFloat | None
+    """Mean over the sampled held-out tokens (`Evaluation.tokens`) after the last step, nats per token."""
+    train_loss: NonNegativeFloat | None
     """Mean over the last tenth of the steps, nats per token: fresh batches, not the held-out set."""
-    tokens: int
+    tokens: NonNegative
     """Tokens trained on: whole batches."""
-    flops: dict[str, int]
+    flops: dict[str, NonNegative]
     """Training FLOPs under every convention of ``scaling.flops.CONVENTIONS``."""
-    parameters: dict[str, int]
+    parameters: dict[str, NonNegative]
     """By part: embedding, blocks, head, norms, total; and activated, the blocks' matrices that one token meets."""
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float
-    """Of the held-out text; bits per byte are loss / ln 2 / this."""
-    seconds: float
+    """Of the evaluated held-out tokens; bits per byte are loss / ln 2 / this."""
+    seconds: NonNegativeFloat
     """Training time of all attempts whose steps were kept, evaluation left out."""
-    tokens_per_second: float
+    tokens_per_second: NonNegativeFloat
     mfu: float | None
     device: Device
     code: Code
@@ -132,3 +144,10 @@ class RunRecord(Strict, frozen=True):
     others shared the machine."""
     weights_sha256: str | None = None
     """SHA-256 of weights.safetensors, checked where weights are read; null in records of earlier versions."""
+
+    def __post_init__(self) -> None:
+        """Reject a record that no run can have written; msgspec reports a ValueError as a value that is not valid."""
+        if self.status == "finished" and self.validation_loss is None:
+            raise ValueError("status is finished, and validation_loss is null")
+        if missing := sorted(CONVENTIONS.keys() - self.flops.keys()):
+            raise ValueError(f"flops has no count under the convention {missing[0]}")

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from scaling.data.shards import read_manifest
+from scaling.data.batches import held_out
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.io import file_sha256
 from scaling.optim import registry
 from scaling.optim.optimizer_flops import run_optimizer_flops
-from scaling.run.directory import RunDirectory, file_sha256
+from scaling.run.directory import RunDirectory
 from scaling.run.provenance import describe_code
 from scaling.run.record import Device, RunRecord
 from scaling.training.launch import whole
@@ -94,7 +95,9 @@ def build_record(
             "activated": parameters.activated,
         },
         groups=groups,
-        bytes_per_token=read_manifest(Path(placement.data)).validation.bytes_per_token,
+        bytes_per_token=held_out(
+            placement.data, context=spec.model.context, tokens=spec.evaluation.tokens
+        ).bytes_per_token,
         seconds=logbook.watch.seconds,
         cpu_seconds=logbook.work.seconds,
         tokens_per_second=rate,

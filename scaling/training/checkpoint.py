@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from scaling.io import temporary_name
 from scaling.training.shutdown import ShutdownRequest as ShutdownRequest
 
 KEPT = 2
@@ -37,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write `checkpoint`, then forget all but the newest `KEPT`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(path)
         try:
             with temporary.open("w+b") as file:
                 torch.save(checkpoint, file)

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, Trainer
 
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
-from scaling.errors import UserError
+from scaling.errors import UserError, os_error_sentence
 from scaling.io import write_json
 from scaling.run.directory import RunDirectory
 from scaling.run.provenance import describe_device
@@ -55,6 +55,11 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         UserError: The directory, the data or the placement cannot be used.
     """
     directory = RunDirectory(run_dir)
+    if not directory.spec_file.exists():
+        raise UserError(
+            f"{directory.path}: not a run directory, because it holds no spec.json. "
+            "Name a directory under runs/, as scaling submit writes it."
+        )
     if directory.placement_file.exists() and rank_of(directory.placement()):
         # Not the run's first process, which keeps its books.
         return directory.record() or train_one_process(run_dir)
@@ -62,17 +67,18 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
         record = directory.record()
         if record is not None:
             return record
-        resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
-        directory.note("start", step=step_of(resume_point) if resume_point else 0)
+        placement = directory.placement()
         try:
-            if rank_of(directory.placement()) is None:
-                start(directory.path, directory.placement())
+            resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
+            directory.note("start", step=step_of(resume_point) if resume_point else 0)
+            if rank_of(placement) is None:
+                start(directory.path, placement)
                 record, step = directory.record(), _last_step(directory)
             else:
                 record, step = _train(directory, resume_point, progress=progress)
         except BaseException as error:
-            rows = directory.metrics()
-            directory.note("end", step=rows[-1].step if rows else 0, outcome="failed", reason=_sentence(error))
+            with contextlib.suppress(OSError):  # a full disk: `error` is then the one to report
+                directory.note("end", step=_last_step(directory), outcome="failed", reason=_sentence(error))
             raise
         directory.note("end", step=step, outcome=record.status if record else "preempted")
         return record
@@ -86,8 +92,10 @@ def train_one_process(run_dir: Path | str) -> RunRecord | None:
 
 
 def _last_step(directory: RunDirectory) -> int:
-    rows = directory.metrics()
-    return rows[-1].step if rows else 0
+    with contextlib.suppress(UserError):
+        row = directory.last_row()
+        return row.step if row else 0
+    return 0
 
 
 def _train(
@@ -109,7 +117,7 @@ def _train(
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens)
+    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).windows
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
@@ -261,6 +269,8 @@ def _device(placement: Placement, spec: RunSpec) -> Device:
 
 
 def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return os_error_sentence(error)
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 

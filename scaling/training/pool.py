@@ -108,17 +108,18 @@ def _why_ended(directory: RunDirectory, exit_code: int) -> str | None:
     """Why a run whose process is gone failed; None if it did not."""
     if exit_code < 0:
         return note_kill(directory, exit_code)
-    attempts = directory.attempts()
-    if exit_code and attempts and attempts[-1].outcome == "failed":
-        return attempts[-1].reason
-    return f"it ended with code {exit_code}; see {LOG} in its directory" if exit_code else None
+    if not exit_code:
+        return None
+    said = directory.failure() if directory.state() == "failed" else None
+    return said or f"it ended with code {exit_code}; see {LOG} in its directory"
 
 
 def note_kill(directory: RunDirectory, exit_code: int) -> str:
     """Write down, in the place of a run that no longer can, that a signal killed its process; the reason."""
     reason = f"its process was killed by {signal.Signals(-exit_code).name}"
-    row = directory.last_row()
-    directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
+    with contextlib.suppress(OSError, UserError):  # of a full disk or a damaged file; the caller reports the kill
+        row = directory.last_row()
+        directory.note("end", step=row.step if row else 0, outcome="failed", reason=reason)
     return reason
 
 
@@ -167,3 +168,16 @@ def device_slots(runs_per_gpu: int) -> list[str]:
     count = torch.cuda.device_count()  # asks the driver's library and starts no context
     devices = named.split(",")[:count] if named else [str(index) for index in range(count)]
     return devices * runs_per_gpu
+
+
+LOG_LINES = 5
+
+
+def log_tail(directory: RunDirectory) -> str:
+    """The end of what the run printed, as one clause."""
+    log: Path = directory.path / LOG
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "it left no log"
+    return f"its log ends: {' / '.join(lines[-LOG_LINES:])}"[:1000] if lines else "its log is empty"

@@ -30,7 +30,7 @@ def parent(directory: RunDirectory, initial: WarmStart) -> tuple[RunDirectory, R
     if not found.weights_file.exists():
         raise UserError(
             f"{found.weights_file}: the weights are gone, and {directory.path.name} starts from them. Put the file back, "
-            "or remove that run's record.json and train it again."
+            "or rename that run's record.json and submit it again."
         )
     return found, record
 

@@ -6,16 +6,35 @@ them); `sweeps.planning.plan` turns it into runs. The built-in campaigns are exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from scaling.data.sources.registry import DataConfig
+from scaling.data.sources.registry import DataConfig, beside
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import Evaluation, Fraction, MLAConfig, ModelConfig, MoEConfig, Positive, Strict
+from scaling.io import read_json
+from scaling.spec import (
+    BatchTokens,
+    Evaluation,
+    Fraction,
+    Layers,
+    Line,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Size,
+    Strict,
+)
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values
@@ -23,15 +42,15 @@ from sweeps.config.toml import as_value, located, override, read_toml
 from sweeps.config.tune import TuneConfig
 from sweeps.config.tune import check as check_tuning
 
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
+Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(max_length=1000)]
 
 
 class SharedModelConfig(Strict, frozen=True, kw_only=True):
     """``[model]``: what all rungs share."""
 
-    vocabulary: Positive
-    context: Positive
-    ffn_multiple: Positive = 256
+    vocabulary: Size
+    context: Size
+    ffn_multiple: Size = 256
     """The hidden width of SwiGLU is 8/3 of the width, rounded up to a multiple of this."""
     tied: bool = False
     family: str = "decoder"
@@ -45,11 +64,11 @@ class TrainingConfig(Strict, frozen=True, kw_only=True):
 
     tokens_per_parameter: PositiveFloat | None = None
     """Budget in tokens for each parameter of the blocks."""
-    batch_tokens: Positive | None = None
+    batch_tokens: BatchTokens | None = None
     peak_lr: PositiveFloat | None = None
-    weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     precision: Literal["fp32", "bf16"] = "fp32"
-    clip_norm: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Global norm that gradients are clipped to; 0 clips nothing."""
 
 
@@ -57,18 +76,18 @@ class RungConfig(Strict, frozen=True, kw_only=True):
     """One ``[[rungs]]``: a model size with its budget."""
 
     name: Word
-    layers: Positive
-    width: Positive
-    heads: Positive
-    ffn: Positive | None = None
+    layers: Layers
+    width: Size
+    heads: Size
+    ffn: Size | None = None
     """Hidden units of the feed-forward, where they are not what `ffn_multiple` gives."""
     tokens: Positive | None = None
     tokens_per_parameter: PositiveFloat | None = None
-    batch_tokens: Positive | None = None
+    batch_tokens: BatchTokens | None = None
     peak_lr: PositiveFloat | None = None
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Seeds of this rung, where it is to be repeated more or less often than the others."""
-    printed: dict[str, str] = msgspec.field(default_factory=dict)
+    printed: dict[str, Line] = msgspec.field(default_factory=dict)
     """Values as a paper prints them, carried along beside the true ones and never computed with."""
 
 
@@ -78,15 +97,15 @@ class LadderConfig(Strict, frozen=True, kw_only=True):
     kind: Literal["compute-optimal", "isoflop"] = "compute-optimal"
     rule: str
     """Row of ``sweeps.config.hyperparameter_rules.RULES`` that says how to split compute into size and tokens."""
-    computes: tuple[PositiveFloat, ...] = ()
+    computes: Annotated[tuple[PositiveFloat, ...], msgspec.Meta(max_length=100)] = ()
     """Training FLOPs (6ND), one rung each; for ``isoflop`` one profile each."""
-    sizes: tuple[Positive, ...] = ()
+    sizes: Annotated[tuple[Positive, ...], msgspec.Meta(max_length=100)] = ()
     """Or parameters of the blocks, one rung each; each is rounded to the nearest model."""
-    points: Annotated[int, msgspec.Meta(ge=3)] = 5
+    points: Annotated[int, msgspec.Meta(ge=3, le=25)] = 5
     """isoflop: sizes in one profile."""
-    spread: Annotated[float, msgspec.Meta(gt=1.0)] = 3.0
+    spread: Annotated[float, msgspec.Meta(gt=1.0, le=1e6)] = 3.0
     """isoflop: the profile reaches from the rule's size / spread to its size * spread."""
-    head_size: Positive = 64
+    head_size: Size = 64
     width_per_layer: PositiveFloat = 128.0
     """Proportion that models are made to; Moonlight's is 128."""
 
@@ -108,7 +127,7 @@ class ArmConfig(Strict, frozen=True, kw_only=True):
     peak_lr: PositiveFloat | dict[str, PositiveFloat] | None = None
     rule: str | None = None
     """Or the row of RULES that its learning rate follows."""
-    weight_decay: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    weight_decay: NonNegativeFloat | None = None
     options: dict[str, float | int | bool | str] = msgspec.field(default_factory=dict)
     """Options of the optimizer, as ``scaling.optim.registry`` names them."""
     tuned: bool = False
@@ -145,17 +164,17 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     """Everything that a campaign file may say."""
 
     name: Word
-    title: str = ""
+    title: Line = ""
     """A sentence for tables and reports."""
     data: DataConfig
     model: SharedModelConfig
-    arms: tuple[ArmConfig, ...]
-    rungs: tuple[RungConfig, ...] = ()
+    arms: Annotated[tuple[ArmConfig, ...], msgspec.Meta(max_length=1000)]
+    rungs: Annotated[tuple[RungConfig, ...], msgspec.Meta(max_length=1000)] = ()
     ladder: LadderConfig | None = None
     training: TrainingConfig = TrainingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: Evaluation = Evaluation()
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     hyperparameters: Literal["listed", "law"] = "listed"
     """``law`` takes tokens, batch and learning rate from the row of RULES that `law` names."""
     law: str | None = None
@@ -168,6 +187,8 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
     """A campaign file and where it was read from."""
 
     file: str
+    identity: str = ""
+    """Hash of what the file and ``--set`` ask for, titles and placement left out (`campaign_identity`)."""
     settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
     """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.planning.tuned_settings`)."""
     untuned: bool = False
@@ -175,7 +196,7 @@ class Campaign(CampaignFile, frozen=True, kw_only=True):
 
     def placement_of(self, rungs: list[str]) -> dict[str, PlacementConfig]:
         """``[placement]`` for every rung, overrides applied."""
-        return placements(self.placement, rungs, where=self.file)
+        return placements(self.placement, rungs, where=self.file, file=CampaignFile)
 
 
 def built_in() -> list[str]:
@@ -202,7 +223,7 @@ def load_campaign(
     """
     text = str(name_or_path)
     path = Path(text)
-    if not path.suffix and "/" not in text and not path.exists():
+    if not path.suffix and "/" not in text and not os.path.lexists(text):
         if text not in built_in():
             raise ConfigError(f"{unknown_name('campaign', text, built_in())} Or give the path of a campaign file.")
         path = Path(str(resources.files("sweeps") / "campaigns" / f"{text}.toml"))
@@ -212,21 +233,63 @@ def load_campaign(
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
-    campaign = Campaign(**{**{f: getattr(content, f) for f in content.__struct_fields__}, "file": path.name})
+    fields = {f: getattr(content, f) for f in content.__struct_fields__}
+    campaign = Campaign(**{**fields, "file": path.name, "identity": campaign_identity(tables)})
+    with located(path.name):
+        data = campaign.data.resolved(path.parent)
     campaign = msgspec.structs.replace(
         campaign,
-        data=campaign.data.resolved(path.parent),
+        data=data,
         arms=tuple(_beside(arm, path.parent) for arm in campaign.arms),
     )
     _check(campaign)
     return campaign
 
 
+def campaign_identity(tables: Mapping[str, Any]) -> str:
+    """Hash of a campaign's tables as they are written, ``--set`` applied.
+
+    Equal for files that differ only in comments, layout, order of keys, title or ``[placement]``: those change no
+    number. The folder of the file does not count either, so results that were copied elsewhere still belong to it.
+    """
+    content = {key: value for key, value in tables.items() if key not in ("title", "placement")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+IDENTITY = "campaign.json"
+
+
+class Collected(Strict, frozen=True):
+    """campaign.json: the campaign whose tables lie in a folder of results."""
+
+    file: str
+    identity: str
+    """`campaign_identity`."""
+
+
+def refuse_other(folder: Path, campaign: Campaign) -> None:
+    """Refuse to read tables that another campaign, or an earlier version of this one, left in a folder.
+
+    Tables without a campaign.json are accepted: nothing says whose they are.
+
+    Raises:
+        ConfigError: campaign.json names another campaign.
+    """
+    file = folder / IDENTITY
+    if (folder / "runs.csv").exists() and file.exists():
+        found = read_json(file, Collected)
+        if found.identity != campaign.identity:
+            raise ConfigError(
+                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
+                f"Collect again (scaling collect), or name the folder instead of the file to read what is there: {folder}"
+            )
+
+
 def _beside(arm: ArmConfig, folder: Path) -> ArmConfig:
     """The arm, its rule file looked for beside the campaign's."""
     if arm.rule is None or not arm.rule.endswith(".toml"):
         return arm
-    return msgspec.structs.replace(arm, rule=str(folder.resolve() / Path(arm.rule).expanduser()))
+    return msgspec.structs.replace(arm, rule=str(beside(folder, arm.rule)))
 
 
 def _check(campaign: Campaign) -> None:

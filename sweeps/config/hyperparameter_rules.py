@@ -6,15 +6,18 @@ holds for others is assumed, and a plan that uses one says which. To add a rule,
 
 from __future__ import annotations
 
-import tomllib
+import math
+import os
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
 from scaling.io import write_atomic
-from scaling.spec import Strict
+from scaling.spec import Line, PositiveFloat, Strict
 from sweeps.config.search_space import Dimension, Values, known_searches
+from sweeps.config.toml import as_value, read_toml
 from sweeps.config.tuning_results import FittedRule, Tuning
 
 
@@ -30,9 +33,21 @@ class Power(Strict, frozen=True):
     """Exponent of D."""
 
     def at(self, *, compute: float, parameters: float, tokens: float) -> float:
-        """The law's value at a run of compute C, size N and data D."""
-        powers = compute**self.compute * parameters**self.parameters * tokens**self.tokens
-        return float(self.coefficient * powers)
+        """The law's value at a run of compute C, size N and data D.
+
+        Raises:
+            ConfigError: It is too large for a number.
+        """
+        try:
+            value = self.coefficient * compute**self.compute * parameters**self.parameters * tokens**self.tokens
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"a rule gives no finite value at {compute:.3g} FLOPs, {parameters:.3g} parameters and {tokens:.3g} tokens. "
+                "Use another rule or another size."
+            )
+        return float(value)
 
 
 class HyperparameterRule(Strict, frozen=True):
@@ -140,26 +155,29 @@ def rule(name: str) -> HyperparameterRule:
     return RULES[name]
 
 
+Exponent = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+
 class RulePower(Strict, frozen=True):
     """``coefficient * C**exponent`` with C in FLOPs, and what it is worth."""
 
-    coefficient: float
-    exponent: float
-    low: float | None = None
+    coefficient: Annotated[float, msgspec.Meta(gt=0.0, le=1e300)]
+    exponent: Exponent
+    low: Exponent | None = None
     """95 % interval of the exponent."""
-    high: float | None = None
-    rungs: tuple[str, ...] = ()
-    note: str = ""
+    high: Exponent | None = None
+    rungs: tuple[Line, ...] = ()
+    note: Line = ""
 
 
 class RuleFile(Strict, frozen=True):
     """The whole file."""
 
-    label: str
-    source: str
-    arm: str
-    optimizer: str
-    computes: tuple[float, ...]
+    label: Line
+    source: Line
+    arm: Line
+    optimizer: Line
+    computes: tuple[PositiveFloat, ...]
     """FLOPs of one run at each rung that was tuned; far outside, the law is a guess."""
     laws: dict[str, RulePower]
     """By hyper-parameter."""
@@ -184,7 +202,9 @@ class RuleFile(Strict, frozen=True):
         for name, law in self.laws.items():
             if name not in rows:
                 raise ConfigError(f"{self.label}: {unknown_name(f'hyper-parameter of {optimizer}', name, rows)}")
-            value = min(max(law.coefficient * compute**law.exponent, rows[name].least), rows[name].most)
+            power = Power(coefficient=law.coefficient, compute=law.exponent)
+            expected = power.at(compute=compute, parameters=1.0, tokens=1.0)
+            value = min(max(expected, rows[name].least), rows[name].most)
             values[name] = Dimension(search=rows[name]).rounded(value, context)
         return values
 
@@ -259,9 +279,6 @@ def read_rule_file(path: Path) -> RuleFile:
     Raises:
         ConfigError: It is missing or is not one.
     """
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text()), type=RuleFile)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.") from None
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a rule file: {error}. Write it again: scaling tune CAMPAIGN.") from None
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.")
+    return as_value(read_toml(path), RuleFile, where=str(path))

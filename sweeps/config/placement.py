@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import Positive, Strict
-from sweeps.config.toml import as_value, read_toml
+from scaling.spec import NonNegativeFloat, Sequences, Small, Strict
+from sweeps.config.toml import QUOTED, as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 """A name that may become a folder, a job name or an option: it cannot leave the root or end a line."""
@@ -35,6 +35,8 @@ PEAKS: dict[str, float] = {
 SlurmWord = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.@:+-]*[A-Za-z0-9_]\Z", max_length=100)]
 SlurmText = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,:;@%+*&|()\[\]/= -]*\Z", max_length=500)]
 Memory = Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]*[KMGT]?\Z")]
+
+MAX_CPUS = 10_000
 
 SBATCH_OPTIONS = frozenset({
     "begin", "clusters", "cores_per_socket", "deadline", "dependency", "distribution", "exclude", "exclusive", "gres",
@@ -57,24 +59,24 @@ class SlurmConfig(Strict, frozen=True):
     account: SlurmWord | None = None
     qos: SlurmWord | None = None
     constraint: SlurmText | None = None
-    nodes: Positive = 1
-    tasks_per_node: Positive = 1
+    nodes: Small = 1
+    tasks_per_node: Small = 1
     """Processes on each node; they train one run together."""
-    gpus_per_node: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Of each node."""
-    cpus_per_task: Positive = 1
-    """Of each task."""
+    gpus_per_node: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    """Of each node; unless given, one for each process of a run on GPUs."""
+    cpus_per_task: Annotated[int, msgspec.Meta(gt=0, le=MAX_CPUS)] = 1
+    """Of each task; unless given, `threads` for each run or process in it."""
     memory: Memory | None = None
     """Of each node, as SLURM writes it: ``16G``."""
-    time_minutes: Positive = 60
+    time_minutes: Annotated[int, msgspec.Meta(gt=0, le=1_000_000)] = 60
     """Time limit of one attempt; a longer run continues in the next."""
     signal_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 120
     """How long before the limit the run is asked to save. SLURM may ask up to a minute early."""
-    max_parallel: Positive | None = None
+    max_parallel: Annotated[int, msgspec.Meta(gt=0, le=1_000_000)] | None = None
     """Most tasks of an array at the same time."""
-    max_kills: Positive = 3
+    max_kills: Small = 3
     """Attempts without progress, each ended by a kill, before a run counts as failed."""
-    stall_seconds: Positive = 1800
+    stall_seconds: Annotated[int, msgspec.Meta(gt=0, le=10_000_000)] = 1800
     """Without a trace of a step (a row of metrics, a checkpoint, a line in the log), after which the run's processes
     are taken to hang: they are killed, and the run continues from its last checkpoint."""
     environment: tuple[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")], ...] = ()
@@ -91,7 +93,9 @@ class SlurmConfig(Strict, frozen=True):
                 raise ConfigError(f"[placement.slurm.sbatch] {unknown_name('option', option, SBATCH_OPTIONS)}")
         for line in self.setup:
             if "\n" in line or "\0" in line:
-                raise ConfigError(f"[placement.slurm] setup has a line break in {line!r}. Write one string a line.")
+                raise ConfigError(
+                    f"[placement.slurm] setup has a line break in {QUOTED.repr(line)}. Write one string a line."
+                )
 
     @property
     def devices(self) -> int:
@@ -114,31 +118,31 @@ class PlacementConfig(Strict, frozen=True):
     data: str | None = None
     """Folder of prepared token shards; by default the one under the run root that belongs to ``[data]``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive = 1
+    threads: Small = 1
     """CPU threads of one run."""
-    micro_batch: Positive | None = None
+    micro_batch: Sequences | None = None
     """Most windows of one forward pass: the plan takes the largest part of a batch that divides it; else all at once."""
     compile: bool = False
     graphs: bool = False
     """With ``compile``: CUDA graphs for models small enough that launches bound their step."""
-    devices: Positive = 1
+    devices: Small = 1
     """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
-    runs_per_gpu: Positive = 1
+    runs_per_gpu: Small = 1
     """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
     many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """With several devices: every one keeps all weights, or a share of them."""
     recompute: bool = False
     """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
-    checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0
+    checkpoint_seconds: NonNegativeFloat = 30.0
     """Seconds between checkpoints: what a kill can cost."""
     accelerator: str = "cpu"
     """Row of `PEAKS`, for predicting hours before any run was measured."""
-    utilisation: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.4
+    utilisation: Annotated[float, msgspec.Meta(ge=1e-6, le=1.0)] = 0.4
     """Share of that peak you expect to reach."""
-    price: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    price: NonNegativeFloat | None = None
     """Of one GPU-hour (without GPUs: of an hour of a run), in whatever money you count."""
-    watts: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    watts: NonNegativeFloat | None = None
     """Drawn by one GPU (without GPUs: by one run) while it trains, with its share of the machine."""
     slurm: SlurmConfig = SlurmConfig()
 
@@ -149,37 +153,84 @@ class PlacementConfig(Strict, frozen=True):
 
     @property
     def peak_flops(self) -> float:
-        """FLOP/s of everything one run occupies."""
-        return PEAKS[self.accelerator] * (self.threads if self.accelerator == "cpu" else max(self.slurm.devices, 1))
+        """FLOP/s of one device: a GPU, or the threads of one process."""
+        return PEAKS[self.accelerator] * (self.threads if self.accelerator == "cpu" else 1)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether runs train on GPUs, as far as the campaign says."""
+        return self.device == "cuda" or (self.device == "auto" and self.accelerator != "cpu")
+
+    @property
+    def processes(self) -> int:
+        """Processes of one run, each with a device of its own."""
+        return max(self.slurm.processes, self.devices)
+
+    @property
+    def runs_per_task(self) -> int:
+        """Runs of one SLURM job, side by side."""
+        return self.runs_per_gpu * max(self.slurm.gpus_per_node, 1) if self.runs_per_gpu > 1 else 1
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that one run occupies, idle ones counted: a share of one where runs share it, 0 where it has none."""
+        return (self.slurm.devices or (self.processes if self.on_cuda else 0)) / self.runs_per_task
 
 
-def placements(table: dict[str, Any], rungs: list[str], *, where: str) -> dict[str, PlacementConfig]:
-    """The placement of every rung.
+def placements(
+    table: dict[str, Any], rungs: list[str], *, where: str, file: type[msgspec.Struct] | None = None
+) -> dict[str, PlacementConfig]:
+    """The placement of every rung, complete: the user's SLURM profile, ``[placement]``, the rung's own fields.
 
     Args:
         table: ``[placement]`` as it was read, its sub-table ``rungs`` included.
         rungs: Names of all rungs.
         where: The campaign file, for refusals.
+        file: The Struct of the whole campaign file, for refusals.
 
     Raises:
-        ConfigError: A value cannot be used, or an override names a rung that is not there.
+        ConfigError: A value cannot be used, an override names a rung that is not there, the campaign brings shell lines of
+            its own, or the profile cannot be used.
     """
     shared = {name: value for name, value in table.items() if name != "rungs"}
-    base = as_value(shared, PlacementConfig, where=f"{where}, [placement]")
+    base = as_value(shared, PlacementConfig, where=f"{where}, [placement]", file=file)
     overrides = table.get("rungs", {})
     if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
         raise ConfigError(
-            f'{where}, [placement]: rungs is {overrides!r}. Write [placement.rungs."NAME"] and fields below.'
+            f'{where}, [placement]: rungs is {QUOTED.repr(overrides)}. Write [placement.rungs."NAME"] and fields below.'
         )
     for name in overrides:
         if name not in rungs:
             raise ConfigError(f"{where}, [placement.rungs]: {unknown_name('rung', name, rungs)}")
-    return {
-        rung: as_value(_merged(shared, overrides[rung]), PlacementConfig, where=f'{where}, [placement.rungs."{rung}"]')
-        if rung in overrides
-        else base
-        for rung in rungs
-    }
+    profile = _profile(profile_file())
+    found: dict[str, PlacementConfig] = {}
+    for rung in rungs:
+        raw = _merged(shared, overrides.get(rung, {}))
+        own = base
+        if rung in overrides:
+            own = as_value(raw, PlacementConfig, where=f'{where}, [placement.rungs."{rung}"]', file=file)
+        slurm = raw.get("slurm", {})
+        if "setup" in slurm:
+            raise ConfigError(
+                f"{where}, [placement.slurm]: setup holds shell lines, and a campaign file may come from anybody. "
+                f"Move them into your own profile, {profile_file()}, as setup = [...]."
+            )
+        found[rung] = _complete(own, _merged(profile, slurm))
+    return found
+
+
+def _complete(table: PlacementConfig, slurm: dict[str, Any]) -> PlacementConfig:
+    """The placement with what it asks SLURM for: processors and GPUs that fit its runs where nothing names them."""
+    asked = as_value(slurm, SlurmConfig, where=str(profile_file()))
+    if "gpus_per_node" not in slurm and "gres" not in asked.sbatch and table.on_cuda:
+        asked = msgspec.structs.replace(asked, gpus_per_node=max(table.devices, asked.tasks_per_node))
+    table = msgspec.structs.replace(table, slurm=asked)
+    if "cpus_per_task" not in slurm:
+        side_by_side = table.runs_per_task if asked.tasks_per_node > 1 else table.runs_per_task * table.devices
+        table = msgspec.structs.replace(
+            table, slurm=msgspec.structs.replace(asked, cpus_per_task=min(table.threads * side_by_side, MAX_CPUS))
+        )
+    return table
 
 
 def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -202,33 +253,9 @@ def profile_file() -> Path:
     return Path(named) if named else home / "scaling" / "slurm.toml"
 
 
-def slurm_tables(tables: dict[str, PlacementConfig], raw: dict[str, Any], *, where: str) -> dict[str, SlurmConfig]:
-    """What each rung asks SLURM for: the user's profile, then the campaign's ``[placement.slurm]``, then the rung's.
-
-    Args:
-        tables: By rung, as `placements` gave them; they have been checked.
-        raw: The campaign's ``[placement]`` as it was read.
-        where: The campaign file, for refusals.
-
-    Raises:
-        ConfigError: The campaign brings shell lines of its own, or the profile cannot be used.
-    """
-    shared = raw.get("slurm", {})
-    overrides = {rung: raw.get("rungs", {}).get(rung, {}).get("slurm", {}) for rung in tables}
-    if "setup" in shared or any("setup" in override for override in overrides.values()):
-        raise ConfigError(
-            f"{where}, [placement.slurm]: setup holds shell lines, and a campaign file may come from anybody. "
-            f"Move them into your own profile, {profile_file()}, as setup = [...]."
-        )
-    file = profile_file()
-    profile = _profile(file) if file.exists() or os.environ.get(PROFILE) else {}
-    return {
-        rung: as_value(_merged(_merged(profile, shared), overrides[rung]), SlurmConfig, where=str(file))
-        for rung in tables
-    }
-
-
 def _profile(file: Path) -> dict[str, Any]:
+    if not file.exists() and not os.environ.get(PROFILE):
+        return {}
     profile = read_toml(file)
     status = file.stat()
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:

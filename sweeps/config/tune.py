@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import NonNegative, Positive, Strict
+from scaling.spec import Finite, Seed, Strict
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.search_space import known_searches
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+Trials = Annotated[int, msgspec.Meta(gt=0, le=10_000)]
 
 
 class SearchConfig(Strict, frozen=True):
     """``[tune.search.NAME]``: where the search of one hyper-parameter begins, if not where its own row says."""
 
-    low: float | None = None
-    high: float | None = None
-    values: tuple[float, ...] = ()
+    low: Finite | None = None
+    high: Finite | None = None
+    values: Annotated[tuple[Finite, ...], msgspec.Meta(max_length=1000)] = ()
     """Only these are tried; a grid needs them."""
     rule: str | None = None
     """Row of RULES, or a rule file, that the range is centred on at each rung; peak_lr and batch_tokens have such."""
@@ -57,17 +58,17 @@ class TuneConfig(Strict, frozen=True):
     """``[tune]``."""
 
     sampler: Literal["tpe", "gp", "quasi-random", "grid"] = "tpe"
-    trials: Positive = 16
+    trials: Trials = 16
     """Of every tuned arm at every rung. A grid has as many as it has points."""
-    startup: Positive = 6
+    startup: Trials = 6
     """Quasi-random trials at the beginning."""
-    in_flight: Positive = 4
+    in_flight: Trials = 4
     """Trials of one study that are asked together."""
     rungs: tuple[str, ...] = ()
     """Rungs that are tuned for the law; all of them when none is named."""
     held_out: tuple[str, ...] = ()
-    seed: NonNegative = 0
-    widen: NonNegative = 2
+    seed: Seed = 0
+    widen: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
     """Times that the range of one hyper-parameter may grow at an edge; it takes no further trials."""
     law: Literal["compute", "constant"] = "compute"
     """How settings are carried to rungs that are not tuned: as powers of C, or unchanged."""

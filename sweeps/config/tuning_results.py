@@ -6,11 +6,15 @@ FLOPs are 6ND; a ``None`` is a number that could not be given.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from scaling.spec import Strict
 from sweeps.config.search_space import Values
+from sweeps.config.tune import TuneConfig
 
 
 class TrialResult(Strict, frozen=True):
@@ -169,6 +173,13 @@ class Tuning(Strict, frozen=True):
     """Empty where every rung was tuned or lies between tuned ones; three times and more is a guess."""
     noise: tuple[NoiseRow, ...]
     """Empty until rungs with several seeds are trained."""
+    search: str | None = None
+    """`search_hash` of the ``[tune]`` table that was searched; None in files of earlier versions."""
+
+
+def search_hash(table: TuneConfig) -> str:
+    """Hash of a ``[tune]`` table, defaults included: settings hold for the search that found them."""
+    return hashlib.sha256(msgspec.json.encode(table, order="sorted")).hexdigest()[:12]
 
 
 def facts_file(root: Path, campaign: str) -> Path:

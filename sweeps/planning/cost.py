@@ -1,4 +1,4 @@
-"""What a campaign will take: hours a run, from measured runs like it where there are any, else from an assumption.
+"""Predicted cost of a campaign: hours of each run, from measured runs like it where there are any, else assumed.
 
 Speeds are FLOP/s under the convention ``attention`` (head and causal attention counted), since 6ND leaves out work that
 takes a third of the time of a small model. A prediction says what it rests on.
@@ -6,21 +6,21 @@ takes a third of the time of a small model. A prediction says what it rests on.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import heapq
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from scaling.errors import UserError
+from scaling.errors import ConfigError
 from scaling.flops import train_flops, train_flops_per_token
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
-from scaling.run.record import RunRecord
+from scaling.run.record import Code, RunRecord, RunState
 from scaling.spec import RunSpec
 from sweeps.config.placement import PlacementConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun
@@ -35,10 +35,10 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     hours: float
     """Wall-clock hours of training."""
     basis: Basis
-    """This very run was measured; runs of the same shape and optimizer were; only other sizes were; none was."""
+    """Measured: this run; runs of its shape and optimizer; runs of other shapes or optimizers; none."""
     explanation: str
     devices: float = 1.0
-    """GPUs that the run occupies, a share of one where several runs share it; without GPUs 1."""
+    """GPUs that the run occupies, idle ones counted, a share of one where several runs share it; without GPUs 1."""
 
     @property
     def gpu_hours(self) -> float:
@@ -46,50 +46,112 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
         return self.hours * self.devices
 
 
-def measured_runs(root: Path) -> list[RunRecord]:
-    """Records of all finished runs under a root, of whichever campaign; unreadable ones are left out."""
-    found = []
+class Measured(NamedTuple):
+    """Speed of one run, finished or under way."""
+
+    spec: RunSpec
+    cuda: bool
+    tokens_per_second: float
+    """Of one device."""
+    seconds: float | None = None
+    """Training time of a finished run; None while it is under way."""
+
+
+class Measurements:
+    """Measured speeds by run id, grouped once by what makes runs comparable, so that a prediction looks only at its group."""
+
+    def __init__(self, runs: Mapping[str, Measured]) -> None:
+        self.runs = runs
+        self._groups: dict[tuple[object, ...], list[Measured]] = {}
+        self._rates: dict[tuple[object, ...], float] = {}
+        self._speeds: dict[tuple[object, ...], Speed] = {}
+        for run in runs.values():
+            device = (run.spec.precision, run.cuda)
+            optimizer = (*device, run.spec.optimizer.name)
+            for key in (device, optimizer, (*optimizer, run.spec.model)):
+                self._groups.setdefault(key, []).append(run)
+
+    def rate(self, spec: RunSpec, *, cuda: bool) -> float | None:
+        """Median FLOP/s of one device over runs of the same shape, optimizer and precision; None where there is none."""
+        key = (spec.precision, cuda, spec.optimizer.name, spec.model)
+        if key not in self._groups:
+            return None
+        if key not in self._rates:
+            per_token = train_flops_per_token(spec.model, CONVENTION)
+            self._rates[key] = statistics.median(run.tokens_per_second * per_token for run in self._groups[key])
+        return self._rates[key]
+
+    def speed(self, spec: RunSpec, peak: float, *, cuda: bool) -> tuple[Speed, str] | None:
+        """`fit_speed` over comparable runs of other sizes, and which runs those are; None where there is none.
+
+        Runs of another optimizer stand in where its own were not measured: the optimizer's matrix products are part of
+        the `Work`, and arms whose times rest on different assumptions cannot be compared.
+        """
+        device = (spec.precision, cuda)
+        key = next((k for k in ((*device, spec.optimizer.name), device) if k in self._groups), None)
+        if key is None:
+            return None
+        group = self._groups[key]
+        if (*key, peak) not in self._speeds:
+            points = tuple(sorted((*work_of(run.spec), 1.0 / run.tokens_per_second) for run in group))
+            self._speeds[*key, peak] = fit_speed(points, peak)
+        sizes = len({run.spec.model for run in group})
+        return self._speeds[*key, peak], (
+            f"{sizes} other size{'s' if sizes > 1 else ''}" if key != device else "runs of another optimizer"
+        )
+
+
+def records_under(root: Path) -> dict[str, RunRecord]:
+    """Records of runs under a root by id, of whichever campaign; unreadable ones are left out."""
+    found = {}
     for file in sorted((root / "runs").glob("*/record.json")):
-        try:
+        with contextlib.suppress(ConfigError):
             record = RunDirectory(file.parent).record()
-        except UserError:
-            continue
-        if record is not None and record.status == "finished" and record.tokens_per_second > 0:
-            found.append(record)
+            if record is not None:
+                found[file.parent.name] = record
     return found
 
 
-def predict(run: PlannedRun, table: PlacementConfig, measured: list[RunRecord]) -> Cost:
+def measured_runs(records: Mapping[str, RunRecord]) -> dict[str, Measured]:
+    """Speeds of those runs that are finished, by id."""
+    return {
+        run: Measured(
+            spec=record.spec,
+            cuda=record.device.kind == "cuda",
+            tokens_per_second=record.tokens_per_second / record.device.count,
+            seconds=record.seconds,
+        )
+        for run, record in records.items()
+        if record.status == "finished" and record.tokens_per_second > 0
+    }
+
+
+def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> Cost:
     """Hours of one run.
 
     Args:
         run: The planned run.
         table: Its rung's placement, for the assumption.
-        measured: As `measured_runs` gives them.
+        measured: What is known of other runs; without any the time is assumed.
     """
     work = train_flops(run.spec.model, run.spec.budget.tokens, CONVENTION)
-    cuda = _on_cuda(table)
-    devices = (table.slurm.devices or table.devices) if cuda else max(table.slurm.processes, table.devices)
-    share = devices / table.runs_per_gpu if cuda else 1.0
+    cuda, devices = table.on_cuda, table.processes
 
     def cost(hours: float, basis: Basis, explanation: str) -> Cost:
-        return Cost(hours=hours, devices=share, basis=basis, explanation=explanation)
+        return Cost(hours=hours, devices=table.gpus or 1.0, basis=basis, explanation=explanation)
 
-    itself = [record for record in measured if record.spec.id == run.id]
-    if itself:
-        return cost(itself[0].seconds / 3600, "itself", "measured")
-    comparable = [record for record in measured if _same_kind(record, run, table)]
-    like = [record for record in comparable if record.spec.model == run.spec.model]
-    if like:
-        rate = statistics.median(_flops_per_second(record) for record in like)
+    itself = measured.runs.get(run.id)
+    if itself is not None and itself.seconds is not None:
+        return cost(itself.seconds / 3600, "itself", "measured")
+    rate = measured.rate(run.spec, cuda=cuda)
+    if rate is not None:
         return cost(work / rate / devices / 3600, "like", f"{rate:.3g} FLOP/s, measured at this size")
-    peak = table.peak_flops / max(table.slurm.devices, 1)
-    if comparable:
-        points = tuple(sorted((*work_of(record.spec), 1.0 / _tokens_per_second(record)) for record in comparable))
-        speed = fit_speed(points, peak)
+    peak = table.peak_flops
+    fitted = measured.speed(run.spec, peak, cuda=cuda)
+    if fitted is not None:
+        speed, source = fitted
         seconds = run.spec.budget.tokens * speed.seconds_per_token(work_of(run.spec)) / devices
-        sizes = len({record.spec.model for record in comparable})
-        return cost(seconds / 3600, "fitted", f"{speed}, from {sizes} other size{'s' if sizes > 1 else ''}")
+        return cost(seconds / 3600, "fitted", f"{speed}, from {source}")
     return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", assumption(table))
 
 
@@ -143,7 +205,6 @@ PRODUCTS = (0.8, 0.5)
 """Share of the peak that large matrix products reach, and the spread of its logarithm."""
 
 
-@functools.lru_cache(maxsize=64)
 def fit_speed(points: tuple[tuple[float, float, float, float], ...], peak: float) -> Speed:
     """The likeliest `Speed` under measured runs, with what is assumed of a device as what is known beforehand.
 
@@ -191,7 +252,7 @@ def slots(table: PlacementConfig) -> int:
     """Runs at the same time: the array's limit, else what this machine holds."""
     if table.slurm.max_parallel is not None:
         return table.slurm.max_parallel
-    if _on_cuda(table):
+    if table.on_cuda:
         return table.runs_per_gpu
     return max(1, (os.cpu_count() or 1) // table.threads)
 
@@ -204,28 +265,32 @@ def assumption(table: PlacementConfig) -> str:
     )
 
 
-def _on_cuda(table: PlacementConfig) -> bool:
-    return table.device == "cuda" or (table.device == "auto" and table.accelerator != "cpu")
+class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+    """States and predicted costs of a plan's runs, read from disk once."""
+
+    states: dict[str, RunState]
+    costs: dict[str, Cost]
+    code: tuple[Code, ...] = ()
+    """Code of the runs that are finished or diverged."""
 
 
-def _same_kind(record: RunRecord, run: PlannedRun, table: PlacementConfig) -> bool:
-    return (
-        record.spec.optimizer.name == run.spec.optimizer.name
-        and record.spec.precision == run.spec.precision
-        and (record.device.kind == "cuda") == _on_cuda(table)
+def outlook(plan: CampaignPlan) -> Outlook:
+    """States, costs and code of every run; each record under the root is read once."""
+    records = records_under(plan.root)
+    runs = plan.distinct()
+    done = {run.id: records[run.id] for run in runs if run.id in records}
+    return Outlook(
+        states={run.id: done[run.id].status if run.id in done else plan.state(run) for run in runs},
+        costs=_costs(plan, measured_runs(records)),
+        code=tuple(record.code for record in done.values()),
     )
-
-
-def _tokens_per_second(record: RunRecord) -> float:
-    """Of one device."""
-    return record.tokens_per_second / record.device.count
-
-
-def _flops_per_second(record: RunRecord) -> float:
-    return _tokens_per_second(record) * train_flops_per_token(record.spec.model, CONVENTION)
 
 
 def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
     """Predicted time of every run, by id."""
-    measured = measured_runs(plan.root)
-    return {run.id: predict(run, plan.placements[run.rung], measured) for run in plan.runs}
+    return _costs(plan, measured_runs(records_under(plan.root)))
+
+
+def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
+    known = Measurements(measured)
+    return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}

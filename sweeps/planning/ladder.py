@@ -49,6 +49,29 @@ def rungs_of(campaign: Campaign) -> list[Rung]:
     return [_listed(campaign, table) for table in campaign.rungs]
 
 
+WIDENED = 1.25
+"""Hidden units of a feed-forward over 8/3 of the width from which the plan mentions the rounding."""
+
+
+def widened(rungs: list[Rung]) -> str | None:
+    """A sentence on the rungs whose feed-forward `ffn_multiple` makes much wider than 8/3 of the width."""
+    found = {
+        f"{rung.name} ({8 * rung.shape.width / 3:.0f} to {rung.shape.ffn_width:,})": rung.shape
+        for rung in rungs
+        if rung.shape.ffn is None and rung.shape.ffn_width > WIDENED * 8 * rung.shape.width / 3
+    }
+    if not found:
+        return None
+    multiple = next(iter(found.values())).ffn_multiple
+    # A multiple of at most two thirds of the width adds at most a quarter.
+    least = 2 ** max(0, math.floor(math.log2(2 * min(shape.width for shape in found.values()) / 3)))
+    return (
+        f"ffn_multiple = {multiple} rounds the hidden units of the feed-forward up by more than a quarter at "
+        f"{', '.join(found)}, so these models differ in shape from the others. Use ffn_multiple = {least} in [model], or "
+        "set ffn in the rungs."
+    )
+
+
 def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
     """The peak learning rate of an arm at a rung: the arm's own, the rung's, the campaign's, or a law's.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from scaling.data.prepare import default_folder, prepare, prepared
+from scaling.data.prepare import at_most, default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops
@@ -25,10 +25,13 @@ from scaling.run.record import RunState
 from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict, WarmStart
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
-from sweeps.config.toml import located
+from sweeps.config.toml import as_value, located
 from sweeps.planning.branches import branched
 from sweeps.planning.ladder import Rung, peak_lr, rungs_of
-from sweeps.planning.tuned_settings import refuse_untuned, settled, with_settings
+from sweeps.planning.tuned_settings import refuse_foreign, refuse_untuned, settled, with_settings
+
+MOST_RUNS = 100_000
+"""Of one campaign: each is kept in memory, and is a directory."""
 
 
 class PlannedRun(Strict, frozen=True):
@@ -50,6 +53,12 @@ class PlannedRun(Strict, frozen=True):
         return count_parameters(self.spec.model).blocks
 
     @property
+    def starts_from(self) -> frozenset[str]:
+        """Runs that this one starts from, by their weights or as a branch of their course."""
+        initial = self.spec.warm_start.run if self.spec.warm_start else None
+        return frozenset(other for other in (initial, self.spec.branch_of) if other is not None)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The columns that say in every table which run a row is of."""
         return {
@@ -66,7 +75,7 @@ class CampaignPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The runs of a campaign, under one root folder.
 
     The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that wish for
-    it) and ``results/<campaign>/`` (plan, tables, report).
+    it), ``replaced/`` (directories of runs that were trained again) and ``results/<campaign>/`` (plan, tables, report).
     """
 
     campaign: Campaign
@@ -126,10 +135,14 @@ def plan(campaign: Campaign, root: Path | str) -> CampaignPlan:
     root = Path(root).resolve()
     campaign = with_settings(campaign, root)
     rungs = rungs_of(campaign)
+    count = len(campaign.arms) * sum(len(rung.seeds) for rung in rungs)
+    if count > MOST_RUNS:
+        raise ConfigError(
+            f"{campaign.file}: rungs, arms and seeds make {count:,} runs; a campaign has at most {MOST_RUNS:,}. Divide it."
+        )
     tables = campaign.placement_of([rung.name for rung in rungs])
     data, manifest = _data(campaign, root, tables)
-    if manifest is not None:
-        _check_data(campaign, manifest, rungs)
+    _check_data(campaign, manifest, rungs)
     digest = manifest_hash(manifest) if manifest is not None else None
     runs: list[PlannedRun] = []
     for rung in rungs:
@@ -140,6 +153,8 @@ def plan(campaign: Campaign, root: Path | str) -> CampaignPlan:
                 cell[arm.name] = runs[-1].id
     if campaign.schedule.branches:
         runs = branched(runs)
+    if manifest is not None and not campaign.untuned:
+        refuse_foreign(campaign, root, runs)
     return CampaignPlan(
         campaign=campaign,
         root=root,
@@ -169,25 +184,38 @@ def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementConfig]) ->
         return path, read_manifest(path)
 
 
-def _check_data(campaign: Campaign, manifest: Manifest, rungs: Iterable[Rung]) -> None:
-    if campaign.model.vocabulary < manifest.vocabulary:
+def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[Rung]) -> None:
+    """Refuse runs that the data cannot serve; of data that are not prepared, by what the sizes of files say."""
+    if campaign.evaluation.tokens < campaign.model.context:
         raise ConfigError(
-            f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
-            f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, less than one sequence of context "
+            f"{campaign.model.context:,}. Use a multiple of it."
         )
-    held = manifest.validation.tokens - 1
+    if manifest is not None:
+        if campaign.model.vocabulary < manifest.vocabulary:
+            raise ConfigError(
+                f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
+                f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
+            )
+        train, held, holds = manifest.train.tokens, manifest.validation.tokens - 1, "holds"
+    else:
+        with located(campaign.file):
+            bounds = at_most(campaign.data)
+        if bounds is None:
+            return
+        train, held, holds = bounds[0], bounds[1] - 1, "will hold at most"
     if campaign.evaluation.tokens > held:
         raise ConfigError(
-            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set holds "
+            f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set {holds} "
             f"{held:,}. Use fewer, or hold out more with validation_fraction in [data]."
         )
     if campaign.data.repeat:
         return
     for rung in rungs:
-        if rung.tokens > manifest.train.tokens:
+        if rung.tokens > train:
             raise ConfigError(
-                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set holds '
-                f"{manifest.train.tokens:,}. Add text, shorten the run, or set repeat = true in [data]."
+                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set {holds} '
+                f"{train:,}. Add text, shorten the run, or set repeat = true in [data]."
             )
 
 
@@ -235,6 +263,8 @@ def _run(
             else WarmStart(run=cell[arm.warm_start.arm], how=arm.warm_start.how, charged=arm.warm_start.charged),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
+    # What rules and products gave is checked as what a file says: a spec that is planned can be read again.
+    as_value(msgspec.to_builtins(spec), RunSpec, where=f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"')
     placement = Placement(
         data=str(data),
         device=table.device,
@@ -264,7 +294,7 @@ def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     windows = spec.batch_tokens // spec.model.context
     if at_most is None or at_most >= windows:
         return None
-    return max(part for part in range(1, at_most + 1) if windows % part == 0)
+    return next(part for part in range(at_most, 0, -1) if windows % part == 0)
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:

@@ -1,34 +1,44 @@
-"""Runs -> tables: runs.csv with one row a run, curves.parquet with one row a logged step, dynamics.parquet.
+"""Tables of a campaign's runs: runs.csv with a row a run, curves.parquet with a row a logged step, dynamics.parquet.
 
 The last has a row for every number that a run measured of its updates and weights, where a campaign asks for them.
+campaign.json beside them says which campaign they are of.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
-from scaling.io import write_atomic
+from scaling.io import read_json, write_atomic, write_json
 from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.run.record import RunRecord
 from scaling.training.warm_start import charged_parents
+from sweeps.config.campaign import IDENTITY, Collected
 from sweeps.planning.plan import CampaignPlan, PlannedRun
-from sweeps.reporting.status import run_status
+from sweeps.planning.tuned_settings import refuse_untuned
+from sweeps.reporting.status import status_and_record
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+T = TypeVar("T")
+
 RUN_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "status", "params", "tokens", "flops", "flops_matmul",
     "flops_attention", "flops_attention_full", "flops_with_optimizer", "flops_attention_with_optimizer", "loss", "train_loss", "seconds", "cpu_seconds",
-    "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "reason",
+    "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "code", "reason",
 )  # fmt: skip
 """Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
 the optimizer's matrix products cost where they say so (`scaling.optim.optimizer_flops`), `loss` is the held-out loss at the last
 token in nats per token, `seconds` is training time and `cpu_seconds` what it cost the processors, of runs on a CPU. FLOPs
-and times of a run include those of the runs that it started from and is charged for."""
+and times of a run include those of the runs that it started from and is charged for. `code` is a hash of the source that
+trained the run (`scaling.run.record.Code.digest`)."""
 
 CURVE_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
@@ -42,7 +52,34 @@ DYNAMICS_COLUMNS = (
 """Of dynamics.parquet: `quantity` is a field of `scaling.run.record.DynamicsRow`, `part` what it was measured of."""
 
 
-def collect(plan: CampaignPlan, folder: Path | str | None = None) -> pd.DataFrame:
+def _refuse_loss(folder: Path, plan: CampaignPlan) -> None:
+    """Refuse to replace tables by others in which finished runs of another campaign would be missing.
+
+    Tables belong to the campaign whose content (`campaign_identity`) was collected. A campaign that only grew, by rungs,
+    arms or seeds, still has every finished run of the old table and replaces it.
+    """
+    import pandas as pd
+
+    table, file = folder / "runs.csv", folder / IDENTITY
+    if not table.exists():
+        return
+    of = read_json(file, Collected) if file.exists() else None
+    if of is not None and of.identity == plan.campaign.identity:
+        return
+    old = pd.read_csv(table, dtype={"run": str})
+    if not {"run", "status"} <= set(old.columns):
+        return
+    done = set(old.loc[old["status"].isin(["finished", "diverged"]), "run"])
+    lost = done - {run.id for run in plan.runs}
+    if lost:
+        raise UserError(
+            f"{table}: holds {len(done)} runs that ended{f', collected from {of.file}' if of is not None else ''}, and "
+            f"{len(lost)} of them are no runs of {plan.campaign.file} as it is now. Give this campaign another name "
+            f"(--set name={plan.campaign.name}-2, for every verb), or collect with --overwrite; runs/ keeps all runs."
+        )
+
+
+def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: bool = False) -> pd.DataFrame:
     """The table of all runs of the plan, in the plan's order; written to `folder` together with the curves.
 
     A run that is not finished is there with its state, its budget and an empty loss, so that nobody mistakes a missing
@@ -51,20 +88,28 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None) -> pd.DataFram
     Args:
         plan: The campaign's plan.
         folder: Where runs.csv and curves.parquet go; ``results/<campaign>`` under the root when not given.
+        overwrite: Replace the tables of another campaign.
 
     Returns:
         The content of runs.csv, columns `RUN_COLUMNS`.
+
+    Raises:
+        UserError: The folder holds finished runs that this campaign does not have, or its tuning is not done.
     """
     import io
 
     import pandas as pd
 
+    refuse_untuned(plan.campaign)
     folder = plan.results if folder is None else Path(folder)
+    if not overwrite:
+        _refuse_loss(folder, plan)
     runs = pd.DataFrame([_run_row(plan, run) for run in plan.runs], columns=list(RUN_COLUMNS))
     curves = pd.DataFrame([row for run in plan.runs for row in _curve(plan, run)], columns=list(CURVE_COLUMNS))
     whole = ["seed", "step", "tokens", "flops"]
     floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
     curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
+    (folder / IDENTITY).unlink(missing_ok=True)  # written last: whoever is killed here leaves no wrong owner behind
     write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
     buffer = io.BytesIO()
     curves.to_parquet(buffer, index=False)
@@ -74,21 +119,26 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None) -> pd.DataFram
         buffer = io.BytesIO()
         pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
         write_atomic(folder / "dynamics.parquet", buffer.getvalue())
+    write_json(folder / IDENTITY, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
     return runs
 
 
 def _run_row(plan: CampaignPlan, run: PlannedRun) -> dict[str, Any]:
-    now = run_status(plan, run)
-    done = now.state in ("finished", "diverged")
-    record = plan.directory(run).record() if done else None
+    now, record = status_and_record(plan, run)
+    status, reason = now.state, now.reason
+    before: list[RunRecord] = []
+    if record is not None:
+        try:
+            before = charged_parents(plan.directory(run), run.spec.warm_start)
+        except UserError as error:  # what the run cost is not known, so it must not enter a fit
+            record, status, reason = None, "failed", str(error)
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.model, tokens, name) for name in CONVENTIONS}
-    before = charged_parents(plan.directory(run), run.spec.warm_start) if record else []
     optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
     paid = [record, *before] if record else []
     processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
     return run.identity | {
-        "status": now.state,
+        "status": status,
         "params": run.parameters,
         "tokens": tokens,
         "flops": flops["6nd"],
@@ -105,13 +155,23 @@ def _run_row(plan: CampaignPlan, run: PlannedRun) -> dict[str, Any]:
         "peak_lr": run.spec.optimizer.peak_lr,
         "batch_tokens": run.spec.batch_tokens,
         "manifest": run.spec.data.manifest,
-        "reason": now.reason,
+        "code": record.code.digest if record else None,
+        "reason": reason,
     }
+
+
+def _readable(read: Callable[[], list[T]]) -> list[T]:
+    """The rows of one run's log; none, with a sentence, where it cannot be read: the other runs go on."""
+    try:
+        return read()
+    except UserError as error:
+        print(f"{error} Its rows are left out.", file=sys.stderr)
+        return []
 
 
 def _curve(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
     # A run that continued logs the steps after its checkpoint again; the last line of a step is the one that counts.
-    rows = {row.step: row for row in plan.directory(run).metrics()}
+    rows = {row.step: row for row in _readable(plan.directory(run).metrics)}
     return [
         run.identity
         | {
@@ -129,7 +189,7 @@ def _curve(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
 
 
 def _dynamics(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
-    rows = {row.step: row for row in plan.directory(run).dynamics()}
+    rows = {row.step: row for row in _readable(plan.directory(run).dynamics)}
     found = []
     for _, row in sorted(rows.items()):
         quantities = {"update_rms": row.update_rms, "largest_logit": row.largest_logit, "svd_entropy": row.svd_entropy}

@@ -1,28 +1,46 @@
-"""A plan for the reader: as rows for machines, and as tables for people."""
+"""A plan as rows for machines and as a table for people, with predicted time, cost, and what both rest on."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.flops import train_flops
 from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.run.provenance import changed_files
+from scaling.run.record import RunState
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
 from sweeps.config.placement import PlacementConfig
-from sweeps.planning.cost import Cost, assumption, plan_costs, slots, wall_hours
+from sweeps.planning.cost import (
+    Basis,
+    Cost,
+    Measured,
+    Outlook,
+    _costs,
+    assumption,
+    measured_runs,
+    outlook,
+    records_under,
+    slots,
+    wall_hours,
+)
+from sweeps.planning.ladder import widened
 from sweeps.planning.plan import CampaignPlan
+from sweeps.planning.tuned_settings import untuned_note
 from sweeps.reporting.console import wide_enough
 
 
 def plan(planned: CampaignPlan) -> None:
     """Print `plan_table`."""
-    wide_enough(Console()).print(plan_table(planned))
+    wide_enough(console()).print(plan_table(planned))
 
 
 def groups(planned: CampaignPlan) -> None:
@@ -35,7 +53,7 @@ def groups(planned: CampaignPlan) -> None:
     from scaling.models.registry import build_model
     from scaling.optim.registry import assign
 
-    console = Console()
+    to = console()
     run_of_arm = {run.arm: run for run in planned.runs}
     for arm, run in run_of_arm.items():
         with torch.device("meta"):
@@ -50,22 +68,26 @@ def groups(planned: CampaignPlan) -> None:
             if not re.match(r"blocks\.[1-9]", claimed.name):
                 size = " x ".join(map(str, claimed.shape))
                 table.add_row(claimed.name, size, claimed.algorithm, claimed.view, Text(claimed.rule))
-        console.print(table, Text())
+        to.print(table, Text())
 
 
-def plan_rows(plan: CampaignPlan) -> list[dict[str, Any]]:
+def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str, Any]]:
     """The plan as plain values, one row a run; what ``--json`` prints.
 
     Counts and rates are exact; ``printed`` holds what a paper prints for the rung, as strings.
+
+    Args:
+        plan: The plan.
+        seen: Its `outlook`, where it was read already.
     """
-    costs = plan_costs(plan)
+    seen = seen or outlook(plan)
     printed = {rung.name: rung.printed for rung in plan.rungs}
     rows = []
     for run in plan.runs:
-        spec, cost = run.spec, costs[run.id]
+        spec, cost = run.spec, seen.costs[run.id]
         rows.append(run.identity | {
             "provisional": plan.provisional,
-            "state": plan.state(run),
+            "state": seen.states[run.id],
             "shape": as_dict(spec.model) | {"ffn_width": spec.model.ffn_width, "head_size": spec.model.head_size},
             "layers": spec.model.layers,
             "width": spec.model.width,
@@ -92,12 +114,21 @@ def plan_rows(plan: CampaignPlan) -> list[dict[str, Any]]:
     return rows
 
 
-def plan_totals(plan: CampaignPlan) -> dict[str, Any]:
-    """Sums over the campaign's distinct runs: how many, FLOPs, hours, and what is left of them."""
-    costs = plan_costs(plan)
+def plan_totals(
+    plan: CampaignPlan, seen: Outlook | None = None, *, shares: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Sums over the campaign's distinct runs: how many, FLOPs, hours, and what is left of them.
+
+    Args:
+        plan: The plan.
+        seen: Its `outlook`, where it was read already.
+        shares: Done share of runs by id; without it a run that has not ended counts as not begun.
+    """
+    seen, shares = seen or outlook(plan), shares or {}
+    states, costs = seen.states, seen.costs
     runs = plan.distinct()
-    states = {run.id: plan.state(run) for run in runs}
     left = [run for run in runs if states[run.id] not in ("finished", "diverged")]
+    hours_left = [costs[run.id].hours * (1.0 - shares.get(run.id, 0.0)) for run in left]
     tuning = tuning_hours(plan, costs)
     spent = [(costs[run.id].gpu_hours, plan.placements[run.rung]) for run in runs] + tuning
     at_once = min(slots(table) for table in plan.placements.values())
@@ -108,33 +139,47 @@ def plan_totals(plan: CampaignPlan) -> dict[str, Any]:
         "tokens": sum(run.spec.budget.tokens for run in runs),
         "flops": sum(run.spec.budget.flops for run in runs),
         "hours": sum(costs[run.id].hours for run in runs),
-        "hours_left": sum(costs[run.id].hours for run in left),
+        "hours_left": sum(hours_left),
         "gpu_hours": sum(hours for hours, _ in spent),
         "tuning_gpu_hours": sum(hours for hours, _ in tuning),
         "runs_at_once": at_once,
-        "wall_hours_left": wall_hours((costs[run.id].hours for run in left), at_once),
+        "wall_hours_left": wall_hours(hours_left, at_once),
         "price": _priced((hours, table.price) for hours, table in spent),
         "kilowatt_hours": _priced(
             (hours, None if table.watts is None else table.watts / 1e3) for hours, table in spent
         ),
         "bases": sorted({costs[run.id].basis for run in runs}),
+        "bases_left": sorted({costs[run.id].basis for run in left}),
     }
 
 
-MOST_FORESEEN = 200
-"""Runs up to which `to_go` reads all records at every look."""
+MAX_RECORDS_FOR_STATUS = 200
+"""Runs of a campaign up to which `to_go` reads the records of other campaigns under the root."""
 
 
-def to_go(plan: CampaignPlan) -> list[str]:
-    """What is left of a campaign in a sentence, as `plan_totals` predicts it; nothing where all is done or runs are many."""
-    if len(plan.runs) > MOST_FORESEEN:
-        return []
-    totals = plan_totals(plan)
+def to_go(
+    plan: CampaignPlan, states: dict[str, RunState], *, shares: Mapping[str, float], speeds: Mapping[str, float]
+) -> list[str]:
+    """Time and money that a campaign still needs, in a sentence; nothing where all is done.
+
+    Args:
+        plan: The plan.
+        states: Of its runs, by id.
+        shares: Done share of its runs.
+        speeds: Tokens per second of its runs that are done or under way: they come before any assumption.
+    """
+    measured = measured_runs(records_under(plan.root)) if len(plan.runs) <= MAX_RECORDS_FOR_STATUS else {}
+    for run in plan.distinct():
+        if run.id in speeds and run.id not in measured:
+            table = plan.placements[run.rung]
+            rate = speeds[run.id] / table.processes
+            measured[run.id] = Measured(spec=run.spec, cuda=table.on_cuda, tokens_per_second=rate)
+    totals = plan_totals(plan, Outlook(states=states, costs=_costs(plan, measured)), shares=shares)
     if not totals["hours_left"]:
         return []
     left = f"{hours_text(totals['hours_left'])} of training to go"
     wait = f"{hours_text(totals['wall_hours_left'])} to wait at {totals['runs_at_once']} at once"
-    basis = "assumed speed" if "assumed" in totals["bases"] else "from finished runs"
+    basis = "assumed speed" if "assumed" in totals["bases_left"] else "from the measured speed of runs"
     whole = [f"price of the whole {totals['price']:,.2f}"] if totals["price"] is not None else []
     whole += [f"{totals['kilowatt_hours']:,.3g} kWh" if totals["kilowatt_hours"] is not None else ""]
     return ["; ".join(part for part in (left, wait, *whole) if part) + f" ({basis})."]
@@ -182,9 +227,14 @@ def hours_text(hours: float) -> str:
     return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
+MAX_ROWS = 300
+"""Rows of a table on the terminal; ``--json`` prints all of them."""
+
+
 def plan_table(plan: CampaignPlan) -> RenderableType:
     """The plan as a table with its totals, and what the hours rest on."""
-    rows = plan_rows(plan)
+    seen = outlook(plan)
+    rows = plan_rows(plan, seen)
     printed = any(row["printed"] for row in rows)
     title = plan.campaign.title or plan.campaign.name
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -197,7 +247,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     if states:
         table.add_column("state", no_wrap=True)
     seeds = len({row["seed"] for row in rows}) > 1
-    for row in rows:
+    for row in rows[:MAX_ROWS]:
         windows = f" = {row['batch_windows']}x{row['shape']['context']}" if printed else ""
         table.add_row(
             row["arm"],
@@ -212,7 +262,8 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
             hours_text(row["hours"]),
             *([row["state"]] if states else []),
         )
-    return Group(table, Text(), *(Text(line) for line in _notes(plan)))
+    more = [f"{len(rows) - MAX_ROWS:,} more rows; --json prints all."] if len(rows) > MAX_ROWS else []
+    return Group(table, *map(Text, more), Text(), *(Text(line) for line in _notes(plan, seen)))
 
 
 def _beside(plan: CampaignPlan) -> str:
@@ -250,8 +301,58 @@ def _spending(totals: dict[str, Any], *, cuda: bool) -> str:
     return "; ".join(parts) + "."
 
 
-def _notes(plan: CampaignPlan) -> list[str]:
-    totals = plan_totals(plan)
+def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
+    """What the times rest on, with the arms and the number of runs of each basis where there are several."""
+    runs = [run for run in plan.distinct() if seen.states[run.id] not in ("finished", "diverged")]
+    found: dict[Basis, list[str]] = {}
+    for run in runs:
+        found.setdefault(seen.costs[run.id].basis, []).append(run.arm)
+    lines = []
+    for basis, arms in sorted(found.items()):
+        which = "Times" if len(found) == 1 else f"Times of {len(arms)} runs ({', '.join(dict.fromkeys(arms))})"
+        if basis == "assumed":
+            kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
+            lines += [f"{which} are {kind}." for kind in kinds]
+        elif basis != "itself":
+            source = {
+                "like": "finished runs of the same shape and optimizer",
+                "fitted": "what layers, activations and matrix products took in finished runs of other sizes or optimizers",
+            }
+            lines.append(f"{which} come from {source[basis]}.")
+    return lines
+
+
+RERUN = "--rerun changed-code"
+
+
+def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) -> list[str]:
+    """Sentences on runs that other code trained than the code that runs now, equal cases together.
+
+    Args:
+        trained_by: Commit and changed files of each run (`scaling.run.provenance.changed_files`).
+    """
+    lines = []
+    for (commit, files), count in Counter(trained_by).items():
+        runs = "1 run was" if count == 1 else f"{count:,} runs were"
+        named = f"commit {commit[:10]}" if commit else "unknown commit"
+        if files is None:
+            lines.append(
+                f"{runs} recorded without hashes of the code ({named}), so whether this code trained them is not known."
+            )
+        elif files:
+            shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+            differ = (
+                f"{len(files)} file{'' if len(files) == 1 else 's'} differ{'s' if len(files) == 1 else ''} ({shown})"
+            )
+            lines.append(
+                f"{runs} trained by other code than this: {named}, {differ}. To train again, submit with {RERUN}; "
+                "the old run directories are kept."
+            )
+    return lines
+
+
+def _notes(plan: CampaignPlan, seen: Outlook) -> list[str]:
+    totals = plan_totals(plan, seen)
     arms = ", ".join(arm.name for arm in plan.campaign.arms)
     done = f"{totals['finished']} finished" + (f", {totals['diverged']} diverged" if totals["diverged"] else "")
     lines = [
@@ -259,16 +360,12 @@ def _notes(plan: CampaignPlan) -> list[str]:
         f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
         f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
     ]
-    lines += [_spending(totals, cuda=any(table.accelerator != "cpu" for table in plan.placements.values()))]
+    lines += [sentence] if (sentence := widened(list(plan.rungs))) else []
+    lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
     lines.append(_beside(plan))
-    if "assumed" in totals["bases"]:
-        kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
-        lines += [f"Hours are {kind}." for kind in kinds]
-    elif totals["bases"] != ["itself"]:
-        lines.append(
-            "Hours of runs that are not done come from finished runs like them; those of other sizes from what layers, "
-            "activations and matrix products took there."
-        )
+    lines += _bases(plan, seen)
+    lines += untuned_note(plan.campaign)
+    lines += code_notes((code.commit, changed_files(code)) for code in seen.code)
     if plan.provisional:
         lines.append(
             f"The data are not prepared yet ({plan.data}); run ids are provisional until they are. "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.spec import as_dict
 from sweeps.config.tuning_results import Bracket, StudyResult, Tuning
 from sweeps.reporting.console import wide_enough
@@ -51,7 +52,7 @@ def bowl(study: StudyResult, bracket: Bracket, *, log: bool = True) -> str:
 
 def show(tuning: Tuning) -> None:
     """Print `study_table`."""
-    wide_enough(Console()).print(study_table(tuning))
+    wide_enough(console()).print(study_table(tuning))
 
 
 def study_table(tuning: Tuning) -> RenderableType:

@@ -135,7 +135,8 @@ def drop(root: Path, array: ArrayRecord) -> None:
 
 def all_arrays(root: Path) -> list[ArrayRecord]:
     """Everything that was ever submitted under a root, oldest first."""
-    records = [read_json(file, ArrayRecord) for file in (root / FOLDER).glob("*.json")]
+    remedy = "Move it aside; its runs are then known by their own files alone."
+    records = [read_json(file, ArrayRecord, remedy=remedy) for file in (root / FOLDER).glob("*.json")]
     return sorted(records, key=lambda array: (array.time, array.token))
 
 

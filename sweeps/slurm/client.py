@@ -47,6 +47,11 @@ VERDICTS: dict[str, Verdict] = {
 }
 """What a state says about an attempt. A state that is not here is unknown, which is not the same as over."""
 
+GROUP_LIMIT = (
+    "it starts when others of your {owner} end, or never if it asks for more than the limit by itself; compare its "
+    "request with: sacctmgr show {show}"
+)
+
 STUCK: dict[str, str] = {
     "launch failed requeued held": "SLURM holds it after a failed launch; release it with: scontrol release {job}",
     "JobHeldUser": "you hold it; release it with: scontrol release {job}",
@@ -54,11 +59,20 @@ STUCK: dict[str, str] = {
     "DependencyNeverSatisfied": "it waits for a job that failed; cancel it and submit again",
     "PartitionTimeLimit": "its time limit is above the partition's; cancel it, lower minutes, and submit again",
     "PartitionNodeLimit": "it asks for more nodes than the partition has; cancel it, lower nodes, and submit again",
-    "AssocMaxJobsLimit": "your account has its most running jobs; it starts when one of them ends",
-    "AssocGrpGRES": "your account's GPUs are in use; it starts when some are free",
     "BadConstraints": "no node has what it asks for; cancel it, change constraint, and submit again",
+    "Jobs": "your account or QOS has as many running jobs as it may; it starts when one of them ends",
+    "Minutes": "the budget of your account or QOS does not cover it; ask your administrators, or lower minutes",
+    "PerJob": "it asks for more than one job may have; cancel it, ask for less in [placement.slurm], and submit again",
+    "AssocGrp": GROUP_LIMIT.format(owner="account", show="assoc where user=$USER"),
+    "AssocMax": GROUP_LIMIT.format(owner="account", show="assoc where user=$USER"),
+    "QOSGrp": GROUP_LIMIT.format(owner="QOS", show="qos"),
+    "QOSMax": GROUP_LIMIT.format(owner="QOS", show="qos"),
 }
-"""Reasons of a pending job that will not go away by waiting, or that want explaining."""
+"""What to do about a pending job, by a part of SLURM's reason; the first that fits counts. For other reasons, such as
+Priority and Resources, it is enough to wait."""
+
+LOST = "lost"
+"""State of a task that the controller has forgotten although nobody cancelled it: it crashed before it saved the job."""
 
 KEPT_VARIABLES = ("SLURM_CONF",)
 DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_", "SUBMITIT_")
@@ -119,11 +133,11 @@ class SlurmTask:
 
     @property
     def advice(self) -> str | None:
-        """A sentence for a job that will not start by itself."""
-        for known, remedy in STUCK.items():
-            if known.lower() in self.reason.lower():
-                return f"job {self.job} will not start: {remedy.format(job=self.job)}"
-        return None
+        """SLURM's reason why the job waits, with what to do about it; None where there is no reason yet."""
+        if self.verdict != "pending" or self.reason in ("", "None"):
+            return None
+        remedy = next((remedy for known, remedy in STUCK.items() if known.lower() in self.reason.lower()), None)
+        return f"SLURM's reason is {self.reason}" + (f": {remedy.format(job=self.job)}" if remedy else "")
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,11 @@ class JobStates:
     notes: tuple[str, ...] = ()
     """What could not be reached, as sentences."""
     queue_reached: bool = True
+    accounting_reached: bool = True
+
+    def knows(self, array: str) -> bool:
+        """Whether the queue, the controller or the accounting has a task of the array that is not lost."""
+        return any(job.startswith(f"{array}_") and task.state != LOST for job, task in self.tasks.items())
 
 
 def look_up(jobs: Mapping[str, str], *, tasks_of: Mapping[str, int] | None = None) -> JobStates:
@@ -148,10 +167,12 @@ def look_up(jobs: Mapping[str, str], *, tasks_of: Mapping[str, int] | None = Non
         return JobStates()
     notes = []
     tasks: dict[str, SlurmTask] = {}
+    accounting_reached = True
     try:
         fields = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList,ExitCode"
         tasks = accounted(ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", fields), jobs)
     except Unreachable as error:
+        accounting_reached = False
         notes.append(f"SLURM's accounting could not be asked ({error}): hours spent and cancelled jobs are not known.")
     reached = True
     try:
@@ -165,7 +186,7 @@ def look_up(jobs: Mapping[str, str], *, tasks_of: Mapping[str, int] | None = Non
         tasks[job] = replace(task, seconds=spent.seconds, gpu_seconds=spent.gpu_seconds) if spent else task
     if reached:
         _settle(jobs, tasks, queued, tasks_of or {})
-    return JobStates(tasks=tasks, notes=tuple(notes), queue_reached=reached)
+    return JobStates(tasks=tasks, notes=tuple(notes), queue_reached=reached, accounting_reached=accounting_reached)
 
 
 def _settle(
@@ -173,8 +194,9 @@ def _settle(
 ) -> None:
     """Find out how tasks ended that have left the queue, where the accounting is silent or behind.
 
-    The controller remembers jobs for some minutes. A task that nobody remembers is over; one that the accounting still
-    calls pending was cancelled before it began.
+    The controller remembers jobs for some minutes. A task that it has forgotten and that was running is over. One that
+    the accounting still calls pending was cancelled before it began if the controller knows other tasks of its array,
+    for a single waiting task leaves no trace in the accounting when it is cancelled; else the controller lost the array.
     """
     open_ended = {
         job.split("_")[0] for job, task in tasks.items() if job not in queued and task.verdict in ("pending", "running")
@@ -182,20 +204,24 @@ def _settle(
     known = Counter(task.split("_")[0] for task in tasks)
     silent = {job for job in jobs if known[job] < tasks_of.get(job, 1)}
     for array in sorted(open_ended | silent):
+        answered, remembered = True, {}
         try:
             remembered = controlled(ask("scontrol", "-o", "show", "job", array), jobs)
-        except Unreachable:
-            remembered = {}
+        except Unreachable as error:
+            answered = "Invalid job id" in str(error)
+        known_to_controller = bool(remembered) or any(job.split("_")[0] == array for job in queued)
         for job, state in remembered.items():
             if job not in queued and (job not in tasks or tasks[job].verdict in ("pending", "running")):
                 before = tasks.get(job, SlurmTask(job, state, "unknown"))
                 tasks[job] = replace(before, state=state, verdict=verdict(state))
         for job, task in tasks.items():
             if job.split("_")[0] == array and job not in queued and job not in remembered:
-                if task.verdict == "pending":
+                if task.verdict == "pending" and known_to_controller:
                     tasks[job] = replace(task, state="CANCELLED", verdict="cancelled")
+                elif task.verdict == "pending":
+                    tasks[job] = replace(task, state=LOST, verdict="over" if answered else "unknown")
                 elif task.verdict == "running":
-                    tasks[job] = replace(task, verdict="over")
+                    tasks[job] = replace(task, state=LOST, verdict="over")
 
 
 def controlled(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
@@ -260,13 +286,16 @@ def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
         if len(fields) < 5 or fields[1] not in (jobs.get(fields[0].split("_")[0]), "allocation"):
             continue
         state, seconds = fields[2], float(fields[3]) if fields[3].isdigit() else 0.0
+        # A person's cancellation reads "CANCELLED by <uid>". Without a uid the accounting closed the job itself, since
+        # the controller came back without it, or since it waited for a job that failed.
+        lost = state.strip() == "CANCELLED"
         gpus = re.search(r"gres/gpu=(\d+)", fields[4])
         for job in expand(fields[0]):
             before = tasks.get(job)
             tasks[job] = SlurmTask(
                 job=job,
-                state=state,
-                verdict=verdict(state),
+                state=LOST if lost else state,
+                verdict="over" if lost else verdict(state),
                 seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
                 status=int(code[1]) if len(fields) > 6 and (code := re.match(r"(\d+):", fields[6])) else None,

@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scaling.console import console
 from scaling.spec import Strict
-from sweeps.config.placement import SlurmConfig, profile_file, slurm_tables
+from sweeps.config.placement import SlurmConfig, profile_file
 from sweeps.planning.plan import CampaignPlan
 from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.snapshot import code_root
+from sweeps.slurm.snapshot import code_root, exposed
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 ROOM_BYTES = 1 << 30
@@ -49,16 +49,15 @@ def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
     checks = [*_commands(), *_root(plan.root)]
     if any(check.verdict == "fail" for check in checks):
         return checks
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
     kinds: dict[str, SlurmConfig] = {}
-    for rung, table in tables.items():
-        if table not in kinds.values():
-            kinds[rung] = table
+    for rung, table in plan.placements.items():
+        if table.slurm not in kinds.values():
+            kinds[rung] = table.slurm
     checks += _configuration(len(plan.distinct()))
-    for rung, table in kinds.items():
-        checks += list(_placement(rung, table))
+    for rung, asked in kinds.items():
+        checks += list(_placement(rung, asked))
         if probe:
-            checks.append(_probe(plan.root, rung, table))
+            checks.append(_probe(plan.root, rung, asked))
     return checks
 
 
@@ -70,7 +69,7 @@ def show(checks: list[ClusterCheck]) -> None:
         table.add_column(column, no_wrap=column != "finding")
     for check in checks:
         table.add_row(check.name, Text(check.verdict, style=styles[check.verdict]), Text(check.finding))
-    Console().print(table)
+    console().print(table)
 
 
 def _commands() -> Iterator[ClusterCheck]:
@@ -109,6 +108,10 @@ def _root(root: Path) -> Iterator[ClusterCheck]:
         yield ClusterCheck(
             name="run root", verdict="fail", finding=f"{here} is not writable. Choose another with --root."
         )
+        return
+    if (folder := exposed(root)) is not None:
+        finding = f"others may write {folder}, and could replace what your jobs execute. Run chmod go-w, or move."
+        yield ClusterCheck(name="run root", verdict="fail", finding=finding)
         return
     free = shutil.disk_usage(here).free
     if free < ROOM_BYTES:
@@ -205,7 +208,7 @@ def _placement(rung: str, table: SlurmConfig) -> Iterator[ClusterCheck]:
             name=name,
             verdict="fail",
             finding=f"minutes is {table.time_minutes:,}, and partition {chosen[0]['PartitionName']} allows {limit:,}; "
-            f"the job would wait for ever. Set minutes = {limit} or less: a longer run continues in the next job.",
+            f"the job would wait for ever. Set time_minutes = {limit} or less: a longer run continues in the next job.",
         )
         return
     if table.signal_seconds >= table.time_minutes * 60:
@@ -221,7 +224,46 @@ def _placement(rung: str, table: SlurmConfig) -> Iterator[ClusterCheck]:
         said = str(error).removeprefix("sbatch failed: ")
         yield ClusterCheck(name=name, verdict="fail", finding=f"SLURM would refuse: {said}. Change [placement.slurm].")
         return
+    if (exceeded := _limit_below(table)) is not None:
+        yield ClusterCheck(
+            name=name,
+            verdict="fail",
+            finding=f"{exceeded}; the job would wait for ever. Ask for less in [placement.slurm], or have the limit raised.",
+        )
+        return
     yield ClusterCheck(name=name, verdict="pass", finding=f"partition {chosen[0]['PartitionName']} would take it")
+
+
+def _limit_below(table: SlurmConfig) -> str | None:
+    """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
+    wanted = {
+        "cpu": table.nodes * table.tasks_per_node * table.cpus_per_task,
+        "node": table.nodes,
+        "gres/gpu": table.devices,
+    }
+    limits = "GrpTRES,MaxTRES,GrpJobs,MaxJobs"
+    rows = []
+    try:
+        user = ask("id", "-un").strip()
+        account = (
+            table.account
+            or ask("sacctmgr", "-n", "-P", "show", "user", user, "format=DefaultAccount").partition("\n")[0]
+        )
+        text = ask("sacctmgr", "-n", "-P", "show", "association", f"account={account}", f"format=User,{limits}")
+        rows += [(f"account {account}", row) for row in text.splitlines() if row.split("|")[0] in ("", user)]
+        if table.qos is not None:
+            text = ask("sacctmgr", "-n", "-P", "show", "qos", table.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")
+            rows += [(f"QOS {table.qos}", row) for row in text.splitlines()]
+    except Unreachable:
+        return None
+    for owner, row in rows:
+        group, each, *jobs = row.split("|")[1:]
+        if "0" in jobs:
+            return f"{owner} may have no running jobs"
+        for name, most in re.findall(r"([\w/]+)=(\d+)", f"{group},{each}"):
+            if wanted.get(name, 0) > int(most):
+                return f"{owner} may use {most} of {name}, and a job asks for {wanted[name]}"
+    return None
 
 
 def _request(table: SlurmConfig) -> list[str]:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from pathlib import Path
 
 from scaling.io import append_line, read_lines
 from scaling.run.directory import RunDirectory
 from scaling.spec import Strict
-from scaling.training.pool import LOG
 from sweeps.slurm.lease import LOST_LEASE
 
 FILE = "endings.jsonl"
-LOG_LINES = 5
 
 LEFT_EARLY = 75
 """Exit status: asked to leave before training began; nothing is lost, and it may be started again."""
@@ -30,8 +27,21 @@ REFUSED = 2
 """Exit status: the run cannot be trained as it is; starting it again would not help."""
 
 MAX_EXITS_WITHOUT_PROGRESS = 5
-"""Endings without progress, of any kind, that are borne for each of the `tries` that kills are: a run that is asked to
-leave before it can take a step wastes an allocation as surely as one that is killed."""
+"""Endings without progress, of any kind, that are tolerated for each of the `tries` that kills are: a run that is asked
+to leave before it can take a step wastes an allocation as surely as one that is killed."""
+
+KILLED = 137
+"""Exit status of a process that SIGKILL ended, as a shell counts."""
+
+ENDED_BY_SLURM = {
+    "TIMEOUT": KILLED,
+    "DEADLINE": KILLED,
+    "OUT_OF_MEMORY": KILLED,
+    "NODE_FAIL": LEFT_EARLY,
+    "PREEMPTED": LEFT_EARLY,
+}
+"""Exit status to note for a run whose job SLURM ended in that state, batch script and all; in the last two the run had
+no part in it. A job in another state has ended its script, and noted what there was to note."""
 
 
 class JobExit(Strict, frozen=True):
@@ -48,7 +58,9 @@ class JobExit(Strict, frozen=True):
     node: str | None = None
     starts: int = 0
     """Attempts that had begun to train by then."""
-    abandoned: str | None = None
+    state: str | None = None
+    """SLURM's state of the job, where the job was ended before it could note anything itself."""
+    reason_abandoned: str | None = None
     """Why it is not started again, where it is not."""
 
 
@@ -58,10 +70,10 @@ def read_exits(directory: RunDirectory) -> list[JobExit]:
     return list({(line.job, line.restart): line for line in lines}.values())
 
 
-def abandoned(directory: RunDirectory) -> str | None:
+def reason_abandoned(directory: RunDirectory) -> str | None:
     """Why the run is not started again until somebody asks; None if it may be."""
     endings = read_exits(directory)
-    return endings[-1].abandoned if endings else None
+    return endings[-1].reason_abandoned if endings else None
 
 
 def record_exit(directory: RunDirectory, ending: JobExit) -> None:
@@ -87,7 +99,13 @@ def reason_to_abandon(endings: list[JobExit], tries: int) -> str | None:
     """Why a run that keeps ending without a step of progress would do so again, or None."""
     killed, barren = exits_without_progress(endings)
     if killed >= tries:
-        return f"{killed} attempts were killed without a step of progress"
+        said = f"{killed} attempts were" if killed > 1 else "1 attempt was"
+        said += " killed without a step of progress"
+        if endings[-1].state == "TIMEOUT":
+            return (
+                f"{said}, by the time limit; raise minutes, for the first checkpoint comes after a step at the earliest"
+            )
+        return said
     if barren >= tries * MAX_EXITS_WITHOUT_PROGRESS:
         return f"{barren} attempts had to leave before a step of progress; ask for more minutes, or another partition"
     return None
@@ -97,13 +115,3 @@ def resume_step(directory: RunDirectory) -> int:
     """The step of the newest checkpoint, by its name; 0 where there is none."""
     steps = [re.match(r"step-(\d+)\.", point.name) for point in directory.checkpoints.glob("step-*.ckpt")]
     return max((int(step[1]) for step in steps if step), default=0)
-
-
-def log_tail(directory: RunDirectory) -> str:
-    """The end of what the run printed, as one clause."""
-    log: Path = directory.path / LOG
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "it left no log"
-    return f"its log ends: {' / '.join(lines[-LOG_LINES:])}"[:1000] if lines else "its log is empty"

@@ -16,7 +16,7 @@ from scaling.training.pool import LOG
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.array_records import CANCELLED
 from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.job_exits import abandoned
+from sweeps.slurm.job_exits import reason_abandoned
 from sweeps.slurm.queue_state import survey
 
 FOLLOW_SECONDS = 1.0
@@ -81,7 +81,11 @@ def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
 def _leaves(root: Path, run: str) -> bool:
     """Whether a run has no further part in its job."""
     directory = RunDirectory(root / "runs" / run)
-    return (directory.path / CANCELLED).exists() or directory.record_file.exists() or abandoned(directory) is not None
+    return (
+        (directory.path / CANCELLED).exists()
+        or directory.record_file.exists()
+        or reason_abandoned(directory) is not None
+    )
 
 
 def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:
@@ -95,7 +99,6 @@ def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -
         directory = plan.directory(run)
         if plan.state(run) not in ("finished", "diverged") or directory.checkpoints.is_symlink():
             continue
-        directory.spec()  # refuses a directory that is not this run's
         files += [file for file in sorted(directory.checkpoints.glob("step-*.ckpt")) if not file.is_symlink()]
     size = sum(file.stat().st_size for file in files)
     if not dry_run:
@@ -105,19 +108,22 @@ def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -
 
 
 def show_log(
-    plan: CampaignPlan, run: PlannedRun, *, follow: bool = False, write: Callable[[str], object] = sys.stdout.write
+    directory: RunDirectory, *, follow: bool = False, write: Callable[[str], object] = sys.stdout.write
 ) -> None:
     """Print what a run has printed, and go on as it prints more until it is done.
 
     Raises:
         UserError: It has printed nothing yet.
     """
-    log = plan.directory(run).path / LOG
+    log = directory.path / LOG
     if not log.exists():
-        raise UserError(f"{log}: the run {run.id} has printed nothing yet. Its state is {plan.state(run)}.")
+        raise UserError(
+            f"{log}: the run has printed nothing yet; its state is {directory.state()}. "
+            "Submit its campaign, or look again once it trains."
+        )
     with log.open(errors="replace") as file:
         write(file.read())
-        while follow and plan.state(run) in ("running", "queued", "preempted"):
+        while follow and directory.state() in ("running", "queued", "preempted"):
             time.sleep(FOLLOW_SECONDS)
             write(file.read())
         write(file.read())

@@ -16,7 +16,7 @@ from scaling.run.directory import RunDirectory
 from scaling.training.pool import device_slots, note_kill, side_by_side
 from sweeps.slurm.array_records import CANCELLED
 from sweeps.slurm.job import train_run
-from sweeps.slurm.job_exits import LEFT_EARLY, abandoned, exit_of, record_exit
+from sweeps.slurm.job_exits import LEFT_EARLY, exit_of, reason_abandoned, record_exit
 
 
 def train_pack(record_file: Path, runs: tuple[str, ...]) -> int:
@@ -24,7 +24,7 @@ def train_pack(record_file: Path, runs: tuple[str, ...]) -> int:
     root = record_file.parent.parent
     directories = [RunDirectory(root / "runs" / run) for run in runs]
     # SLURM starts the job again as a whole: who is done or was given up has no part in it.
-    open_ended = [run for run in directories if not run.record_file.exists() and abandoned(run) is None]
+    open_ended = [run for run in directories if not run.record_file.exists() and reason_abandoned(run) is None]
     for signum in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(signum, lambda *_: os._exit(LEFT_EARLY))  # until runs have begun, there is nobody to tell
     # A device is given to each run where there are any; runs on processors share what the job has.
@@ -52,7 +52,7 @@ def _note(directory: RunDirectory, exit_code: int) -> None:
         return
     ending = exit_of(
         directory,
-        job=os.environ["SLURM_JOB_ID"],
+        job=f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         node=os.environ.get("SLURMD_NODENAME"),
         status=128 - exit_code if exit_code < 0 else exit_code,

@@ -9,7 +9,7 @@ from pathlib import Path
 from sweeps.slurm import array_records
 from sweeps.slurm.array_records import ArrayRecord, Location
 from sweeps.slurm.bad_nodes import NodeFailure
-from sweeps.slurm.client import JobStates, SlurmTask, look_up
+from sweeps.slurm.client import LOST, JobStates, SlurmTask, look_up
 from sweeps.slurm.job_exits import UNNOTED
 
 NEW_SECONDS = 10.0
@@ -27,10 +27,11 @@ class QueueSnapshot:
     answer: JobStates = field(default_factory=JobStates)
 
     def task(self, run: str) -> SlurmTask | None:
-        """SLURM's word on the run's last job; None where it had none, or SLURM was not reached.
+        """What SLURM says about the run's last job; None where it had none, or SLURM was not reached.
 
-        Of a task that is cancelled while it waits, SLURM keeps no trace. One that has left the queue and never began
-        was therefore ended by a person; one that began and is forgotten is over.
+        The accounting keeps no trace of a single array task that is cancelled while it waits, but of its array it does.
+        A task that never began and is in no answer was therefore cancelled if its array is known, or if there is no
+        accounting to tell; if the accounting answers and does not know the array, the controller has lost it.
         """
         place = self.places.get(run)
         if place is None or place.job is None or not self.answer.queue_reached:
@@ -42,6 +43,9 @@ class QueueSnapshot:
             return SlurmTask(place.job, "just submitted", "pending")
         if array_records.began(self.root, run, place.array):
             return SlurmTask(place.job, "forgotten", "over")
+        cancelled = (self.root / "runs" / run / array_records.CANCELLED).exists()
+        if self.answer.accounting_reached and not cancelled and not self.answer.knows(place.job.split("_")[0]):
+            return SlurmTask(place.job, LOST, "over")
         return SlurmTask(place.job, "cancelled before it began", "cancelled")
 
     def runs_of(self, job: str) -> tuple[str, ...]:

@@ -16,19 +16,21 @@ from typing import NamedTuple
 
 import msgspec
 
+from scaling.errors import UserError
 from scaling.io import read_json
 from scaling.run.directory import RunDirectory
+from scaling.training.pool import log_tail
 from sweeps.slurm import array_records, bad_nodes
 from sweeps.slurm.array_records import ArrayRecord
 from sweeps.slurm.bad_nodes import NodeFailure
 from sweeps.slurm.client import Unreachable, ask
 from sweeps.slurm.job_exits import (
+    ENDED_BY_SLURM,
     LEFT_EARLY,
     REFUSED,
     UNNOTED,
     JobExit,
     exit_of,
-    log_tail,
     read_exits,
     reason_to_abandon,
     record_exit,
@@ -40,6 +42,7 @@ class Job(NamedTuple):
     """The job that has just ended its work, as its environment tells."""
 
     id: str
+    """``<array job>_<index>``."""
     restart: int
     node: str | None
     """None where it had several: nobody can say which of them failed."""
@@ -52,7 +55,7 @@ def main(record_file: str, status: int, tries: int) -> int:
     file = Path(record_file)
     array, root = read_json(file, ArrayRecord), file.parent.parent
     job = Job(
-        id=os.environ["SLURM_JOB_ID"],
+        id=f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
         processes=int(os.environ.get("SLURM_NTASKS", "1")),
@@ -63,18 +66,17 @@ def main(record_file: str, status: int, tries: int) -> int:
         directory = RunDirectory(root / "runs" / run)
         try:
             ending = _settle(directory, job, status, tries)
-        except OSError as error:  # a run that cannot even note its end must not be started again and again
+        except (OSError, UserError) as error:  # a run that cannot even note its end must not be started again and again
             noted = False
-            reasons.append(
-                f"{directory.path}: {error.strerror}; the run's end could not be noted. Make room, and submit again."
-            )
+            said = f"{directory.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            reasons.append(f"{said}; the run's end could not be noted. Make room, and submit again.")
             continue
         if ending is None:
             continue
-        if ending.abandoned is None:
+        if ending.reason_abandoned is None:
             again = True
         else:
-            reasons.append(ending.abandoned)
+            reasons.append(ending.reason_abandoned)
         if job.node is not None and failed_at_start(directory, ending):
             avoid.add(job.node)
             failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=ending.time)
@@ -102,13 +104,36 @@ def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> JobEx
     if endings and (endings[-1].job, endings[-1].restart) == (job.id, job.restart):
         *endings, ending = endings  # the job itself has noted how each of its runs ended
     else:
-        if endings and endings[-1].abandoned is not None:
+        if endings and endings[-1].reason_abandoned is not None:
             return None  # it had no part in this attempt
         ending = exit_of(directory, job=job.id, restart=job.restart, node=job.node, status=status)
-    if ending.status == LOST_LEASE:
-        return None
+    return None if ending.status == LOST_LEASE else _conclude(directory, endings, ending, job, tries)
+
+
+def settle_unnoted(directory: RunDirectory, job: str, state: str, tries: int) -> None:
+    """Note how a job ended that could not do so itself, for SLURM killed its batch script with the rest.
+
+    Args:
+        directory: Of a run that the job had begun.
+        job: ``<array job>_<index>``.
+        state: SLURM's state of the job, one of `ENDED_BY_SLURM`.
+        tries: As the run's placement has it.
+    """
+    if directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists() or directory.is_locked():
+        return
+    endings = read_exits(directory)
+    restart = sum(ending.job == job for ending in endings)
+    ending = exit_of(directory, job=job, restart=restart, node=None, status=ENDED_BY_SLURM[state])
+    if endings and endings[-1].job == job and endings[-1].starts == ending.starts:
+        return  # it has noted this end
+    ending = msgspec.structs.replace(ending, state=state)
+    _conclude(directory, endings, ending, Job(id=job, restart=restart, node=None), tries)
+
+
+def _conclude(directory: RunDirectory, endings: list[JobExit], ending: JobExit, job: Job, tries: int) -> JobExit:
+    """Note an ending that followed others, with what follows from it."""
     reason = _why_give_up(directory, endings, ending, tries, processes=job.processes)
-    ending = msgspec.structs.replace(ending, abandoned=reason)
+    ending = msgspec.structs.replace(ending, reason_abandoned=reason)
     record_exit(directory, ending)
     row, attempts = directory.last_row(), directory.attempts()
     reached = row.step if row else ending.step
@@ -116,6 +141,8 @@ def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> JobEx
         directory.note("end", step=reached, outcome="failed", reason=reason, job=job.id)
     elif reason is None and attempts and attempts[-1].event == "start":  # it had no time to say so itself
         said = f"its processes ended with status {ending.status}"
+        if ending.state is not None:
+            said = f"SLURM ended its job as {ending.state}"
         directory.note("end", step=reached, outcome="preempted", reason=said, job=job.id)
     return ending
 

@@ -1,21 +1,21 @@
-"""The batch script of an array, and its way to SLURM, through submitit.
+"""The batch script of an array, which submitit writes, and its submission with sbatch.
 
-submitit writes, sends and files the script. Its pickles, its results and its word on states are not used: a job is the
-path of a record and a place in it.
+A job is the path of an array's record and an index into it: submitit's pickles, results and job states are not used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+from submitit.slurm.slurm import _make_sbatch_string
 
 from scaling.errors import UserError
 from scaling.spec import Placement
@@ -23,7 +23,7 @@ from sweeps.config.placement import SlurmConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm import array_records
 from sweeps.slurm.client import clean_environment
-from sweeps.slurm.snapshot import code_digest
+from sweeps.slurm.snapshot import check_in_shell, code_digest, code_hash, code_root
 
 INHERITED = (
     "HOME", "USER", "LOGNAME", "PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "SLURM_CONF", "LD_LIBRARY_PATH",
@@ -32,32 +32,47 @@ INHERITED = (
 """Variables that jobs get of the submitter's: tokens and passwords stay behind."""
 
 
-class Launcher(SlurmExecutor):
-    """submitit's writing, sending and filing of a batch script, without its pickles: the job is a path."""
+QUEUE_IS_FULL = ("temporarily unable to accept job", "job queue full")
+"""What sbatch says when SLURM holds MaxJobCount jobs, before it tries again for two minutes without another word."""
 
-    def __init__(self, folder: Path, script: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        super().__init__(folder)
-        self.script = script
 
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self.script
+class SubmissionError(Exception):
+    """sbatch is missing, refused, or gave no job id; the message is what it said."""
 
-    def launch(self) -> str:
-        """The array's job id.
 
-        Raises:
-            FailedJobError: sbatch is missing or refused.
-        """
-        before, clean = dict(os.environ), clean_environment()
-        os.environ.clear()
-        os.environ.update(clean)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what its exception says
-                return str(self._submit_command("").job_id)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+def launch(file: Path, script: str) -> str:
+    """The job id that sbatch gives an array, whose batch script is kept in `file`.
+
+    A queue that is full is reported at once: a smaller array may have room.
+
+    Raises:
+        SubmissionError: There is no job id. SLURM can have taken the job all the same.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file.write_text(script)
+    try:
+        process = subprocess.Popen(
+            ["sbatch", str(file)], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise SubmissionError("there is no command sbatch on this machine") from None
+    errors, is_full = [], False
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            errors.append(line.strip().removeprefix("sbatch: error: "))
+            if is_full := any(words in line for words in QUEUE_IS_FULL):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        printed = "" if is_full else process.stdout.read()
+    # A site's wrapper may print more, and other job ids with it; sbatch's own line is the last of its kind.
+    ids = re.findall(r"^Submitted batch job (\d+)", printed, re.MULTILINE)
+    if process.returncode or not ids:
+        said = " ".join(word for line in errors for word in line.split()) or f"sbatch printed {printed.strip()!r}"
+        raise SubmissionError(said[:500])
+    return str(ids[-1])
 
 
 def batch_script(
@@ -83,7 +98,8 @@ def batch_script(
         after: Jobs that have to end well before these start.
         exclude: Nodes to leave out, besides those that the placement does.
     """
-    code = plan.root / "code" / code_digest() if code is None else code
+    working_tree = code == code_root()  # the user asked for it; it holds more than the packages
+    code, digest = (plan.root / "code" / code_digest(), code_hash()) if code is None else (code, code_hash(code))
     record = plan.root / array_records.FOLDER / f"{token}.json"
     python = shlex.quote(sys.executable)
     options = {option.replace("_", "-"): value for option, value in slurm.sbatch.items() if value is not False}
@@ -116,9 +132,12 @@ def batch_script(
         wckey=None,  # type: ignore[arg-type]  # submitit's own default would be refused where keys are enforced
         srun_args=["--kill-on-bad-exit=1"],
         setup=[
+            "trap : HUP INT QUIT USR1 USR2 TERM",  # the script outlives what its processes are told, and notes how they end
             "umask 077",
+            *([] if working_tree else [check_in_shell(code, digest)]),
+            "export PYTHONDONTWRITEBYTECODE=1",  # a compiled file would be one more than the snapshot may hold
             "export SLURM_EXPORT_ENV=ALL",  # else srun passes on what sbatch inherited, and not what is set here
-            "export PYTHONSAFEPATH=1",  # the folder that sbatch was called in is no place to import from
+            "export PYTHONSAFEPATH=1",  # else Python imports from the working folder
             f"export PYTHONPATH={shlex.quote(str(code))}",
             f"export OMP_NUM_THREADS={slurm.cpus_per_task}",
             *slurm.setup,
@@ -130,7 +149,12 @@ def batch_script(
             'kill "$watchdog" 2>/dev/null',
             f'{python} -m sweeps.slurm.requeue {shlex.quote(str(record))} "$status" {slurm.max_kills}',
         ],
-        additional_parameters={"requeue": True, "export": ",".join(inherited) or "NONE", **options},
+        additional_parameters={
+            "requeue": True,
+            "chdir": plan.root,  # the folder that sbatch was called in may be gone by then
+            "export": ",".join(inherited) or "NONE",
+            **options,
+        },
     )
 
 
@@ -138,8 +162,14 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
     """The run's placement in a job of several tasks: a process for each, which share the batch.
 
     Raises:
-        UserError: The tasks do not divide the windows of a batch.
+        UserError: The tasks do not divide the windows of a batch, or the job would be asked to save before it begins.
     """
+    if slurm.signal_seconds >= 60 * slurm.time_minutes:
+        raise UserError(
+            f'{plan.campaign.file}, rung "{run.rung}": a job of time_minutes = {slurm.time_minutes} is asked to save '
+            f"signal_seconds = {slurm.signal_seconds} before its end, which is when it begins. Raise minutes, or lower "
+            "signal_seconds."
+        )
     if slurm.processes == 1:
         return run.placement
     windows = run.spec.batch_tokens // run.spec.model.context

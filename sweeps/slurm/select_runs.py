@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import msgspec
 
 from scaling.errors import UserError
-from sweeps.config.placement import SlurmConfig, slurm_tables
-from sweeps.local import Retry, retries
+from sweeps.config.placement import SlurmConfig
+from sweeps.local import Retry, placement_changed, retries
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm import array_records, bad_nodes, job_exits
 from sweeps.slurm.client import SlurmTask
@@ -31,9 +32,11 @@ def sort(plan: CampaignPlan, seen: QueueSnapshot, *, retry: Retry, order: Litera
     """
     found = Submission(plan=plan, classes=[], notes=[*seen.answer.notes, *bad_nodes.sentences(plan.root)])
     missing: list[PlannedRun] = []
+    waiting = Counter[str]()
     folder = plan.root / "runs"
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     bad = set(bad_nodes.bad_nodes(plan.root))
+    tables = {rung: table.slurm for rung, table in plan.placements.items()}
     for run in sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive"):
         if run.id not in present:
             missing.append(run)
@@ -45,11 +48,11 @@ def sort(plan: CampaignPlan, seen: QueueSnapshot, *, retry: Retry, order: Litera
             found.done.append(run.id)
         elif alive and place is not None and place.array.per_task > 1 and _out_of_its_pack(plan, run):
             # Its neighbours still train. The job does not start it again, and a new claim would keep it from doing so.
-            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad)
+            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad, slurm=tables[run.rung])
         elif state == "running" or alive:
             found.joined.append(run.id)
             if task is not None and task.advice is not None:
-                found.notes.append(task.advice)
+                waiting[task.advice] += 1
         elif (place is not None and not seen.answer.queue_reached) or (task is not None and task.verdict == "unknown"):
             found.unknown.append(run.id)
         elif place is not None and place.job is None:
@@ -57,22 +60,34 @@ def sort(plan: CampaignPlan, seen: QueueSnapshot, *, retry: Retry, order: Litera
         elif _was_cancelled(plan, run, task, seen) and not retries(retry, "cancelled"):
             found.cancelled.append(run.id)
         else:
-            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad)
-    found.classes = _classes(plan, missing)
+            _sort_ended(found, missing, run, state=state, retry=retry, bad=bad, slurm=tables[run.rung])
+    found.notes += [f"{count} waiting: {advice}" for advice, count in waiting.items()]
+    found.classes = _classes(plan, missing, tables)
     return found
 
 
 def prerequisites(run: PlannedRun) -> frozenset[str]:
     """Runs that this one starts from, by their weights or as a branch of their course."""
-    initial = run.spec.warm_start.run if run.spec.warm_start else None
-    return frozenset(other for other in (initial, run.spec.branch_of) if other is not None)
+    return run.starts_from
 
 
 def _sort_ended(
-    found: Submission, missing: list[PlannedRun], run: PlannedRun, *, state: str, retry: Retry, bad: set[str]
+    found: Submission,
+    missing: list[PlannedRun],
+    run: PlannedRun,
+    *,
+    state: str,
+    retry: Retry,
+    bad: set[str],
+    slurm: SlurmConfig,
 ) -> None:
     """A run that no job has any more."""
-    if state == "failed" and not retries(retry, "failed") and not _failed_on_a_bad_node(found.plan, run, bad):
+    if (
+        state == "failed"
+        and not retries(retry, "failed")
+        and not _failed_on_a_bad_node(found.plan, run, bad)
+        and not placement_changed(found.plan.directory(run), job_placement(found.plan, run, slurm))
+    ):
         found.failed.append(run.id)
         return
     if (found.plan.directory(run).path / array_records.CANCELLED).exists() and not retries(retry, "cancelled"):
@@ -93,7 +108,7 @@ def _failed_on_a_bad_node(plan: CampaignPlan, run: PlannedRun, bad: set[str]) ->
 def _out_of_its_pack(plan: CampaignPlan, run: PlannedRun) -> bool:
     directory = plan.directory(run)
     return not directory.is_locked() and (
-        job_exits.abandoned(directory) is not None or (directory.path / array_records.CANCELLED).exists()
+        job_exits.reason_abandoned(directory) is not None or (directory.path / array_records.CANCELLED).exists()
     )
 
 
@@ -106,13 +121,12 @@ def _was_cancelled(plan: CampaignPlan, run: PlannedRun, task: SlurmTask | None, 
     return not seen.ended_with_its_predecessor(run.id)
 
 
-def _classes(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
+def _classes(plan: CampaignPlan, missing: list[PlannedRun], tables: dict[str, SlurmConfig]) -> list[JobGroup]:
     """Runs that can share an array.
 
     Runs that start from others come after them, and share an array only with those that start from the same: one run
     that fails takes along what starts from it, and nothing else.
     """
-    tables = slurm_tables(plan.placements, plan.campaign.placement, where=plan.campaign.file)
     groups: dict[tuple[int, tuple[str, ...], bytes, int], tuple[SlurmConfig, list[PlannedRun]]] = {}
     depth: dict[str, int] = {}
     by_id = {run.id: run for run in missing}
@@ -124,9 +138,9 @@ def _classes(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
         return depth[run.id]
 
     for run in missing:
-        table = tables[run.rung]
+        table = plan.placements[run.rung].slurm
         job_placement(plan, run, table)  # refuses before anything is submitted
-        key = (level(run), tuple(sorted(prerequisites(run))), msgspec.json.encode(table), _per_task(plan, run, table))
+        key = (level(run), tuple(sorted(prerequisites(run))), msgspec.json.encode(table), _per_task(plan, run))
         groups.setdefault(key, (table, []))[1].append(run)
     return [
         JobGroup(slurm=groups[key][0], runs=tuple(groups[key][1]), per_task=key[3])
@@ -134,12 +148,13 @@ def _classes(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
     ]
 
 
-def _per_task(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> int:
-    wished = plan.placements[run.rung].runs_per_gpu
-    if wished > 1 and (slurm.processes > 1 or plan.placements[run.rung].devices > 1):
+def _per_task(plan: CampaignPlan, run: PlannedRun) -> int:
+    table = plan.placements[run.rung]
+    wished = table.runs_per_gpu
+    if wished > 1 and table.processes > 1:
         raise UserError(
             f'{plan.campaign.file}, rung "{run.rung}": runs_per_gpu is {wished}, and a run is spread over several '
             "processes. Either share a device among runs, or a run among devices: set runs_per_gpu = 1, or nodes, "
             "tasks and devices = 1."
         )
-    return wished * max(slurm.gpus_per_node, 1) if wished > 1 else 1
+    return table.runs_per_task

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from sweeps.config.placement import SlurmConfig
 from sweeps.planning.cost import plan_costs
 from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.reporting.plan_table import hours_text
 from sweeps.slurm.sbatch import batch_script
+
+MANY_ATTEMPTS = 20
+"""Jobs of one run, from which a longer time limit is recommended: each waits in the queue and starts anew."""
 
 
 class JobGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,9 +62,41 @@ class Submission(msgspec.Struct, kw_only=True):
     def gpu_hours(self) -> float:
         """Predicted for what is missing; 0 where no GPUs are asked for. Runs that share a device share its hours."""
         costs = plan_costs(self.plan)
-        return sum(
-            costs[run.id].hours * group.slurm.devices / group.per_task for group in self.classes for run in group.runs
-        )
+        return sum(costs[run.id].hours * self.plan.placements[run.rung].gpus for run in self.missing)
+
+    def requests(self) -> list[str]:
+        """What the jobs of each class ask SLURM for, with the predicted attempts and what does not fit, as sentences."""
+        costs = plan_costs(self.plan)
+        return [self._request(group, max(costs[run.id].hours for run in group.runs)) for group in self.classes]
+
+    def _request(self, group: JobGroup, hours: float) -> str:
+        asked, table = group.slurm, self.plan.placements[group.runs[0].rung]
+        rungs = ", ".join(dict.fromkeys(run.rung for run in group.runs))
+        sentences = [
+            f"{group.tasks} {'job' if group.tasks == 1 else 'jobs'} ({rungs}), each with nodes = {asked.nodes}, gpus_per_node = "
+            f"{asked.gpus_per_node}, tasks_per_node = {asked.tasks_per_node}, cpus_per_task = {asked.cpus_per_task}, memory {asked.memory or 'not stated'}, time_minutes = "
+            f"{asked.time_minutes}."
+        ]
+        if table.on_cuda and not asked.gpus_per_node and "gres" not in asked.sbatch:
+            sentences.append(
+                "Its runs train on GPUs and the job asks for none: set gpus_per_node in [placement.slurm]."
+            )
+        if group.per_task == 1 and asked.devices > table.processes:
+            sentences.append(
+                f"A run has {table.processes} of its {asked.devices} GPUs, and the others stay idle: set tasks_per_node to the GPUs "
+                "of a node, or ask for fewer."
+            )
+        usable = asked.time_minutes / 60 - asked.signal_seconds / 3600
+        if usable <= 0:
+            sentences.append(
+                f"It is asked to save {asked.signal_seconds} s before its end, which is at its start: raise time_minutes."
+            )
+        elif (attempts := math.ceil(hours / usable)) > 1:
+            sentences.append(
+                f"The longest run takes {hours_text(hours)}, so about {attempts:,} jobs one after the other."
+            )
+            sentences += ["Raise minutes in [placement.slurm]."] if attempts > MANY_ATTEMPTS else []
+        return " ".join(sentences)
 
     def scripts(self) -> list[str]:
         """The batch scripts, one for each placement."""

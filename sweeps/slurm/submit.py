@@ -12,13 +12,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
-from submitit.core.utils import FailedJobError
 
 from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
@@ -27,11 +27,12 @@ from sweeps.local import Retry, forget_divergence, retries
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.slurm import array_records, bad_nodes, job_exits
 from sweeps.slurm.client import largest_array
-from sweeps.slurm.queue_state import survey
+from sweeps.slurm.queue_state import QueueSnapshot, survey
 from sweeps.slurm.reconcile import adopted_after_error, repair
-from sweeps.slurm.sbatch import Launcher, batch_script, job_placement
+from sweeps.slurm.requeue import settle_unnoted
+from sweeps.slurm.sbatch import QUEUE_IS_FULL, SubmissionError, batch_script, job_placement, launch
 from sweeps.slurm.select_runs import prerequisites, sort
-from sweeps.slurm.snapshot import code_digest, code_root, take_snapshot
+from sweeps.slurm.snapshot import code_digest, code_root, exposed, take_snapshot
 from sweeps.slurm.submission import JobGroup, Submission
 
 
@@ -68,7 +69,10 @@ def submit_slurm(
         repair(plan.root)
         seen = survey(plan.root)
         bad_nodes.note_failures(plan.root, seen.jobs_that_never_began())
+        _settle_ended(plan, seen)
         submission = sort(plan, seen, retry=retry, order=order)
+        for run in submission.cancelled:  # SLURM forgets after some minutes
+            (plan.root / "runs" / run / array_records.CANCELLED).touch()
         _refuse_cost(submission, max_gpu_hours)
         if submission.missing:
             code = take_snapshot(plan.root / "code") if snapshot else code_root()
@@ -81,6 +85,16 @@ def submit_slurm(
                 for start in range(0, len(group.runs), limit * group.per_task):
                     array.submit(group, list(group.runs[start : start + limit * group.per_task]), after=after)
     return submission
+
+
+def _settle_ended(plan: CampaignPlan, seen: QueueSnapshot) -> None:
+    """Note how jobs ended that SLURM killed before they could: they count as attempts all the same."""
+    for run in plan.distinct():
+        task, place = seen.task(run.id), seen.places.get(run.id)
+        if task is None or place is None or task.verdict != "over" or task.state not in job_exits.ENDED_BY_SLURM:
+            continue
+        if array_records.began(plan.root, run.id, place.array):
+            settle_unnoted(plan.directory(run), task.job, task.state, plan.placements[run.rung].slurm.max_kills)
 
 
 def _jobs_before(submission: Submission, group: JobGroup) -> list[str] | None:
@@ -101,7 +115,7 @@ def _jobs_before(submission: Submission, group: JobGroup) -> list[str] | None:
 
 
 def _refuse_cost(submission: Submission, limit: float | None) -> None:
-    if limit is not None and (hours := submission.gpu_hours) > limit:
+    if limit is not None and not (hours := submission.gpu_hours) <= limit:  # a limit of nan allows nothing
         raise UserError(
             f"{submission.plan.campaign.file}: the {len(submission.missing)} missing runs are predicted to take "
             f"{hours:,.1f} GPU-hours, and --max-gpu-hours allows {limit:,.1f}. Nothing was submitted. "
@@ -124,13 +138,12 @@ def _room(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private(root: Path) -> Iterator[None]:
-    """What is made here is the user's alone, for jobs execute it; folders that others may write are refused."""
-    for folder in (root / "code", root / array_records.FOLDER):
-        if folder.exists() and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
-            raise UserError(
-                f"{folder}: others may write this folder, and your jobs execute what is in it. "
-                f"Run: chmod go-w {folder}; where it belongs to somebody else, choose another --root."
-            )
+    """What is made here is the user's alone, for jobs execute it; a root that others can replace is refused."""
+    if (folder := exposed(root)) is not None:
+        raise UserError(
+            f"{folder}: others may write this folder, and could replace what your jobs execute under {root}. "
+            f"Run: chmod go-w {shlex.quote(str(folder))}; where it belongs to somebody else, choose another --root."
+        )
     before = os.umask(0o077)
     try:
         yield
@@ -198,9 +211,9 @@ class _Arrays:
             exclude=self.exclude,
         )
         try:
-            job = Launcher(plan.root / array_records.FOLDER / "slurm", script).launch()
-        except FailedJobError as error:
-            said = " ".join(str(error).split()).removeprefix("sbatch: error: ") or "sbatch failed"
+            job = launch(plan.root / array_records.FOLDER / "slurm" / f"{token}.sh", script)
+        except SubmissionError as error:
+            said = str(error)
             adopted = adopted_after_error(name)
             if adopted is None:
                 array_records.drop(plan.root, array)
@@ -210,7 +223,8 @@ class _Arrays:
                         self.submit(group, part, after=after)
                     return
                 submission.left += [run.id for run in mine]
-                submission.notes.append(_why_refused(said))
+                if (why := _why_refused(said)) not in submission.notes:
+                    submission.notes.append(why)
                 return
             job = adopted
         array_records.with_job(plan.root, array, job)
@@ -240,11 +254,12 @@ class _Arrays:
 
 def _no_room(said: str) -> bool:
     return any(
-        word in said for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index")
+        word in said
+        for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
     )
 
 
 def _why_refused(said: str) -> str:
     if _no_room(said):
-        return f"SLURM takes no more of your jobs now ({said}); the same command submits the rest later."
+        return f"SLURM takes no more jobs now ({said}); the same command submits the rest later."
     return f"SLURM refused: {said}. See scaling doctor; the same command tries again."

@@ -29,6 +29,7 @@ from sweeps.config.tuning_results import (
     TransferResult,
     TrialResult,
     Tuning,
+    search_hash,
 )
 from sweeps.planning.ladder import Rung
 from sweeps.planning.plan import CampaignPlan
@@ -235,6 +236,7 @@ def gather(
         budget=_budget(campaign, facts) if done else (),
         outside=tuple(_outside(arms, rungs)),
         noise=tuple(_noise(final, records)) if final is not None else (),
+        search=search_hash(table),
     )
 
 

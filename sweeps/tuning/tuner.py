@@ -296,7 +296,7 @@ def read_tuning(root: Path | str, campaign: str) -> Tuning:
     Raises:
         UserError: It is not there, or cannot be read.
     """
-    return read_json(facts_file(Path(root), campaign), Tuning)
+    return read_json(facts_file(Path(root), campaign), Tuning, remedy=f"Run: scaling tune {campaign}")
 
 
 def budget_table(tuning: Tuning) -> list[dict[str, str | int | float]]:

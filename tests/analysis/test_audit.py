@@ -22,6 +22,7 @@ def fair() -> pd.DataFrame:
         status="finished",
         train_loss=frame["loss"] - 0.01,
         manifest="abc",
+        code="c0de",
         convention="6nd",
         seconds=frame["flops"] / 1e14,
         batch_tokens=2**19,
@@ -48,6 +49,7 @@ def test_a_fair_table_passes(fair: pd.DataFrame) -> None:
         "reach",
         "time",
         "pairs",
+        "code",
     ):
         assert found[name].verdict == "pass", found[name]
 

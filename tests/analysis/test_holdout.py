@@ -34,5 +34,11 @@ def test_too_few_rungs_would_remain() -> None:
         hold_out(moonlight_table(), rungs=3)
 
 
+def test_an_arm_without_usable_runs() -> None:
+    frame = ladder({"adamw": ADAMW, "muon": MUON}).assign(status=["finished", "diverged"] * 5)
+    with pytest.raises(UserError, match=r"0 usable runs \(5 diverged\)"):
+        hold_out(frame, rungs=2)
+
+
 def test_text_says_how_far_beyond() -> None:
     assert "1.9 times beyond" in holdout_text(hold_out(moonlight_table()))

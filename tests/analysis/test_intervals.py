@@ -4,16 +4,19 @@ The full study (1000 draws) is tests/bench/bench_analysis.py; here are as many a
 """
 
 import numpy as np
+import pandas as pd
 import pytest
-from synthetic import ladder
+from synthetic import ADAMW, MUON, ladder
 
 from analysis.data.cells import Array, Cells, select
 from analysis.data.table import check_table
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
 from analysis.fitting.fit import Fitted
 from analysis.moonlight import MOONLIGHT_LINES
+from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
 from analysis.uncertainty.paired import difference
+from analysis.uncertainty.robustness import wild
 
 LOSS = 2.418
 TRUTH = float(np.log(MOONLIGHT_LINES["muon"].compute(LOSS) / MOONLIGHT_LINES["adamw"].compute(LOSS)))
@@ -135,3 +138,42 @@ def test_difference_line_is_the_textbook_regression() -> None:
     x = np.log(cells.rows.columns["flops"][cells.rows.arm == 0] / 8.64e19)
     told = linregress(x, np.log(one / two))
     assert (found.slope, found.p) == pytest.approx((told.slope, told.pvalue))
+
+
+@pytest.mark.parametrize("columns", [["cell", "seed"], ["cell"]])
+def test_seeds_that_share_a_named_cell_count_as_noise(columns: list[str]) -> None:
+    frame = ladder({"adamw": ADAMW, "muon": MUON}, seeds=3, shared=0.004, own=0.001)
+    apart = fit_table(frame).comparisons[0]
+    shared = frame.assign(cell=frame["cell"].str[0]).drop(columns=[c for c in ("cell", "seed") if c not in columns])
+    together = fit_table(shared).comparisons[0]
+    assert together.cells == 15
+    assert together.headline == apart.headline
+
+
+def test_no_interval_has_width_zero() -> None:
+    base = ladder({"adamw": ADAMW}, shared=0.004)
+    same = pd.concat([base, base.assign(arm="copy")], ignore_index=True)
+    for frame in (same, ladder({"adamw": ADAMW, "muon": MUON})):
+        comparison = fit_table(frame, family="lines").comparisons[0]
+        assert comparison.headline.low is None
+        assert "there is no noise" in comparison.interval
+        assert all(found.high > found.low and found.method == "t, arms independent" for found in comparison.intervals)
+        assert all(found.low is None for found in comparison.definitions)
+    copied = fit_table(same).comparisons[0].difference
+    assert copied is not None
+    assert copied.p == 1.0
+
+
+def test_sums_of_many_resamples_have_the_spread_of_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = ladder({"adamw": ADAMW, "muon": MUON}, rungs=8, seeds=30, shared=0.004, own=0.001)
+    cells = select(check_table(frame), ("adamw", "muon"))
+    fitted = fit_family(LAW_FAMILIES["lines"], cells.rows, 2)
+    drawn = bootstrap(fitted, cells.cell, resamples=2000), wild(fitted, cells, resamples=2000, seed=0)
+    for module in ("analysis.uncertainty.intervals", "analysis.uncertainty.robustness"):
+        monkeypatch.setattr(f"{module}.MAX_RESAMPLED_GROUPS", 100)
+    monkeypatch.setattr("analysis.uncertainty.intervals.MOST_WORK", 1.0)
+    normal = bootstrap(fitted, cells.cell, resamples=2000), wild(fitted, cells, resamples=2000, seed=0)
+    for one, two in zip(drawn, normal, strict=True):
+        # Standard deviations over 2,000 draws are known to 1.6 %.
+        assert two.std(axis=0) == pytest.approx(one.std(axis=0), rel=0.1)
+        assert two.mean(axis=0) == pytest.approx(one.mean(axis=0), abs=float(one.std(axis=0).max()) / 5)

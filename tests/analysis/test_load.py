@@ -99,6 +99,55 @@ def test_a_misspelt_baseline(table: pd.DataFrame) -> None:
         fit_table(table, baseline="adam")
 
 
+def test_flops_in_another_unit(table: pd.DataFrame) -> None:
+    text = error(table.assign(flops=table["flops"] / 8.64e19))
+    assert "so it is in PFLOP/s-days" in text
+    assert "8.64e+19" in text
+
+
+def test_two_conventions_in_one_ratio(table: pd.DataFrame) -> None:
+    named = table.assign(convention=table["arm"].map({"adamw": "6nd", "muon": "attention"}))
+    assert "found 6nd in rows of adamw; attention in rows of muon" in error(named)
+    assert fit_table(check_table(table.assign(convention="6nd"))).comparisons
+
+
+def test_losses_in_bits_beside_nats_get_a_remark(table: pd.DataFrame) -> None:
+    bits = table["loss"].where(table["arm"] == "adamw", table["loss"] / np.log(2))
+    (remark,) = fit_table(check_table(table.assign(loss=bits))).comparisons[0].remarks
+    assert "muon may be in bits and adamw in nats" in remark
+
+
+@pytest.mark.parametrize("value", [1e280, 1e-290])
+def test_losses_in_no_unit(table: pd.DataFrame, value: float) -> None:
+    table.loc[3, "loss"] = value
+    assert "column loss, row 4: found 1e" in error(table)
+
+
+def test_text_in_a_setting_and_an_empty_step(table: pd.DataFrame) -> None:
+    assert "column peak_lr, row 1 (and 9 more rows): found '12%'" in error(table.assign(peak_lr="12%"))
+    steps = table.assign(step=[1.0, np.nan] * 5)
+    assert fit_table(check_table(steps)).fits["adamw"].points == 5
+
+
+def test_too_many_rows_and_arms(table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.data.table.MAX_ROWS", 9)
+    assert "found 10 rows; at most 9 are fitted" in error(table)
+    monkeypatch.setattr("analysis.data.table.MAX_ROWS", 10)
+    monkeypatch.setattr("analysis.ratio.study.MAX_ARMS", 1)
+    assert "found 2 arms; at most 1 are compared at once" in error(table)
+
+
+def test_runs_that_diverged_are_named_where_too_few_are_left(table: pd.DataFrame) -> None:
+    status = ["diverged" if arm == "muon" and row < 6 else "finished" for row, arm in enumerate(table["arm"])]
+    assert "2 usable runs (3 diverged)" in error(table.assign(status=status))
+
+
+def test_a_column_that_stands_twice_in_a_file(table: pd.DataFrame, tmp_path: Path) -> None:
+    pd.concat([table, table[["loss"]] * 2], axis=1).to_csv(tmp_path / "runs.csv", index=False)
+    with pytest.raises(TableError, match="column loss stands there twice"):
+        read_table(tmp_path / "runs.csv")
+
+
 def test_a_diverged_run_is_left_out_by_name(table: pd.DataFrame) -> None:
     table["status"] = "finished"
     table["reason"] = ""

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.data.table import check_table
 from analysis.single_arm.same_budget import gaps, last_crossing, outcomes, overtakings
+from scaling.errors import UserError
 
 SEEDS = 5
 
@@ -43,6 +44,26 @@ def test_one_seed_has_a_difference_and_no_interval_and_an_unpaired_seed_counts_f
     alone = frame[(frame["cell"] == "a/0") | ((frame["cell"] == "a/1") & (frame["arm"] == "muon"))]
     muon = outcomes(alone, ("adamw", "muon"))[1]
     assert (muon.seeds, muon.pairs, muon.low, muon.high) == (2, 1, None, None)
+
+
+def test_sizes_are_budgets_of_their_own_without_a_column_rung() -> None:
+    small, large = runs().drop(columns="rung"), runs().drop(columns="rung")
+    both = pd.concat([small, large.assign(params=3e6, tokens=6e7, flops=1.08e15, loss=large["loss"] - 1)])
+    found = outcomes(check_table(both), ("adamw", "muon"))
+    assert [(one.rung, one.arm, one.seeds) for one in found] == [
+        (size, arm, SEEDS) for size in ("1.00M", "3.00M") for arm in ("adamw", "muon")
+    ]
+    assert found[1].difference == pytest.approx(found[3].difference)
+    with pytest.raises(UserError, match=r"column rung, a: runs of arm adamw have params from 1e\+06 to 3e\+06"):
+        outcomes(check_table(both.assign(rung="a")), ("adamw", "muon"))
+    with pytest.raises(UserError, match=r"0 usable runs \(10 diverged\)"):
+        outcomes(check_table(small.assign(status="diverged")), ("adamw", "muon"))
+
+
+def test_seeds_that_share_a_cell_are_paired_by_seed() -> None:
+    frame = runs()
+    shared = frame.assign(seed=frame["cell"].str[-1], cell="a")
+    assert outcomes(shared, ("adamw", "muon")) == outcomes(frame, ("adamw", "muon"))
 
 
 def test_where_one_curve_overtakes_another() -> None:

@@ -30,7 +30,13 @@ def write(folder: Path) -> None:
     writer.add(np.random.default_rng(0).integers(0, 50_000, TOKENS).astype(np.uint16), TOKENS)
     empty = SplitInfo(shards=(), documents=0, bytes=0)
     manifest = Manifest(
-        source="text", options={}, wish="", tokenizer=ByteTokenizer.info, train=writer.finish(), validation=empty
+        source="text",
+        options={},
+        wish="",
+        tokenizer=ByteTokenizer.info,
+        train=writer.finish(),
+        validation=empty,
+        document_ends="",
     )
     write_json(folder / MANIFEST, manifest)
 

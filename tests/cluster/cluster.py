@@ -9,6 +9,7 @@ machine's own SLURM, if it has one, is not touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,8 +18,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from waiting import WATCHED, cpu_ticks, until
 
 PACKAGES = {
     "munged": "munge",
@@ -139,6 +144,8 @@ class Cluster:
 
     def start(self) -> None:
         """Install what is missing, start what is not running, wait until all nodes are idle."""
+        if self.signs not in WATCHED:
+            WATCHED.append(self.signs)
         install()
         self.configure()
         self._name_nodes()
@@ -147,7 +154,7 @@ class Cluster:
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        until(self._all_idle, 60, "nodes did not become idle")
+        until(self._all_idle, "nodes did not become idle")
 
     def stop(self) -> None:
         """End every daemon and every job; leave no process behind."""
@@ -161,6 +168,13 @@ class Cluster:
             self._database.wait()
         for pid in self.processes():
             end(pid, signal.SIGKILL)
+        if self.signs in WATCHED:
+            WATCHED.remove(self.signs)
+
+    def signs(self) -> object:
+        """What changes while something happens: what the daemons log, which jobs have processes, and their CPU time."""
+        logs = {log: log.stat().st_size for log in self.folder.glob("*.log")}
+        return logs, cpu_ticks(self.processes())
 
     def configure(self) -> None:
         """Write the configuration."""
@@ -207,7 +221,7 @@ class Cluster:
         """Start slurmctld where it is not running."""
         if not self._runs("slurmctld"):
             self._launch(["slurmctld"])
-        until(lambda: self.ask("scontrol", "ping", check=False).find("UP") > 0, 20, "slurmctld does not answer")
+        until(lambda: self.ask("scontrol", "ping", check=False).find("UP") > 0, "slurmctld does not answer")
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon where it is not running."""
@@ -218,7 +232,7 @@ class Cluster:
         """Start slurmdbd where it is not running."""
         if not self._runs("slurmdbd"):
             self._launch(["slurmdbd"], MYSQL_UNIX_PORT=str(self.folder / "mysql.socket"))
-        until(lambda: port_is_open(self.port + 1), 30, "slurmdbd does not listen")
+        until(lambda: port_is_open(self.port + 1), "slurmdbd does not listen")
         run(["sacctmgr", "-i", "add", "cluster", self.name], self.environment, check=False)
 
     def ask(self, *command: str, check: bool = True) -> str:
@@ -280,7 +294,7 @@ class Cluster:
                 ],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-            until(sock.exists, 30, "mariadbd does not listen")
+            until(sock.exists, "mariadbd does not listen")
         self.start_accounting()
 
     def _all_idle(self) -> bool:
@@ -312,9 +326,8 @@ class Cluster:
         pid = self._pid(name)
         if pid is not None and is_running(pid):
             end(pid, signum)
-            deadline = time.monotonic() + 10
-            while is_running(pid) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            with contextlib.suppress(TimeoutError):
+                until(lambda: not is_running(pid), f"{name} did not end", quiet_samples=10)
             end(pid, signal.SIGKILL)
         (self.folder / f"{name}.pid").unlink(missing_ok=True)
 
@@ -363,19 +376,6 @@ def run(command: list[str], environment: dict[str, str], *, check: bool = True) 
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stdout}")
     return done.stdout
-
-
-def until(true: Callable[[], object], seconds: float, otherwise: str, *, every: float = 0.1) -> None:
-    """Wait until something holds.
-
-    Raises:
-        TimeoutError: It did not.
-    """
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{otherwise} within {seconds:g} s")
-        time.sleep(every)
 
 
 def is_running(pid: int) -> bool:

@@ -17,8 +17,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, port_is_open, until, why_not
+from cluster import Cluster, port_is_open, why_not
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
+from waiting import until
 
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
@@ -80,7 +81,7 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster.start()
         cluster.ask("scancel", "--me", check=False)
         try:
-            until(lambda: not cluster.ask("squeue", "-h"), 8, "the queue did not become empty")
+            until(lambda: not cluster.ask("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
         except TimeoutError:  # a controller that was killed can leave jobs completing for minutes
             cluster.stop()
             shutil.rmtree(cluster.folder / "state")
@@ -210,10 +211,10 @@ def assert_finished_once(planned: CampaignPlan, *, redone: int | None = None) ->
             assert len(steps) - len(set(steps)) <= redone
 
 
-def wait_until_done(planned: CampaignPlan, *, seconds: float = 90.0) -> None:
+def wait_until_done(planned: CampaignPlan) -> None:
     """Until every run has a record."""
     try:
-        until(lambda: all(planned.directory(run).record_file.exists() for run in planned.runs), seconds, "not done")
+        until(lambda: all(planned.directory(run).record_file.exists() for run in planned.runs), "not done")
     except TimeoutError:
         raise TimeoutError([(row.cell, row.arm, row.state, row.step, row.reason) for row in status(planned)]) from None
 
@@ -243,5 +244,5 @@ def task_of(planned: CampaignPlan, run: PlannedRun) -> str:
 
 def wait_for_steps(planned: CampaignPlan, *runs: PlannedRun, step: int = 1) -> None:
     """Until the runs have taken so many steps."""
-    until(lambda: all(under_way(planned, run, step=step) for run in runs), 60, "the runs did not start")
+    until(lambda: all(under_way(planned, run, step=step) for run in runs), "the runs did not start")
     time.sleep(0.01)

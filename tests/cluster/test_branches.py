@@ -6,9 +6,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import Counting, assert_finished_once, numbers_of, of, starts, wait_until_done
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
+from waiting import until
 
 from sweeps.config.campaign import load_campaign
 from sweeps.local import run_local
@@ -41,7 +42,7 @@ def test_branches_wait_for_their_trunks_and_train_only_their_decays(
     here = run_local(branched(tiny_text, tmp_path / "here"), workers=2, progress=False).plan
     there = branched(tiny_text, tmp_path / "there")
     assert len(submit_slurm(there).queued) == 4
-    wait_until_done(there, seconds=120)
+    wait_until_done(there)
     for run in there.runs:
         begun = [attempt.step for attempt in starts(there.directory(run))]
         assert begun == [run.spec.branch_tokens // run.spec.batch_tokens if run.spec.branch_of else 0]
@@ -63,9 +64,9 @@ def test_a_trunk_that_fails_takes_along_its_own_branch_alone_and_both_come_back_
     planned.directory(trunk).create(trunk.spec, trunk.placement)
     (planned.directory(trunk).path / "fault-raise").write_text("3")
     assert len(counting.submit(planned).queued) == 4
-    until(lambda: of(planned, trunk).state == "failed", 60, "the trunk did not fail")
-    until(lambda: of(planned, second).state == "finished", 60, "the other branch did not finish")
-    until(lambda: of(planned, branch).state == "preempted", 30, "the branch still waits")
+    until(lambda: of(planned, trunk).state == "failed", "the trunk did not fail")
+    until(lambda: of(planned, second).state == "finished", "the other branch did not finish")
+    until(lambda: of(planned, branch).state == "preempted", "the branch still waits")
     assert "did not end well" in (of(planned, branch).reason or "")
     again = counting.submit(planned)
     assert (again.failed, again.left, again.cancelled) == ([trunk.id], [branch.id], [])

@@ -6,8 +6,9 @@ import os
 import signal
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import Counting, assert_finished_once, of, starts, wait_for_steps, wait_until_done
+from waiting import until
 
 from sweeps.slurm import array_records
 from sweeps.slurm.bad_nodes import bad_nodes, sentences
@@ -39,8 +40,8 @@ def test_a_node_that_fails_jobs_before_they_can_say_so_is_left_out_by_the_next_s
     profile.write_text("setup = ['[ \"$SLURMD_NODENAME\" != node2 ] || exit 1']\n")
     planned = counting.plan(steps=10, slurm="time_minutes = 5\ncpus_per_task = 8")
     counting.submit(planned)
-    until(lambda: not cluster.ask("squeue", "-h"), 60, "the jobs did not end")
-    until(lambda: len(list(survey(planned.root).jobs_that_never_began())) >= 2, 20, "the accounting is behind")
+    until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
+    until(lambda: len(list(survey(planned.root).jobs_that_never_began())) >= 2, "the accounting is behind")
     again = counting.submit(planned)
     assert again.queued
     assert bad_nodes(planned.root).keys() == {"node2"}
@@ -51,7 +52,7 @@ def test_a_node_that_fails_jobs_before_they_can_say_so_is_left_out_by_the_next_s
 def test_a_process_that_stands_still_is_ended_with_a_reason_and_its_run_continues(
     cluster: Cluster, counting: Counting
 ) -> None:
-    planned = counting.plan(steps=40, slurm="time_minutes = 5\nstall_seconds = 3")
+    planned = counting.plan(steps=40, slurm="time_minutes = 5\nstall_seconds = 8")
     victim = planned.runs[0]
     directory = planned.directory(victim)
     counting.submit(planned)
@@ -59,7 +60,7 @@ def test_a_process_that_stands_still_is_ended_with_a_reason_and_its_run_continue
     os.kill(starts(directory)[-1].pid, signal.SIGSTOP)
     wait_until_done(planned)
     assert_finished_once(planned, redone=10)
-    assert "left no trace of a step for 3 s" in (directory.attempts()[1].reason or "")
+    assert "left no trace of a step for 8 s" in (directory.attempts()[1].reason or "")
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs[1:])
     assert not of(planned, victim).reason
     assert not (directory.path / array_records.CANCELLED).exists()

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import (
     Counting,
     assert_finished_once,
@@ -19,6 +19,7 @@ from conftest import (
     wait_for_steps,
     wait_until_done,
 )
+from waiting import until
 
 from sweeps.planning.plan import CampaignPlan
 from sweeps.reporting.status import status
@@ -35,7 +36,7 @@ def test_a_pack_trains_to_the_numbers_of_runs_alone(
     submission = submit_slurm(packed)
     assert len({task_of(packed, run) for run in packed.runs}) == 1
     assert "#SBATCH --array=0-0%1" in submission.scripts()[0]
-    wait_until_done(packed, seconds=120)
+    wait_until_done(packed)
     assert numbers_of(packed) == numbers_of(local)
 
 
@@ -49,7 +50,7 @@ def test_in_a_pack_a_killed_run_continues_a_failed_one_waits_and_the_others_do_n
     counting.submit(planned)
     wait_for_steps(planned, killed, step=15)
     os.kill(starts(planned.directory(killed))[-1].pid, signal.SIGKILL)
-    until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, 90, "the others did not finish")
+    until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     assert [attempt.step for attempt in starts(planned.directory(killed))] == [0, 10]
     assert all(len(starts(planned.directory(run))) == 1 for run in others)
     assert of(planned, failing).state == "failed"
@@ -69,12 +70,12 @@ def test_preemption_reaches_every_run_of_a_pack_and_cancelling_one_leaves_its_ne
     wait_for_steps(planned, *planned.runs, step=5)
     unwanted = planned.runs[0]
     cancel(planned, [unwanted])
-    until(lambda: not planned.directory(unwanted).is_locked(), 20, "the cancelled run did not stop")
+    until(lambda: not planned.directory(unwanted).is_locked(), "the cancelled run did not stop")
     cluster.ask("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
-    until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, 90, "the others did not finish")
+    until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     assert all(len(starts(planned.directory(run))) == 2 for run in planned.runs[1:])
     assert len(starts(planned.directory(unwanted))) == 1
-    until(lambda: counting.submit(planned).cancelled == [unwanted.id], 30, "it does not count as cancelled")
+    until(lambda: counting.submit(planned).cancelled == [unwanted.id], "it does not count as cancelled")
     counting.submit(planned, retry="cancelled")
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)

@@ -45,7 +45,7 @@ def test_the_quick_campaign_on_two_nodes_fits_to_the_ratio_of_the_local_executor
     there = quick(tmp_path / "there")
     submission = submit_slurm(there)
     assert (len(submission.jobs), len(submission.queued)) == (1, 8)
-    wait_until_done(there, seconds=300)
+    wait_until_done(there)
     nodes = cluster.ask("sacct", "-n", "-X", "-j", submission.jobs[0], "-o", "NodeList%20").split()
     assert set(nodes) == {"node1", "node2"}
     assert numbers_of(there) == numbers_of(here)

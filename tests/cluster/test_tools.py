@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import Counting, assert_finished_once, wait_for_steps, wait_until_done
+from waiting import until
 
 from scaling.errors import UserError
 from sweeps.reporting.status import status
@@ -53,11 +54,11 @@ def test_cancelling_an_arm_saves_its_runs_and_leaves_the_other_arm_alone(cluster
     wait_for_steps(planned, *planned.runs, step=3)
     muon = select(planned, arm="muon")
     assert len(cancel(planned, muon)) == 2
-    until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, 60, "not finished")
-    until(lambda: not cluster.ask("squeue", "-h"), 20, "the cancelled jobs did not end")
+    until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, "not finished")
+    until(lambda: not cluster.ask("squeue", "-h"), "the cancelled jobs did not end")
     # The accounting says RUNNING for some seconds after the queue has forgotten a job.
     cancelled = sorted(run.id for run in muon)
-    until(lambda: sorted(counting.submit(planned).cancelled) == cancelled, 30, "the cancelled runs do not say so")
+    until(lambda: sorted(counting.submit(planned).cancelled) == cancelled, "the cancelled runs do not say so")
     assert len(counting.submit(planned, retry="cancelled").queued) == 2
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
@@ -69,12 +70,12 @@ def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
     planned = counting.plan(steps=30)
     finished, other = planned.runs[0], planned.runs[1]
     with pytest.raises(UserError, match="printed nothing yet"):
-        show_log(planned, finished)
+        show_log(planned.directory(finished))
     counting.submit(planned)
     wait_until_done(planned)
     said: list[str] = []
     write: Callable[[str], object] = said.append
-    show_log(planned, finished, write=write)
+    show_log(planned.directory(finished), write=write)
     assert "restart 0, on node" in "".join(said)
     planned.directory(other).record_file.rename(planned.directory(other).path / "hidden")  # as if it were not done
     files, size = clean(planned, [finished, other], dry_run=True)

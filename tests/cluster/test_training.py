@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import real_plan, starts, wait_for_steps, wait_until_done
 from safetensors.numpy import load_file
+from waiting import until
 
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.submit import submit_slurm
@@ -31,7 +32,7 @@ def test_several_tasks_train_to_the_weights_of_one(
 ) -> None:
     there, keep = only_one(real_plan(tiny_text, tmp_path, slurm=f"time_minutes = 5\n{slurm}"))
     assert len(submit_slurm(there).queued) == 1
-    wait_until_done(there, seconds=180)
+    wait_until_done(there)
     record, alone = there.directory(keep).record(), local.directory(keep).record()
     assert record is not None
     assert alone is not None
@@ -59,14 +60,14 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_o
 
     wait_for_steps(there, run, step=2)
     os.kill(ranks()[1], signal.SIGTERM)
-    until(lambda: len(starts(directory)) == 2, 90, "it was not started again")
+    until(lambda: len(starts(directory)) == 2, "it was not started again")
     ends = [attempt for attempt in directory.attempts() if attempt.event == "end"]
     assert [end.outcome for end in ends] == ["preempted"]
     assert starts(directory)[1].step == ends[0].step > 0  # saved where it was asked, and continued from there
     logged = len(directory.metrics())
-    until(lambda: len(directory.metrics()) > logged + 2, 60, "it did not go on")
+    until(lambda: len(directory.metrics()) > logged + 2, "it did not go on")
     os.kill(ranks()[1], signal.SIGKILL)
-    wait_until_done(there, seconds=180)
+    wait_until_done(there)
     assert len(starts(directory)) == 3
     steps = [row.step for row in directory.metrics()]
     assert steps[-1] == run.spec.steps

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster
 from conftest import faulty_snapshot, numbers_of, real_plan, starts, wait_until_done
+from waiting import until
 
 from scaling.training.checkpoint import newest_resume_point, step_of
 from sweeps.planning.plan import CampaignPlan, PlannedRun
@@ -40,7 +41,7 @@ def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_num
     for fault, run in faults.items():
         order(there, run, fault, step=18)
     submit_slurm(there)
-    wait_until_done(there, seconds=120)
+    wait_until_done(there)
     for run in (killed, torn, truncated):
         first, second = starts(there.directory(run))
         assert (first.step, second.step) == (0, 16 if run is truncated else 17)
@@ -52,7 +53,7 @@ def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_num
     assert "not finite" in (record.reason or "")
     assert len(submit_slurm(there).done) == 4  # a result like the others, and not tried again
     assert submit_slurm(there, retry="diverged").queued == [poisoned.id]
-    wait_until_done(there, seconds=60)
+    wait_until_done(there)
     assert numbers_of(there) == numbers_of(local)
 
 
@@ -61,15 +62,15 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(root)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=755", "tmpfs", str(root)], check=False).returncode:
         pytest.skip("this machine mounts no file systems for tests")
     try:
         there = real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\nmax_parallel = 1")
         for run in there.runs:
             order(there, run, "full", step=18)
         submit_slurm(there)
-        until(lambda: (root / "filler").exists(), 60, "the disk did not fill")
-        until(lambda: not cluster.ask("squeue", "-h"), 60, "the jobs did not end")
+        until(lambda: (root / "filler").exists(), "the disk did not fill")
+        until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
         struck = next(run for run in there.runs if starts(there.directory(run)))
         point = newest_resume_point(there.directory(struck).checkpoints)
         assert point is not None
@@ -79,11 +80,11 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
         (root / "filler").unlink()
         for run in there.runs:
             (there.directory(run).path / "fault-full").unlink(missing_ok=True)
-        until(lambda: not any(row.state in ("running", "queued") for row in status(there)), 30, "they count as running")
+        until(lambda: not any(row.state in ("running", "queued") for row in status(there)), "they count as running")
         again = submit_slurm(there, retry="failed")
         assert len(again.queued) == 4
         assert bad_nodes(root) == {}  # a full disk is no fault of the nodes
-        wait_until_done(there, seconds=90)
+        wait_until_done(there)
         assert starts(there.directory(struck))[-1].step == step_of(point)
         assert numbers_of(there) == numbers_of(local)
     finally:

@@ -13,6 +13,7 @@ from running import finish, place
 from safetensors.torch import load_file
 from tiny import make_spec
 
+from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
@@ -32,13 +33,37 @@ def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_held_out_loss_is_the_one_in_the_record(run: Path) -> None:
+def test_as_many_tokens_as_the_run_evaluated_give_the_loss_in_its_record(run: Path) -> None:
     record = RunDirectory(run).record()
     assert record is not None
     result = evaluate(run, tokens=record.spec.evaluation.tokens)
     assert result.loss == pytest.approx(record.validation_loss, abs=1e-6)
+    assert result.validation_loss == record.validation_loss
     assert result.bytes_per_token == record.bytes_per_token
-    assert result.tokens == record.spec.evaluation.tokens
+    assert result.tokens == result.validation_tokens == record.spec.evaluation.tokens
+    assert result.text.startswith("sample of the validation split")
+    whole = evaluate(run)
+    assert whole.text.startswith("whole validation split")
+    assert whole.tokens > result.tokens
+
+
+def test_the_validation_loss_samples_a_split_whose_first_documents_differ(tiny_text: Path, tmp_path: Path) -> None:
+    foreign = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.\n" * 60
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "0.txt").write_text(foreign)
+    for number, file in enumerate(sorted(tiny_text.iterdir())[:10], start=1):
+        (tmp_path / "held" / f"{number}.txt").write_text(file.read_text())
+    manifest = prepare(
+        DataConfig(source="text", path=str(tiny_text), validation=str(tmp_path / "held")),
+        tmp_path / "shards",
+        progress=False,
+    )
+    run = place(make_spec(steps=30, manifest=manifest_hash(manifest)), tmp_path / "runs", tmp_path / "shards")
+    finish(run)
+    whole = evaluate(run)
+    beginning = evaluate(run, DataConfig(source="text", path=str(tmp_path / "held" / "0.txt")))
+    assert abs(whole.validation_loss - whole.loss) < 0.2 * abs(beginning.loss - whole.loss)
+    assert whole.validation_tokens < len(foreign)  # so the first tokens of the split would all be foreign
 
 
 def test_a_text_is_scored_token_by_token_up_to_its_last(run: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from tiny import make_spec
+from waiting import until
 
 from scaling.errors import UserError
-from scaling.io import append_line, read_lines, write_atomic
+from scaling.io import append_line, read_lines, temporary_name, write_atomic
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
 from scaling.spec import Placement
@@ -43,6 +44,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_processes_with_one_id_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    assert temporary_name(tmp_path / "plan.jsonl") != temporary_name(tmp_path / "plan.jsonl")
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="NUL"):
+        write_atomic(tmp_path / "a\0b.svg", b"")
+
+
 def test_an_edited_spec_is_refused(directory: RunDirectory) -> None:
     text = directory.spec_file.read_text()
     directory.spec_file.write_text(text.replace('"seed": 0', '"seed": 1'))
@@ -59,15 +69,15 @@ def test_a_file_that_is_no_spec_is_refused_by_name(directory: RunDirectory) -> N
 def _hold(path: Path, held: object, release: object) -> None:
     with RunDirectory(path).claim():
         held.set()  # type: ignore[attr-defined]
-        release.wait(30)  # type: ignore[attr-defined]
+        release.wait()  # type: ignore[attr-defined]
 
 
 def test_a_claim_is_exclusive_and_dies_with_its_process(directory: RunDirectory) -> None:
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(directory.path, held, release))
+    holder = context.Process(target=_hold, args=(directory.path, held, release), daemon=True)
     holder.start()
-    assert held.wait(30)
+    until(held.is_set, "the claim was not taken")
     assert directory.state() == "running"
     with directory.claim(wait=False) as got:
         assert not got

@@ -36,6 +36,12 @@ def spec(tiny_shards: Path) -> RunSpec:
     return make_spec(steps=STEPS, optimizer="muon", manifest=manifest_hash(read_manifest(tiny_shards)))
 
 
+def test_training_a_folder_that_is_no_run_leaves_it_as_it_was(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        train(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_stopped_run_ends_as_if_it_had_never_stopped(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from recorded import write_record
 
+from scaling.errors import UserError
 from scaling.io import append_line
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.record import DynamicsRow
+from sweeps.config.campaign import load_campaign, refuse_other
+from sweeps.planning.plan import CampaignPlan, plan
 from sweeps.reporting.collect import DYNAMICS_COLUMNS, collect
 from tests.sweeps.conftest import Campaigns
 
@@ -43,3 +47,36 @@ def test_measured_dynamics_become_a_table_with_a_number_a_row(campaigns: Campaig
     assert list(sizes.step) == [4, 8]
     assert list(sizes.value) == [0.15, 0.2]
     assert set(table.quantity) == {"update_rms", "largest_logit", "svd_entropy", "clipped_heads"}
+
+
+def finish(plan: CampaignPlan) -> CampaignPlan:
+    for run in plan.runs:
+        write_record(plan.directory(run), run.spec, 3.0)
+    return plan
+
+
+def test_results_of_another_campaign_of_the_name_are_not_replaced(campaigns: Campaigns) -> None:
+    first = finish(campaigns.plan())
+    collect(first)
+    kept = (first.results / "runs.csv").read_bytes()
+    other = finish(campaigns.plan(peak_lr=2e-2))
+    with pytest.raises(UserError, match=r"2 of them are no runs of tiny.toml.*--set name=tiny-2.*--overwrite"):
+        collect(other)
+    with pytest.raises(UserError, match=r"collected from tiny\.toml with another content"):
+        refuse_other(other.results, other.campaign)
+    assert (first.results / "runs.csv").read_bytes() == kept
+    refuse_other(first.results, first.campaign)
+    collect(other, overwrite=True)
+    refuse_other(other.results, other.campaign)
+
+
+def test_a_campaign_that_grew_is_collected_again(campaigns: Campaigns) -> None:
+    first = finish(campaigns.plan())
+    collect(first)
+    file = campaigns.folder / "tiny.toml"
+    grown = plan(load_campaign(file, settings=("seeds=[0, 1]",)), first.root)
+    assert len(collect(grown)) == 8
+    placed = plan(load_campaign(file, settings=("seeds=[0, 1]", "placement.threads=2", "title=another")), first.root)
+    assert placed.campaign.identity == grown.campaign.identity
+    with pytest.raises(UserError, match="no runs of"):
+        collect(finish(first) and plan(load_campaign(file, settings=("seeds=[1]",)), first.root))

@@ -6,12 +6,16 @@ from pathlib import Path
 import msgspec
 import pandas as pd
 import pytest
+from recorded import write_record
+from rich.console import Console
 
+from scaling.run.directory import RunDirectory
+from scaling.spec import RunSpec
 from sweeps.config.campaign import load_campaign
 from sweeps.config.placement import PEAKS
-from sweeps.planning.cost import Speed, Work, fit_speed, plan_costs, wall_hours, work_of
+from sweeps.planning.cost import Speed, Work, fit_speed, outlook, plan_costs, wall_hours, work_of
 from sweeps.planning.plan import plan
-from sweeps.reporting.plan_table import plan_totals, to_go
+from sweeps.reporting.plan_table import plan_rows, plan_table, plan_totals, to_go
 
 RESULTS = Path(__file__).parents[2] / "results"
 PEAK = PEAKS["cpu"]
@@ -76,8 +80,54 @@ def test_tuning_is_counted(tmp_path: Path) -> None:
 
 
 def test_status_says_what_is_left_and_what_it_costs(tmp_path: Path) -> None:
-    left = to_go(plan(load_campaign("quick", settings=("placement.price=2.5",)), tmp_path))
+    planned = plan(load_campaign("quick", settings=("placement.price=2.5",)), tmp_path)
+    states = outlook(planned).states
+    left = to_go(planned, states, shares={}, speeds={})
     assert len(left) == 1
     assert "to wait at" in left[0]
     assert "price of the whole" in left[0]
     assert left[0].endswith("(assumed speed).")
+    done = to_go(planned, states, shares=dict.fromkeys(states, 1.0), speeds={})
+    assert done == []
+
+
+def test_an_arm_that_was_not_measured_takes_the_speed_of_the_other(tmp_path: Path) -> None:
+    planned = plan(load_campaign("quick"), tmp_path)
+    muon = next(run for run in planned.runs if run.arm == "muon")
+    write_record(planned.directory(muon), muon.spec, 3.0)
+    totals = plan_totals(planned)
+    assert "assumed" not in totals["bases"]
+    costs = plan_costs(planned)
+    other = next(run for run in planned.runs if run.cell == muon.cell and run.arm == "adamw")
+    assert costs[other.id].hours == pytest.approx(costs[muon.id].hours, rel=0.5)
+    assert "another optimizer" in costs[other.id].explanation
+
+
+def test_the_basis_of_each_arms_times_is_named(tmp_path: Path) -> None:
+    planned = plan(load_campaign("quick", settings=("seeds=[0, 1]",)), tmp_path)
+    muon = next(run for run in planned.runs if run.arm == "muon")
+    write_record(planned.directory(muon), muon.spec, 3.0)
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(plan_table(planned))
+    said = [line for line in captured.get().splitlines() if line.startswith("Times of")]
+    assert ["(muon)" in line for line in said] == [False, True]
+    assert "(adamw, muon)" in said[0]
+
+
+@pytest.mark.parametrize("finished", [1, 6])
+def test_a_prediction_reads_each_record_once_and_hashes_no_spec(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(load_campaign("quick"), tmp_path)
+    for run in planned.runs[:finished]:
+        write_record(planned.directory(run), run.spec, 3.0)
+    read, hashed = [], []
+    record, identity = RunDirectory.record, RunSpec.id
+    monkeypatch.setattr(RunDirectory, "record", lambda self: read.append(self.path) or record(self))
+    monkeypatch.setattr(RunSpec, "id", property(lambda self: hashed.append(self) or identity.fget(self)))
+    seen = outlook(planned)
+    plan_rows(planned, seen)
+    plan_totals(planned, seen)
+    assert len([path for path in read if (path / "record.json").exists()]) == finished
+    assert hashed == []

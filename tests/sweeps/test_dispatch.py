@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import pytest
+from waiting import status_of, until
 
+from scaling.errors import UserError
+from scaling.io import write_json
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
-from sweeps.local import run_local
+from sweeps.local import changed_code, run_local, set_aside
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.reporting.collect import collect
 from sweeps.reporting.status import redone_steps, run_status
@@ -54,13 +56,6 @@ def submit(tmp_path: Path) -> Iterator[Callable[[CampaignPlan], subprocess.Popen
         process.wait()
 
 
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
 def under_way(planned: CampaignPlan, run: PlannedRun) -> bool:
     """Whether a run has got somewhere and is not done."""
     now = run_status(planned, run)
@@ -76,6 +71,11 @@ def numbers(planned: CampaignPlan) -> list[tuple[object, ...]]:
 
 def starts(directory: RunDirectory) -> list[Attempt]:
     return [attempt for attempt in directory.attempts() if attempt.event == "start"]
+
+
+def test_workers_below_one_are_refused(campaigns: Any) -> None:
+    with pytest.raises(UserError, match="--workers is -1"):
+        run_local(campaigns.plan(), workers=-1)
 
 
 def test_finished_runs_are_never_trained_again(campaigns: Any, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any)
     victim, neighbour = (run for run in planned.runs if run.rung == "b")
 
     def kill() -> None:
-        until(lambda: under_way(planned, victim))
+        until(lambda: under_way(planned, victim), "it did not start", every=0.02)
         os.kill(starts(planned.directory(victim))[-1].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -120,10 +120,10 @@ def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
     planned = with_data(campaigns.plan(tokens=LONG), progress=False)
     long = [run for run in planned.runs if run.rung == "b"]
     process = submit(planned)
-    until(lambda: under_way(planned, long[0]))
+    until(lambda: under_way(planned, long[0]), "it did not start", every=0.02)
     process.send_signal(signum)
-    assert process.wait(timeout=30) == (3 if signum == signal.SIGINT else -signum)
-    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), seconds=20)
+    assert status_of(process) == (3 if signum == signal.SIGINT else -signum)
+    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), "somebody still trains")
     assert not all(planned.state(run) == "finished" for run in long)
     assert run_local(planned, workers=2, progress=False).complete
     assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a checkpoint
@@ -135,7 +135,7 @@ def test_two_submitters_at_once_train_each_run_once(
     planned = with_data(campaigns.plan(), progress=False)
     other = submit(planned)
     assert run_local(planned, workers=2, progress=False).complete
-    assert other.wait(timeout=120) == 0
+    assert status_of(other) == 0
     assert [len(starts(planned.directory(run))) for run in planned.runs] == [1] * 4
 
 
@@ -149,7 +149,31 @@ def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
     assert "prepare the data again" in next(iter(failing.failed.values()))
     manifest.write_bytes(content)
     assert len(run_local(planned, workers=2, progress=False).failed) == 4
-    assert run_local(planned, workers=2, retry="failed", progress=False).complete
+    first, *others = planned.runs
+    alone = msgspec.structs.replace(planned, runs=(first,))
+    assert run_local(alone, workers=1, retry="failed", progress=False).complete
+    # Under another placement it is another attempt, and nobody has to ask for it.
+    placed = [
+        msgspec.structs.replace(run, placement=msgspec.structs.replace(run.placement, micro_batch=4)) for run in others
+    ]
+    corrected = msgspec.structs.replace(planned, runs=(first, *placed))
+    assert run_local(corrected, workers=2, progress=False).complete
+
+
+def test_runs_of_other_code_are_trained_again_and_kept(campaigns: Any) -> None:
+    plan = run_local(campaigns.plan(), workers=2, progress=False).plan
+    assert changed_code(plan) == []
+    old = plan.directory(plan.runs[0])
+    record = old.record()
+    assert record is not None
+    files = record.code.files | {"scaling/flops.py": "another"}
+    write_json(old.record_file, msgspec.structs.replace(record, code=msgspec.structs.replace(record.code, files=files)))
+    assert [run.id for run in changed_code(plan)] == [plan.runs[0].id]
+    (kept,) = set_aside(plan, changed_code(plan))
+    assert RunDirectory(kept).record_file.exists()
+    again = run_local(plan, workers=1, progress=False)
+    assert again.trained == (plan.runs[0].id,)
+    assert changed_code(plan) == []
 
 
 def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(campaigns: Any) -> None:
@@ -190,3 +214,14 @@ def test_steps_that_were_taken_again_are_counted() -> None:
     killed = [attempt("start", 0), attempt("end", 17), attempt("start", 10), attempt("end", 40)]
     assert redone_steps(killed) == 7
     assert redone_steps([attempt("start", 0), attempt("end", 20), attempt("start", 20), attempt("end", 40)]) == 0
+
+
+def test_a_run_whose_process_ends_before_it_can_say_why_has_failed(
+    campaigns: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.local.train_in_process", os.chmod)  # called with other arguments, it raises
+    planned = campaigns.plan()
+    outcome = run_local(planned, workers=2, progress=False)
+    assert outcome.failed.keys() == {run.id for run in outcome.plan.runs}
+    for run in outcome.plan.runs:
+        assert run_status(outcome.plan, run).reason == outcome.failed[run.id] == "it left no log"

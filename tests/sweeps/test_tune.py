@@ -23,6 +23,7 @@ from scaling.run.directory import RunDirectory
 from sweeps.config.campaign import Campaign, load_campaign
 from sweeps.local import run_local
 from sweeps.planning.plan import CampaignPlan, plan, with_data
+from sweeps.reporting.collect import collect
 from sweeps.reporting.tuning_table import study_rows, study_table
 from sweeps.tuning.study import ProposedTrial
 from sweeps.tuning.trials import Journal, add_running, fix, tell
@@ -69,6 +70,23 @@ def test_the_plan_takes_best_trials_where_there_were_some_and_the_law_elsewhere(
     for rung in "abcd":
         taken, own = runs["muon-reused", rung].spec.optimizer, runs["adamw", rung].spec.optimizer
         assert (taken.name, taken.peak_lr, taken.weight_decay) == ("muon", own.peak_lr, own.weight_decay)
+
+
+def test_settings_of_another_search_are_not_used(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    tune(campaign(), root, execute=recorder(), progress=False)
+    # A seed more, or a rung that the search did not see, changes nothing that was searched.
+    file = tmp_path / "tiny-tuned.toml"
+    assert not plan(load_campaign(file, settings=("seeds=[0, 1]",)), root).campaign.untuned
+    for changed in (TUNE.replace("trials = 8", "trials = 9"), TUNE.replace("high = 1e-1", "high = 2e-1")):
+        wider = plan(campaign(changed), root)
+        assert wider.campaign.untuned
+        for refused in (run_local, collect):
+            with pytest.raises(UserError, match=r"not done with \[tune\] as it is now"):
+                refused(wider)
+    campaign()
+    with pytest.raises(UserError, match=r"were searched with run \w+ at rung a, which tiny-tuned.toml as it is now"):
+        plan(load_campaign(file, settings=("model.context=32",)), root)
 
 
 def test_the_law_that_made_the_losses_is_found_and_its_transfer_is_scored(

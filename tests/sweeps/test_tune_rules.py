@@ -64,7 +64,7 @@ def test_a_rule_file_that_is_none_is_refused(campaign: Callable[..., Campaign], 
     with pytest.raises(UserError, match="there is no such rule file"):
         rule(str(tmp_path / "x.toml"))
     (tmp_path / "x.toml").write_text("label = 3\n")
-    with pytest.raises(UserError, match="not a rule file"):
+    with pytest.raises(UserError, match="label is 3"):
         rule(str(tmp_path / "x.toml"))
 
 
@@ -223,6 +223,7 @@ def test_the_noise_over_seeds_is_measured_where_rungs_are_repeated(
         (("low = 1e-3", "low = 1e-3\nvalues = [1e-3, 1e-2]"), "not two of them"),
         (("trials = 8", 'trials = 8\nsampler = "grid"'), "a grid needs listed values"),
         (("high = 1e-1", "high = 1e-4"), "is not in order"),
+        (("low = 1e-3\nhigh = 1e-1", "values = [-1.0, 1.0]"), "the scale log does not reach"),
     ],
 )
 def test_a_tune_table_that_cannot_be_is_refused_before_anything_is_trained(
@@ -230,6 +231,20 @@ def test_a_tune_table_that_cannot_be_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         Tuner(campaign(TUNE.replace(*change, 1)), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "exponent", "sentence"),
+    [("1e300", "1e299", "no finite value"), ("nan", "1.0", "is nan"), ("-1.0", "1.0", "coefficient is -1.0")],
+)
+def test_a_rule_file_without_finite_values_is_refused(
+    coefficient: str, exponent: str, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rule.toml"
+    head = 'label = "a"\nsource = "b"\narm = "c"\noptimizer = "adamw"\ncomputes = [1e15]\n[laws.peak_lr]\n'
+    file.write_text(f"{head}coefficient = {coefficient}\nexponent = {exponent}\n")
+    with pytest.raises(UserError, match=sentence):
+        read_rule_file(file).values(1e15, optimizer="adamw", context=16)
 
 
 def test_the_rule_file_is_plain_toml(campaign: Callable[..., Campaign], tmp_path: Path) -> None:

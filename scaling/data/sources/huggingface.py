@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from scaling.data.sources.documents import Document, Split
 from scaling.errors import DataError
+
+ANSWER_SECONDS = 10.0
+"""How long the Hub may take to answer before it counts as out of reach."""
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a folder nor a name that the Hub can have.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if Path(name).is_absolute():
+        # `datasets` never comes to the end of the kernel's own file systems.
+        if not Path(name).is_dir() or Path(name).parts[1] in ("proc", "sys"):
+            raise DataError(
+                f"[data] name {name}: there is no folder of this name that can hold data. "
+                "Name one that holds data files, or a data set of the Hub."
+            )
+    elif not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name, re.ASCII):
+        raise DataError(
+            f"[data] name {name}: there is no such folder, and data sets of the Hub are called OWNER/NAME, in letters, "
+            "digits, -, _ and ., at most 96 each. Correct the name."
+        )
 
 
 def documents(
@@ -42,14 +67,15 @@ def _texts(name: str, subset: str | None, split: str, revision: str | None, text
     import datasets
 
     where = f'[data] hf data set {" ".join(part for part in (name, subset) if part)}, split "{split}"'
+    if not Path(name).is_dir():
+        _check_reachable(name, revision, where)
     rows: Iterator[dict[str, Any]]
     try:
         rows = iter(datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True))
         row = next(rows, None)
     except Exception as error:  # the library raises a dozen kinds, network ones among them
         raise DataError(
-            f"{where}: cannot be opened ({type(error).__name__}: {error}). "
-            "Check name, subset, split and revision, and whether this machine reaches the Hub."
+            f"{where}: cannot be opened ({type(error).__name__}: {error}). Check name, subset, split and revision."
         ) from error
     count = 0
     while row is not None:
@@ -69,3 +95,21 @@ def _texts(name: str, subset: str | None, split: str, revision: str | None, text
                 f"{where}: the stream broke off after {count:,} rows ({type(error).__name__}: {error}). "
                 "Prepare again: it goes on from what is written."
             ) from error
+
+
+def _check_reachable(name: str, revision: str | None, where: str) -> None:
+    """Ask the Hub once, since `datasets` retries for half a minute, and prints each try, where there is no network."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # then `datasets` looks into its cache and tries nothing else
+    try:
+        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=ANSWER_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return  # the Hub has answered, or the name is none of its: `datasets` says what is wrong
+    except Exception as error:  # of the library's HTTP client, which has changed between its versions
+        raise DataError(
+            f"{where}: the Hugging Face Hub cannot be reached ({error}). "
+            'Prepare on a machine with network, or download text files and use source = "text".'
+        ) from error

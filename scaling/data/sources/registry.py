@@ -6,8 +6,10 @@ is read. To add a source, write a function that yields documents and give it a r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from scaling.data.sources.documents import Document
-from scaling.errors import DataError, unknown_name
+from scaling.errors import DataError, UserError, shortened, unknown_name
 from scaling.spec import Positive, Strict
 
 
@@ -43,7 +45,7 @@ class DataConfig(Strict, frozen=True):
     revision: str | None = None
     """hf: commit or tag, so that the same wish stays the same text."""
     validation: str | None = None
-    """A published validation set: text: file, folder or glob; hf: split. Without it documents are held out by hash."""
+    """A published validation set: text: file, folder or glob; hf: split. Without it, part of the text is held out."""
     text_field: str | None = None
     """text, hf: the field that holds the text; ``text`` when not given."""
     tokenizer: str = "bytes"
@@ -51,7 +53,8 @@ class DataConfig(Strict, frozen=True):
     train_tokens: Positive | None = None
     """Stop after the document that reaches this many training tokens; None takes all there is."""
     validation_fraction: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.05
-    """Share of documents held out by hash where no published validation set is named."""
+    """Share held out where no published validation set is named: of the documents, chosen by a hash of their content; of
+    the text of each document, its end, where there are too few to choose from."""
     repeat: bool = False
     """Let a run that needs more tokens than there are go over them again, each epoch in its own order."""
 
@@ -60,6 +63,8 @@ class DataConfig(Strict, frozen=True):
         row = SOURCES.get(self.source)
         if row is None:
             raise DataError(f"[data] {unknown_name('source', self.source, SOURCES)}")
+        for option in (*SOURCE_OPTIONS, "tokenizer"):
+            _check_text(option, getattr(self, option))
         for option in SOURCE_OPTIONS:
             given = getattr(self, option) is not None
             if given and option not in row.takes:
@@ -77,24 +82,68 @@ class DataConfig(Strict, frozen=True):
     def resolved(self, folder: Path) -> DataConfig:
         """The same wish with relative paths taken from `folder`, the one that holds the campaign file."""
 
-        def absolute(path: str) -> str:
-            return str(folder.resolve() / Path(path).expanduser())
+        def absolute(option: str, path: str) -> Path:
+            try:
+                return beside(folder, path)
+            except UserError as error:
+                raise DataError(f"[data] {option} {error}") from None
 
         changes: dict[str, str] = {}
         if self.tokenizer != "bytes":
-            changes["tokenizer"] = absolute(self.tokenizer)
+            changes["tokenizer"] = str(absolute("tokenizer", self.tokenizer))
         if self.path is not None:
-            changes["path"] = absolute(self.path)
+            changes["path"] = str(absolute("path", self.path))
             if self.validation is not None:
-                changes["validation"] = absolute(self.validation)
+                changes["validation"] = str(absolute("validation", self.validation))
         # A data set that is a folder beside the campaign is that folder; any other name is the Hub's.
-        if self.name is not None and (folder / Path(self.name).expanduser()).is_dir():
-            changes["name"] = absolute(self.name)
+        if self.name is not None and _is_folder(local := absolute("name", self.name)):
+            changes["name"] = str(local)
         return msgspec.structs.replace(self, **changes)
+
+
+def beside(folder: Path, path: str) -> Path:
+    """A path of a file in `folder`: relative ones start there, and ``~`` is a home.
+
+    Raises:
+        DataError: There is no such user, or the system takes no such path.
+    """
+    try:
+        found = folder.resolve() / Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f'"{shortened(path)}" cannot be read ({why}). Write another path.') from None
+    return found
 
 
 SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")
 """Options that belong to some sources and not to others; the rest of `DataConfig` is common to all."""
+
+
+LONGEST = 1024
+"""Characters of a path; macOS takes no longer one."""
+
+
+def _check_text(option: str, value: str | None) -> None:
+    """Refuse what no path, name or field is, before a library or the terminal meets it."""
+    if value is None:
+        return
+    if len(value) > LONGEST:
+        raise DataError(
+            f"[data] {option}: {len(value):,} characters long, and at most {LONGEST:,} are accepted. Shorten it."
+        )
+    if not value:
+        raise DataError(f"[data] {option} is empty. Name something, or remove the line.")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", value):
+        raise DataError(f"[data] {option}: {value!a:.80} holds a control character. Write it without.")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a part of it is too long for a file's name, or may not be looked into
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +203,10 @@ def _hub_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _hub_inputs(config: DataConfig) -> list[str]:
+    from scaling.data.sources.huggingface import check_name
+
+    assert config.name is not None
+    check_name(config.name)
     fields = (config.name, config.subset, config.split or "train", config.revision, config.validation)
     return [str(field) for field in fields]
 

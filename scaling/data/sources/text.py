@@ -37,19 +37,31 @@ def documents(path: str, *, validation: str | None = None, text_field: str = "te
     before = 0
     for half, _, file in files:
         read = READERS[_suffix(file)]
-        with file.open("rb") as raw:
-            try:
-                for text in read(raw, file, text_field):
-                    if text:
-                        yield Document(text, half, min((before + raw.tell()) / total, 1.0))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}: not UTF-8 text (byte {error.start:,} of a piece: {error.reason}). "
-                    "Convert it to UTF-8, or move it out of the folder."
-                ) from None
-            except (lzma.LZMAError, EOFError) as error:
-                raise DataError(f"{file}: damaged or cut short ({error}). Fetch or pack the file again.") from None
+        with _refusing(str(file)), file.open("rb") as raw:
+            for text in read(raw, file, text_field):
+                if text:
+                    yield Document(text, half, min((before + raw.tell()) / total, 1.0))
         before += file.stat().st_size
+
+
+@contextlib.contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Turn what reading raises into a `DataError` that names the file or folder."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 text (byte {error.start:,} of a piece: {error.reason}). "
+            "Convert it to UTF-8, or move it out of the folder."
+        ) from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise DataError(f"{where}: damaged or cut short ({error}). Fetch or pack the file again.") from None
+    except OSError as error:
+        inside = f"{error.filename} " if error.filename and error.filename not in where else ""
+        raise DataError(
+            f"{where}: {inside}cannot be read ({error.strerror or error}). "
+            "Name text files in a folder that you may read."
+        ) from None
 
 
 def find(path: str, validation: str | None = None) -> list[FoundFile]:
@@ -73,24 +85,43 @@ def find(path: str, validation: str | None = None) -> list[FoundFile]:
     return halves + [("train", name, file) for name, file in training]
 
 
+def plain_sizes(path: str, validation: str | None = None) -> list[tuple[Split | None, int]] | None:
+    """Bytes of each file of plain text; None where a file holds its text in other forms."""
+    files = find(path, validation)
+    if any(READERS[_suffix(file)] is not _plain for _, _, file in files):
+        return None
+    return [(half, file.stat().st_size) for half, _, file in files]
+
+
 def _expand(path: str, option: str) -> list[tuple[str, Path]]:
     """Name and path of each file that a file, folder or glob stands for, ordered by name."""
+    try:
+        return _matches(path, option)
+    except OSError as error:
+        raise DataError(
+            f"[data] {option} {path}: cannot be listed ({error.filename}: {error.strerror}). "
+            "Name a folder of text files that you may read."
+        ) from None
+
+
+def _matches(path: str, option: str) -> list[tuple[str, Path]]:
     known = ", ".join(READERS)
     root = Path(path)
-    if root.is_file():
-        if _suffix(root) not in READERS:
-            raise DataError(f"[data] {option} {path}: the suffix {root.suffix!r} is not known. Accepted: {known}.")
-        return [(root.name, root)]
-    if root.is_dir():
-        candidates = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")]
-    else:
-        candidates = [(Path(match).name, Path(match)) for match in glob.glob(path, recursive=True)]  # noqa: PTH207
-        if not candidates:
-            raise DataError(
-                f"[data] {option} {path}: there is no such file or folder, and as a pattern it matches nothing. "
-                "Relative paths are taken from the campaign file's folder."
-            )
-    found = sorted((name, file) for name, file in candidates if file.is_file() and _suffix(file) in READERS)
+    with _refusing(f"[data] {option} {path}"):
+        if root.is_file():
+            if _suffix(root) not in READERS:
+                raise DataError(f"[data] {option} {path}: the suffix {root.suffix!r} is not known. Accepted: {known}.")
+            return [(root.name, root)]
+        if root.is_dir():
+            candidates = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")]
+        else:
+            candidates = [(Path(match).name, Path(match)) for match in glob.glob(path, recursive=True)]  # noqa: PTH207
+            if not candidates:
+                raise DataError(
+                    f"[data] {option} {path}: there is no such file or folder, and as a pattern it matches nothing. "
+                    "Relative paths are taken from the campaign file's folder."
+                )
+        found = sorted((name, file) for name, file in candidates if _suffix(file) in READERS and file.is_file())
     if not found:
         raise DataError(f"[data] {option} {path}: holds no file that can be read. Accepted suffixes: {known}.")
     return found

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from scaling.data.batches import Batches, NotEnoughTokens, held_out
-from scaling.data.shards import MANIFEST, Manifest, Shard, SplitInfo, header
+from scaling.data.shards import DOCUMENT_ENDS, END, MANIFEST, Manifest, Shard, SplitInfo, header, read_manifest
 from scaling.data.sources.documents import Split
 from scaling.data.tokenizer import ByteTokenizer
+from scaling.errors import UserError
 from scaling.io import write_json
 
 
@@ -26,6 +28,8 @@ def write_streams(folder: Path, cuts: list[int], validation: int = 50) -> Path:
             start += size
         return SplitInfo(shards=tuple(shards), documents=1, bytes=start)
 
+    np.array([[validation, validation]], dtype=END).tofile(folder / DOCUMENT_ENDS)
+
     manifest = Manifest(
         source="text",
         options={},
@@ -33,6 +37,7 @@ def write_streams(folder: Path, cuts: list[int], validation: int = 50) -> Path:
         tokenizer=ByteTokenizer.info,
         train=split("train", cuts),
         validation=split("validation", [validation]),
+        document_ends="",
     )
     write_json(folder / MANIFEST, manifest)
     return folder
@@ -42,7 +47,7 @@ streams = st.lists(st.integers(0, 300), min_size=1, max_size=5).filter(lambda cu
 
 
 @settings(deadline=None, max_examples=60)
-@given(cuts=streams, context=st.integers(1, 33), windows=st.integers(1, 5), seed=st.integers(-3, 3))
+@given(cuts=streams, context=st.integers(1, 33), windows=st.integers(1, 5), seed=st.integers(0, 2**64 - 1))
 def test_the_windows_of_an_epoch_are_disjoint_and_cover_the_stream(cuts, context, windows, seed):
     with tempfile.TemporaryDirectory() as folder:
         batches = Batches(write_streams(Path(folder), cuts), context=context, windows=windows, seed=seed, repeat=True)
@@ -98,12 +103,20 @@ def test_the_order_of_a_seed_never_changes(tmp_path):
 
 def test_each_seed_and_each_epoch_has_its_own_order(tmp_path):
     write_streams(tmp_path, [4001])
+    seeds = (0, 1, 2, 2**32, 2**33, 2**32 + 1, 2**64 - 1)
     orders = {
         tuple(Batches(tmp_path, context=10, windows=400, seed=seed, repeat=True).at(epoch)[:, 0])
-        for seed in range(3)
+        for seed in seeds
         for epoch in range(3)
     }
-    assert len(orders) == 9
+    assert len(orders) == 3 * len(seeds)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_would_share_an_order_is_refused(tmp_path, seed):
+    write_streams(tmp_path, [101])
+    with pytest.raises(UserError, match=f"seed {seed} is out of range"):
+        Batches(tmp_path, context=10, windows=10, seed=seed)
 
 
 def test_a_run_longer_than_the_stream_is_refused_before_it_starts(tmp_path):
@@ -122,9 +135,29 @@ def test_a_context_longer_than_the_stream_is_refused(tmp_path):
         Batches(tmp_path, context=100, windows=1, repeat=True)
 
 
-def test_held_out_windows_are_the_first_of_the_validation_split(tmp_path):
-    write_streams(tmp_path, [100], validation=41)
-    assert (held_out(tmp_path, context=10, tokens=25) == np.array([range(11), range(10, 21)])).all()
+def test_held_out_sequences_are_a_fixed_sample_and_a_larger_one_contains_a_smaller_one(tmp_path):
+    write_streams(tmp_path, [100], validation=101)
+    starts = [held_out(tmp_path, context=10, tokens=tokens).windows[:, 0] // 10 for tokens in (35, 100)]
+    # Changed numbers here mean that old losses cannot be compared with new ones.
+    assert starts[1].tolist() == [1, 3, 8, 6, 2, 0, 7, 5, 4, 9]
+    assert starts[0].tolist() == starts[1][:3].tolist()
+
+
+def test_bytes_per_token_and_documents_are_those_of_the_evaluated_tokens(tmp_path):
+    write_streams(tmp_path, [100], validation=101)
+    # Four documents of 26, 25, 25 and 25 tokens with 1, 2, 3 and 4 bytes a token.
+    tokens = np.array([26, 51, 76, 101])
+    sizes = np.array([1, 2, 3, 4])
+    lengths = np.diff(tokens, prepend=0)
+    np.stack([tokens, np.cumsum(lengths * sizes)], axis=1).astype(END).tofile(tmp_path / DOCUMENT_ENDS)
+    manifest = read_manifest(tmp_path)
+    write_json(tmp_path / MANIFEST, replace(manifest, validation=replace(manifest.validation, documents=4)))
+    of_token = np.repeat(np.arange(4), lengths)
+    for wanted in (1, 2, 4, 10):
+        held = held_out(tmp_path, context=10, tokens=wanted * 10)
+        documents = of_token[held.windows[:, 1:].ravel()]
+        assert held.bytes_per_token == pytest.approx(sizes[documents].mean())
+        assert held.documents == len(set(documents.tolist()))
 
 
 @pytest.mark.parametrize("tokens", [9, 50])

@@ -1,14 +1,18 @@
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 
 import msgspec
+import numpy as np
 import pytest
 
 import scaling.data.prepare as preparation
 import scaling.data.writer
-from scaling.data.prepare import PROGRESS, default_folder, prepare, prepared
-from scaling.data.shards import MANIFEST
+from scaling.data.prepare import PROGRESS, at_most, default_folder, prepare, prepared
+from scaling.data.shards import MANIFEST, TokenStream, document_ends
+from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
 
@@ -50,7 +54,7 @@ print(calls)
 def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
-    for number in range(100):
+    for number in range(200):
         (folder / f"{number:03d}.txt").write_text(f"line of file {number}\n" * (5 + number % 20))
     return folder
 
@@ -71,7 +75,7 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
-@pytest.mark.parametrize("moment", ["1", "47", "100", "manifest"])
+@pytest.mark.parametrize("moment", ["1", "47", "200", "manifest"])
 def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_path, small, moment):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config = DataConfig(source="text", path=str(text))
@@ -86,7 +90,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_pat
 
 
 def test_a_preparation_goes_on_from_its_checkpoint_and_not_from_the_start(text, tmp_path, small, monkeypatch):
-    start(text, tmp_path / "killed", "80").communicate()
+    start(text, tmp_path / "killed", "180").communicate()
     added = []
     add = scaling.data.writer.ShardWriter.add
     monkeypatch.setattr(
@@ -109,7 +113,7 @@ def test_text_that_changed_under_a_killed_preparation_starts_it_over(text, tmp_p
 def test_two_processes_that_prepare_at_once_write_once(text, tmp_path):
     children = [start(text, tmp_path / "shards", "slowly") for _ in range(2)]
     written = sorted(int(child.communicate()[0]) for child in children)
-    assert written == [0, 100]
+    assert written == [0, 200]
 
 
 def test_a_second_call_writes_nothing(text, tmp_path):
@@ -153,9 +157,76 @@ def test_shards_that_somebody_else_wrote_are_left_alone(text, tmp_path):
     assert (tmp_path / "theirs.bin").read_bytes() == b"precious"
 
 
+def stream(folder, half):
+    tokens = TokenStream(folder, half)
+    out = np.empty(len(tokens), dtype=np.int64)
+    tokens.read_into(out, 0)
+    return bytes(out.astype(np.uint8)).split(b"\0")[:-1]
+
+
+@pytest.mark.parametrize(("name", "lines"), [("book.txt", 1), ("rows.jsonl", 50)])
+def test_a_source_of_few_documents_is_split_inside_each(tmp_path, name, lines):
+    texts = [f"{number} " + "all the words of this document, one after the other. " * 60 for number in range(lines)]
+    content = texts[0] if name == "book.txt" else "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / name).write_text(content)
+    manifest = prepare(DataConfig(source="text", path=str(tmp_path / name)), tmp_path / "shards", progress=False)
+    parts = zip(stream(tmp_path / "shards", "train"), stream(tmp_path / "shards", "validation"), strict=True)
+    assert [(train + held).decode() for train, held in parts] == texts
+    assert manifest.validation.bytes / (manifest.train.bytes + manifest.validation.bytes) == pytest.approx(
+        0.05, abs=1e-3
+    )
+    ends = document_ends(tmp_path / "shards")
+    assert ends[-1].tolist() == [manifest.validation.tokens, manifest.validation.bytes]
+
+
+@pytest.mark.parametrize("files", [1, 30, 250])
+@pytest.mark.parametrize("published", [False, True])
+def test_bounds_from_sizes_of_files_hold_and_are_near_where_few_are_split_inside(tmp_path, files, published):
+    (tmp_path / "text").mkdir()
+    for number in range(files):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number}: größer und größer, 大きい\n" * 40)
+    (tmp_path / "held.txt").write_text("held out\n" * 9)
+    validation = str(tmp_path / "held.txt") if published else None
+    config = DataConfig(source="text", path=str(tmp_path / "text"), validation=validation)
+    bounds = at_most(config)
+    manifest = prepare(config, tmp_path / "shards", progress=False)
+    found = manifest.train.tokens, manifest.validation.tokens
+    assert all(tokens <= bound for tokens, bound in zip(found, bounds, strict=True))
+    if published or files < 200:
+        assert sum(bounds) - sum(found) <= 4 * files
+
+
+def test_a_source_that_grew_past_the_split_inside_starts_over(tmp_path, small, monkeypatch):
+    # A Hugging Face data set without a revision may grow under an interrupted preparation; files on disk are another wish.
+    texts = [f"{number} and more of the same text\n" * 9 for number in range(210)]
+    row = preparation.SOURCES["text"]
+
+    def prepare_first(count, folder):
+        def documents(config):
+            for number, text in enumerate(texts[:count], start=1):
+                if count == 150 and number == 140 and stops:
+                    raise KeyboardInterrupt
+                yield Document(text, None, None)
+
+        monkeypatch.setitem(
+            preparation.SOURCES, "text", dataclasses.replace(row, documents=documents, inputs=lambda config: [])
+        )
+        monkeypatch.setattr(preparation, "_splits_inside", lambda config: count < 200)
+        prepare(DataConfig(source="text", path="any"), tmp_path / folder, progress=False)
+
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        prepare_first(150, "grown")
+    assert msgspec.json.decode((tmp_path / "grown" / PROGRESS).read_bytes())["documents"] > 0
+    stops = False
+    prepare_first(210, "grown")
+    prepare_first(210, "whole")
+    assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
+
+
 def test_a_split_without_validation_documents_is_refused_and_leaves_no_shards(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="of the documents read, 1, none is held out"):
+    with pytest.raises(UserError, match="of 1 documents with 1 bytes, nothing is held out"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
     assert not contents(tmp_path / "shards")
 

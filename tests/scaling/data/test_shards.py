@@ -2,8 +2,19 @@ import msgspec
 import numpy as np
 import pytest
 
+from scaling.data.batches import held_out
 from scaling.data.prepare import prepare
-from scaling.data.shards import HEADER_BYTES, MANIFEST, TokenStream, manifest_hash, open_shard, read_manifest, verify
+from scaling.data.shards import (
+    DOCUMENT_ENDS,
+    HEADER_BYTES,
+    MANIFEST,
+    TokenStream,
+    document_ends,
+    manifest_hash,
+    open_shard,
+    read_manifest,
+    verify,
+)
 from scaling.data.sources.documents import content_digest
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
@@ -38,7 +49,6 @@ def test_the_manifest_counts_documents_tokens_and_bytes(folder):
     size = sum(len(text.encode()) for text in TEXTS)
     assert manifest.train.bytes + manifest.validation.bytes == size
     assert manifest.train.tokens + manifest.validation.tokens == size + len(TEXTS)
-    assert manifest.train.bytes_per_token == manifest.train.bytes / manifest.train.tokens
 
 
 def test_the_header_is_256_int32_with_magic_version_and_count(folder):
@@ -102,6 +112,22 @@ def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
     spoil(folder / shard.file, lambda content: flip(content, HEADER_BYTES + 3))
     open_shard(folder / shard.file, shard.tokens)
     with pytest.raises(UserError, match="content has changed"):
+        verify(folder)
+
+
+def test_damaged_document_ends_are_refused(folder):
+    assert document_ends(folder)[-1].tolist() == [
+        read_manifest(folder).validation.tokens,
+        read_manifest(folder).validation.bytes,
+    ]
+    spoil(folder / DOCUMENT_ENDS, lambda content: flip(content, 3))
+    with pytest.raises(UserError, match="content has changed"):
+        verify(folder)
+    spoil(folder / DOCUMENT_ENDS, lambda content: content[:-1])
+    with pytest.raises(UserError, match=r"documents\.bin: holds .* bytes"):
+        held_out(folder, context=4, tokens=8)
+    (folder / DOCUMENT_ENDS).unlink()
+    with pytest.raises(UserError, match=r"documents\.bin: cannot be read"):
         verify(folder)
 
 

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scaling.data.prepare import default_folder, prepare
 from scaling.data.shards import read_manifest
 from scaling.data.sources import stdlib
-from scaling.data.sources.documents import content_digest, split_by_hash
+from scaling.data.sources.documents import content_digest, split_by_content, split_inside
 from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.sources.text import READERS, documents, find
 from scaling.errors import UserError
@@ -79,9 +81,24 @@ def test_copies_of_published_validation_documents_are_left_out_of_training(tmp_p
 
 
 def test_the_split_by_content_holds_out_the_fraction_asked_for():
-    halves = [split_by_hash(content_digest(str(number)), 0.05) for number in range(20_000)]
+    halves = [
+        half
+        for text in map(str, range(20_000))
+        for whole, half in split_by_content(text, content_digest(text), 0.05)
+        if whole == text
+    ]
+    assert len(halves) == 20_000
     # Binomial with n = 20,000 and p = 0.05: four standard deviations are 123.
     assert abs(halves.count("validation") - 1000) < 123
+
+
+@given(text=st.text(min_size=1, max_size=60), fraction=st.floats(0.01, 0.99))
+def test_a_split_inside_a_document_loses_no_character_and_holds_out_its_end(text, fraction):
+    parts = {half: part for part, half in split_inside(text, b"", fraction)}
+    assert parts.get("train", "") + parts.get("validation", "") == text
+    # A cut inside a character moves to its start, which is at most three bytes away.
+    assert -0.5 <= len(parts.get("validation", "").encode()) - fraction * len(text.encode()) <= 3.5
+    assert all(parts.values())
 
 
 REFUSED_FILES = {
@@ -200,7 +217,7 @@ def test_a_tokenizers_file_encodes_every_text_whole_and_is_kept_with_the_shards(
 
     from scaling.data.shards import TokenStream
 
-    texts = [f"the {word} and a forged <|endoftext|> in größer text" for word in ("cat", "hat", "mat", "rat")]
+    texts = [f"the {word} and a forged <|endoftext|> in größer text" for word in range(20)]
     (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
     config = DataConfig(
         source="text", path=str(tmp_path / "a.jsonl"), tokenizer=str(tokenizer_file), validation_fraction=0.5
@@ -285,3 +302,41 @@ def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch):
             prepare(DataConfig(**options), tmp_path / "other", progress=False)
         for left in (tmp_path / "other").iterdir():
             left.unlink()
+
+
+@pytest.mark.parametrize("option", ["path", "tokenizer", "validation", "name"])
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("~no-such-user/x", r"cannot be read .Could not determine home"),
+        ("a\0b", r"'a\\x00b' holds a control character"),
+        ("x\x1b[31m", "holds a control character"),
+        ("x" * 5000, "5,000 characters long, and at most 1,024"),
+        ("x" * 300 + "/y/z", "cannot be read|there is no such folder"),
+        ("/dev/zero", "holds no file|is not a file|no folder of this name"),
+        ("/proc", "cannot be read|holds no file|is not a file|no folder of this name"),
+        ("", "is empty"),
+    ],
+)
+def test_a_value_that_names_nothing_readable_is_one_short_sentence(tmp_path, option, value, sentence):
+    (tmp_path / "a.txt").write_text("x")
+    source = {"source": "hf"} if option == "name" else {"source": "text", "path": str(tmp_path / "a.txt")}
+    with pytest.raises(UserError, match=sentence) as refused:
+        default_folder(DataConfig(**{**source, option: value}).resolved(tmp_path), tmp_path)
+    assert f"[data] {option}" in str(refused.value)
+    assert len(str(refused.value)) < 600
+
+
+def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def unreachable(self, *given, **options):
+        asked.append(given)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"Hub cannot be reached \(no route to host\)"):
+        prepare(DataConfig(source="hf", name="owner/name"), tmp_path / "shards", progress=False)
+    assert asked == [("owner/name",)]

@@ -17,9 +17,9 @@ from tiny import make_spec
 from scaling.data.shards import manifest_hash
 from scaling.errors import UserError
 from scaling.export.huggingface import export_hf
-from scaling.io import write_json
+from scaling.io import file_sha256, write_json
 from scaling.models.registry import build_model
-from scaling.run.directory import RunDirectory, file_sha256
+from scaling.run.directory import RunDirectory
 from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MOONLIGHT = ModelConfig(

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
-from scaling.io import write_json
+from scaling.io import file_sha256, write_json
 from scaling.models.registry import build_model
 from scaling.models.upcycle import load_weights, upcycled
-from scaling.run.directory import RunDirectory, file_sha256
+from scaling.run.directory import RunDirectory
 from scaling.spec import ModelConfig, MoEConfig, RunSpec, WarmStart
 from scaling.training.launch import shard
 from tests.scaling.optim.processes import run
