@@ -15,7 +15,7 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 
 ORDER = {
     "scaling": (
-        *("errors", "units", "io", "registry", "model_config", "flops", "spec", "schedule"),
+        *("errors", "units", "io", "registry", "model_config", "flops", "spec", "schedule", "console"),
         *("run", "models", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
