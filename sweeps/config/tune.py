@@ -14,6 +14,7 @@ An arm with ``tuned = true`` takes its settings from its studies; one with ``reu
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
@@ -140,3 +141,8 @@ def check(campaign: Campaign) -> None:
         raise ConfigError(f"{where}: a grid is run whole. Remove [tune.halving], or use another sampler.")
     if table.halving is not None and table.in_flight < 2:
         raise ConfigError(f"{where}: halving compares trials that are asked together. Set in_flight to 2 or more.")
+
+
+def search_hash(table: TuneConfig) -> str:
+    """Hash of a ``[tune]`` table, defaults included: settings hold for the search that found them."""
+    return hashlib.sha256(msgspec.json.encode(table, order="sorted")).hexdigest()[:12]

@@ -6,15 +6,11 @@ FLOPs are 6ND; a ``None`` is a number that could not be given.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from scaling.spec import Strict
 from sweeps.config.search_space import Values
-from sweeps.config.tune import TuneConfig
 
 
 class TrialResult(Strict, frozen=True):
@@ -175,11 +171,6 @@ class Tuning(Strict, frozen=True):
     """Empty until rungs with several seeds are trained."""
     search: str | None = None
     """`search_hash` of the ``[tune]`` table that was searched; None in files of earlier versions."""
-
-
-def search_hash(table: TuneConfig) -> str:
-    """Hash of a ``[tune]`` table, defaults included: settings hold for the search that found them."""
-    return hashlib.sha256(msgspec.json.encode(table, order="sorted")).hexdigest()[:12]
 
 
 def facts_file(root: Path, campaign: str) -> Path:

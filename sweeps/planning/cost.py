@@ -294,3 +294,13 @@ def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
 def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
     known = Measurements(measured)
     return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
+
+
+def hours_text(hours: float) -> str:
+    """A length of time in the unit that a person would use."""
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"

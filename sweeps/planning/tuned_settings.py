@@ -15,8 +15,8 @@ from scaling.spec import RunSpec
 from sweeps.config.hyperparameter_rules import read_rule_file, rule
 from sweeps.config.search_space import Dimension, Values, centred, known_searches, with_values
 from sweeps.config.toml import located
-from sweeps.config.tune import TuneConfig
-from sweeps.config.tuning_results import TrialResult, Tuning, facts_file, search_hash
+from sweeps.config.tune import TuneConfig, search_hash
+from sweeps.config.tuning_results import TrialResult, Tuning, facts_file
 from sweeps.planning.ladder import rungs_of
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from sweeps.planning.cost import (
     Outlook,
     _costs,
     assumption,
+    hours_text,
     measured_runs,
     outlook,
     records_under,
@@ -215,16 +216,6 @@ def rate_text(rate: float) -> str:
         return f"{rate:.4g}"
     digits, exponent = f"{rate:.3e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def hours_text(hours: float) -> str:
-    """A length of time in the unit that a person would use."""
-    seconds = hours * 3600
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 MAX_ROWS = 300

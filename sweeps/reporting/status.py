@@ -23,10 +23,10 @@ from scaling.run.record import Attempt, RunRecord, RunState
 from scaling.spec import Strict, as_dict
 from scaling.training.pool import LOG
 from scaling.units import human
-from sweeps.planning.cost import Measurements, predict
+from sweeps.planning.cost import Measurements, hours_text, predict
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.planning.tuned_settings import untuned_note
-from sweeps.reporting.plan_table import MAX_ROWS, code_notes, hours_text, to_go
+from sweeps.reporting.plan_table import MAX_ROWS, code_notes, to_go
 from sweeps.slurm.bad_nodes import sentences
 from sweeps.slurm.client import LOST, SlurmTask
 from sweeps.slurm.job_exits import reason_abandoned

@@ -7,9 +7,8 @@ import math
 import msgspec
 
 from sweeps.config.placement import SlurmConfig
-from sweeps.planning.cost import plan_costs
+from sweeps.planning.cost import hours_text, plan_costs
 from sweeps.planning.plan import CampaignPlan, PlannedRun
-from sweeps.reporting.plan_table import hours_text
 from sweeps.slurm.sbatch import batch_script
 
 MANY_ATTEMPTS = 20

@@ -18,7 +18,7 @@ from scaling.flops import count_parameters, train_flops
 from scaling.spec import RunSpec
 from sweeps.config.campaign import Campaign
 from sweeps.config.search_space import Values
-from sweeps.config.tune import TuneConfig
+from sweeps.config.tune import TuneConfig, search_hash
 from sweeps.config.tuning_results import (
     ArmTuning,
     BudgetRow,
@@ -29,7 +29,6 @@ from sweeps.config.tuning_results import (
     TransferResult,
     TrialResult,
     Tuning,
-    search_hash,
 )
 from sweeps.planning.ladder import Rung
 from sweeps.planning.plan import CampaignPlan
