@@ -15,7 +15,7 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 
 ORDER = {
     "scaling": (
-        *("errors", "units", "io", "registry", "model_config", "flops", "spec", "schedule"),
+        *("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "schedule"),
         *("run", "models", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
@@ -30,7 +30,6 @@ ORDER = {
 VALUES = {
     f"scaling.{name}"
     for name in ("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "schedule")
-}" for name in ("errors", "io", "units", "registry", "schedule", "model_config", "flops", "spec")
 }
 MAX_LOOSE_MODULES = 10
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}
