@@ -220,7 +220,7 @@ def test_a_damaged_root_ends_in_output_or_one_sentence(whole: Root, name: str, f
         ("record.json", "foreign", "the record of run"),
         ("attempts.jsonl", "folder", "Is a directory"),
         ("spec.json", "foreign", "not edited in place"),
-        ("spec.json", "folder", "A folder stands where a file is needed"),
+        ("spec.json", "folder", "cannot be read (Is a directory)"),
     ],
 )
 def test_submit_reports_a_damaged_run_and_keeps_its_files(whole: Root, name: str, fault: str, said: str) -> None:

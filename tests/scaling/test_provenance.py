@@ -10,7 +10,7 @@ import pytest
 from scaling.run.provenance import CODE_ROOT, changed_files, code_hashes, describe_code
 from scaling.run.record import Code
 
-MUON, INITIAL = "scaling/optim/muon.py", "scaling/training/warm_start.py"
+MUON, REGISTRY = "scaling/optim/muon.py", "scaling/models/registry.py"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ MUON, INITIAL = "scaling/optim/muon.py", "scaling/training/warm_start.py"
     [
         (MUON, "Muon beside AdamW as one", "AdamW and Muon as one", []),
         (MUON, "from __future__", "# a comment\n\n\nfrom __future__", []),
-        (INITIAL, "upcycling makes experts", "experts are made", []),
+        (REGISTRY, "upcycling makes experts", "experts are made", []),
         (MUON, 'group["rms"] * max(', '3 * group["rms"] * max(', [MUON]),
     ],
     ids=["docstring", "comment", "message", "number"],
