@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable
 
 from scaling.errors import UserError, unknown_name
+from scaling.io import Strict
+from scaling.model_config import ModelConfig
 from scaling.models.registry import check_family
 from scaling.models.weights import Weights
-from scaling.spec import ModelConfig, Strict
 
 
 class ParamCount(Strict, frozen=True):

@@ -1,4 +1,7 @@
-"""Atomic JSON files and JSON lines: a reader sees a whole file or none, and a torn last line is ignored."""
+"""Strict values, and their files: atomic JSON and JSON lines.
+
+A reader sees a whole JSON file or none, and a torn last line of a JSON-lines file is ignored.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -14,8 +17,16 @@ from scaling.errors import UserError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
 TAIL_BYTES = 4096
 """More than a line of metrics, torn or not."""
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The base of every value that is written to a file."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:

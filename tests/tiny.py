@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from scaling.flops import train_flops
-from scaling.spec import (
-    Budget,
-    DataSpec,
-    Evaluation,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerSpec,
-    RunSpec,
-    Schedule,
-)
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
+from scaling.spec import Budget, DataSpec, Evaluation, OptimizerSpec, RunSpec, Schedule
 
 TINY = ModelConfig(layers=1, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
 

@@ -12,7 +12,7 @@ from analysis.fitting.fit import Fit
 from analysis.fitting.laws import PowerLaw
 from analysis.ratio.match import Support, at_loss, compute_law, support
 from analysis.uncertainty.paired import Difference, cell_means
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.data.cells import Array
 from analysis.uncertainty.intervals import t_quantile
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ from analysis.fitting.laws import PowerLaw
 from analysis.fitting.solver import minimise
 from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL, bootstrap, linear, percentile, t_interval
 from analysis.uncertainty.paired import Difference
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 WEBB = np.sqrt([0.5, 1.0, 1.5])

@@ -21,9 +21,9 @@ from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from scaling.errors import UserError
+from scaling.io import Strict
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
-from scaling.spec import Strict
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import UserError
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

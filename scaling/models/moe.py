@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.decoder import Attention, Decoder, FeedForward, Rotary
 from scaling.models.loss import autocast_dtype, without_autocast
 from scaling.models.mla import MultiHeadLatentAttention
-from scaling.spec import ModelConfig, MoEConfig
 
 
 class Router(nn.Module):

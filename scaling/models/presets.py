@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 
 PUBLISHED: dict[str, ModelConfig] = {
     # 15.29B weights without embedding and head, 2.24B of them activated (arXiv:2502.16982, Section 3.3); widths and

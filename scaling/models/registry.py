@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scaling.errors import UserError, unknown_name
+from scaling.model_config import ModelConfig
 from scaling.models.weights import Weights, decoder_weights
-from scaling.spec import ModelConfig
 
 if TYPE_CHECKING:
     from scaling.models.decoder import Decoder

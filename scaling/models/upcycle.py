@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import check_upcycled
-from scaling.spec import ModelConfig
 
 EXPERTS, ROUTER = ".experts.", ".router."
 

@@ -6,7 +6,7 @@ Parameter counts, FLOPs and the optimizer's share of them are computed from thes
 
 from __future__ import annotations
 
-from scaling.spec import ModelConfig
+from scaling.model_config import ModelConfig
 
 Weights = dict[str, tuple[int, ...]]
 

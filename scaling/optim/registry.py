@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from scaling.errors import UserError, unknown_name
+from scaling.io import Strict
 from scaling.optim.newton_schulz.views import matrices
 from scaling.optim.options import AdamWOptions, MatrixOptions, MuonOptions, NorMuonOptions
 from scaling.optim.search_space import SearchRange
-from scaling.spec import OptimizerSpec, Strict
+from scaling.spec import OptimizerSpec
 
 if TYPE_CHECKING:
     from torch import nn

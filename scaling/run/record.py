@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from scaling.spec import RunSpec, Strict
+from scaling.io import Strict
+from scaling.spec import RunSpec
 
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
 

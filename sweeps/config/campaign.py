@@ -15,7 +15,9 @@ import msgspec
 
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import Evaluation, Fraction, MLAConfig, ModelConfig, MoEConfig, Positive, Strict
+from scaling.io import Fraction, Positive, Strict
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
+from scaling.spec import Evaluation
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values

@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.io import write_atomic
-from scaling.spec import Strict
+from scaling.io import Strict, write_atomic
 from sweeps.config.search_space import Dimension, Values, known_searches
 from sweeps.config.tuning_results import FittedRule, Tuning
 

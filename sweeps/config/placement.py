@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import Positive, Strict
+from scaling.io import Positive, Strict
 from sweeps.config.toml import as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import NonNegative, Positive, Strict
+from scaling.io import NonNegative, Positive, Strict
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.search_space import known_searches
 

@@ -17,12 +17,12 @@ from scaling.data.prepare import default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops
-from scaling.io import write_lines
+from scaling.io import Strict, write_lines
 from scaling.models.registry import check_family, check_upcycled
 from scaling.optim.registry import complete
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunState
-from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict, WarmStart
+from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
 from sweeps.config.toml import located

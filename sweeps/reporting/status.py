@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling.errors import UserError
+from scaling.io import Strict
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt, RunState
-from scaling.spec import Strict, as_dict
+from scaling.spec import as_dict
 from scaling.training.pool import LOG
 from scaling.units import human
 from sweeps.config.placement import slurm_tables

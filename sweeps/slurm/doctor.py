@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scaling.spec import Strict
+from scaling.io import Strict
 from sweeps.config.placement import SlurmConfig, profile_file, slurm_tables
 from sweeps.planning.plan import CampaignPlan
 from sweeps.slurm.client import Unreachable, ask

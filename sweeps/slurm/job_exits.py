@@ -11,9 +11,8 @@ import re
 import time
 from pathlib import Path
 
-from scaling.io import append_line, read_lines
+from scaling.io import Strict, append_line, read_lines
 from scaling.run.directory import RunDirectory
-from scaling.spec import Strict
 from scaling.training.pool import LOG
 from sweeps.slurm.lease import LOST_LEASE
 

@@ -31,13 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
 from scaling.flops import train_flops
+from scaling.model_config import ModelConfig, ffn_width
 from scaling.models.decoder import Decoder
 from scaling.optim.muon import MuonAdamW
 from scaling.optim.newton_schulz.matmul import gram, quadratic
 from scaling.optim.optimizer_flops import update_flops
 from scaling.optim.registry import build
 from scaling.run.directory import RunDirectory
-from scaling.spec import Budget, Evaluation, ModelConfig, OptimizerSpec, Placement, RunSpec, ffn_width
+from scaling.spec import Budget, Evaluation, OptimizerSpec, Placement, RunSpec
 from scaling.training.loop import train
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import plan

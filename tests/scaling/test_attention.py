@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.training import attention_backend
 
 SHAPE = ModelConfig(layers=1, width=32, heads=2, vocabulary=8, context=16)

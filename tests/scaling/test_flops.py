@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
 from scaling.models.presets import PUBLISHED
 from scaling.models.registry import FAMILIES, ModelFamily, build_model
 from scaling.models.weights import decoder_weights
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MIXTURE = MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2)
 LATENT = MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)

@@ -18,9 +18,9 @@ from scaling.data.shards import manifest_hash
 from scaling.errors import UserError
 from scaling.export.huggingface import export_hf
 from scaling.io import write_json
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.run.directory import RunDirectory, file_sha256
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MOONLIGHT = ModelConfig(
     layers=3, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="moonlight-moe",

@@ -16,6 +16,7 @@ from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.moe import (
     MoEDecoder,
     MoEFeedForward,
@@ -28,7 +29,7 @@ from scaling.models.moe import (
 from scaling.models.registry import build_model
 from scaling.optim.registry import assign, complete
 from scaling.run.directory import RunDirectory
-from scaling.spec import ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 from scaling.training.loop import train
 
 

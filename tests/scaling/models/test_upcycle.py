@@ -17,10 +17,11 @@ from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
 from scaling.io import write_json
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.models.upcycle import load_weights, upcycled
 from scaling.run.directory import RunDirectory, file_sha256
-from scaling.spec import ModelConfig, MoEConfig, RunSpec, WarmStart
+from scaling.spec import RunSpec, WarmStart
 from scaling.training.launch import shard
 from tests.scaling.optim.processes import run
 

@@ -9,11 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.flops import train_flops
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.models.weights import decoder_weights
 from scaling.optim.optimizer_flops import run_optimizer_flops, update_flops
 from scaling.optim.registry import OPTIMIZERS, build
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 from tests.tiny import make_spec
 
 DENSE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)

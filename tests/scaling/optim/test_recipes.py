@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from scaling.errors import UserError
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import FAMILIES
 from scaling.optim.registry import OPTIMIZERS, assign, build, complete
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 
 SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
