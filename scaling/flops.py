@@ -75,7 +75,7 @@ def _count(declare: Callable[[ModelConfig], Weights], shape: ModelConfig) -> Par
     idle = 0
     if (mixture := shape.moe) is not None:
         experts = sum(size for name, size in sizes.items() if len(weights[name]) == 3)
-        idle = experts // mixture.experts * (mixture.experts - mixture.top_k)
+        idle = experts // mixture.num_experts * (mixture.num_experts - mixture.top_k)
     return ParamCount(
         embedding=embedding,
         blocks=sum(sizes.values()) - embedding - head - norms,

@@ -26,11 +26,11 @@ class MoEConfig(Strict, frozen=True):
         UserError: More experts would be active than there are.
     """
 
-    experts: Positive
+    num_experts: Positive
     """Routed experts of a layer."""
     top_k: Positive
     """Routed experts that a token meets."""
-    shared: NonNegative = 0
+    num_shared_experts: NonNegative = 0
     """Experts that every token meets beside them."""
     dense_layers: NonNegative = 0
     """First layers that keep one feed-forward."""
@@ -41,16 +41,16 @@ class MoEConfig(Strict, frozen=True):
     so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
     routed_scaling_factor: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     """What the weights are multiplied by. None: what `scaling.models.moe.routed_scaling_factor` computes for sigmoid, else 1."""
-    bias_rate: Annotated[float, msgspec.Meta(ge=0.0)] = 1e-3
+    bias_update_rate: Annotated[float, msgspec.Meta(ge=0.0)] = 1e-3
     """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
     sequence_loss: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     """Weight of DeepSeek-V3's sequence-wise balance loss in what is minimised; never part of a reported loss."""
 
     def __post_init__(self) -> None:
         """Refuse what no router can do."""
-        if self.top_k > self.experts:
+        if self.top_k > self.num_experts:
             raise UserError(
-                f"a token would meet {self.top_k} of {self.experts} experts. Use top_k = {self.experts} or fewer."
+                f"a token would meet {self.top_k} of {self.num_experts} experts. Use top_k = {self.num_experts} or fewer."
             )
 
 

@@ -92,9 +92,9 @@ class WarmStart(Strict, frozen=True):
 
     run: str
     """Id of that run, and so everything that it was."""
-    how: Literal["copy", "upcycle"] = "copy"
+    method: Literal["copy", "upcycle"] = "copy"
     """``copy`` takes the weights over; ``upcycle`` makes every expert a copy of the feed-forward."""
-    charged: bool = True
+    count_flops: bool = True
     """Whether the record's FLOPs include those of that run; either way it says so."""
 
 

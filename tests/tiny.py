@@ -16,7 +16,7 @@ TINY_MOONLIGHT = ModelConfig(
     context=16,
     ffn_multiple=16,
     family="moonlight-moe",
-    moe=MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02),
+    moe=MoEConfig(num_experts=8, top_k=2, num_shared_experts=1, dense_layers=1, granularity=2, bias_update_rate=0.02),
     mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
 )
 

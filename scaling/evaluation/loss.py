@@ -215,5 +215,5 @@ def _model(directory: RunDirectory, record: RunRecord) -> Decoder:
     from scaling.models.upcycle import load_weights
 
     model = build_model(record.spec.model)
-    load_weights(model, directory.intact_weights(record), how="copy")
+    load_weights(model, directory.intact_weights(record), method="copy")
     return model

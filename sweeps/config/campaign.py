@@ -97,8 +97,8 @@ class WarmStartConfig(Strict, frozen=True, kw_only=True):
     """``initial`` of an arm: its runs start from the weights of another arm's runs of the same rung and seed."""
 
     arm: Word
-    how: Literal["copy", "upcycle"] = "copy"
-    charged: bool
+    method: Literal["copy", "upcycle"] = "copy"
+    count_flops: bool
     """Whether the FLOPs of those runs are part of this arm's compute. Without a default: it decides the answer."""
 
 

@@ -205,7 +205,7 @@ def _run(
     with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
         shape = arm.shape_of(rung.shape)
         check_family(shape)
-        if arm.warm_start is not None and arm.warm_start.how == "upcycle":
+        if arm.warm_start is not None and arm.warm_start.method == "upcycle":
             check_upcycled(shape)
         spec = RunSpec(
             model=shape,
@@ -232,7 +232,9 @@ def _run(
             clip_norm=training.clip_norm or None,
             warm_start=None
             if arm.warm_start is None
-            else WarmStart(run=cell[arm.warm_start.arm], how=arm.warm_start.how, charged=arm.warm_start.charged),
+            else WarmStart(
+                run=cell[arm.warm_start.arm], method=arm.warm_start.method, count_flops=arm.warm_start.count_flops
+            ),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
     placement = Placement(

@@ -22,15 +22,15 @@ SHAPES = {
     "dense": DENSE,
     "tied": msgspec.structs.replace(DENSE, tied=True),
     "experts": msgspec.structs.replace(
-        DENSE, family="mixtral-moe", moe=MoEConfig(experts=4, top_k=2, score="topk-softmax")
+        DENSE, family="mixtral-moe", moe=MoEConfig(num_experts=4, top_k=2, score="topk-softmax")
     ),
     "latent attention": msgspec.structs.replace(
         DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10),
-        moe=MoEConfig(experts=4, top_k=2, shared=2, dense_layers=1, granularity=2),
+        moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=2, dense_layers=1, granularity=2),
     ),
     "query rank": msgspec.structs.replace(
         DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, q_lora_rank=20),
-        moe=MoEConfig(experts=4, top_k=2),
+        moe=MoEConfig(num_experts=4, top_k=2),
     ),
 }  # fmt: skip
 

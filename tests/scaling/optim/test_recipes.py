@@ -56,7 +56,7 @@ def test_an_option_that_cannot_be_used_is_refused_by_name(wrong, sentence):
 
 
 PARTS = {
-    "moe": MoEConfig(experts=4, top_k=2, shared=1, dense_layers=1),
+    "moe": MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, dense_layers=1),
     "mla": MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12),
 }
 
