@@ -195,8 +195,9 @@ class Placement(Strict, frozen=True):
     """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
     nodes: Positive = 1
     """Machines with so many devices."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """With several devices: every one keeps all weights, or a share of them."""
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
+    """With several devices: each keeps all weights (``ddp``), a share of them (``fsdp2``), or all weights and a share of
+    the momentum by Moonlight's Algorithm 1 (``zero1``)."""
     recompute: bool = False
     """Compute activations inside a block again in the backward pass instead of keeping them."""
 

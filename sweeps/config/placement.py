@@ -126,8 +126,9 @@ class PlacementConfig(Strict, frozen=True):
     runs_per_gpu: Positive = 1
     """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
     many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """With several devices: every one keeps all weights, or a share of them."""
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
+    """With several devices: each keeps all weights, a share of them (``fsdp2``), or all weights and a share of the
+    momentum (``zero1``: Moonlight's Algorithm 1)."""
     recompute: bool = False
     """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     checkpoint_seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 30.0

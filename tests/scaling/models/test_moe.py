@@ -196,8 +196,8 @@ def test_every_parameter_is_claimed_and_experts_are_matrices_of_their_own(optimi
     assert claimed.keys() == shapes.keys()
     if optimizer == "muon":
         assert {row.view for name, row in claimed.items() if ".experts." in name} == {"experts"}
-        assert claimed["blocks.1.attention.latent.weight"].algorithm == "muon"
-        assert claimed["blocks.1.attention.latent_norm.weight"].algorithm == "adamw"
+        assert claimed["blocks.1.attention.latent.weight"].algorithm.name == "muon"
+        assert claimed["blocks.1.attention.latent_norm.weight"].algorithm.name == "adamw"
 
 
 def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(

@@ -63,6 +63,6 @@ def test_a_run_is_charged_for_its_whole_steps_and_muon_costs_moonlights_share() 
     assert charged / train_flops(large, 192 * 8192) == pytest.approx(0.0064, abs=2e-4)
 
 
-def test_the_ledger_needs_no_torch() -> None:
+def test_counting_loads_no_torch() -> None:
     code = "import sys, scaling.optim.optimizer_flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
