@@ -19,7 +19,7 @@ from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops
 from scaling.io import Strict, write_lines
 from scaling.models.registry import check_family, check_upcycled
-from scaling.optim.registry import complete
+from scaling.optim.registry import check_strategy, complete
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunState
 from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
@@ -237,6 +237,7 @@ def _run(
             ),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
+        check_strategy(spec.optimizer, table.strategy)
     placement = Placement(
         data=str(data),
         device=table.device,

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.optim.registry import build, check_strategy, complete
-from scaling.spec import OptimizerSpec
+from scaling.run.directory import RunDirectory
+from scaling.spec import OptimizerSpec, Placement
+from tests.running import finish
 from tests.scaling.optim.processes import run
+from tests.tiny import make_spec
 
 SPEC = complete(OptimizerSpec(name="muon", peak_lr=0.05, options={"ns_dtype": "bf16", "head_blocks": 2}))
 SHAPES = {
@@ -113,3 +118,14 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused():
     with pytest.raises(UserError, match=r"NorMuon keeps state .* one of the optimizers adamw, muon"):
         check_strategy(OptimizerSpec(name="normuon", peak_lr=1.0), "zero1")
     check_strategy(OptimizerSpec(name="normuon", peak_lr=1.0), "fsdp2")
+
+
+def test_a_placed_run_of_two_processes_ends_as_in_one(tiny_shards: Path, tmp_path: Path) -> None:
+    spec = make_spec(steps=4, optimizer="muon", manifest=manifest_hash(read_manifest(tiny_shards)))
+    losses = []
+    for name, placed in (("one", {}), ("two", {"devices": 2, "strategy": "zero1", "checkpoint_seconds": 0.0})):
+        directory = RunDirectory(tmp_path / name / spec.id)
+        directory.create(spec, Placement(data=str(tiny_shards), device="cpu", **placed))  # type: ignore[arg-type]
+        losses.append(finish(directory.path).validation_loss)
+    # Gradients of two processes are added in another order: rounding in fp32.
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
