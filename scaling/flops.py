@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable
 
 from scaling.errors import UserError, unknown_name
+from scaling.io import Strict
+from scaling.model_config import ModelConfig
 from scaling.models.registry import check_family
 from scaling.models.weights import Weights
-from scaling.spec import ModelConfig, Strict
 
 
 class ParamCount(Strict, frozen=True):
@@ -74,7 +75,7 @@ def _count(declare: Callable[[ModelConfig], Weights], shape: ModelConfig) -> Par
     idle = 0
     if (mixture := shape.moe) is not None:
         experts = sum(size for name, size in sizes.items() if len(weights[name]) == 3)
-        idle = experts // mixture.experts * (mixture.experts - mixture.top_k)
+        idle = experts // mixture.num_experts * (mixture.num_experts - mixture.top_k)
     return ParamCount(
         embedding=embedding,
         blocks=sum(sizes.values()) - embedding - head - norms,

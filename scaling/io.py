@@ -1,4 +1,7 @@
-"""Atomic JSON files and JSON lines: a reader sees a whole file or none, and a torn last line is ignored."""
+"""Strict values, and their files: atomic JSON and JSON lines.
+
+A reader sees a whole JSON file or none, and a torn last line of a JSON-lines file is ignored.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -16,8 +19,34 @@ from scaling.errors import UserError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# Number types of every file. All are finite and bounded: an unbounded count makes loops and lists of that length, and JSON
+# has no spelling for inf and nan. Each bound lies far above any experiment.
+MAX_COUNT = 10**15
+MAX_NUMBER = 1e30
+Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_COUNT)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Small = Annotated[int, msgspec.Meta(gt=0, le=1000)]
+"""A count of devices, processes, threads or repetitions."""
+Size = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+"""A dimension of a model: width, vocabulary, context, experts."""
+Layers = Annotated[int, msgspec.Meta(gt=0, le=2**10)]
+BatchTokens = Annotated[int, msgspec.Meta(gt=0, le=2**32)]
+Sequences = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+"""Sequences of one forward pass."""
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0, le=MAX_NUMBER)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_NUMBER)]
+Finite = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z", max_length=1000)]
+"""Text without control characters: one line that a terminal shows as it is."""
+
 TAIL_BYTES = 4096
 """More than a line of metrics, torn or not."""
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The base of every value that is written to a file."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:

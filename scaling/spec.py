@@ -14,173 +14,23 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from scaling.errors import UserError
-
-# Number types of every file. All are finite and bounded: an unbounded count makes loops and lists of that length, and JSON
-# has no spelling for inf and nan. Each bound lies far above any experiment.
-MAX_COUNT = 10**15
-MAX_NUMBER = 1e30
-Positive = Annotated[int, msgspec.Meta(gt=0, le=MAX_COUNT)]
-NonNegative = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
-Small = Annotated[int, msgspec.Meta(gt=0, le=1000)]
-"""A count of devices, processes, threads or repetitions."""
-Size = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
-"""A dimension of a model: width, vocabulary, context, experts."""
-Layers = Annotated[int, msgspec.Meta(gt=0, le=2**10)]
-BatchTokens = Annotated[int, msgspec.Meta(gt=0, le=2**32)]
-Sequences = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
-"""Sequences of one forward pass."""
-Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0, le=MAX_NUMBER)]
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_NUMBER)]
-Finite = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
-Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z", max_length=1000)]
-"""Text without control characters: one line that a terminal shows as it is."""
+from scaling.flops import train_flops
+from scaling.io import (
+    BatchTokens,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Sequences,
+    Small,
+    Strict,
+)
+from scaling.model_config import ModelConfig
 
 ID_LENGTH = 12
 """Hex digits of a run id: 48 bits, so 10,000 runs collide with odds of 2e-7."""
-
-
-class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The base of every value that is written to a file."""
-
-
-def ffn_width(width: int, multiple: int) -> int:
-    """Hidden units of a SwiGLU block: ``8 * width / 3`` rounded up to a multiple.
-
-    Source: Llama's rule; with ``multiple`` 256 it gives Moonlight's parameter counts to the printed digit
-    (arXiv:2502.16982, Table 2).
-    """
-    return -(-8 * width // (3 * multiple)) * multiple
-
-
-class MoEConfig(Strict, frozen=True):
-    """Experts in place of the feed-forward: which of them a token meets, with what weight, and how load is balanced.
-
-    Raises:
-        UserError: More experts would be active than there are.
-    """
-
-    experts: Size
-    """Routed experts of a layer."""
-    top_k: Size
-    """Routed experts that a token meets."""
-    shared: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
-    """Experts that every token meets beside them."""
-    dense_layers: NonNegative = 0
-    """First layers that keep one feed-forward."""
-    granularity: Size = 1
-    """An expert's hidden units are the shape's `ffn_width` divided by this."""
-    score: Literal["sigmoid", "topk-softmax", "softmax-topk"] = "sigmoid"
-    """``sigmoid``: DeepSeek-V3's, chosen scores made to sum to one; ``topk-softmax``: softmax over the chosen logits,
-    so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
-    routed_scaling_factor: PositiveFloat | None = None
-    """What the weights are multiplied by. None: what `scaling.models.moe.routed_scaling_factor` computes for sigmoid, else 1."""
-    bias_rate: NonNegativeFloat = 1e-3
-    """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
-    sequence_loss: NonNegativeFloat = 0.0
-    """Weight of DeepSeek-V3's sequence-wise balance loss in what is minimised; never part of a reported loss."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no router can do."""
-        if self.top_k > self.experts:
-            raise UserError(
-                f"a token would meet {self.top_k} of {self.experts} experts. Use top_k = {self.experts} or fewer."
-            )
-
-
-class MLAConfig(Strict, frozen=True):
-    """Multi-head latent attention with decoupled rotary channels (DeepSeek-V2, arXiv:2405.04434, Section 2.1).
-
-    Raises:
-        UserError: The rotary channels are odd.
-    """
-
-    kv_lora_rank: Size
-    """Channels that keys and values are made from."""
-    qk_nope_head_dim: Size
-    """Channels of a query or key head without position."""
-    qk_rope_head_dim: Size
-    """Channels of a query head with position; all key heads of a token share theirs."""
-    v_head_dim: Size
-    """Channels of a value head."""
-    q_lora_rank: Size | None = None
-    """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""
-    rope_theta: Annotated[float, msgspec.Meta(gt=1.0, le=MAX_NUMBER)] = 50_000.0
-
-    def __post_init__(self) -> None:
-        """Refuse what rotary embedding cannot turn."""
-        if self.qk_rope_head_dim % 2:
-            raise UserError(
-                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, and rotary embedding turns pairs. Use {self.qk_rope_head_dim + 1}."
-            )
-
-
-class ModelConfig(Strict, frozen=True):
-    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, attention without biases; with experts or latent attention by choice.
-
-    Raises:
-        UserError: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
-    """
-
-    layers: Layers
-    width: Size
-    heads: Size
-    vocabulary: Size
-    context: Size
-    ffn_multiple: Size = 256
-    tied: bool = False
-    family: str = "decoder"
-    ffn: Size | None = None
-    """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
-    moe: MoEConfig | None = None
-    mla: MLAConfig | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a shape that no model can have."""
-        if self.moe is not None:
-            self._check_mixture(self.moe)
-        if self.mla is not None:
-            return  # its heads have sizes of their own
-        if self.width % self.heads:
-            fitting = (n for n in range(1, self.width + 1) if self.width % n == 0 and self.width // n % 2 == 0)
-            best = min(fitting, key=lambda heads: abs(heads - self.heads), default=1)
-            raise UserError(
-                f"width {self.width} is not a multiple of heads {self.heads}. "
-                f"Use {best} heads of size {self.width // best}, or a width that {self.heads} divides."
-            )
-        if (self.width // self.heads) % 2:
-            raise UserError(
-                f"width {self.width} with {self.heads} heads gives heads of odd size {self.width // self.heads}, "
-                "and rotary embedding turns pairs. Use an even head size."
-            )
-
-    @property
-    def head_size(self) -> int:
-        """Channels of one attention head."""
-        return self.width // self.heads
-
-    @property
-    def ffn_width(self) -> int:
-        """Hidden units of the SwiGLU block."""
-        return self.ffn or ffn_width(self.width, self.ffn_multiple)
-
-    @property
-    def expert_width(self) -> int:
-        """Hidden units of one expert."""
-        return self.ffn_width // (self.moe.granularity if self.moe else 1)
-
-    def _check_mixture(self, mixture: MoEConfig) -> None:
-        if self.ffn_width % mixture.granularity:
-            raise UserError(
-                f"granularity {mixture.granularity} does not divide the {self.ffn_width} hidden units of the feed-forward. "
-                f"Use an ffn_multiple that it divides, such as {mixture.granularity * 8}."
-            )
-        if mixture.dense_layers >= self.layers:
-            raise UserError(
-                f"dense_layers {mixture.dense_layers} leaves none of the {self.layers} layers to the experts. "
-                "Use fewer dense layers, or the family decoder."
-            )
 
 
 class Budget(Strict, frozen=True):
@@ -203,7 +53,7 @@ class OptimizerSpec(Strict, frozen=True):
     name: str
     peak_lr: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1
-    options: dict[str, float | int | bool | str] = {}
+    options: dict[str, float | int | bool | str] = msgspec.field(default_factory=dict)
 
 
 class Schedule(Strict, frozen=True):
@@ -253,9 +103,9 @@ class WarmStart(Strict, frozen=True):
 
     run: str
     """Id of that run, and so everything that it was."""
-    how: Literal["copy", "upcycle"] = "copy"
+    method: Literal["copy", "upcycle"] = "copy"
     """``copy`` takes the weights over; ``upcycle`` makes every expert a copy of the feed-forward."""
-    charged: bool = True
+    count_flops: bool = True
     """Whether the record's FLOPs include those of that run; either way it says so."""
 
 
@@ -286,8 +136,6 @@ class RunSpec(Strict, frozen=True):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
-        from scaling.flops import train_flops
-
         context = self.model.context
         if self.batch_tokens % context:
             raise UserError(
@@ -358,8 +206,9 @@ class Placement(Strict, frozen=True):
     """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
     nodes: Small = 1
     """Machines with so many devices."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """With several devices: every one keeps all weights, or a share of them."""
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
+    """With several devices: each keeps all weights (``ddp``), a share of them (``fsdp2``), or all weights and a share of
+    the momentum by Moonlight's Algorithm 1 (``zero1``)."""
     recompute: bool = False
     """Compute activations inside a block again in the backward pass instead of keeping them."""
 

@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from scaling.flops import train_flops
-from scaling.spec import (
-    Budget,
-    DataSpec,
-    Evaluation,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerSpec,
-    RunSpec,
-    Schedule,
-)
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
+from scaling.spec import Budget, DataSpec, Evaluation, OptimizerSpec, RunSpec, Schedule
 
 TINY = ModelConfig(layers=1, width=16, heads=2, vocabulary=256, context=16, ffn_multiple=8)
 
@@ -25,7 +16,7 @@ TINY_MOONLIGHT = ModelConfig(
     context=16,
     ffn_multiple=16,
     family="moonlight-moe",
-    moe=MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2, bias_rate=0.02),
+    moe=MoEConfig(num_experts=8, top_k=2, num_shared_experts=1, dense_layers=1, granularity=2, bias_update_rate=0.02),
     mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8),
 )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from analysis.audit import laws, runs, tuning
 from analysis.audit.case import Case, Finding, Verdict
 from analysis.ratio.study import Study
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

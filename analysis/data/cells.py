@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

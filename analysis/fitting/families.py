@@ -15,7 +15,7 @@ from analysis.data.cells import Array, Cells, Rows
 from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve, some_of
 from analysis.fitting.parameterization import Sharing
 from analysis.fitting.solver import minimise, predict
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY
 
 MAX_LEFT_OUT_WORK = 200_000

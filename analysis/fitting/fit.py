@@ -16,7 +16,7 @@ from analysis.fitting.laws import LAWS, Law, LawForm
 from analysis.fitting.parameterization import Parameterization, Sharing, parameterize
 from analysis.fitting.solver import Problem, Solution, Space, minimise, objective, predict, residuals
 from scaling.errors import UserError, unknown_name
-from scaling.spec import Strict
+from scaling.io import Strict
 
 Status = Literal["converged", "at_bound", "not_identified", "failed"]
 LossFunction = Literal["least-squares", "huber", "absolute"]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import flops_from_pflops_days, pflops_days
 
 Numbers = TypeVar("Numbers", float, NDArray[np.float64])

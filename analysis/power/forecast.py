@@ -17,7 +17,7 @@ from analysis.power.simulate import BOOTSTRAP_REMARK, Forecast, Laws, Noise, Pla
 from analysis.ratio.study import Study
 from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 SCREENED = 150
 """Studies by which a design of the search is judged before the best get as many as the plan."""

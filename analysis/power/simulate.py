@@ -19,7 +19,7 @@ from analysis.fitting.laws import LossSurface, PowerLaw
 from analysis.power.batched_fit import Flags, Intervals, difference_intervals, fit_studies, law_intervals
 from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 

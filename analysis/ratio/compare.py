@@ -26,7 +26,7 @@ from analysis.uncertainty.intervals import (
 from analysis.uncertainty.paired import Difference, cell_means, difference
 from analysis.uncertainty.robustness import Interval, Without, intervals_by_method, jackknife
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from analysis.data.cells import Array, Cells
 from analysis.fitting.families import LawFamily, fit_family, ratio_of
 from analysis.fitting.fit import Fitted
 from analysis.uncertainty.intervals import t_interval
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

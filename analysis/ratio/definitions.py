@@ -13,7 +13,7 @@ from analysis.fitting.laws import PowerLaw
 from analysis.ratio.match import Support, at_loss, compute_law, support
 from analysis.uncertainty.intervals import ROUNDING
 from analysis.uncertainty.paired import Difference, cell_means
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 

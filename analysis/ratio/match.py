@@ -13,7 +13,7 @@ import numpy as np
 from analysis.fitting.fit import Fit
 from analysis.fitting.laws import LossSurface, PowerLaw, UnreachableLoss
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 Support = Literal["interpolated", "half-extrapolated", "extrapolated"]
 

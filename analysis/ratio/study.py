@@ -18,8 +18,7 @@ from analysis.fitting.fit import Fit, fit_law
 from analysis.fitting.laws import LossSurface
 from analysis.ratio.compare import Comparison, compare
 from scaling.errors import UserError, unknown_name
-from scaling.io import read_json, write_json
-from scaling.spec import Strict
+from scaling.io import Strict, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,7 +24,7 @@ from analysis.fitting.fit import (
 from analysis.fitting.laws import Law, LossSurface
 from analysis.uncertainty.intervals import bootstrap, refit
 from scaling.errors import UserError, unknown_name
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

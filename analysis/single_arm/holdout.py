@@ -19,7 +19,7 @@ from analysis.fitting.solver import predict
 from analysis.ratio.study import check_computes, choose_arms, is_ladder
 from analysis.uncertainty.intervals import ROUNDING, Linear, gradient, linear, t_quantile
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from analysis.data.table import check_table
 from analysis.single_arm.fit_arm import only_arm
 from analysis.uncertainty.intervals import t_quantile
 from scaling.errors import UserError, unknown_name
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

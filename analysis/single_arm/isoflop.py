@@ -17,7 +17,7 @@ from analysis.data.table import check_table
 from analysis.fitting.fit import HUBER, Status, form_named, judge, solve
 from analysis.fitting.laws import LossSurface
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

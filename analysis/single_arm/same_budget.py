@@ -15,7 +15,7 @@ from analysis.data.cells import SAME_POINT, Array, rungs
 from analysis.ratio.study import usable_text
 from analysis.uncertainty.intervals import ROUNDING, t_quantile
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.data.cells import Array, Cells
 from analysis.uncertainty.intervals import ROUNDING, t_quantile
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 

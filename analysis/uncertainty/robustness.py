@@ -24,7 +24,7 @@ from analysis.uncertainty.intervals import (
     t_interval,
 )
 from analysis.uncertainty.paired import Difference
-from scaling.spec import Strict
+from scaling.io import Strict
 from scaling.units import pflops_days
 
 WEBB = np.sqrt([0.5, 1.0, 1.5])

@@ -33,9 +33,8 @@ from scaling.data.sources.text import plain_sizes
 from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer, tokenizer_digest
 from scaling.data.writer import ShardWriter, ShardWriterState
 from scaling.errors import DataError
-from scaling.io import write_atomic, write_json
+from scaling.io import Strict, write_atomic, write_json
 from scaling.run.progress import ProgressReporter
-from scaling.spec import Strict
 
 PROGRESS = "progress.json"
 TOKENIZER_COPY = "tokenizer.json"

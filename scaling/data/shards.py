@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scaling.data.sources.documents import Split
 from scaling.data.tokenizer import TokenizerInfo
 from scaling.errors import DataError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 MAGIC = 20240520
 VERSION = 1

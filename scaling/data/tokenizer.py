@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scaling.errors import DataError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 BYTES = "bytes"
 

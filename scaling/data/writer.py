@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from scaling.data.shards import DOCUMENT_ENDS, END, HEADER_BYTES, TOKEN, Shard, SplitInfo, file_digest, header
 from scaling.data.sources.documents import Split
-from scaling.spec import Strict
+from scaling.io import Strict
 
 SHARD_TOKENS = 100_000_000
 """Tokens of a full shard: 200 MB, the size in which public token sets are cut."""

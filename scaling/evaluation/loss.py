@@ -22,10 +22,10 @@ from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from scaling.errors import UserError
+from scaling.io import Strict
 from scaling.run.directory import RunDirectory
 from scaling.run.progress import ProgressReporter
 from scaling.run.record import RunRecord
-from scaling.spec import Strict
 from scaling.units import human
 
 if TYPE_CHECKING:
@@ -240,5 +240,5 @@ def _model(directory: RunDirectory, record: RunRecord) -> Decoder:
     from scaling.models.upcycle import load_weights
 
     model = build_model(record.spec.model)
-    load_weights(model, directory.intact_weights(record), how="copy")
+    load_weights(model, directory.intact_weights(record), method="copy")
     return model

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.errors import UserError, unknown_name
-from scaling.spec import Strict
+from scaling.io import Strict
 
 
 class DownstreamTask(Strict, frozen=True):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import UserError
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ def deepseek_weights(shape: ModelConfig) -> list[HubWeight]:
             HubWeight(f"{mlp}.gate.weight", (f"{inside}.router.weight",)),
             HubWeight(f"{mlp}.gate.e_score_correction_bias", (f"{inside}.router.bias",)),
             *_feed_forward(f"{inside}.shared", f"{mlp}.shared_experts"),
-            *_experts(f"{inside}.experts", f"{mlp}.experts", mixture.experts, DENSE),
+            *_experts(f"{inside}.experts", f"{mlp}.experts", mixture.num_experts, DENSE),
         ]
     return weights
 
@@ -146,10 +146,10 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
     from scaling.models.moe import scale_of
 
     mixture, latent = _parts(shape)
-    if mixture.score != "sigmoid" or not mixture.shared:
+    if mixture.score != "sigmoid" or not mixture.num_shared_experts:
         raise UserError(
             f"no export: DeepseekV3ForCausalLM has sigmoid scores and at least one shared expert, and this model has "
-            f"score = {mixture.score} and shared = {mixture.shared}. Train with sigmoid and shared = 1 or more to export."
+            f"score = {mixture.score} and num_shared_experts = {mixture.num_shared_experts}. Train with sigmoid and num_shared_experts = 1 or more to export."
         )
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -161,8 +161,8 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
-        "n_routed_experts": mixture.experts,
-        "n_shared_experts": mixture.shared,
+        "n_routed_experts": mixture.num_experts,
+        "n_shared_experts": mixture.num_shared_experts,
         "num_experts_per_tok": mixture.top_k,
         "first_k_dense_replace": mixture.dense_layers,
         "moe_layer_freq": 1,
@@ -211,7 +211,7 @@ def mixtral_weights(shape: ModelConfig) -> list[HubWeight]:
         weights += [HubWeight(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for here, there in names.items()]
         numbered = {"gate": "w1", "up": "w3", "down": "w2"}
         weights += _experts(
-            f"{ours}.feed_forward.experts", f"{theirs}.block_sparse_moe.experts", shape.moe.experts, numbered
+            f"{ours}.feed_forward.experts", f"{theirs}.block_sparse_moe.experts", shape.moe.num_experts, numbered
         )
     return weights
 
@@ -227,13 +227,13 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
 
     mixture = shape.moe
     assert mixture is not None
-    wanted = {"score": "topk-softmax", "shared": 0, "dense_layers": 0, "bias_rate": 0.0}
+    wanted = {"score": "topk-softmax", "num_shared_experts": 0, "dense_layers": 0, "bias_update_rate": 0.0}
     other = {name: getattr(mixture, name) for name, value in wanted.items() if getattr(mixture, name) != value}
     if other or scale_of(mixture) != 1.0:
         found = ", ".join(f"{name} = {value}" for name, value in other.items()) or f"gate scale {scale_of(mixture):g}"
         raise UserError(
-            f"no export: MixtralForCausalLM cannot say {found}. It knows score = topk-softmax, shared = 0, "
-            "dense_layers = 0, bias_rate = 0 and no gate scale; train so to export, or use the family moonlight-moe."
+            f"no export: MixtralForCausalLM cannot say {found}. It knows score = topk-softmax, num_shared_experts = 0, "
+            "dense_layers = 0, bias_update_rate = 0 and no gate scale; train so to export, or use the family moonlight-moe."
         )
     return {
         "architectures": ["MixtralForCausalLM"],
@@ -245,7 +245,7 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
         "head_dim": shape.head_size,
-        "num_local_experts": mixture.experts,
+        "num_local_experts": mixture.num_experts,
         "num_experts_per_tok": mixture.top_k,
         "sliding_window": None,
         "hidden_act": "silu",

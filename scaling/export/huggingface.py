@@ -26,9 +26,9 @@ from scaling.export.architectures import (
 from scaling.export.model_card import model_card
 from scaling.export.tokenizer import tokenizer_files
 from scaling.io import write_atomic
+from scaling.model_config import ModelConfig
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
-from scaling.spec import ModelConfig
 
 SHARD_BYTES = 5_000_000_000
 """Largest weights file, as model hubs cut them."""

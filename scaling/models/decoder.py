@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scaling.model_config import ModelConfig
 from scaling.models.loss import ChunkLoss, loss_and_gradient, next_token_loss
-from scaling.spec import ModelConfig
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling.model_config import MLAConfig, ModelConfig
 from scaling.models.decoder import Rotary
-from scaling.spec import MLAConfig, ModelConfig
 
 LATENT_NORM_EPSILON = 1e-6
 """Of the norms inside attention; the published model has another one for its blocks (1e-5)."""

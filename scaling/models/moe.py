@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.decoder import Attention, Decoder, FeedForward, Rotary
 from scaling.models.loss import autocast_dtype, without_autocast
 from scaling.models.mla import MultiHeadLatentAttention
-from scaling.spec import ModelConfig, MoEConfig
 
 
 class Router(nn.Module):
@@ -32,9 +32,9 @@ class Router(nn.Module):
         super().__init__()
         self.mixture = mixture
         self.scale = scale_of(mixture)
-        self.weight = nn.Parameter(torch.empty(mixture.experts, width))
-        self.register_buffer("bias", torch.zeros(mixture.experts, dtype=torch.float32))
-        self.register_buffer("load", torch.zeros(mixture.experts, dtype=torch.int64), persistent=False)
+        self.weight = nn.Parameter(torch.empty(mixture.num_experts, width))
+        self.register_buffer("bias", torch.zeros(mixture.num_experts, dtype=torch.float32))
+        self.register_buffer("load", torch.zeros(mixture.num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(N, H)`` to weights ``(N, K)``, experts ``(N, K)`` and all scores ``(N, E)``; in fp32 whatever the autocast."""
@@ -50,14 +50,14 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """Raise the bias of experts below the mean load and lower it above, by `bias_rate` each, keeping its mean.
+        """Raise the bias of experts below the mean load and lower it above, by `bias_update_rate` each, keeping its mean.
 
         Args:
             load: Choices of one optimizer step over all processes and micro-batches, ``(E,)``. Only the sign of the
                 distance to the mean counts, so a pass that is recomputed and counted twice changes nothing.
         """
         shortage = torch.sign(load.double().mean() - load.double())
-        self.bias += self.mixture.bias_rate * (shortage - shortage.mean()).float()
+        self.bias += self.mixture.bias_update_rate * (shortage - shortage.mean()).float()
         self.load.zero_()
 
 
@@ -65,7 +65,7 @@ def scale_of(mixture: MoEConfig) -> float:
     """The gate scaling factor of a mixture, stated or computed."""
     if mixture.routed_scaling_factor is not None:
         return mixture.routed_scaling_factor
-    return routed_scaling_factor(mixture.experts, mixture.top_k) if mixture.score == "sigmoid" else 1.0
+    return routed_scaling_factor(mixture.num_experts, mixture.top_k) if mixture.score == "sigmoid" else 1.0
 
 
 def sequence_loss(scores: Tensor, active: int, sequences: int) -> Tensor:
@@ -153,9 +153,9 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         self.mixture = mixture
         self.router = Router(shape.width, mixture)
-        self.experts = Experts(mixture.experts, shape.width, shape.expert_width)
-        if mixture.shared:
-            self.shared = FeedForward(shape.width, mixture.shared * shape.expert_width)
+        self.experts = Experts(mixture.num_experts, shape.width, shape.expert_width)
+        if mixture.num_shared_experts:
+            self.shared = FeedForward(shape.width, mixture.num_shared_experts * shape.expert_width)
         self.sequence_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class MoEFeedForward(nn.Module):
         returned: Tensor = _Return.apply(expert_output, order, back)
         by_choice = returned.view(len(flat), self.mixture.top_k, -1)  # (N, K, H)
         mixed: Tensor = (by_choice * weights.unsqueeze(-1).to(by_choice.dtype)).sum(dim=1).view_as(x)
-        if self.mixture.shared:
+        if self.mixture.num_shared_experts:
             mixed = mixed + self.shared(x)
         return mixed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 
 PUBLISHED: dict[str, ModelConfig] = {
     # 15.29B weights without embedding and head, 2.24B of them activated (arXiv:2502.16982, Section 3.3); widths and
@@ -16,9 +16,9 @@ PUBLISHED: dict[str, ModelConfig] = {
         ffn=11_264,
         family="moonlight-moe",
         moe=MoEConfig(
-            experts=64,
+            num_experts=64,
             top_k=6,
-            shared=2,
+            num_shared_experts=2,
             dense_layers=1,
             granularity=8,
             routed_scaling_factor=2.446,

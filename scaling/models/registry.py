@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scaling.errors import UserError, unknown_name
+from scaling.model_config import ModelConfig
 from scaling.models.weights import Weights, decoder_weights
-from scaling.spec import ModelConfig
 
 if TYPE_CHECKING:
     from scaling.models.decoder import Decoder
@@ -101,8 +101,8 @@ def check_upcycled(shape: ModelConfig) -> None:
     mixture = shape.moe
     if mixture is None:
         raise UserError("upcycling makes experts, and this shape has none. Give the arm a table moe.")
-    if mixture.shared or mixture.granularity != 1:
+    if mixture.num_shared_experts or mixture.granularity != 1:
         raise UserError(
-            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has shared = "
-            f"{mixture.shared} and granularity = {mixture.granularity}. Set shared = 0 and granularity = 1."
+            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has num_shared_experts = "
+            f"{mixture.num_shared_experts} and granularity = {mixture.granularity}. Set num_shared_experts = 0 and granularity = 1."
         )

@@ -18,30 +18,30 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import check_upcycled
-from scaling.spec import ModelConfig
 
 EXPERTS, ROUTER = ".experts.", ".router."
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, file: Path, *, how: Literal["copy", "upcycle"]) -> None:
+def load_weights(model: Decoder, file: Path, *, method: Literal["copy", "upcycle"]) -> None:
     """Fill a model, sharded or not, from a run's safetensors.
 
     Args:
         model: Initialised; ``upcycle`` leaves its routers as they are.
         file: Weights of a model of the same shape, or of the dense one that ``upcycle`` starts from.
-        how: Whether experts become copies of the feed-forward.
+        method: Whether experts become copies of the feed-forward.
 
     Raises:
         UserError: The file is no safetensors, or is of a model of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
-    if how == "upcycle":
+    if method == "upcycle":
         check_upcycled(model.shape)
-    sources = _sources(model, how)
+    sources = _sources(model, method)
     try:
         with safe_open(file, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -69,10 +69,10 @@ def upcycled(dense: Mapping[str, Tensor], shape: ModelConfig, *, seed: int) -> d
     return model.state_dict()
 
 
-def _sources(model: Decoder, how: str) -> dict[str, tuple[Tensor, str]]:
+def _sources(model: Decoder, method: str) -> dict[str, tuple[Tensor, str]]:
     """What is to be filled by our name, each with the name of what fills it."""
     named: dict[str, Tensor] = dict(model.named_parameters())
-    if how == "copy":
+    if method == "copy":
         state = model.state_dict()
         named |= {name: buffer for name, buffer in model.named_buffers() if name in state}
         return {name: (tensor, name) for name, tensor in named.items()}

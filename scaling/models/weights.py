@@ -6,7 +6,7 @@ Parameter counts, FLOPs and the optimizer's share of them are computed from thes
 
 from __future__ import annotations
 
-from scaling.spec import ModelConfig
+from scaling.model_config import ModelConfig
 
 Weights = dict[str, tuple[int, ...]]
 
@@ -25,11 +25,11 @@ def decoder_weights(shape: ModelConfig) -> Weights:
         if mixture is None or layer < mixture.dense_layers:
             found |= {f"{place}{name}.weight": size for name, size in _gated(width, shape.ffn_width).items()}
             continue
-        found[f"{place}router.weight"] = (mixture.experts, width)
+        found[f"{place}router.weight"] = (mixture.num_experts, width)
         expert = _gated(width, shape.expert_width)
-        found |= {f"{place}experts.{name}": (mixture.experts, *size) for name, size in expert.items()}
-        if mixture.shared:
-            shared = _gated(width, mixture.shared * shape.expert_width)
+        found |= {f"{place}experts.{name}": (mixture.num_experts, *size) for name, size in expert.items()}
+        if mixture.num_shared_experts:
+            shared = _gated(width, mixture.num_shared_experts * shape.expert_width)
             found |= {f"{place}shared.{name}.weight": size for name, size in shared.items()}
     return found
 

@@ -1,1 +1,1 @@
-"""Optimizers that a run can train with, one row each in `recipes.OPTIMIZERS`."""
+"""Optimizers that a run can train with, one row each in `registry.OPTIMIZERS`."""

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from scaling.io import NonNegativeFloat, PositiveFloat, Size, Small, Strict
 from scaling.optim.newton_schulz.coefficients import CoefficientSet, Form
-from scaling.spec import NonNegativeFloat, PositiveFloat, Size, Small, Strict
 
 Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 

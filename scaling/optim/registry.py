@@ -1,6 +1,20 @@
-"""The optimizers a run can name, one row each: options, rules that say which weights go where, a builder.
+"""The optimizers a run can name, one row each: options, rules that assign parameters to algorithms, search ranges.
 
-Planning reads this table too, so torch is imported only inside the builders.
+An element-wise optimizer is one file and one row::
+
+    class Lion(ElementwiseUpdate): ...                   # init_state and step, scaling.optim.optimizer
+
+    LION = Algorithm(name="lion", update=Lion)
+    ROW = OptimizerRecipe(
+        label="Lion",
+        options=LionOptions,                             # a Strict with defaults
+        rules=lambda options: (GroupRule(pattern=".*", algorithm=LION),),
+        groups=lambda spec, options: {"lion": {"lr": spec.peak_lr, "weight_decay": spec.weight_decay, ...}},
+    )
+
+A relative of Muon subclasses `scaling.optim.muon.Muon` and takes `matrix_rules` and `matrix_groups`. An installed
+package adds a row by the entry point group ``scaling_harness.optimizers``. Planning reads this table too, so torch is
+imported only when an algorithm's `update` is called.
 """
 
 from __future__ import annotations
@@ -9,35 +23,62 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from scaling.errors import UserError, unknown_name
+from scaling.io import Strict
+from scaling.optim.newton_schulz.coefficients import newton_schulz_flops
 from scaling.optim.newton_schulz.views import matrices
 from scaling.optim.options import AdamWOptions, MatrixOptions, MuonOptions, NorMuonOptions
 from scaling.optim.search_space import SearchRange
-from scaling.spec import OptimizerSpec, Strict
+from scaling.registry import Registry
+from scaling.spec import OptimizerSpec
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
+
+    from scaling.optim.muon import Muon
+    from scaling.optim.normuon import NorMuon
+    from scaling.optim.optimizer import AdamW, GroupedOptimizer, Update
+
+
+def no_matrix_products(options: Any, rows: int, columns: int) -> int:
+    """FLOPs of an algorithm that multiplies no matrices; element-wise operations are not counted."""
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """What a parameter group takes: how it is updated, and what that costs."""
+
+    name: str
+    """Its name in parameter groups, and so in checkpoints."""
+    update: Callable[[], Update]
+    """Makes its state and step: an `ElementwiseUpdate` or a `MatrixUpdate` of `scaling.optim.optimizer`."""
+    is_matrix: bool = False
+    """Whether it treats matrices as a whole; its parameters are then seen through the view of their rule."""
+    supports_zero1: bool = True
+    """Whether each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
+    flops: Callable[[Any, int, int], int] = no_matrix_products
+    """Matrix-product FLOPs of a step of one matrix, from the completed options, its rows and its columns."""
 
 
 class GroupRule(Strict, frozen=True):
-    """Parameters whose whole name matches `pattern` take `algorithm`, seen through `view` (`scaling.optim.newton_schulz.views`)."""
+    """Parameters whose whole name matches `pattern` take `algorithm`, seen through `view` (`newton_schulz.views`)."""
 
     pattern: str
-    algorithm: str
+    algorithm: Algorithm
     view: str = "whole"
 
 
 class Assignment(Strict, frozen=True):
-    """What an optimizer does with one parameter, and the rule that says so."""
+    """The algorithm and view of one parameter, and the pattern of the rule that gave them."""
 
     name: str
     shape: tuple[int, ...]
-    algorithm: str
+    algorithm: Algorithm
     view: str
     rule: str
 
@@ -47,17 +88,44 @@ class OptimizerRecipe:
     """One row of `OPTIMIZERS`."""
 
     label: str
-    """How figures and tables call it."""
+    """Its name in sentences and model cards."""
     options: type[Strict]
     rules: Callable[[Any], tuple[GroupRule, ...]]
     """Rules in order, the first match wins; from the completed options."""
     groups: Callable[[OptimizerSpec, Any], dict[str, dict[str, Any]]]
-    """Hyper-parameters of a parameter group, by algorithm; from the completed spec and its options."""
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
-    """Parameter groups to optimizer."""
+    """Hyper-parameters of a parameter group by the name of its algorithm; from the completed spec and its options."""
     search: tuple[SearchRange, ...] = ()
-    """What can be tuned, and where a search begins."""
+    """Hyper-parameters that can be tuned, and the range in which a search begins."""
 
+
+def _load_adamw() -> AdamW:
+    from scaling.optim.optimizer import AdamW
+
+    return AdamW()
+
+
+def _load_muon() -> Muon:
+    from scaling.optim.muon import Muon
+
+    return Muon()
+
+
+def _load_normuon() -> NorMuon:
+    from scaling.optim.normuon import NorMuon
+
+    return NorMuon()
+
+
+def orthogonalisation_flops(options: MatrixOptions, rows: int, columns: int) -> int:
+    """FLOPs of Newton-Schulz on one matrix."""
+    return newton_schulz_flops(rows, columns, options.ns_steps, options.form)
+
+
+ADAMW = Algorithm(name="adamw", update=_load_adamw)
+MUON = Algorithm(name="muon", update=_load_muon, is_matrix=True, flops=orthogonalisation_flops)
+NORMUON = Algorithm(
+    name="normuon", update=_load_normuon, is_matrix=True, supports_zero1=False, flops=orthogonalisation_flops
+)
 
 RATE = SearchRange(name="peak_lr", scale="log", low=3e-4, high=3e-2, least=1e-6, most=1.0)
 DECAY = SearchRange(name="weight_decay", scale="log", low=0.02, high=0.5, least=1e-4, most=3.0)
@@ -77,18 +145,18 @@ MATRIX_SEARCH = (
 
 
 def _adamw_rules(options: AdamWOptions) -> tuple[GroupRule, ...]:
-    return (GroupRule(pattern=r".*", algorithm="adamw"),)
+    return (GroupRule(pattern=r".*", algorithm=ADAMW),)
 
 
-def _matrix_rules(algorithm: str) -> Callable[[MatrixOptions], tuple[GroupRule, ...]]:
-    """Moonlight's division: the matrices of the blocks, and AdamW for embedding, head and norms."""
+def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupRule, ...]]:
+    """Moonlight's division: `algorithm` for the matrices of the blocks, AdamW for embedding, head and norms."""
 
     def rules(options: MatrixOptions) -> tuple[GroupRule, ...]:
         per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
         feed_forward = r"blocks\.\d+\.feed_forward\."
         return (
-            GroupRule(pattern=r"(embedding|head)\.weight", algorithm="adamw"),
-            GroupRule(pattern=r"(.+[._])?norm\.weight", algorithm="adamw"),
+            GroupRule(pattern=r"(embedding|head)\.weight", algorithm=ADAMW),
+            GroupRule(pattern=r"(.+[._])?norm\.weight", algorithm=ADAMW),
             GroupRule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm=algorithm, view=per_head),
             GroupRule(pattern=r"blocks\.\d+\.attention\.\w+\.weight", algorithm=algorithm),
             GroupRule(pattern=feed_forward + r"(shared\.)?(gate|up|down)\.weight", algorithm=algorithm),
@@ -111,82 +179,66 @@ def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[
     }
 
 
-def _matrix_groups(spec: OptimizerSpec, options: MatrixOptions) -> dict[str, dict[str, Any]]:
-    elsewhere = {field for field in MatrixOptions.__struct_fields__ if field.startswith("adamw_")} | {
-        "head_blocks",
-        "qk_clip",
-    }
-    return {
-        spec.name: {
-            "lr": spec.peak_lr,
-            "weight_decay": spec.weight_decay,
-            # The rescaling at the end of NorMuon's algorithm is Muon's exact mode.
-            "update_rms": "exact",
-            **{name: value for name, value in msgspec.structs.asdict(options).items() if name not in elsewhere},
-        },
-        "adamw": {
-            "lr": spec.peak_lr * options.adamw_lr_factor,
-            "weight_decay": spec.weight_decay * options.adamw_decay_factor,
-            "betas": (options.adamw_beta1, options.adamw_beta2),
-            "eps": options.adamw_epsilon,
-        },
-    }
+ELSEWHERE = frozenset({"head_blocks", "qk_clip"})
+"""Options that are read by the rules or by the training loop, not by the update."""
 
 
-def _muon(groups: list[dict[str, Any]]) -> Optimizer:
-    from scaling.optim.distributed.select import sharding_strategy_for
-    from scaling.optim.muon import MuonAdamW
+def matrix_groups(algorithm: Algorithm) -> Callable[[OptimizerSpec, MatrixOptions], dict[str, dict[str, Any]]]:
+    """Hyper-parameters of `algorithm`, and of AdamW beside it by the options with the prefix ``adamw_``."""
 
-    return MuonAdamW(groups, sharding_strategy_for(parameter for group in groups for _, parameter in group["params"]))
+    def groups(spec: OptimizerSpec, options: MatrixOptions) -> dict[str, dict[str, Any]]:
+        own = {
+            name: value
+            for name, value in msgspec.structs.asdict(options).items()
+            if not name.startswith("adamw_") and name not in ELSEWHERE
+        }
+        return {
+            algorithm.name: {
+                "lr": spec.peak_lr,
+                "weight_decay": spec.weight_decay,
+                # The rescaling at the end of NorMuon's algorithm is Muon's exact mode.
+                "update_rms": "exact",
+                **own,
+            },
+            "adamw": {
+                "lr": spec.peak_lr * options.adamw_lr_factor,
+                "weight_decay": spec.weight_decay * options.adamw_decay_factor,
+                "betas": (options.adamw_beta1, options.adamw_beta2),
+                "eps": options.adamw_epsilon,
+            },
+        }
+
+    return groups
 
 
-def _normuon(groups: list[dict[str, Any]]) -> Optimizer:
-    from scaling.optim.distributed.select import sharding_strategy_for
-    from scaling.optim.normuon import NorMuonAdamW
-
-    return NorMuonAdamW(
-        groups, sharding_strategy_for(parameter for group in groups for _, parameter in group["params"])
-    )
-
-
-OPTIMIZERS: dict[str, OptimizerRecipe] = {
-    "adamw": OptimizerRecipe(
-        label="AdamW",
-        options=AdamWOptions,
-        rules=_adamw_rules,
-        groups=_adamw_groups,
-        optimizer=_muon,
-        search=(RATE, DECAY, _second_moment("beta2")),
-    ),
-    "muon": OptimizerRecipe(
-        label="Muon",
-        options=MuonOptions,
-        rules=_matrix_rules("muon"),
-        groups=_matrix_groups,
-        optimizer=_muon,
-        search=MATRIX_SEARCH,
-    ),
-    "normuon": OptimizerRecipe(
-        label="NorMuon",
-        options=NorMuonOptions,
-        rules=_matrix_rules("normuon"),
-        groups=_matrix_groups,
-        optimizer=_normuon,
-        search=MATRIX_SEARCH,
-    ),
-}
+OPTIMIZERS: Registry[OptimizerRecipe] = Registry(
+    "optimizer",
+    "optimizers",
+    {
+        "adamw": OptimizerRecipe(
+            label="AdamW",
+            options=AdamWOptions,
+            rules=_adamw_rules,
+            groups=_adamw_groups,
+            search=(RATE, DECAY, _second_moment("beta2")),
+        ),
+        "muon": OptimizerRecipe(
+            label="Muon",
+            options=MuonOptions,
+            rules=matrix_rules(MUON),
+            groups=matrix_groups(MUON),
+            search=MATRIX_SEARCH,
+        ),
+        "normuon": OptimizerRecipe(
+            label="NorMuon",
+            options=NorMuonOptions,
+            rules=matrix_rules(NORMUON),
+            groups=matrix_groups(NORMUON),
+            search=MATRIX_SEARCH,
+        ),
+    },
+)
 """Optimizers by the name that a spec writes."""
-
-
-def recipe(name: str) -> OptimizerRecipe:
-    """The row of an optimizer.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    if name not in OPTIMIZERS:
-        raise UserError(unknown_name("optimizer", name, OPTIMIZERS))
-    return OPTIMIZERS[name]
 
 
 def options_of(spec: OptimizerSpec) -> Strict:
@@ -195,7 +247,7 @@ def options_of(spec: OptimizerSpec) -> Strict:
     Raises:
         UserError: The optimizer or an option is not known, or a value has the wrong type or range.
     """
-    options = recipe(spec.name).options
+    options = OPTIMIZERS.row(spec.name).options
     known = {field.name: field for field in msgspec.structs.fields(options)}
     for name, value in spec.options.items():
         if name not in known:
@@ -220,21 +272,23 @@ def complete(spec: OptimizerSpec) -> OptimizerSpec:
 
 
 def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[Assignment]:
-    """Which algorithm and view each parameter gets, in the order of `shapes`; each is claimed by exactly one rule.
+    """Algorithm and view of each parameter, in the order of `shapes`; each is claimed by exactly one rule.
 
     Raises:
         UserError: No rule claims a parameter, or its shape does not fit the view.
     """
-    rules = recipe(spec.name).rules(options_of(spec))
+    row = OPTIMIZERS.row(spec.name)
+    rules = row.rules(options_of(spec))
     assignments = []
     for name, shape in shapes.items():
         rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
         if rule is None:
             raise UserError(
-                f"parameter {name} {tuple(shape)} is claimed by no rule of {spec.name}. "
-                "Add one in scaling/optim/registry.py; nothing is assigned by default, so that no weight trains by mistake."
+                f"parameter {name} {tuple(shape)} is claimed by no rule of {row.label}. Add one to its row of "
+                "scaling.optim.registry.OPTIMIZERS; nothing is assigned by default, so that no parameter is trained by "
+                "mistake."
             )
-        if rule.algorithm != "adamw":
+        if rule.algorithm.is_matrix:
             matrices(name, tuple(shape), rule.view)
         assignments.append(
             Assignment(name=name, shape=tuple(shape), algorithm=rule.algorithm, view=rule.view, rule=rule.pattern)
@@ -243,20 +297,58 @@ def assign(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[A
 
 
 def qk_clip_bound(spec: OptimizerSpec) -> float | None:
-    """The bound of attention logits that a run asks for, whatever its optimizer."""
+    """The bound of attention logits among the options of any optimizer; None where it has no such option."""
     bound: float | None = getattr(options_of(spec), "qk_clip", None)
     return bound
 
 
-def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+def check_strategy(spec: OptimizerSpec, strategy: Literal["ddp", "fsdp2", "zero1"]) -> None:
+    """Refuse an optimizer whose state the strategy cannot distribute.
+
+    Raises:
+        UserError: The strategy is ``zero1`` and an algorithm of the optimizer does not support it.
+    """
+    if strategy != "zero1":
+        return
+    row = OPTIMIZERS.row(spec.name)
+    for rule in row.rules(options_of(spec)):
+        if not rule.algorithm.supports_zero1:
+            supported = [name for name in OPTIMIZERS if _supports_zero1(name)]
+            raise UserError(
+                f'placement: strategy = "zero1" cuts matrices between any two entries, and {row.label} keeps state that is '
+                f'not shaped like its parameters. Use strategy = "ddp" or "fsdp2", or one of the optimizers '
+                f"{', '.join(supported)}."
+            )
+
+
+def _supports_zero1(name: str) -> bool:
+    row = OPTIMIZERS[name]
+    return all(rule.algorithm.supports_zero1 for rule in row.rules(row.options()))
+
+
+def build(
+    spec: OptimizerSpec,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp",
+) -> GroupedOptimizer:
     """The optimizer of a run, with one parameter group for each algorithm and view.
 
     A group carries `algorithm`, `view`, `lr` and `peak_lr`; the training loop sets ``lr`` to ``peak_lr`` times the
     schedule's share before each step.
 
+    Args:
+        spec: The optimizer.
+        named_parameters: All parameters of the model, once each.
+        strategy: `scaling.spec.Placement.strategy`, for several processes.
+
     Raises:
-        UserError: As `assign`; or two parameters have one name, or one parameter two.
+        UserError: As `assign` and `check_strategy`; or two parameters have one name, or one parameter two.
     """
+    from scaling.optim.distributed.select import sharding_strategy_for
+    from scaling.optim.optimizer import GroupedOptimizer, MatrixUpdate
+
+    check_strategy(spec, strategy)
     named = list(named_parameters)
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
@@ -268,15 +360,24 @@ def build(spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Paramete
                 f"{first} and {name} are one parameter, which would take two steps at once. Give it under one name, as "
                 "model.named_parameters() does."
             )
-    row = recipe(spec.name)
-    hyper = row.groups(spec, options_of(spec))
+    hyper = OPTIMIZERS.row(spec.name).groups(spec, options_of(spec))
     parameters = dict(named)
+    algorithms: dict[str, Algorithm] = {}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for assignment in assign(spec, {name: tuple(parameter.shape) for name, parameter in named}):
-        key = (assignment.algorithm, assignment.view)
+        algorithm = algorithms.setdefault(assignment.algorithm.name, assignment.algorithm)
+        own = hyper[algorithm.name]
         group = groups.setdefault(
-            key,
-            {"params": [], "algorithm": key[0], "view": key[1], **hyper[key[0]], "peak_lr": hyper[key[0]]["lr"]},
+            (algorithm.name, assignment.view),
+            {"params": [], "algorithm": algorithm.name, "view": assignment.view, **own, "peak_lr": own["lr"]},
         )
         group["params"].append((assignment.name, parameters[assignment.name]))
-    return row.optimizer(list(groups.values()))
+    updates = {name: algorithm.update() for name, algorithm in algorithms.items()}
+    for name, update in updates.items():
+        if isinstance(update, MatrixUpdate) != algorithms[name].is_matrix:
+            raise UserError(
+                f"algorithm {name} states is_matrix = {algorithms[name].is_matrix}, and its update is a "
+                f"{type(update).__name__}. Set is_matrix to true for a MatrixUpdate, and to false for an ElementwiseUpdate."
+            )
+    sharding = sharding_strategy_for((parameter for _, parameter in named), zero1=strategy == "zero1")
+    return GroupedOptimizer(groups.values(), updates, sharding)

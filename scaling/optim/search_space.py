@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 from scaling.errors import UserError
-from scaling.spec import Strict
+from scaling.io import Strict
 
 Scale = Literal["log", "linear", "complement"]
 """``complement`` is the log of the distance to one, for betas: 0.9, 0.99 and 0.999 are equally far apart."""

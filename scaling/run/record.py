@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
 from scaling.flops import CONVENTIONS
-from scaling.spec import NonNegative, RunSpec, Strict
-
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
+from scaling.io import NonNegative, NonNegativeFloat, Strict
+from scaling.spec import RunSpec
 
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scaling.io import write_atomic
-from scaling.spec import ModelConfig
+from scaling.model_config import ModelConfig
 
 FILE = "attention.txt"
 

@@ -70,7 +70,7 @@ def build_record(
     groups: dict[str, list[str]] = {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.model.named_parameters()}
     for claimed in registry.assign(spec.optimizer, shapes):
-        groups.setdefault(claimed.algorithm, []).append(claimed.name)
+        groups.setdefault(claimed.algorithm.name, []).append(claimed.name)
     rate = tokens / max(logbook.watch.seconds, 1e-9)
     peak = device.peak_flops
     return RunRecord(

@@ -77,7 +77,7 @@ def strategy_of(placement: Placement) -> Strategy | str:
 
     if placement.processes == 1:
         return "auto"
-    if placement.strategy == "ddp":
+    if placement.strategy in ("ddp", "zero1"):
         # Buffers are equal everywhere by computation, or counts that the first process's must not overwrite.
         # torch 2.15 renamed the argument and warns about the old name.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -31,13 +31,14 @@ from scaling.run.record import Device, RunRecord
 from scaling.spec import Placement, RunSpec
 from scaling.training.attention_backend import attending_by, chosen_kernel
 from scaling.training.build_record import build_record, save_weights
-from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, ShutdownRequest, newest_resume_point, step_of
+from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest_resume_point, step_of
 from scaling.training.diagnostics import Dynamics
 from scaling.training.launch import rank_of, share_of_batch, start, strategy_of
 from scaling.training.memory import is_out_of_memory, out_of_memory
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import StepBatches, TrainingModule
 from scaling.training.progress import ProgressLine
+from scaling.training.shutdown import ShutdownRequest
 from scaling.training.warm_start import charged_flops, load_initial, trunk_point
 
 

@@ -103,7 +103,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The one optimizer that the spec's row builds."""
-        return registry.build(self.spec.optimizer, self.model.named_parameters())
+        return registry.build(self.spec.optimizer, self.model.named_parameters(), strategy=self.placement.strategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name each parameter in the saved optimizer state, so that any strategy can load it.

@@ -59,7 +59,7 @@ def charged_parents(directory: RunDirectory, initial: WarmStart | None) -> list[
     Raises:
         UserError: One of them is not there.
     """
-    if initial is None or not initial.charged:
+    if initial is None or not initial.count_flops:
         return []
     where, record = _finished(directory, initial)
     return [record, *charged_parents(where, record.spec.warm_start)]
@@ -74,7 +74,7 @@ def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) ->
     from scaling.models.upcycle import load_weights
 
     found, record = parent(directory, initial)
-    load_weights(model, found.intact_weights(record), how=initial.how)
+    load_weights(model, found.intact_weights(record), method=initial.method)
 
 
 def trunk_point(directory: RunDirectory) -> Path | None:

@@ -18,23 +18,21 @@ import msgspec
 
 from scaling.data.sources.registry import DataConfig, beside
 from scaling.errors import ConfigError, unknown_name
-from scaling.io import read_json
-from scaling.spec import (
+from scaling.io import (
     BatchTokens,
-    Evaluation,
     Fraction,
     Layers,
     Line,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Seed,
     Size,
     Strict,
+    read_json,
 )
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
+from scaling.spec import Evaluation
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values
@@ -114,8 +112,8 @@ class WarmStartConfig(Strict, frozen=True, kw_only=True):
     """``initial`` of an arm: its runs start from the weights of another arm's runs of the same rung and seed."""
 
     arm: Word
-    how: Literal["copy", "upcycle"] = "copy"
-    charged: bool
+    method: Literal["copy", "upcycle"] = "copy"
+    count_flops: bool
     """Whether the FLOPs of those runs are part of this arm's compute. Without a default: it decides the answer."""
 
 

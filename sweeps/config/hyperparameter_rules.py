@@ -14,8 +14,7 @@ from typing import Annotated
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.io import write_atomic
-from scaling.spec import Line, PositiveFloat, Strict
+from scaling.io import Line, PositiveFloat, Strict, write_atomic
 from sweeps.config.search_space import Dimension, Values, known_searches
 from sweeps.config.toml import as_value, read_toml
 from sweeps.config.tuning_results import FittedRule, Tuning

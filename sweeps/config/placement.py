@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import NonNegativeFloat, Sequences, Small, Strict
+from scaling.io import NonNegativeFloat, Sequences, Small, Strict
 from sweeps.config.toml import QUOTED, as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
@@ -130,8 +130,9 @@ class PlacementConfig(Strict, frozen=True):
     runs_per_gpu: Small = 1
     """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
     many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """With several devices: every one keeps all weights, or a share of them."""
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
+    """With several devices: each keeps all weights, a share of them (``fsdp2``), or all weights and a share of the
+    momentum (``zero1``: Moonlight's Algorithm 1)."""
     recompute: bool = False
     """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     checkpoint_seconds: NonNegativeFloat = 30.0

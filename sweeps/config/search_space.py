@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.optim.registry import recipe
+from scaling.optim.registry import OPTIMIZERS
 from scaling.optim.search_space import SHARED, SearchRange
 from scaling.spec import RunSpec
 
@@ -70,7 +70,7 @@ class Dimension(msgspec.Struct, frozen=True, kw_only=True):
 
 def known_searches(optimizer: str) -> dict[str, SearchRange]:
     """All that can be tuned with an optimizer, by name."""
-    return {row.name: row for row in (*recipe(optimizer).search, *SHARED)}
+    return {row.name: row for row in (*OPTIMIZERS.row(optimizer).search, *SHARED)}
 
 
 def centred(row: SearchRange, expected: float) -> SearchRange:

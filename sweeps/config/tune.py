@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.spec import Finite, Seed, Strict
+from scaling.io import Finite, Seed, Strict
 from sweeps.config.hyperparameter_rules import rule
 from sweeps.config.search_space import known_searches
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from scaling.spec import Strict
+from scaling.io import Strict
 from sweeps.config.search_space import Values
 
 

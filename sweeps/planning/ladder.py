@@ -11,7 +11,7 @@ import msgspec
 
 from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops_per_token
-from scaling.spec import ModelConfig, ffn_width
+from scaling.model_config import ModelConfig, ffn_width
 from scaling.units import human
 from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig
 from sweeps.config.hyperparameter_rules import HyperparameterRule, rule

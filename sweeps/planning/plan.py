@@ -17,12 +17,12 @@ from scaling.data.prepare import at_most, default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops
-from scaling.io import write_lines
+from scaling.io import Strict, write_lines
 from scaling.models.registry import check_family, check_upcycled
-from scaling.optim.registry import complete
+from scaling.optim.registry import check_strategy, complete
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunState
-from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, Strict, WarmStart
+from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
 from sweeps.config.toml import as_value, located
@@ -233,7 +233,7 @@ def _run(
     with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
         shape = arm.shape_of(rung.shape)
         check_family(shape)
-        if arm.warm_start is not None and arm.warm_start.how == "upcycle":
+        if arm.warm_start is not None and arm.warm_start.method == "upcycle":
             check_upcycled(shape)
         spec = RunSpec(
             model=shape,
@@ -260,9 +260,12 @@ def _run(
             clip_norm=training.clip_norm or None,
             warm_start=None
             if arm.warm_start is None
-            else WarmStart(run=cell[arm.warm_start.arm], how=arm.warm_start.how, charged=arm.warm_start.charged),
+            else WarmStart(
+                run=cell[arm.warm_start.arm], method=arm.warm_start.method, count_flops=arm.warm_start.count_flops
+            ),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
+        check_strategy(spec.optimizer, table.strategy)
     # What rules and products gave is checked as what a file says: a spec that is planned can be read again.
     as_value(msgspec.to_builtins(spec), RunSpec, where=f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"')
     placement = Placement(

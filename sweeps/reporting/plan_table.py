@@ -68,7 +68,7 @@ def groups(planned: CampaignPlan) -> None:
         for claimed in assign(run.spec.optimizer, shapes):
             if not re.match(r"blocks\.[1-9]", claimed.name):
                 size = " x ".join(map(str, claimed.shape))
-                table.add_row(claimed.name, size, claimed.algorithm, claimed.view, Text(claimed.rule))
+                table.add_row(claimed.name, size, claimed.algorithm.name, claimed.view, Text(claimed.rule))
         to.print(table, Text())
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.io import read_json, write_atomic, write_json
+from scaling.io import Positive, Strict, read_json, write_atomic, write_json
 from scaling.run.directory import RunDirectory
-from scaling.spec import Placement, Positive, RunSpec, Strict
+from scaling.spec import Placement, RunSpec
 
 FOLDER = "submissions"
 CLAIM = "claim"

@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from scaling.io import append_line, read_lines
-from scaling.spec import Strict
+from scaling.io import Strict, append_line, read_lines
 from sweeps.slurm.array_records import FOLDER
 from sweeps.slurm.client import Unreachable, ask
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling.console import console
-from scaling.spec import Strict
+from scaling.io import Strict
 from sweeps.config.placement import SlurmConfig, profile_file
 from sweeps.planning.plan import CampaignPlan
 from sweeps.slurm.client import Unreachable, ask

@@ -10,9 +10,8 @@ import itertools
 import re
 import time
 
-from scaling.io import append_line, read_lines
+from scaling.io import Strict, append_line, read_lines
 from scaling.run.directory import RunDirectory
-from scaling.spec import Strict
 from sweeps.slurm.lease import LOST_LEASE
 
 FILE = "endings.jsonl"

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from scaling.io import write_atomic
-from scaling.spec import Strict
+from scaling.io import Strict, write_atomic
 
 FILE = "lease.json"
 BEAT_SECONDS = 5.0

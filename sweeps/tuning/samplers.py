@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from scaling.spec import Strict
+from scaling.io import Strict
 from sweeps.config.search_space import Dimension, Values
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ import msgspec
 
 from scaling.errors import UserError
 from scaling.flops import train_flops
+from scaling.io import Strict
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
-from scaling.spec import Budget, RunSpec, Strict
+from scaling.spec import Budget, RunSpec
 from sweeps.config.search_space import Dimension, Values, with_values
 from sweeps.config.tune import HalvingConfig
 from sweeps.config.tuning_results import Bracket

@@ -2,8 +2,8 @@
 
     make bench                                                            CPU: 12 layers of width 768, and small models
     OMP_NUM_THREADS=1 .venv/bin/python tests/bench/bench_optim.py --layers 2    the same in seconds, two layers
-    .venv/bin/python tests/bench/bench_optim.py --cuda                    a GPU alone: Moonlight's 339.7M and 1.59B shapes,
-                                                                          small rungs, symmetric kernel against cuBLAS
+    .venv/bin/python tests/bench/bench_optim.py --cuda                    a GPU alone: Moonlight's 339.7M and 1.59B shapes
+                                                                          and small rungs
 
 On a CPU both wall and CPU seconds are printed: other work on the machine lengthens the first and hardly the second.
 Medians of interleaved rounds.
@@ -31,13 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
 from scaling.flops import train_flops
+from scaling.model_config import ModelConfig, ffn_width
 from scaling.models.decoder import Decoder
-from scaling.optim.muon import MuonAdamW
 from scaling.optim.newton_schulz.matmul import gram, quadratic
+from scaling.optim.optimizer import GroupedOptimizer
 from scaling.optim.optimizer_flops import update_flops
 from scaling.optim.registry import build
 from scaling.run.directory import RunDirectory
-from scaling.spec import Budget, Evaluation, ModelConfig, OptimizerSpec, Placement, RunSpec, ffn_width
+from scaling.spec import Budget, Evaluation, OptimizerSpec, Placement, RunSpec
 from scaling.training.loop import train
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import plan
@@ -151,7 +152,7 @@ def bench_wide(layers: int, rounds: int) -> None:
           f"    our products, timed alone          {floor * 1e3:7.0f} ms, {torchs / floor:.2f} x; "
           f"ours took {seconds['ours'][1] / floor:.2f} of that with all the rest")  # fmt: skip
     ours = optimizers["ours"]
-    assert isinstance(ours, MuonAdamW)
+    assert isinstance(ours, GroupedOptimizer)
     state = sum(tensor.nbytes for each in ours.state.values() for tensor in each.values())
     theirs = sum(t.nbytes for each in optimizers["torch.optim.Muon"].state.values() for t in each.values())
     print(
@@ -237,7 +238,7 @@ def run_briefly(spec: RunSpec, folder: Path, steps: int) -> tuple[list[float], f
 
 
 def bench_cuda(rounds: int) -> None:
-    """Moonlight's smallest and largest shapes, small rungs, and the table that places the symmetric kernel."""
+    """Moonlight's smallest and largest shapes, and small rungs."""
     print(f"\n{torch.cuda.get_device_name()}")
     for label, (layers, width) in {**MOONLIGHT, **RUNGS}.items():
         named = matrices(layers, width, ffn_width(width, 256 if label in MOONLIGHT else 8), "cuda")
@@ -245,27 +246,10 @@ def bench_cuda(rounds: int) -> None:
         flops = update_flops(OptimizerSpec(name="muon", peak_lr=1.0), shapes)
         seconds = timed({name: each.step for name, each in arms(named).items()}, rounds, "cuda")
         report(f"{label}: {layers} layers of width {width}", seconds, flops)
-    from scaling.optim.newton_schulz.triton_kernel import AVAILABLE, product_with_own_transpose
-
-    print("\nX X^T of one (s, 2.75 s) matrix in bf16: cuBLAS and the symmetric kernel, ms")
-    for side in (512, 1024, 1536, 2048, 2560, 4096):
-        x = torch.randn(1, side, side * 11 // 4, device="cuda", dtype=torch.bfloat16)
-        out = x.new_empty(1, side, side)
-        steps: dict[str, Callable[[], object]] = {"cuBLAS": lambda x=x, out=out: torch.bmm(x, x.mT, out=out)}  # type: ignore[misc]
-        if AVAILABLE:
-            steps["kernel"] = lambda x=x, out=out: product_with_own_transpose(x, out)  # type: ignore[misc]
-        each = timed(steps, 20 * rounds, "cuda")
-        line = f"  {side:5d} " + "  ".join(f"{name} {wall * 1e3:.4f}" for name, (wall, _) in each.items())
-        if AVAILABLE:
-            exact = torch.bmm(x.float(), x.float().mT)
-            apart = [(made.float() - exact).norm() / exact.norm()
-                     for made in (torch.bmm(x, x.mT), product_with_own_transpose(x, out))]  # fmt: skip
-            line += f"  rounding: cuBLAS {apart[0]:.1e}, kernel {apart[1]:.1e}"
-        print(line)
 
 
-def check_ledger() -> None:
-    """The ledger's FLOPs of a step are what torch counts of torch's own Muon."""
+def check_flops() -> None:
+    """Assert that our FLOPs of a step are those that torch counts of its own Muon."""
     named = matrices(1, 64, 176, "cpu")
     with FlopCounterMode(display=False) as counter:
         torch.optim.Muon([parameter for _, parameter in named]).step()
@@ -283,7 +267,7 @@ if __name__ == "__main__":
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}, load {load:.2f}"
     )
-    check_ledger()
+    check_flops()
     if chosen.cuda:
         if not torch.cuda.is_available():
             sys.exit("bench_optim: torch sees no GPU here; run it where there is one, or without --cuda.")

@@ -35,9 +35,10 @@ from scaling.data.prepare import prepare
 from scaling.data.shards import manifest_hash
 from scaling.data.sources.registry import DataConfig
 from scaling.flops import count_parameters, train_flops_per_token
+from scaling.model_config import ModelConfig
 from scaling.models.registry import build_model
 from scaling.run.directory import RunDirectory
-from scaling.spec import Evaluation, ModelConfig, Placement, RunSpec
+from scaling.spec import Evaluation, Placement, RunSpec
 from scaling.training.loop import train
 from scaling.units import human
 

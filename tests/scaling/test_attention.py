@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.training import attention_backend
 
 SHAPE = ModelConfig(layers=1, width=32, heads=2, vocabulary=8, context=16)
 LATENT = ModelConfig(
     layers=2, width=32, heads=2, vocabulary=8, context=16, ffn=16, family="moonlight-moe",
-    moe=MoEConfig(experts=2, top_k=1, dense_layers=1), mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+    moe=MoEConfig(num_experts=2, top_k=1, dense_layers=1), mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
 )  # fmt: skip
 
 

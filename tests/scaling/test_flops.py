@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
 from scaling.models.presets import PUBLISHED
 from scaling.models.registry import FAMILIES, ModelFamily, build_model
 from scaling.models.weights import decoder_weights
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
-MIXTURE = MoEConfig(experts=8, top_k=2, shared=1, dense_layers=1, granularity=2)
+MIXTURE = MoEConfig(num_experts=8, top_k=2, num_shared_experts=1, dense_layers=1, granularity=2)
 LATENT = MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)
 
 SHAPES = {
@@ -30,7 +30,7 @@ SHAPES = {
     **PUBLISHED,
     "experts": ModelConfig(
         layers=2, width=32, heads=2, vocabulary=256, context=64, ffn=64, family="mixtral-moe",
-        moe=MoEConfig(experts=4, top_k=3, score="topk-softmax"),
+        moe=MoEConfig(num_experts=4, top_k=3, score="topk-softmax"),
     ),
     "moonlight-moe": ModelConfig(
         layers=3, width=32, heads=4, vocabulary=256, context=64, ffn_multiple=16, family="moonlight-moe",

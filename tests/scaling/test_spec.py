@@ -5,7 +5,8 @@ import pytest
 from tiny import make_spec
 
 from scaling.errors import UserError
-from scaling.spec import ModelConfig, Placement, RunSpec, canonical_json
+from scaling.model_config import ModelConfig
+from scaling.spec import Placement, RunSpec, canonical_json
 
 
 def test_id_survives_a_round_trip_through_json() -> None:

@@ -25,8 +25,8 @@ CAMPAIGN = (
         "upcycled",
         "peak_lr = 1e-3",
         'family = "mixtral-moe"',
-        'moe = {{ experts = 4, top_k = 2, score = "topk-softmax", bias_rate = 0.0 }}',
-        'warm_start = {{ arm = "{parent}", how = "upcycle", charged = {charged} }}',
+        'moe = {{ num_experts = 4, top_k = 2, score = "topk-softmax", bias_update_rate = 0.0 }}',
+        'warm_start = {{ arm = "{parent}", method = "upcycle", count_flops = {charged} }}',
         optimizer="muon",
     )
     + rung_table("a", tokens=2560)
@@ -47,7 +47,9 @@ def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text
     records: dict[str, Any] = {}
     for run in outcome.plan.runs:
         records[run.arm] = RunDirectory(outcome.plan.directory(run).path).record()
-    assert records["upcycled"].spec.warm_start == WarmStart(run=records["dense"].spec.id, how="upcycle", charged=True)
+    assert records["upcycled"].spec.warm_start == WarmStart(
+        run=records["dense"].spec.id, method="upcycle", count_flops=True
+    )
     assert records["upcycled"].initial_flops == records["dense"].flops
     assert records["upcycled"].validation_loss < records["dense"].validation_loss
     dense, upcycled = (row for _, row in collect(outcome.plan).iterrows())

@@ -19,7 +19,7 @@ import msgspec
 
 from scaling.data.sources.documents import Document
 from scaling.errors import DataError, UserError, shortened, unknown_name
-from scaling.spec import Positive, Strict
+from scaling.io import Positive, Strict
 
 
 class DataConfig(Strict, frozen=True):

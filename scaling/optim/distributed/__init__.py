@@ -1,1 +1,1 @@
-"""Muon over several processes, with the parameters of one process."""
+"""Matrix optimizers in several processes."""

@@ -1,9 +1,13 @@
-"""Who keeps the momentum of which matrix and who orthogonalises it: the seam between Muon and its distribution.
+"""The interface between a matrix optimizer and its distribution over processes, and the case of one process.
 
-An exchange cuts the parameters of a group into batches of equal matrices. In a batch each process holds *parts*
-(whole matrices, or its rows of them) with gradient and state. `Batch.collect` turns parts into the whole matrices
-that this process orthogonalises, `Batch.deliver` turns those into the updates of the weights that it holds. For one
-process all of it is the same thing (`Replicated`); `distributed.py` has the others.
+A sharding strategy cuts the matrices of a parameter group into batches of equal shape. In a batch each process holds
+*parts*, which are whole matrices or pieces of them, with gradient and state. The optimizer's step is then the same
+code for one process, for replicated weights (`ddp`), for one flat buffer (`zero1`) and for sharded rows (`fsdp`)::
+
+    x = directions(parts)             (parts, r, w)    local: momentum after this gradient
+    x = batch.gather(x)               (k, m, n)        whole matrices that this process orthogonalises
+    x = orthogonalise(x)              (k, m, n)
+    updates = batch.scatter_updates(x)                 one for each of batch.weights, shaped like it
 """
 
 from __future__ import annotations
@@ -20,88 +24,90 @@ from scaling.optim.newton_schulz.iteration import chunk_length, resolve_dtype
 from scaling.optim.newton_schulz.views import split
 
 Group = dict[str, Any]
+"""A parameter group of torch: its parameters, its algorithm and its hyper-parameters."""
 State = dict[str, Tensor]
+"""Optimizer state of one parameter, or of one of its matrices."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
-    """The exchange with oneself."""
+    """Gather and scatter of a single process."""
     return tensor
 
 
-def in_order(stack: Tensor) -> list[Tensor]:
-    """The matrices of a stack."""
+def unbound(stack: Tensor) -> list[Tensor]:
+    """The matrices ``(m, n)`` of a stack ``(k, m, n)``."""
     return list(stack.unbind())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Equal matrices that take the step together."""
+    """Matrices of one shape ``(m, n)`` that take the step together."""
 
     weights: list[Tensor]
-    """What this process updates: matrices ``(m, n)``, or its rows of them."""
+    """What this process updates: matrices ``(m, n)``, or its pieces of them."""
     gradients: list[Tensor]
-    """Of the parts whose state is here, each of shape `part`."""
+    """Gradients of the parts whose state is on this process, each of shape `part`."""
     states: list[State]
-    """Beside `gradients`."""
+    """State of the same parts, in the same order."""
     part: tuple[int, int]
-    """Rows and columns of a part."""
+    """Rows and columns of a part, ``(r, w)``."""
     dtype: torch.dtype
-    """Of the iteration, and of what travels."""
-    collect: Callable[[Tensor], Tensor] = unchanged
-    """Parts ``(parts, r, w)`` to whole matrices ``(k, m, w)``; w need not be the matrices' width."""
-    release: Callable[[Tensor], Tensor] = unchanged
-    """The way back."""
-    deliver: Callable[[Tensor], list[Tensor]] = in_order
+    """Format of the iteration, and of what is sent between processes."""
+    gather: Callable[[Tensor], Tensor] = unchanged
+    """Parts ``(parts, r, w)`` to the whole matrices ``(k, m, w)`` of this process; w need not be the matrices' width."""
+    scatter: Callable[[Tensor], Tensor] = unchanged
+    """The inverse of `gather`."""
+    scatter_updates: Callable[[Tensor], list[Tensor]] = unbound
     """Orthogonalised matrices ``(k, m, n)`` to updates, one for each of `weights`."""
 
 
 class ShardingStrategy(Protocol):
-    """One way of spreading Muon over processes."""
+    """One way of distributing the matrices of an optimizer over processes."""
 
-    def plan(self, groups: list[Group]) -> None:
-        """Take in parameter groups, each of them once and before its state is made."""
+    def plan(self, matrix_groups: list[Group], other_groups: list[Group]) -> None:
+        """Decide which process holds what. Called once for each group, before its state is made."""
 
-    def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
-        """Zeros: what is kept here of a tensor like `parameter`, with another width if `columns` says so."""
+    def init_state(self, parameter: Tensor, columns: int | None = None) -> Tensor:
+        """Zeros for the local part of a state tensor shaped like `parameter`, its last dimension `columns` if given."""
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterable[Batch]:
-        """All of `parameters`, in an order that is the same in every process."""
+        """All of `parameters`, in the same order in every process. What follows the last batch may be a collective."""
 
-    def whole(self, parameter: Tensor, kept: Tensor) -> Tensor:
-        """A state tensor as a checkpoint stores it; a collective where it is spread."""
+    def gather_state(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """A state tensor as a checkpoint stores it; a collective where state is distributed."""
 
-    def kept(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """The part of a stored state tensor that stays here: the inverse of `whole`."""
+    def shard_state(self, parameter: Tensor, stored: Tensor) -> Tensor:
+        """The local part of a stored state tensor: the inverse of `gather_state`."""
 
 
 class StateLikeParameters:
-    """What exchanges share that keep state as the parameter is kept: whole, or a `DTensor` that knows its whole."""
+    """Base of strategies whose state is placed like its parameter: whole, or a `DTensor` that knows its whole."""
 
-    def fresh(self, parameter: Tensor, columns: int | None = None) -> Tensor:
+    def init_state(self, parameter: Tensor, columns: int | None = None) -> Tensor:
         """Zeros like the parameter, sharded as it is."""
         return torch.zeros_like(parameter if columns is None else parameter[..., :columns])
 
-    def whole(self, parameter: Tensor, kept: Tensor) -> Tensor:
-        """As it is: torch.distributed.checkpoint reads a `DTensor`."""
-        return kept
+    def gather_state(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """The tensor itself: torch.distributed.checkpoint reads a `DTensor`."""
+        return shard
 
-    def kept(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """As it is."""
-        return whole
+    def shard_state(self, parameter: Tensor, stored: Tensor) -> Tensor:
+        """The tensor itself."""
+        return stored
 
 
 class Replicated(StateLikeParameters):
-    """Every process, or the only one, does everything."""
+    """Every process, or the only one, computes everything."""
 
-    def plan(self, groups: list[Group]) -> None:
-        """Nothing to plan."""
+    def plan(self, matrix_groups: list[Group], other_groups: list[Group]) -> None:
+        """There is nothing to assign."""
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Chunks of equal matrices."""
         view = group["view"]
         entries: list[tuple[Tensor, Tensor, State]] = []
         for parameter in parameters:
-            states = by_matrix(state[parameter], view)
+            states = state_by_matrix(state[parameter], view)
             entries += zip(split(parameter, view), split(gradient(parameter), view), states, strict=True)
         return local_batches(group, entries)
 
@@ -112,25 +118,25 @@ def gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def by_matrix(state: State, view: str) -> list[State]:
-    """The state of a parameter as one dictionary of views for each of its matrices."""
-    parts = zip(*(split(kept, view) for kept in state.values()), strict=True)
+def state_by_matrix(state: State, view: str) -> list[State]:
+    """The state of a parameter as one dictionary of tensor views for each of its matrices."""
+    parts = zip(*(split(tensor, view) for tensor in state.values()), strict=True)
     return [dict(zip(state, part, strict=True)) for part in parts]
 
 
 def local_batches(group: Group, matrices: Iterable[tuple[Tensor, Tensor, State]]) -> Iterator[Batch]:
-    """Chunks of equal matrices (weight, gradient, state), all of them here."""
-    classes: dict[tuple[int, int], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+    """Chunks of equal matrices (weight, gradient, state), each whole on this process."""
+    by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for entry in matrices:
-        classes[entry[0].shape[0], entry[0].shape[1]].append(entry)
-    for (rows, columns), entries in classes.items():
-        dtype, length = iteration(group, rows, columns, entries[0][0].device)
+        by_shape[entry[0].shape[0], entry[0].shape[1]].append(entry)
+    for (rows, columns), entries in by_shape.items():
+        dtype, length = iteration_format(group, rows, columns, entries[0][0].device)
         for start in range(0, len(entries), length):
             weights, gradients, states = (list(part) for part in zip(*entries[start : start + length], strict=True))
             yield Batch(weights=weights, gradients=gradients, states=states, part=(rows, columns), dtype=dtype)
 
 
-def iteration(group: Group, rows: int, columns: int, device: torch.device) -> tuple[torch.dtype, int]:
-    """Format of the iteration for a class of matrices, and how many of them make a chunk."""
+def iteration_format(group: Group, rows: int, columns: int, device: torch.device) -> tuple[torch.dtype, int]:
+    """Format of the iteration for matrices of one shape, and how many of them make a chunk."""
     dtype = resolve_dtype(group["ns_dtype"], device.type, rows, columns)
     return dtype, chunk_length(rows, columns, dtype, device.type)

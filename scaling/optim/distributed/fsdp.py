@@ -1,7 +1,7 @@
-"""Muon on weights whose rows are sharded (FSDP2's `DTensor`): the parts of a matrix meet at its owner.
+"""Matrices whose rows are sharded (FSDP2's `DTensor`): an owner orthogonalises each, its state stays with the rows.
 
-Momentum stays with the shard. In each batch one all-to-all brings the directions together and another returns the
-updates, 2 bytes a weight each way in bf16. Stacks of experts are sharded by whole experts and need no traffic.
+Communication of a batch: one all-to-all sends the rows of every direction to the owner of the matrix, another returns
+the rows of the updates, 2 bytes an entry each way in bf16. Stacks of experts are sharded by whole experts and need none.
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ from scaling.optim.distributed.base import (
     Group,
     State,
     StateLikeParameters,
-    by_matrix,
     gradient,
-    iteration,
+    iteration_format,
     local_batches,
+    state_by_matrix,
 )
 from scaling.optim.distributed.ddp import assign_owners
 from scaling.optim.newton_schulz.views import row_blocks
 
 
 class RowSharding(StateLikeParameters):
-    """Each matrix whose rows are sharded meets at an owner; momentum stays with the shard, as a `DTensor`."""
+    """Each matrix whose rows are sharded has an owner that orthogonalises it; momentum is a `DTensor` like its weight."""
 
     def __init__(self) -> None:
         self._owner: dict[Tensor, int] = {}
 
-    def plan(self, groups: list[Group]) -> None:
-        """Deal the parameters.
+    def plan(self, matrix_groups: list[Group], other_groups: list[Group]) -> None:
+        """Assign the sharded matrices to owners.
 
         Raises:
             UserError: A parameter is not sharded along its first dimension, and along it alone.
         """
-        rows = []
-        for group in groups:
+        for group in [*matrix_groups, *other_groups]:
             for parameter, name in zip(group["params"], group["param_names"], strict=True):
                 if not isinstance(parameter, DTensor) or not _sharded_by_rows(parameter):
                     found = getattr(parameter, "placements", "a plain tensor")
@@ -51,47 +50,46 @@ class RowSharding(StateLikeParameters):
                         f"{name} is {found}; beside sharded parameters each must be sharded along its first dimension, "
                         "once, as fully_shard leaves it. Shard the whole model with fully_shard."
                     )
-                if group["algorithm"] != "adamw" and group["view"] != "experts":
-                    rows.append(parameter)
-        if rows:
-            processes = dist.get_world_size(process_group_of(rows[0]))
-            owners = assign_owners([(p.shape[0], p.shape[1]) for p in rows], processes)
-            self._owner |= dict(zip(rows, owners, strict=True))
+        sharded = [p for group in matrix_groups if group["view"] != "experts" for p in group["params"]]
+        if sharded:
+            processes = dist.get_world_size(process_group_of(sharded[0]))
+            owners = assign_owners([(p.shape[0], p.shape[1]) for p in sharded], processes)
+            self._owner |= dict(zip(sharded, owners, strict=True))
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
-        """Experts where they are; other matrices in chunks with an owner each."""
+        """Experts on the process that holds them; other matrices in chunks with an owner each."""
         if group["view"] == "experts":
             entries: list[tuple[Tensor, Tensor, State]] = []
             for parameter in parameters:
-                states = by_matrix({name: local(kept) for name, kept in state[parameter].items()}, "experts")
+                states = state_by_matrix({name: local(tensor) for name, tensor in state[parameter].items()}, "experts")
                 entries += zip(local(parameter).unbind(), local(gradient(parameter)).unbind(), states, strict=True)
             yield from local_batches(group, entries)
             return
-        classes: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
-            classes[parameter.shape[0], parameter.shape[1]].append(parameter)
+            by_shape[parameter.shape[0], parameter.shape[1]].append(parameter)
         blocks = row_blocks(group["view"])
-        for (rows, columns), members in classes.items():
+        for (rows, columns), members in by_shape.items():
             process_group = process_group_of(members[0])
-            dtype, length = iteration(group, rows // blocks, columns, members[0].device)
+            dtype, length = iteration_format(group, rows // blocks, columns, members[0].device)
             length = max(dist.get_world_size(process_group), length // blocks)
             for start in range(0, len(members), length):
                 chunk = sorted(members[start : start + length], key=lambda member: self._owner[member])
-                meeting = _RowAllToAll(process_group, rows, blocks, [self._owner[member] for member in chunk])
+                transfer = _RowAllToAll(process_group, rows, blocks, [self._owner[member] for member in chunk])
                 yield Batch(
                     weights=[local(member) for member in chunk],
                     gradients=[local(gradient(member)) for member in chunk],
-                    states=[{name: local(kept) for name, kept in state[member].items()} for member in chunk],
-                    part=(meeting.rows[meeting.rank], columns),
+                    states=[{name: local(tensor) for name, tensor in state[member].items()} for member in chunk],
+                    part=(transfer.rows[transfer.rank], columns),
                     dtype=dtype,
-                    collect=meeting.collect,
-                    release=meeting.release,
-                    deliver=lambda x, meeting=meeting: list(meeting.release(x).unbind()),  # type: ignore[misc]
+                    gather=transfer.gather,
+                    scatter=transfer.scatter,
+                    scatter_updates=lambda x, transfer=transfer: list(transfer.scatter(x).unbind()),  # type: ignore[misc]
                 )
 
 
 class _RowAllToAll:
-    """Row shards of equal matrices, one owner each, sorted by owner."""
+    """Rows of equal matrices, sent to one owner each and back; the matrices are sorted by owner."""
 
     def __init__(self, group: dist.ProcessGroup, rows: int, blocks: int, owners: list[int]) -> None:
         self.group, self.blocks = group, blocks
@@ -101,10 +99,11 @@ class _RowAllToAll:
         height = math.ceil(rows / processes)
         self.rows = [max(0, min(height, rows - height * process)) for process in range(processes)]
 
-    def collect(self, parts: Tensor) -> Tensor:
-        """``(matrices, rows here, w)`` to the matrices owned here, cut into their blocks: ``(owned * blocks, m, w)``."""
+    def gather(self, parts: Tensor) -> Tensor:
+        """``(matrices, local rows, w)`` to the matrices owned here, cut into their blocks: ``(owned * blocks, m, w)``."""
         width = parts.shape[-1]
         owned = self.owned[self.rank]
+        # From process q come its rows of the matrices owned here; to q go the local rows of the matrices that q owns.
         sizes = [owned * rows * width for rows in self.rows]
         arrived = parts.new_empty(sum(sizes))
         sent = [count * self.rows[self.rank] * width for count in self.owned]
@@ -114,19 +113,19 @@ class _RowAllToAll:
         ]
         return torch.cat(shards, dim=1).view(owned * self.blocks, sum(self.rows) // self.blocks, width)
 
-    def release(self, whole: Tensor) -> Tensor:
-        """The inverse of `collect`."""
-        width = whole.shape[-1]
-        shards = torch.split(whole.view(self.owned[self.rank], sum(self.rows), width), self.rows, dim=1)
+    def scatter(self, gathered: Tensor) -> Tensor:
+        """The inverse of `gather`: ``(owned * blocks, m, w)`` to ``(matrices, local rows, w)``."""
+        width = gathered.shape[-1]
+        shards = torch.split(gathered.view(self.owned[self.rank], sum(self.rows), width), self.rows, dim=1)
         sent = torch.cat([shard.reshape(-1) for shard in shards])
         sizes = [count * self.rows[self.rank] * width for count in self.owned]
-        arrived = whole.new_empty(sum(sizes))
+        arrived = gathered.new_empty(sum(sizes))
         dist.all_to_all_single(arrived, sent, sizes, [shard.numel() for shard in shards], group=self.group)
         return arrived.view(sum(self.owned), self.rows[self.rank], width)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard of a `DTensor` that is here, as a view; a plain tensor is here."""
+    """The local shard of a `DTensor`, as a view; a plain tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -136,7 +135,7 @@ def _sharded_by_rows(parameter: DTensor) -> bool:
 
 
 def process_group_of(parameter: Tensor) -> dist.ProcessGroup:
-    """The processes that share a sharded parameter; under HSDP each replica has its own."""
+    """The processes over which a parameter is sharded; under HSDP each replica has its own group."""
     assert isinstance(parameter, DTensor)
     dimension = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
     return parameter.device_mesh.get_group(dimension)

@@ -1,7 +1,6 @@
-"""Muon over several processes, with the same weights as one process, bit for bit.
+"""The sharding strategy of a run. Each trains the weights of one process, bit for bit.
 
-What travels between processes is already in the format that Newton-Schulz computes in, so nothing is lost on the way:
-`owners` for replicated weights, `shards` for sharded ones, `zero1` for the paper's own scheme.
+Values are sent between processes in the format in which Newton-Schulz computes, so no precision is lost on the way.
 """
 
 from __future__ import annotations
@@ -15,16 +14,21 @@ from torch.distributed.tensor import DTensor
 from scaling.optim.distributed.base import Replicated, ShardingStrategy
 from scaling.optim.distributed.ddp import OwnerSharding
 from scaling.optim.distributed.fsdp import RowSharding
+from scaling.optim.distributed.zero1 import Zero1Sharding
 
 
-def sharding_strategy_for(parameters: Iterable[Tensor]) -> ShardingStrategy:
-    """The exchange that fits the parameters: sharded, replicated in several processes, or in one.
+def sharding_strategy_for(parameters: Iterable[Tensor], *, zero1: bool = False) -> ShardingStrategy:
+    """The strategy that fits the parameters: sharded, replicated in several processes, or in one.
 
-    With a process group of more than one process, replicated weights are taken to have equal gradients everywhere,
+    With a process group of more than one process, replicated weights are assumed to have equal gradients everywhere,
     as DDP leaves them.
+
+    Args:
+        parameters: All parameters of the optimizer.
+        zero1: Distribute replicated weights by Moonlight's Algorithm 1.
     """
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return RowSharding()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return OwnerSharding()
+        return Zero1Sharding() if zero1 else OwnerSharding()
     return Replicated()

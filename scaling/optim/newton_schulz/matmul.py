@@ -29,10 +29,6 @@ def by_panels(x: Tensor) -> bool:
 def gram(x: Tensor, out: Tensor) -> Tensor:
     """``X X^T`` of wide and ``X^T X`` of tall matrices: ``(k, m, n)`` to ``(k, s, s)``, s the shorter side."""
     factor = x.mT if x.shape[-2] > x.shape[-1] else x  # (k, s, l)
-    if _by_kernel(out):
-        from scaling.optim.newton_schulz.triton_kernel import product_with_own_transpose
-
-        return product_with_own_transpose(factor, out)
     if by_panels(x):
         for matrix, result in zip(factor, out, strict=True):
             _by_panels(matrix, result, upper=factor is not x)
@@ -42,10 +38,6 @@ def gram(x: Tensor, out: Tensor) -> Tensor:
 
 def quadratic(a: Tensor, b: float, c: float, out: Tensor) -> Tensor:
     """``b A + c A A`` of symmetric matrices ``(k, s, s)``."""
-    if _by_kernel(out):
-        from scaling.optim.newton_schulz.triton_kernel import product_with_own_transpose
-
-        return product_with_own_transpose(a, out, add=a, beta=b, alpha=c)
     if by_panels(a):
         for matrix, result in zip(a, out, strict=True):
             _by_panels(matrix, result, add=matrix, beta=b, alpha=c)
@@ -71,22 +63,3 @@ def _by_panels(
             torch.addmm(add[rows, columns], x[rows], x[columns].T, beta=beta, alpha=alpha, out=panel)
         below, beside = out[stop:, narrow], out[narrow, stop:]
         below.copy_(beside.T) if upper else beside.copy_(below.T)
-
-
-KERNEL_FROM: int | None = None
-"""Side from which the Triton kernel is used on a GPU; None: never.
-
-It has run in Triton's interpreter alone, and one fp16 product came out wrong there, so it is off until
-`tests/bench/bench_optim.py` has checked and timed it on a device. Published for one H800 in bf16 (flash-muon): 4096,
-0.296 ms by cuBLAS and 0.184 by a symmetric kernel; 1024, 0.0112 and 0.0124.
-"""
-
-
-def _by_kernel(out: Tensor) -> bool:
-    if KERNEL_FROM is None or out.shape[-1] < KERNEL_FROM:
-        return False
-    if out.device.type != "cuda" or out.dtype == torch.float32:
-        return False
-    from scaling.optim.newton_schulz.triton_kernel import AVAILABLE
-
-    return AVAILABLE

@@ -17,10 +17,11 @@ from scaling.export.huggingface import export_hf
 from scaling.export.tokenizer import byte_tokenizer
 from scaling.flops import CONVENTIONS, count_parameters, train_flops
 from scaling.io import write_json
+from scaling.model_config import ModelConfig
 from scaling.models.registry import build_model
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Code, Device, RunRecord
-from scaling.spec import ModelConfig, Placement, as_dict
+from scaling.spec import Placement, as_dict
 
 UNTIED = ModelConfig(layers=3, width=32, heads=4, vocabulary=256, context=24, ffn_multiple=8)
 TIED = msgspec.structs.replace(UNTIED, tied=True)

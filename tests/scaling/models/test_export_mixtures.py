@@ -18,13 +18,13 @@ from scaling.data.shards import manifest_hash
 from scaling.errors import UserError
 from scaling.export.huggingface import export_hf
 from scaling.io import file_sha256, write_json
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.run.directory import RunDirectory
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig
 
 MOONLIGHT = ModelConfig(
     layers=3, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="moonlight-moe",
-    moe=MoEConfig(experts=6, top_k=2, shared=2, dense_layers=1, granularity=2, bias_rate=0.05),
+    moe=MoEConfig(num_experts=6, top_k=2, num_shared_experts=2, dense_layers=1, granularity=2, bias_update_rate=0.05),
     mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=10),
 )  # fmt: skip
 QUERY_RANK = msgspec.structs.replace(
@@ -34,7 +34,7 @@ QUERY_RANK = msgspec.structs.replace(
 )
 MIXTRAL = ModelConfig(
     layers=2, width=32, heads=2, vocabulary=256, context=16, ffn_multiple=16, family="mixtral-moe",
-    moe=MoEConfig(experts=4, top_k=2, score="topk-softmax", bias_rate=0.0),
+    moe=MoEConfig(num_experts=4, top_k=2, score="topk-softmax", bias_update_rate=0.0),
 )  # fmt: skip
 SHAPES = {"moonlight": MOONLIGHT, "query-rank": QUERY_RANK, "mixtral": MIXTRAL}
 
@@ -185,8 +185,8 @@ def test_what_other_readers_need_is_written_though_transformers_does_not_ask(tmp
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        (MOONLIGHT, "Train with sigmoid and shared = 1 or more"),
-        (MIXTRAL, "MixtralForCausalLM cannot say shared = 1, bias_rate = 0.1"),
+        (MOONLIGHT, "Train with sigmoid and num_shared_experts = 1 or more"),
+        (MIXTRAL, "MixtralForCausalLM cannot say num_shared_experts = 1, bias_update_rate = 0.1"),
     ],
     ids=["moonlight", "mixtral"],
 )
@@ -194,7 +194,7 @@ def test_what_the_other_side_cannot_say_is_refused_before_anything_is_written(
     shape: ModelConfig, sentence: str, tmp_path: Path, tiny_shards: Path
 ) -> None:
     assert shape.moe is not None
-    changes = {"shared": 0} if shape is MOONLIGHT else {"shared": 1, "bias_rate": 0.1}
+    changes = {"num_shared_experts": 0} if shape is MOONLIGHT else {"num_shared_experts": 1, "bias_update_rate": 0.1}
     odd = msgspec.structs.replace(shape, moe=msgspec.structs.replace(shape.moe, **changes))
     path = trained(odd, tmp_path, tiny_shards)
     with pytest.raises(UserError, match=sentence):

@@ -16,6 +16,7 @@ from tiny import TINY_MOONLIGHT, make_spec
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.moe import (
     MoEDecoder,
     MoEFeedForward,
@@ -28,7 +29,7 @@ from scaling.models.moe import (
 from scaling.models.registry import build_model
 from scaling.optim.registry import assign, complete
 from scaling.run.directory import RunDirectory
-from scaling.spec import ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 from scaling.training.loop import train
 
 
@@ -70,14 +71,14 @@ def naive(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
                 gate, up = experts.gate[e] @ token, experts.up[e] @ token
                 output = experts.down[e] @ (gate / (1 + torch.exp(-gate)) * up)
                 out[window, position] += layer.router.scale * scores[e] / total * output
-            if mixture.shared:
+            if mixture.num_shared_experts:
                 out[window, position] += layer.shared(token)
     return out
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "topk-softmax", "softmax-topk"])
 def test_a_layer_is_the_naive_sum_over_tokens_and_experts(score: str) -> None:
-    mixture = MoEConfig(experts=6, top_k=3, shared=1, score=score)  # type: ignore[arg-type]
+    mixture = MoEConfig(num_experts=6, top_k=3, num_shared_experts=1, score=score)  # type: ignore[arg-type]
     shape = ModelConfig(layers=1, width=12, heads=2, vocabulary=8, context=8, ffn=20, family="mixtral-moe", moe=mixture)
     torch.manual_seed(0)
     layer = MoEFeedForward(shape, mixture)
@@ -106,7 +107,7 @@ def imbalance_after(rate: float, steps: int = 60) -> float:
     text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
     shape = ModelConfig(
         layers=2, width=16, heads=2, vocabulary=256, context=32, ffn=16, family="mixtral-moe",
-        moe=MoEConfig(experts=8, top_k=2, bias_rate=rate),
+        moe=MoEConfig(num_experts=8, top_k=2, bias_update_rate=rate),
     )  # fmt: skip
     model = build_model(shape)
     model.initialise(0)
@@ -195,8 +196,8 @@ def test_every_parameter_is_claimed_and_experts_are_matrices_of_their_own(optimi
     assert claimed.keys() == shapes.keys()
     if optimizer == "muon":
         assert {row.view for name, row in claimed.items() if ".experts." in name} == {"experts"}
-        assert claimed["blocks.1.attention.latent.weight"].algorithm == "muon"
-        assert claimed["blocks.1.attention.latent_norm.weight"].algorithm == "adamw"
+        assert claimed["blocks.1.attention.latent.weight"].algorithm.name == "muon"
+        assert claimed["blocks.1.attention.latent_norm.weight"].algorithm.name == "adamw"
 
 
 def test_a_stopped_mixture_ends_as_if_it_had_never_stopped(
@@ -241,7 +242,7 @@ def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, MoE
 
 def test_impossible_mixtures_are_refused_with_what_would_do() -> None:
     with pytest.raises(UserError, match="Use top_k = 4 or fewer"):
-        MoEConfig(experts=4, top_k=5)
+        MoEConfig(num_experts=4, top_k=5)
     with pytest.raises(UserError, match="granularity 3 does not divide the 32 hidden units"):
         ModelConfig(
             layers=2,
@@ -250,5 +251,5 @@ def test_impossible_mixtures_are_refused_with_what_would_do() -> None:
             vocabulary=8,
             context=8,
             ffn=32,
-            moe=MoEConfig(experts=4, top_k=1, granularity=3),
+            moe=MoEConfig(num_experts=4, top_k=1, granularity=3),
         )

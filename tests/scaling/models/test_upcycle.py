@@ -17,10 +17,11 @@ from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, train_flops
 from scaling.io import file_sha256, write_json
+from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.models.upcycle import load_weights, upcycled
 from scaling.run.directory import RunDirectory
-from scaling.spec import ModelConfig, MoEConfig, RunSpec, WarmStart
+from scaling.spec import RunSpec, WarmStart
 from scaling.training.launch import shard
 from tests.scaling.optim.processes import run
 
@@ -28,7 +29,7 @@ DENSE = ModelConfig(layers=2, width=16, heads=2, vocabulary=256, context=16, ffn
 
 
 def with_experts(experts: int = 8, active: int = 2, **options: object) -> ModelConfig:
-    mixture = MoEConfig(experts=experts, top_k=active, **{"score": "topk-softmax", **options})  # type: ignore[arg-type]
+    mixture = MoEConfig(num_experts=experts, top_k=active, **{"score": "topk-softmax", **options})  # type: ignore[arg-type]
     return msgspec.structs.replace(DENSE, family="mixtral-moe", moe=mixture)
 
 
@@ -60,7 +61,7 @@ def test_loading_from_a_file_is_the_same_as_in_memory(tmp_path: Path) -> None:
     save_file(dict(dense.named_parameters()), tmp_path / "weights.safetensors")
     model = build_model(with_experts())
     model.initialise(1)
-    load_weights(model, tmp_path / "weights.safetensors", how="upcycle")
+    load_weights(model, tmp_path / "weights.safetensors", method="upcycle")
     expected = upcycled(dense.state_dict(), with_experts(), seed=1)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
@@ -70,7 +71,7 @@ def _load_sharded(file: str) -> dict[str, torch.Tensor]:
     model.initialise(1)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
     shard(model, mesh, precision="fp32")
-    load_weights(model, Path(file), how="upcycle")
+    load_weights(model, Path(file), method="upcycle")
     return {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
 
 
@@ -93,7 +94,7 @@ def parent(tiny_shards: Path, tmp_path: Path) -> Path:
 def child_of(path: Path, *, charged: bool = True, shape: ModelConfig | None = None) -> RunSpec:
     manifest = RunDirectory(path).spec().data.manifest
     spec = make_spec(shape=shape or with_experts(), steps=10, manifest=manifest, peak_lr=1e-3)
-    return msgspec.structs.replace(spec, warm_start=WarmStart(run=path.name, how="upcycle", charged=charged))
+    return msgspec.structs.replace(spec, warm_start=WarmStart(run=path.name, method="upcycle", count_flops=charged))
 
 
 @pytest.mark.parametrize("charged", [True, False])
@@ -140,7 +141,7 @@ def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
 
 
 def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path, tiny_shards: Path) -> None:
-    orphan = msgspec.structs.replace(child_of(parent), warm_start=WarmStart(run="0" * 12, how="upcycle"))
+    orphan = msgspec.structs.replace(child_of(parent), warm_start=WarmStart(run="0" * 12, method="upcycle"))
     with pytest.raises(UserError, match=r"which is nowhere\. Train that run first"):
         finish(place(orphan, parent.parent, tiny_shards))
     wider = msgspec.structs.replace(with_experts(), width=32)
@@ -149,8 +150,8 @@ def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path,
     deeper = msgspec.structs.replace(with_experts(), layers=3)
     with pytest.raises(UserError, match="is absent, and this run's shape makes it"):
         finish(place(child_of(parent, shape=deeper), parent.parent, tiny_shards))
-    with pytest.raises(UserError, match="Set shared = 0 and granularity = 1"):
-        finish(place(child_of(parent, shape=with_experts(shared=1)), parent.parent, tiny_shards))
+    with pytest.raises(UserError, match="Set num_shared_experts = 0 and granularity = 1"):
+        finish(place(child_of(parent, shape=with_experts(num_shared_experts=1)), parent.parent, tiny_shards))
 
 
 def test_a_parents_weights_are_no_pickle(parent: Path, tiny_shards: Path) -> None:

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.optim.distributed.ddp import assign_owners
 from scaling.optim.newton_schulz.coefficients import newton_schulz_flops
 from scaling.optim.registry import OPTIMIZERS, build
-from scaling.spec import ModelConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 from tests.scaling.optim.processes import run
 
 SHAPE = ModelConfig(layers=3, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=1)

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.optim.diagnostics import parameter_class, svd_entropy, update_rms, weights_of
 from scaling.optim.registry import build
-from scaling.spec import ModelConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 
 SHAPE = ModelConfig(layers=2, width=64, heads=2, vocabulary=64, context=32, ffn_multiple=8)
 

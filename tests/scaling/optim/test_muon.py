@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from scaling.errors import UserError
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.optim.muon import accumulate_in_few_launches, accumulate_in_few_passes
 from scaling.optim.newton_schulz.coefficients import polynomials, singular_value_after
+from scaling.optim.optimizer import GroupedOptimizer
 from scaling.optim.registry import OPTIMIZERS, assign, build
-from scaling.spec import ModelConfig, OptimizerSpec
-from scaling.training.checkpoint import ShutdownRequest
+from scaling.spec import OptimizerSpec
+from scaling.training.shutdown import ShutdownRequest
 
 SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
@@ -97,7 +99,7 @@ def test_fifty_steps_stay_with_torchs_muon_and_adamw():
     optimizer = build(spec(peak_lr=2e-3, **options), ours.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
     by_name = dict(theirs.named_parameters())
-    taken = {a.name: a.algorithm for a in assign(spec(), shapes)}
+    taken = {a.name: a.algorithm.name for a in assign(spec(), shapes)}
     muon = torch.optim.Muon(
         [by_name[name] for name in shapes if taken[name] == "muon"],
         lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw",
@@ -222,7 +224,7 @@ def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
     places = random.Random(seed).sample(range(200), 1)
 
     def interrupt(frame: FrameType, event: str, argument: object) -> object:
-        if event == "line" and frame.f_code.co_filename.endswith(("muon.py", "newton_schulz.py", "exchange.py")):
+        if event == "line" and frame.f_code.co_filename.endswith(("muon.py", "optimizer.py", "iteration.py")):
             seen_inside.append(frame.f_lineno)
             if len(seen_inside) - 1 in places:
                 os.kill(os.getpid(), signal.SIGUSR2)
@@ -294,7 +296,7 @@ def test_a_group_that_is_added_later_takes_the_same_steps(name):
     whole = build(spec(name), together.named_parameters())
     late = build(spec(name), apart.named_parameters())
     *first, last = late.param_groups
-    built = type(late)([as_given(group) for group in first or [last]], type(late.exchange)())
+    built = GroupedOptimizer([as_given(group) for group in first or [last]], late.updates, type(late.sharding)())
     if first:
         built.add_param_group(as_given(last))
     train(together, whole, range(3))

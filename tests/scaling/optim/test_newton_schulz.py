@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.optim.newton_schulz.coefficients import (
     COEFFICIENTS,
@@ -17,7 +18,7 @@ from scaling.optim.newton_schulz.coefficients import (
 from scaling.optim.newton_schulz.gram_form import iterate_gram
 from scaling.optim.newton_schulz.iteration import CHUNK_BYTES, Workspace, normalise, orthogonalise, resolve_dtype
 from scaling.optim.registry import build
-from scaling.spec import ModelConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 
 STEPS = {"keller": 5, "polar-express": 5, "deepseek": 10}
 

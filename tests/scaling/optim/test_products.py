@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -22,31 +18,3 @@ def test_both_products_are_those_of_float64_whole_or_by_panels(dtype, rows, colu
     polynomial = quadratic(made, -4.775, 2.0315, torch.empty_like(made))
     expected = -4.775 * made.double() + 2.0315 * made.double() @ made.double()
     torch.testing.assert_close(polynomial.double(), expected, rtol=8 * tolerance, atol=8 * tolerance)
-
-
-INTERPRETED = """
-import torch
-from scaling.optim.newton_schulz.triton_kernel import AVAILABLE, product_with_own_transpose
-assert AVAILABLE
-for count, side, inner in [(2, 200, 90), (1, 128, 64), (1, 130, 70)]:
-    x = torch.randn(count, side, inner)
-    out = torch.full((count, side, side), torch.nan)
-    product_with_own_transpose(x, out)
-    torch.testing.assert_close(out, x @ x.mT, rtol=1e-4, atol=1e-4)
-    product_with_own_transpose(x.mT.contiguous().mT, out)
-    torch.testing.assert_close(out, x @ x.mT, rtol=1e-4, atol=1e-4)
-    square = torch.empty_like(out)
-    product_with_own_transpose(out, square, add=out, beta=-2.0, alpha=0.5)
-    torch.testing.assert_close(square, 0.5 * out @ out - 2 * out, rtol=1e-3, atol=1e-2)
-    assert torch.equal(square, square.mT)
-"""
-
-
-def test_the_gpu_kernel_interpreted_on_the_cpu_makes_the_same_products():
-    pytest.importorskip("triton")
-    # Triton decides when it is imported whether it compiles or interprets, so this takes a process of its own.
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr

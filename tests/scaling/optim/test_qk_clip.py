@@ -1,9 +1,9 @@
 import msgspec
 import torch
 
+from scaling.model_config import MLAConfig, ModelConfig
 from scaling.models.decoder import Attention, Decoder, Rotary
 from scaling.models.mla import MultiHeadLatentAttention
-from scaling.spec import MLAConfig, ModelConfig
 from scaling.training.qk_clip import clip_attention_, largest_logits, observed_logits
 
 SHAPE = ModelConfig(layers=1, width=32, heads=4, vocabulary=8, context=16, ffn_multiple=8)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from scaling.errors import UserError
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import FAMILIES
 from scaling.optim.registry import OPTIMIZERS, assign, build, complete
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 
 SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 
@@ -55,7 +56,7 @@ def test_an_option_that_cannot_be_used_is_refused_by_name(wrong, sentence):
 
 
 PARTS = {
-    "moe": MoEConfig(experts=4, top_k=2, shared=1, dense_layers=1),
+    "moe": MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, dense_layers=1),
     "mla": MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12),
 }
 
@@ -65,7 +66,7 @@ PARTS = {
 def test_muon_takes_the_matrices_of_the_blocks_of_every_family_and_nothing_else(family, tied):
     parts = {part: value for part, value in PARTS.items() if getattr(FAMILIES[family], part)}
     shapes = shapes_of(msgspec.structs.replace(SHAPE, family=family, tied=tied, **parts))
-    muon = {a.name for a in assign(spec("muon"), shapes) if a.algorithm == "muon"}
+    muon = {a.name for a in assign(spec("muon"), shapes) if a.algorithm.name == "muon"}
     assert muon == {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) > 1}
 
 
@@ -77,7 +78,7 @@ def test_expert_stacks_and_latent_attention_are_matrices_and_their_norms_are_not
         "blocks.1.attention.kv_down.weight": (24, 32),
         "blocks.1.attention.kv_norm.weight": (24,),
     }
-    assert [(a.algorithm, a.view) for a in assign(spec("muon"), shapes)] == [
+    assert [(a.algorithm.name, a.view) for a in assign(spec("muon"), shapes)] == [
         ("muon", "experts"), ("muon", "whole"), ("muon", "whole"), ("muon", "whole"), ("adamw", "whole"),
     ]  # fmt: skip
 

@@ -9,11 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.flops import train_flops
+from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.registry import build_model
 from scaling.models.weights import decoder_weights
 from scaling.optim.optimizer_flops import run_optimizer_flops, update_flops
 from scaling.optim.registry import OPTIMIZERS, build
-from scaling.spec import MLAConfig, ModelConfig, MoEConfig, OptimizerSpec
+from scaling.spec import OptimizerSpec
 from tests.tiny import make_spec
 
 DENSE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
@@ -21,15 +22,15 @@ SHAPES = {
     "dense": DENSE,
     "tied": msgspec.structs.replace(DENSE, tied=True),
     "experts": msgspec.structs.replace(
-        DENSE, family="mixtral-moe", moe=MoEConfig(experts=4, top_k=2, score="topk-softmax")
+        DENSE, family="mixtral-moe", moe=MoEConfig(num_experts=4, top_k=2, score="topk-softmax")
     ),
     "latent attention": msgspec.structs.replace(
         DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10),
-        moe=MoEConfig(experts=4, top_k=2, shared=2, dense_layers=1, granularity=2),
+        moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=2, dense_layers=1, granularity=2),
     ),
     "query rank": msgspec.structs.replace(
         DENSE, family="moonlight-moe", mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, q_lora_rank=20),
-        moe=MoEConfig(experts=4, top_k=2),
+        moe=MoEConfig(num_experts=4, top_k=2),
     ),
 }  # fmt: skip
 
@@ -62,6 +63,6 @@ def test_a_run_is_charged_for_its_whole_steps_and_muon_costs_moonlights_share() 
     assert charged / train_flops(large, 192 * 8192) == pytest.approx(0.0064, abs=2e-4)
 
 
-def test_the_ledger_needs_no_torch() -> None:
+def test_counting_loads_no_torch() -> None:
     code = "import sys, scaling.optim.optimizer_flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
