@@ -24,11 +24,10 @@ from typing import Literal
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import LOG, RunDirectory
 from scaling.run.provenance import changed_files
 from scaling.spec import Placement
-from scaling.training.launch import begin
-from scaling.training.pool import LOG, device_slots, log_tail, note_kill, train_in_process
+from scaling.training.pool import begin, device_slots, log_tail, note_kill, train_in_process
 from sweeps.live import Live
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 

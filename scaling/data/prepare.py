@@ -35,6 +35,7 @@ from scaling.data.writer import ShardWriter, ShardWriterState
 from scaling.errors import DataError
 from scaling.io import Strict, write_atomic, write_json
 from scaling.run.progress import ProgressReporter
+from scaling.units import human
 
 PROGRESS = "progress.json"
 TOKENIZER_COPY = "tokenizer.json"
@@ -150,16 +151,16 @@ def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -
     tokenizer = open_tokenizer(config.tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ProgressReporter(config.source, progress) as meter, _claim(folder, meter):
+        with ProgressReporter(config.source, total=1.0, bar=progress) as reporter, _claim(folder, reporter):
             done = prepared(config, folder)  # another process may have written it while this one waited
             if done is not None:
                 return done
             begun = _begun(folder, config_hash(config))
             try:
-                return _write(config, folder, tokenizer, begun, meter)
+                return _write(config, folder, tokenizer, begun, reporter)
             except _SourceChanged:
-                meter.say(f"{folder}: the text has changed since this preparation was begun; starting over.")
-                return _write(config, folder, tokenizer, Progress(wish=begun.wish), meter)
+                reporter.print(f"{folder}: the text has changed since this preparation was begun; starting over.")
+                return _write(config, folder, tokenizer, Progress(wish=begun.wish), reporter)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -170,7 +171,7 @@ def prepare(config: DataConfig, folder: Path, *, progress: bool | None = None) -
 
 
 def _write(
-    config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progress, meter: ProgressReporter
+    config: DataConfig, folder: Path, tokenizer: Tokenizer, begun: Progress, reporter: ProgressReporter
 ) -> Manifest:
     writers: dict[Split, ShardWriter] = {
         "train": ShardWriter(folder, "train", begun.train),
@@ -201,7 +202,7 @@ def _write(
                 if enough:
                     break
             share = batch.done if config.train_tokens is None else train.tokens / config.train_tokens
-            meter.update(train_tokens=train.tokens, validation_tokens=validation.tokens, done=share)
+            reporter.update(share, training_tokens=human(train.tokens), held_out_tokens=human(validation.tokens))
             if enough:
                 break
             if time.monotonic() - noted > CHECKPOINT_SECONDS:
@@ -349,14 +350,14 @@ def _utf8_bytes(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _claim(folder: Path, meter: ProgressReporter) -> Iterator[None]:
+def _claim(folder: Path, reporter: ProgressReporter) -> Iterator[None]:
     """Hold the folder; the kernel lets go of it with the process, however that ends."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            meter.say(f"{folder}: another process is preparing these data; waiting for it.")
+            reporter.print(f"{folder}: another process is preparing these data; waiting for it.")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

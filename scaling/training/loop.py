@@ -33,11 +33,11 @@ from scaling.training.attention_backend import attending_by, chosen_kernel
 from scaling.training.build_record import build_record, save_weights
 from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest_resume_point, step_of
 from scaling.training.diagnostics import Dynamics
-from scaling.training.launch import rank_of, share_of_batch, start, strategy_of
+from scaling.training.launch import launch_ranks, rank_of, share_of_batch, strategy_of
 from scaling.training.memory import is_out_of_memory, out_of_memory
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import StepBatches, TrainingModule
-from scaling.training.progress import ProgressLine
+from scaling.training.progress import ProgressCallback
 from scaling.training.shutdown import ShutdownRequest
 from scaling.training.warm_start import charged_flops, load_initial, trunk_point
 
@@ -73,7 +73,7 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
             resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
             directory.note("start", step=step_of(resume_point) if resume_point else 0)
             if rank_of(placement) is None:
-                start(directory.path, placement)
+                launch_ranks(directory.path, placement)
                 record, step = directory.record(), _last_step(directory)
             else:
                 record, step = _train(directory, resume_point, progress=progress)
@@ -135,7 +135,7 @@ def _train(
     dynamics = Dynamics(directory, spec, placement, logbook=logbook)
     with _expected_warnings():
         trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
-            dynamics, logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
+            dynamics, logbook, resume, ProgressCallback(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
         try:
             with attending_by(kernel):

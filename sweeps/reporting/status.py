@@ -18,11 +18,10 @@ from rich.text import Text
 from scaling.console import console
 from scaling.errors import UserError
 from scaling.io import Strict
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import LOG, RunDirectory
 from scaling.run.provenance import changed_files
 from scaling.run.record import Attempt, RunRecord, RunState
 from scaling.spec import as_dict
-from scaling.training.pool import LOG
 from scaling.units import human
 from sweeps.planning.cost import Measurements, hours_text, predict
 from sweeps.planning.plan import CampaignPlan, PlannedRun

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scaling.errors import UserError, unknown_name
-from scaling.run.directory import RunDirectory
-from scaling.training.pool import LOG
+from scaling.run.directory import LOG, RunDirectory
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.array_records import CANCELLED
 from sweeps.slurm.client import Unreachable, ask

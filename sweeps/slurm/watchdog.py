@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 from scaling.io import read_json
-from scaling.run.directory import RunDirectory
-from scaling.training.pool import LOG
+from scaling.run.directory import LOG, RunDirectory
 from sweeps.slurm.array_records import ArrayRecord
 from sweeps.slurm.client import Unreachable, ask
 

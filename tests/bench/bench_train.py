@@ -137,9 +137,13 @@ def compare(
     print(line, flush=True)
 
 
+def _must_succeed(directory: RunDirectory, code: int) -> None:
+    assert code == 0, f"{directory.path} ended with code {code}"
+
+
 def packed(spec: RunSpec, data: Path, *, device: str, runs: int = 4) -> None:
     """So many small runs at once against one after another, all in processes of their own."""
-    from scaling.training.pool import train_packed
+    from scaling.training.pool import side_by_side, train_in_process
 
     seconds = {}
     for at_once in (1, runs):
@@ -151,8 +155,7 @@ def packed(spec: RunSpec, data: Path, *, device: str, runs: int = 4) -> None:
                 directory.create(seeded, Placement(data=str(data), device=device, checkpoint_seconds=1e9))
                 paths.append(directory.path)
             since = time.perf_counter()
-            failed = train_packed(paths, at_once=at_once)
-            assert not failed, failed
+            side_by_side(paths, at_once=at_once, work=train_in_process, ended=_must_succeed)
             seconds[at_once] = time.perf_counter() - since
     print(
         f"{runs} runs packed: {seconds[runs]:.1f} s, one after another {seconds[1]:.1f} s, "

@@ -166,7 +166,7 @@ def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Pat
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 windows"):
+    with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 sequences"):
         train(place(spec, tmp_path, tiny_shards, micro_batch=3), progress=False)
 
 
