@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH_FREE = {"scaling.spec", "scaling.units", "scaling.flops", "scaling.run.directory", "scaling.errors"}
+TORCH_FREE = {
+    "scaling.spec",
+    "scaling.units",
+    "scaling.power_rule",
+    "scaling.flops",
+    "scaling.run.directory",
+    "scaling.errors",
+}
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}
 
 

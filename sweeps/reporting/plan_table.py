@@ -14,8 +14,7 @@ from scaling.flops import train_flops
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
-from sweeps.config.placement import PlacementConfig
-from sweeps.planning.cost import Cost, assumption, plan_costs, slots, wall_hours
+from sweeps.planning.cost import assumption, plan_costs, slots, tuning_hours, wall_hours
 from sweeps.planning.plan import CampaignPlan
 from sweeps.reporting.console import wide_enough
 
@@ -138,22 +137,6 @@ def to_go(plan: CampaignPlan) -> list[str]:
     whole = [f"price of the whole {totals['price']:,.2f}"] if totals["price"] is not None else []
     whole += [f"{totals['kilowatt_hours']:,.3g} kWh" if totals["kilowatt_hours"] is not None else ""]
     return ["; ".join(part for part in (left, wait, *whole) if part) + f" ({basis})."]
-
-
-def tuning_hours(plan: CampaignPlan, costs: dict[str, Cost]) -> list[tuple[float, PlacementConfig]]:
-    """GPU-hours of each study of ``[tune]``, all its trials counted at full length, with its placement."""
-    if plan.campaign.tune is None:
-        return []
-    from sweeps.tuning.tuner import tuning_status
-
-    run_of = {(run.arm, run.rung): run for run in plan.runs}
-    found = []
-    for study in tuning_status(plan.campaign, plan.root).studies:
-        run = run_of.get((study.arm, study.rung))
-        if run is not None:
-            hours = costs[run.id].gpu_hours * study.wanted * study.flops / run.spec.budget.flops
-            found.append((hours, plan.placements[study.rung]))
-    return found
 
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
