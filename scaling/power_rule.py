@@ -46,7 +46,7 @@ class PowerRule(Strict, frozen=True, omit_defaults=True):
 
     @property
     def constant(self) -> bool:
-        """Whether the value is the same at every size."""
+        """True if the value is the same at every size."""
         return self.exponent == self.parameters_exponent == self.tokens_exponent == 0.0
 
     @property

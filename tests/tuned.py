@@ -40,7 +40,10 @@ high = 0.5
 """
 
 
-def loader(text: Path, folder: Path) -> Callable[..., Campaign]:
+Load = Callable[..., Campaign]
+
+
+def loader(text: Path, folder: Path) -> Load:
     """A function that writes a variant of the campaign to a folder and loads it."""
 
     def load(table: str = TUNE, *, name: str = "tiny-tuned") -> Campaign:

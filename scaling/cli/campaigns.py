@@ -67,7 +67,7 @@ class Tune(OnCampaign):
     def run(self) -> None:
         """Tune to the end, or as far as it goes now."""
         from sweeps.reporting.tuning_table import show, study_rows
-        from sweeps.tuning.tuner import Tuner, tune, tuning_status
+        from sweeps.tuning.tuner import Tuner, tune
 
         if self.export_optuna is not None:
             Tuner(self.loaded(), self.root, prepare=False).export(self.export_optuna)
@@ -75,7 +75,7 @@ class Tune(OnCampaign):
             next_step(f"optuna-dashboard {self.export_optuna}")
             return
         if self.status:
-            tuning = tuning_status(self.loaded(), self.root)
+            tuning = Tuner(self.loaded(), self.root, prepare=False).gather()
         else:
             tuning = tune(self.loaded(), self.root, executor=self.executor, workers=self.workers, wait=not self.no_wait)
         if self.json:

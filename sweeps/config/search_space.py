@@ -111,20 +111,3 @@ def with_values(spec: RunSpec, values: Mapping[str, float]) -> RunSpec:
         schedule=replace(spec.schedule, **schedule),
         **changed,
     )
-
-
-def values_of(spec: RunSpec, names: Mapping[str, object] | tuple[str, ...]) -> Values:
-    """The named hyper-parameters of a spec; the inverse of `with_values`."""
-    found: Values = {}
-    for name in names:
-        if name in ("peak_lr", "weight_decay"):
-            found[name] = float(getattr(spec.optimizer, name))
-        elif name == "batch_tokens":
-            found[name] = float(spec.batch_tokens)
-        elif name == "warmup":
-            found[name] = spec.schedule.warmup_tokens / spec.budget.tokens
-        elif name == "final_fraction":
-            found[name] = spec.schedule.final_fraction
-        else:
-            found[name] = float(spec.optimizer.options[name])
-    return found

@@ -87,7 +87,7 @@ class StudyResult(Strict, frozen=True):
     data_seed: int
     schedule: str
     held_out: bool
-    """Whether the rung is left out of the fit of the rules."""
+    """True if the rung is left out of the fit of the rules."""
 
 
 class TransferResult(Strict, frozen=True):

@@ -225,7 +225,7 @@ class TuningStudy:
         return msgspec.structs.replace(trial, state="pruned", loss=self.loss(record))
 
     def _promoted(self, trials: Sequence[Trial], trial: Trial) -> bool | None:
-        """Whether a trial's short run was among the better of its generation; None until all of them are done."""
+        """True if a trial's short run is among the better of its generation; None until all of them are done."""
         assert self.halving is not None
         live = _live(trials)
         first = live.index(trial) // self.in_flight * self.in_flight

@@ -42,7 +42,7 @@ class ExecutionResult(msgspec.Struct, frozen=True, kw_only=True):
     failed: dict[str, str]
     """Reasons by id of runs that cannot be trained."""
     waiting: bool
-    """Whether some runs are not done: interrupted, or in a queue."""
+    """True if some runs are not done: interrupted, or in a queue."""
 
 
 Execute = Callable[[CampaignPlan], ExecutionResult]
@@ -258,8 +258,3 @@ def _slurm() -> Execute:
         return ExecutionResult(failed=failed, waiting=not all(done))
 
     return execute
-
-
-def tuning_status(campaign: Campaign, root: Path | str) -> Tuning:
-    """The content of tuning.json so far; writes nothing and prepares no data."""
-    return Tuner(campaign, root, prepare=False).gather()

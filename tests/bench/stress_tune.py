@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tuned import TUNE, loader, trial_outcomes
 
 from scaling.run.directory import RunDirectory
-from sweeps.tuning.tuner import Tuner, tune, tuning_status
+from sweeps.tuning.tuner import Tuner, tune
 
 SMALL = TUNE.replace("trials = 8", "trials = 4").replace("startup = 4", "startup = 2").replace('\nheld_out = ["c"]', "")
 SCRIPT = """
@@ -85,7 +85,7 @@ def main(kills: int) -> int:
                 tuner.wait()
             if tuner.returncode == 0:
                 break
-        found = tuning_status(campaign, root)
+        found = Tuner(campaign, root).gather()
         same = trial_outcomes(found) == trial_outcomes(whole)
         again = [
             record.parent.name

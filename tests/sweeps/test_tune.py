@@ -9,13 +9,12 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from recorded import write_record
-from tuned import CAMPAIGN, TUNE, bowl, loader, recorder, trial_outcomes
+from tuned import CAMPAIGN, TUNE, Load, bowl, recorder, trial_outcomes
 
 from scaling.errors import UserError
 from scaling.io import read_lines
@@ -25,15 +24,7 @@ from sweeps.local import run_local
 from sweeps.planning.plan import CampaignPlan, plan, with_data
 from sweeps.reporting.tuning_table import study_rows, study_table
 from sweeps.tuning.trials import TrialLine
-from sweeps.tuning.tuner import ExecutionResult, Tuner, tune, tuning_status
-
-Load = Callable[..., Campaign]
-
-
-@pytest.fixture
-def campaign(tiny_text: Path, tmp_path: Path) -> Load:
-    """Variants of the tiny campaign."""
-    return loader(tiny_text, tmp_path)
+from sweeps.tuning.tuner import ExecutionResult, Tuner, tune
 
 
 def test_arms_get_equal_trials_and_each_run_is_trained_once(campaign: Load, tmp_path: Path) -> None:
@@ -220,7 +211,7 @@ def test_ten_kills_of_tuner_and_runs_change_no_trial(campaign: Load, tmp_path: P
             kills += 1
     assert kills == 10, "the machine was so quick that nothing was left to kill"
     assert child.exitcode == 0
-    tuning = tuning_status(campaign(), root)
+    tuning = Tuner(campaign(), root).gather()
     assert trial_outcomes(tuning) == trial_outcomes(whole)
     records = list((root / "runs").glob("*/record.json"))
     assert len(records) == len({trial.run for study in tuning.studies for trial in study.trials}) + len(tuning.transfer)
@@ -244,7 +235,7 @@ def test_four_tuners_at_once_propose_each_trial_once(campaign: Load, tmp_path: P
         for child in children:
             child.join(120)
     assert [child.exitcode for child in children] == [0] * 4
-    assert trial_outcomes(tuning_status(campaign(), root)) == trial_outcomes(whole)
+    assert trial_outcomes(Tuner(campaign(), root).gather()) == trial_outcomes(whole)
     lines = read_lines(tuner.store.file, TrialLine)
     assert len(lines) == len({(line.study, line.number) for line in lines}) == 48
     for record in (root / "runs").glob("*/record.json"):
@@ -283,7 +274,7 @@ def test_table_of_studies_and_budget_curve(campaign: Load, tmp_path: Path) -> No
 
     tuner = Tuner(campaign(), tmp_path / "root", progress=False)
     recorder()(tuner.runs(tuner.step()))
-    rows = study_rows(tuning_status(campaign(), tmp_path / "root"))
+    rows = study_rows(tuner.gather())
     assert [(row["completed"], row["left"]) for row in rows] == [(2, 6)] * 6
     tuning = tune(campaign(), tmp_path / "root", execute=recorder(), progress=False)
     console = Console(width=160)

@@ -6,13 +6,12 @@ import math
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pandas as pd
 import pytest
-from tuned import CAMPAIGN, TUNE, bowl, loader, recorder, trial_outcomes
+from tuned import CAMPAIGN, TUNE, Load, bowl, recorder, trial_outcomes
 
 from scaling.errors import UserError
 from scaling.io import read_json
@@ -25,14 +24,6 @@ from sweeps.tuning.tuner import ExecutionResult, Tuner, tune
 
 HALVED = TUNE.replace("in_flight = 2", "in_flight = 4") + "\n[tune.halving]\nshare = 0.25\nkeep = 0.5\n"
 GRID = 'sampler = "grid"\nrungs = ["a"]\n[tune.search.peak_lr]\nvalues = [1e-3, 1e-2, 3e-2]\n'
-
-Load = Callable[..., Campaign]
-
-
-@pytest.fixture
-def campaign(tiny_text: Path, tmp_path: Path) -> Load:
-    """Variants of the tiny campaign."""
-    return loader(tiny_text, tmp_path)
 
 
 def tuned(campaign: Campaign, root: Path) -> Tuning:
