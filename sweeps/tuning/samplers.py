@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaling.spec import Strict
 from sweeps.config.search_space import Dimension, Values
+from sweeps.config.tune import TuneConfig
 from sweeps.tuning.trials import Trial
 
 if TYPE_CHECKING:
@@ -49,16 +49,6 @@ SAMPLERS: dict[str, Callable[[int, int], BaseSampler] | None] = {
 """By the name that a campaign writes. All but the grid begin with quasi-random points."""
 
 
-class Sampling(Strict, frozen=True):
-    """The sampler of a study."""
-
-    sampler: str
-    """Row of `SAMPLERS`."""
-    startup: int
-    """Quasi-random trials before the sampler is used."""
-    seed: int
-
-
 def grid(dimensions: Sequence[Dimension]) -> list[Values]:
     """Every combination of listed values, the last dimension fastest."""
     names = [dimension.name for dimension in dimensions]
@@ -66,25 +56,25 @@ def grid(dimensions: Sequence[Dimension]) -> list[Values]:
 
 
 def propose(
-    sampling: Sampling, dimensions: Sequence[Dimension], trials: Sequence[Trial], index: int, context: int
+    config: TuneConfig, dimensions: Sequence[Dimension], trials: Sequence[Trial], index: int, context: int
 ) -> Values:
     """The values of trial `index`.
 
     Args:
-        sampling: Sampler, length of the quasi-random start, seed.
+        config: Sampler, length of the quasi-random start, seed.
         dimensions: Current ranges.
         trials: Trials before this one; those in flight have no loss.
         index: Number of the trial among those that have not failed, from 0.
         context: Tokens of a sequence; a batch is a whole number of sequences.
     """
-    if sampling.sampler == "grid":
+    if config.sampler == "grid":
         return grid(dimensions)[index]
-    make = SAMPLERS[sampling.sampler]
+    make = SAMPLERS[config.sampler]
     completed = sum(trial.loss is not None for trial in trials)
-    if make is None or index < sampling.startup or completed < 2:
-        shares: Sequence[float] = _sobol(len(dimensions), sampling.seed, index)
+    if make is None or index < config.startup or completed < 2:
+        shares: Sequence[float] = _sobol(len(dimensions), config.seed, index)
     else:
-        shares = _sampled(make(sampling.seed * 100_003 + index, 0), dimensions, trials)
+        shares = _sampled(make(config.seed * 100_003 + index, 0), dimensions, trials)
     return {d.name: d.at(share, context) for d, share in zip(dimensions, shares, strict=True)}
 
 

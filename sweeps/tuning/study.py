@@ -19,10 +19,11 @@ from scaling.flops import train_flops
 from scaling.run.record import RunRecord
 from scaling.spec import Budget, RunSpec
 from sweeps.config.search_space import Dimension, Values, with_values
-from sweeps.config.tune import HalvingConfig
+from sweeps.config.tune import TuneConfig
 from sweeps.config.tuning_results import Bracket
+from sweeps.planning.tuned_settings import trials_of
 from sweeps.tuning.bracket import brackets
-from sweeps.tuning.samplers import Sampling, grid, propose
+from sweeps.tuning.samplers import propose
 from sweeps.tuning.trials import RecordCache, Trial, TrialLine
 
 MAX_FAILED_TRIALS = 5
@@ -34,28 +35,32 @@ DUPLICATE_OFFSET = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class TuningStudy:
-    """The search space, the sampler and the budget of one arm at one rung."""
+    """The search space, the template and the ``[tune]`` table of one arm at one rung."""
 
-    name: str
     arm: str
     rung: str
     template: RunSpec
     """The run that the searched hyper-parameters are put into."""
     dimensions: tuple[Dimension, ...]
-    sampling: Sampling
-    trials: int
-    in_flight: int
-    widen: int
-    halving: HalvingConfig | None = None
-    held_out: bool = False
+    config: TuneConfig
     records: RecordCache = field(compare=False)
     _known_brackets: dict[Any, tuple[Bracket, ...]] = field(default_factory=dict, compare=False, repr=False)
     """Brackets by the trials that they were fitted to, because a step needs the same ones several times."""
 
-    def __post_init__(self) -> None:
-        """Check that a grid has as many trials as points."""
-        if self.sampling.sampler == "grid" and self.trials != len(grid(self.dimensions)):
-            raise ValueError(f"{self.name}: a grid of {len(grid(self.dimensions))} points and {self.trials} trials")
+    @property
+    def name(self) -> str:
+        """Name of the study in trials.jsonl."""
+        return f"{self.arm}/{self.rung}"
+
+    @property
+    def trials(self) -> int:
+        """Number of trials to complete."""
+        return trials_of(self.config, self.dimensions)
+
+    @property
+    def held_out(self) -> bool:
+        """True if the rung is left out of the fit of the rules."""
+        return self.rung in self.config.held_out
 
     @property
     def uniform_loss(self) -> float:
@@ -68,10 +73,10 @@ class TuningStudy:
 
     def short_spec(self, values: Values) -> RunSpec | None:
         """The first, shorter run under halving, with a complete schedule of its own; None without halving."""
-        if self.halving is None:
+        if self.config.halving is None:
             return None
         full = self.spec(values)
-        share = self.halving.share
+        share = self.config.halving.share
         tokens = max(round(full.budget.tokens * share), full.batch_tokens)
         decay = full.schedule.decay_tokens
         schedule = msgspec.structs.replace(
@@ -125,22 +130,22 @@ class TuningStudy:
                 "Fix the cause that its log gives; then run the same command, which continues with other trials."
             )
         running = [index for index, trial in enumerate(live) if trial.state == "running"]
-        generation = (running[0] if running else len(live)) // self.in_flight
-        return max(0, min((generation + 1) * self.in_flight, self.trials) - len(live))
+        generation = (running[0] if running else len(live)) // self.config.in_flight
+        return max(0, min((generation + 1) * self.config.in_flight, self.trials) - len(live))
 
     def next_values(self, trials: Sequence[Trial]) -> Values:
         """The setting of the next trial: a function of the generations before its own."""
         live = _live(trials)
         index = len(live)
-        first = index // self.in_flight * self.in_flight
+        first = index // self.config.in_flight * self.config.in_flight
         # The proposal must not depend on which run of its own generation ends first.
         before = [*live[:first], *(msgspec.structs.replace(t, state="running", loss=None) for t in live[first:])]
         dimensions, _ = self.ranges(trials)
         context = self.template.model.context
-        values = propose(self.sampling, dimensions, before, index, context)
+        values = propose(self.config, dimensions, before, index, context)
         tried = [trial.values for trial in trials]
-        quasi_random = msgspec.structs.replace(self.sampling, sampler="quasi-random")
-        for other in range(DUPLICATE_OFFSET) if self.sampling.sampler != "grid" else ():
+        quasi_random = msgspec.structs.replace(self.config, sampler="quasi-random")
+        for other in range(DUPLICATE_OFFSET) if self.config.sampler != "grid" else ():
             if values not in tried:
                 break
             values = propose(quasi_random, dimensions, before, DUPLICATE_OFFSET + index + other, context)
@@ -154,14 +159,14 @@ class TuningStudy:
         """
         dimensions, counts = list(self.dimensions), {d.name: 0 for d in self.dimensions}
         live = _live(trials)
-        for end in range(self.in_flight, min(len(live), self.trials - 1) + 1, self.in_flight):
+        for end in range(self.config.in_flight, min(len(live), self.trials - 1) + 1, self.config.in_flight):
             ended = live[:end]
-            growing = self.widen and not all(d.values for d in dimensions)
-            if not growing or end < self.sampling.startup or any(trial.state == "running" for trial in ended):
+            growing = self.config.widen and not all(d.values for d in dimensions)
+            if not growing or end < self.config.startup or any(trial.state == "running" for trial in ended):
                 continue
             for number, found in enumerate(self._brackets(ended, dimensions)):
                 grown = dimensions[number].widened(down=found.verdict == "low edge")
-                if "edge" in found.verdict and grown is not None and counts[found.name] < self.widen:
+                if "edge" in found.verdict and grown is not None and counts[found.name] < self.config.widen:
                     dimensions[number] = grown
                     counts[found.name] += 1
         return tuple(dimensions), counts
@@ -177,7 +182,7 @@ class TuningStudy:
                     note = "only the listed values were allowed"
                 elif dimension.widened(down=bracket.verdict == "low edge") is None:
                     note = "the limit of the hyper-parameter's own range is reached"
-                elif counts[bracket.name] >= self.widen:
+                elif counts[bracket.name] >= self.config.widen:
                     note = f"it was widened {counts[bracket.name]} times, the maximum"
                 else:
                     note = "no trials were left to widen it for"
@@ -226,10 +231,10 @@ class TuningStudy:
 
     def _promoted(self, trials: Sequence[Trial], trial: Trial) -> bool | None:
         """True if a trial's short run is among the better of its generation; None until all of them are done."""
-        assert self.halving is not None
+        assert self.config.halving is not None
         live = _live(trials)
-        first = live.index(trial) // self.in_flight * self.in_flight
-        size = min(self.in_flight, self.trials - first)
+        first = live.index(trial) // self.config.in_flight * self.config.in_flight
+        size = min(self.config.in_flight, self.trials - first)
         peers = live[first : first + size]
         if len(peers) < size:
             return None
@@ -240,7 +245,7 @@ class TuningStudy:
             if record is None:
                 return None
             losses[peer.number] = self.loss(record)
-        kept = math.ceil(self.halving.keep * size)
+        kept = math.ceil(self.config.halving.keep * size)
         return trial.number in sorted(losses, key=lambda number: (losses[number], number))[:kept]
 
     def _brackets(self, trials: Sequence[Trial], dimensions: Sequence[Dimension]) -> tuple[Bracket, ...]:
@@ -254,7 +259,7 @@ class TuningStudy:
             tuple((d.search.low, d.search.high) for d in dimensions),
         )
         if key not in self._known_brackets:
-            self._known_brackets[key] = brackets(finished, dimensions, seed=self.sampling.seed)
+            self._known_brackets[key] = brackets(finished, dimensions, seed=self.config.seed)
         return self._known_brackets[key]
 
     def _refuse_foreign(self, trials: Sequence[Trial]) -> None:

@@ -24,9 +24,9 @@ from sweeps.config.hyperparameter_rules import write_rule_file
 from sweeps.config.tuning_results import Tuning, tuning_file
 from sweeps.planning.ladder import Rung, rungs_of
 from sweeps.planning.plan import CampaignPlan, PlannedRun, micro_batch, plan, with_data
-from sweeps.planning.tuned_settings import dimensions_of, middles, trials_of, tuned_rungs
+from sweeps.planning.tuned_settings import dimensions_of, middles, tuned_rungs
 from sweeps.tuning.results import StudyTrials, fit_rules, gather, transfer_specs, trial_rows
-from sweeps.tuning.samplers import Sampling, export_optuna
+from sweeps.tuning.samplers import export_optuna
 from sweeps.tuning.study import TuningStudy
 from sweeps.tuning.trials import RecordCache, TrialStore
 
@@ -161,22 +161,14 @@ class Tuner:
         )
 
     def _study(self, arm: ArmConfig, rung: Rung) -> TuningStudy:
-        table = self.table
-        dimensions = dimensions_of(self.campaign, arm, rung)
         template = next(r.spec for r in self.template.runs if (r.arm, r.rung) == (arm.name, rung.name))
         return TuningStudy(
-            name=f"{arm.name}/{rung.name}",
             arm=arm.name,
             rung=rung.name,
             # A trial does not branch off another run: the trunk would have other settings.
             template=msgspec.structs.replace(template, branch_of=None),
-            dimensions=dimensions,
-            sampling=Sampling(sampler=table.sampler, startup=table.startup, seed=table.seed),
-            trials=trials_of(table, dimensions),
-            in_flight=table.in_flight,
-            widen=table.widen,
-            halving=table.halving,
-            held_out=rung.name in table.held_out,
+            dimensions=dimensions_of(self.campaign, arm, rung),
+            config=self.table,
             records=self.records,
         )
 

@@ -17,10 +17,11 @@ from scaling.optim.registry import OPTIMIZERS
 from scaling.optim.search_space import SHARED, SearchRange
 from scaling.spec import RunSpec
 from sweeps.config.search_space import Dimension, Values, with_values
+from sweeps.config.tune import TuneConfig
 from sweeps.config.tuning_results import Bracket
 from sweeps.tuning.bracket import brackets
 from sweeps.tuning.budget_curve import budget_rows
-from sweeps.tuning.samplers import SAMPLERS, Sampling, propose
+from sweeps.tuning.samplers import SAMPLERS, propose
 from sweeps.tuning.study import TuningStudy
 from sweeps.tuning.transfer import Optimum, fit_rule
 from sweeps.tuning.trials import RecordCache, Trial
@@ -33,7 +34,7 @@ DIMENSIONS = (Dimension(search=RATE), Dimension(search=DECAY))
 def points(best: float, *, noise: float = 0.0, seed: int = 0, count: int = 16) -> list[tuple[Values, float]]:
     """Quasi-random settings and their losses in a bowl around a rate, with the best decay at 0.1."""
     rng = np.random.default_rng(seed)
-    sampling = Sampling(sampler="quasi-random", startup=0, seed=seed)
+    sampling = TuneConfig(sampler="quasi-random", startup=0, seed=seed)
     found = []
     for index in range(count):
         values = propose(sampling, DIMENSIONS, [], index, 128)
@@ -85,8 +86,8 @@ def test_too_few_trials_give_no_bracket() -> None:
 
 def run_study(best: float, *, widen: int, budget: int = 24) -> tuple[TuningStudy, list[Trial]]:
     study = TuningStudy(
-        name="s", arm="adamw", rung="a", template=make_spec(shape=TINY), dimensions=DIMENSIONS,
-        sampling=Sampling(sampler="tpe", startup=6, seed=0), trials=budget, in_flight=4, widen=widen,
+        arm="adamw", rung="a", template=make_spec(shape=TINY), dimensions=DIMENSIONS,
+        config=TuneConfig(sampler="tpe", startup=6, trials=budget, in_flight=4, widen=widen),
         records=RecordCache(Path("nowhere")),
     )  # fmt: skip
     trials: list[Trial] = []
@@ -127,7 +128,7 @@ def test_a_search_that_stays_on_the_edge_has_a_note(best: float, widen: int, rea
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
 def test_proposals_repeat_and_differ_from_trials_in_flight(sampler: str) -> None:
-    sampling = Sampling(sampler=sampler, startup=4, seed=3)
+    sampling = TuneConfig(sampler=sampler, startup=4, seed=3)  # type: ignore[arg-type]
     trials = [
         Trial(number=number, values=values, run="", state="complete", loss=loss)
         for number, (values, loss) in enumerate(points(1e-2, count=6))

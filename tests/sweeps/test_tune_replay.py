@@ -11,7 +11,7 @@ from tiny import TINY, make_spec
 
 from scaling.optim.search_space import SearchRange
 from sweeps.config.search_space import Dimension
-from sweeps.tuning.samplers import Sampling
+from sweeps.config.tune import TuneConfig
 from sweeps.tuning.study import TuningStudy
 from sweeps.tuning.trials import RecordCache, Trial
 
@@ -33,8 +33,10 @@ def trials_until_good(recorded: dict[tuple[float, ...], float], *, sampler: str,
         row = SearchRange(name=name, scale="log", low=values[0], high=values[-1], least=values[0], most=values[-1])
         dimensions.append(Dimension(search=row, values=values))
     study = TuningStudy(
-        name="replay", arm="adamw", rung="25k", template=make_spec(shape=TINY), dimensions=tuple(dimensions),
-        sampling=Sampling(sampler=sampler, startup=startup, seed=seed), trials=len(recorded), in_flight=1, widen=0,
+        arm="adamw", rung="25k", template=make_spec(shape=TINY), dimensions=tuple(dimensions),
+        config=TuneConfig(
+            sampler=sampler, startup=startup, seed=seed, trials=len(recorded), in_flight=1, widen=0  # type: ignore[arg-type]
+        ),
         records=RecordCache(Path("nowhere")),
     )  # fmt: skip
     good = min(recorded.values()) * 1.005
