@@ -63,12 +63,13 @@ def propose(
     Args:
         config: Sampler, length of the quasi-random start, seed.
         dimensions: Current ranges.
-        trials: Trials before this one; those in flight have no loss.
-        index: Number of the trial among those that have not failed, from 0.
+        trials: Trials before this one that have not failed; those in flight have no loss.
+        index: Place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate.
         context: Tokens of a sequence; a batch is a whole number of sequences.
     """
     if config.sampler == "grid":
-        return grid(dimensions)[index]
+        tried = [trial.values for trial in trials]
+        return next(values for values in grid(dimensions) if values not in tried)
     make = SAMPLERS[config.sampler]
     completed = sum(trial.loss is not None for trial in trials)
     if make is None or index < config.startup or completed < 2:

@@ -139,6 +139,24 @@ def test_a_failed_trial_is_replaced_by_another(campaign: Load, tmp_path: Path) -
     assert [line.failed for line in lines if line.failed] == ["its process was killed three times"]
 
 
+def test_a_failed_point_of_a_grid_is_tried_again(campaign: Load, tmp_path: Path) -> None:
+    table = 'sampler = "grid"\nrungs = ["a"]\n[tune.search.peak_lr]\nvalues = [1e-3, 1e-2, 3e-2]\n'
+    record, failed = recorder(), dict[str, str]()
+
+    def execute(trials: CampaignPlan) -> ExecutionResult:
+        if failed:
+            return record(trials)
+        failed[trials.runs[1].id] = "no memory"
+        record(msgspec.structs.replace(trials, runs=tuple(run for run in trials.runs if run.id not in failed)))
+        return ExecutionResult(failed=failed, waiting=False)
+
+    tuning = tune(campaign(table), tmp_path / "root", execute=execute, progress=False)
+    assert [(study.completed, study.failed) for study in tuning.studies] == [(3, 1), (3, 0)]
+    for study in tuning.studies:
+        tried = sorted(trial.values["peak_lr"] for trial in study.trials if trial.state == "finished")
+        assert tried == [1e-3, 1e-2, 3e-2]
+
+
 def test_a_failed_run_at_a_predicted_setting_is_an_error(campaign: Load, tmp_path: Path) -> None:
     record = recorder()
 
