@@ -6,7 +6,9 @@ A rule is not a loss law (`analysis.fitting.laws`): it has no floor, and it pred
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from scaling.spec import Strict
 
@@ -26,7 +28,7 @@ class PowerRule(Strict, frozen=True, omit_defaults=True):
     C is in FLOPs, N in parameters, D in tokens. Rules fitted by `fit_power_rule` depend on C alone.
     """
 
-    coefficient: float
+    coefficient: Annotated[float, msgspec.Meta(gt=0.0)]
     exponent: float = 0.0
     """Exponent of C."""
     parameters_exponent: float = 0.0

@@ -45,9 +45,14 @@ class RuleSet(Strict, frozen=True):
         """FLOPs at which a model of N parameters is compute-optimal; the inverse of ``value("parameters")``.
 
         Raises:
-            ConfigError: The set has no rule for the size.
+            ConfigError: The set has no rule for the size, or one that is not a power of C alone.
         """
         size = self._rule("parameters")
+        if not size.exponent or size.parameters_exponent or size.tokens_exponent:
+            raise ConfigError(
+                f"the rules of {self.label}: the size (parameters) must be a power of compute alone. Give its exponent, and "
+                "leave out parameters_exponent and tokens_exponent."
+            )
         return float((parameters / size.coefficient) ** (1 / size.exponent))
 
     def setting(self, *, optimizer: str, context: int, compute: float, parameters: float, tokens: float) -> Values:

@@ -37,7 +37,6 @@ StudyTrials = list[tuple[TuningStudy, list[Trial]]]
 Rules = dict[str, dict[str, PowerRule]]
 """Fitted rules by arm and hyper-parameter."""
 
-
 ENDED = ("finished", "diverged", "pruned")
 """States of completed trials."""
 

@@ -85,11 +85,14 @@ def test_unusable_rule_files_are_refused(campaign: Load, tmp_path: Path) -> None
     file.write_text("label = 3\n")
     with pytest.raises(UserError, match="not a rule file"):
         rule_set(str(file))
+    file.write_text('label = "x"\nsource = "y"\n[rules.parameters]\ncoefficient = 1e8\n')
+    with pytest.raises(UserError, match="must be a power of compute alone"):
+        rule_set(str(file)).compute_for(1e8)
     with pytest.raises(UserError, match=r"Step Law have none for tokens.*Rules with tokens: chinchilla, moonlight"):
         rule_set("step-law").value("tokens", compute=1e20)
 
 
-def test_halving_compares_whole_short_runs_and_promotes_the_better_half(campaign: Load, tmp_path: Path) -> None:
+def test_halving_promotes_the_better_half_of_whole_short_runs(campaign: Load, tmp_path: Path) -> None:
     trained: list[str] = []
     tuning = tune(campaign(HALVED), tmp_path / "root", execute=recorder(log=trained), progress=False)
     assert tuning.complete
