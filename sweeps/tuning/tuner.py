@@ -101,7 +101,7 @@ class Tuner:
             if failed and spec.id in failed:
                 raise UserError(
                     f"{study.name}: run {spec.id}, at the setting that the rules predict, failed: {failed[spec.id]}. "
-                    "Fix the cause that its log gives; then run the same command, which continues."
+                    f"Fix the cause that its log gives, remove runs/{spec.id}, and run the same command again."
                 )
             if self.records.get(spec.id) is None:
                 runs.append(self._planned(study, spec))

@@ -33,7 +33,7 @@ def test_slurm_and_the_local_executor_complete_the_same_trials(
     monkeypatch.setenv("SCALING_SLURM_PROFILE", str(tmp_path / "profile.toml"))
     monkeypatch.setattr(sweeps.tuning.tuner, "POLL_SECONDS", 0.3)
     file = tmp_path / "tiny-tuned.toml"
-    file.write_text(CAMPAIGN.format(text=tiny_text, tune=TUNE) + "[placement.slurm]\nminutes = 5\nparallel = 2\n")
+    file.write_text(CAMPAIGN.format(text=tiny_text, tune=TUNE) + "[placement.slurm]\ntime_minutes = 5\nmax_parallel = 2\n")
     here = tune(load_campaign(file), tmp_path / "local", workers=1, progress=False)
     there = tune(load_campaign(file), tmp_path / "slurm", executor="slurm", progress=False)
     assert there.complete
