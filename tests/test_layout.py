@@ -15,7 +15,7 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 
 ORDER = {
     "scaling": (
-        *("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "schedule"),
+        *("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "power_rule", "schedule"),
         *("run", "models", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
@@ -29,7 +29,18 @@ ORDER = {
 
 VALUES = {
     f"scaling.{name}"
-    for name in ("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "schedule")
+    for name in (
+        "errors",
+        "units",
+        "io",
+        "registry",
+        "console",
+        "model_config",
+        "flops",
+        "spec",
+        "power_rule",
+        "schedule",
+    )
 }
 MAX_LOOSE_MODULES = 10
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}
