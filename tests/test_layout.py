@@ -15,8 +15,8 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 
 ORDER = {
     "scaling": (
-        *("errors", "units", "io", "registry", "console", "model_config", "models", "flops", "spec", "schedule"),
-        *("run", "data.sources", "data", "export", "evaluation"),
+        *("errors", "units", "io", "registry", "console", "power_rule", "model_config", "models", "flops", "spec"),
+        *("schedule", "run", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
     "sweeps": ("config", "planning", "live", "local", "slurm", "tuning", "reporting"),
@@ -29,7 +29,18 @@ ORDER = {
 
 VALUES = {
     f"scaling.{name}"
-    for name in ("errors", "units", "io", "registry", "console", "model_config", "flops", "spec", "schedule")
+    for name in (
+        "errors",
+        "units",
+        "io",
+        "registry",
+        "console",
+        "model_config",
+        "flops",
+        "spec",
+        "power_rule",
+        "schedule",
+    )
 }
 MAX_LOOSE_MODULES = 11
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}

@@ -1,4 +1,4 @@
-"""A campaign of two tuned arms, and an executor that trains nothing: losses are what a known bowl says."""
+"""A campaign of two tuned arms, and an executor that writes records with the losses of a known bowl."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ high = 0.5
 """
 
 
-def loader(text: Path, folder: Path) -> Callable[..., Campaign]:
-    """Writes variants of the campaign to a folder and loads them."""
+Load = Callable[..., Campaign]
+
+
+def loader(text: Path, folder: Path) -> Load:
+    """A function that writes a variant of the campaign to a folder and loads it."""
 
     def load(table: str = TUNE, *, name: str = "tiny-tuned") -> Campaign:
         file = folder / f"{name}.toml"
@@ -52,7 +55,7 @@ def loader(text: Path, folder: Path) -> Callable[..., Campaign]:
 
 
 def bowl(spec: RunSpec) -> float:
-    """A known bowl: AdamW's best rate falls with compute as C^-0.25, Muon's lies three times higher and stays."""
+    """The loss of a run: AdamW's best rate falls with compute as C^-0.25, Muon's is constant at 0.03."""
     compute = float(spec.budget.flops)
     best = 0.01 * (compute / 1e8) ** -0.25 if spec.optimizer.name == "adamw" else 0.03
     gain = 0.0 if spec.optimizer.name == "adamw" else 0.1
@@ -64,7 +67,7 @@ def bowl(spec: RunSpec) -> float:
 def recorder(
     loss: Callable[[RunSpec], float | None] = bowl, log: list[str] | None = None
 ) -> Callable[[CampaignPlan], ExecutionResult]:
-    """An executor that trains nothing and writes what the bowl says."""
+    """An executor that writes records without training; `log` gets the ids in order."""
 
     def execute(trials: CampaignPlan) -> ExecutionResult:
         for run in trials.distinct():
@@ -79,8 +82,8 @@ def recorder(
     return execute
 
 
-def told(tuning: Tuning) -> list[tuple[object, ...]]:
-    """Everything that trials are: what was tried where, in which order, and with which loss."""
+def trial_outcomes(tuning: Tuning) -> list[tuple[object, ...]]:
+    """Study, number, setting, run and loss of every trial."""
     return [
         (s.arm, s.rung, t.number, sorted(t.values.items()), t.run, t.loss) for s in tuning.studies for t in s.trials
     ]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Array, Rows, select
+from analysis.data.cells import Rows, select
 from analysis.data.table import check_table
 from analysis.fitting.fit import HUBER, Status, form_named, judge, solve
 from analysis.fitting.laws import LossSurface
 from scaling.errors import UserError
 from scaling.io import Strict
+from scaling.power_rule import PowerRule, fit_power_rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,16 +48,6 @@ class Valley(Strict, frozen=True):
     """Edge: the best run is the smallest or largest tried. Outside: the minimum lies beyond all runs."""
     off_centre: float | None
     """ln of the minimum over the grid's centre; far from 0 the parabola leans."""
-
-
-class PowerRule(Strict, frozen=True):
-    """``coefficient * C ** exponent``, `C` in FLOPs."""
-
-    coefficient: float
-    exponent: float
-    error: float | None
-    """Standard error of the exponent; None with two points."""
-    points: int
 
 
 class Allocations(Strict, frozen=True):
@@ -178,20 +169,10 @@ def valleys(rows: Rows) -> list[Valley]:
     return found
 
 
-def power_rule(flops: Array, values: Array) -> PowerRule:
-    """Least squares of ln value on ln compute."""
-    x, y = np.log(flops), np.log(values)
-    u = x - x.mean()
-    slope = float(np.sum(u * y) / np.sum(u * u))
-    left = y - y.mean() - slope * u
-    error = float(np.sqrt(np.sum(left**2) / (len(x) - 2) / np.sum(u * u))) if len(x) > 2 else None
-    return PowerRule(coefficient=float(np.exp(y.mean() - slope * x.mean())), exponent=slope, error=error, points=len(x))
-
-
 def _rules(interior: list[Valley]) -> dict[str, PowerRule]:
     flops = np.array([valley.flops for valley in interior])
     params = np.array([valley.params_optimal for valley in interior], dtype=np.float64)
-    return {"params": power_rule(flops, params), "tokens": power_rule(flops, flops / 6.0 / params)}
+    return {"params": fit_power_rule(flops, params), "tokens": fit_power_rule(flops, flops / 6.0 / params)}
 
 
 def envelope(rows: Rows, *, points: int = 1500) -> dict[str, PowerRule] | None:
@@ -220,7 +201,7 @@ def envelope(rows: Rows, *, points: int = 1500) -> dict[str, PowerRule] | None:
     # One point for each size that takes a turn: the middle of its stretch, so that dense grids fake no certainty.
     middle = np.array([grid[used & (winner == size)].mean() for size in turns])
     compute = np.exp(middle)
-    return {"params": power_rule(compute, turns), "tokens": power_rule(compute, compute / 6.0 / turns)}
+    return {"params": fit_power_rule(compute, turns), "tokens": fit_power_rule(compute, compute / 6.0 / turns)}
 
 
 def valley_bias(surface: LossSurface, interior: list[Valley]) -> float:

@@ -80,16 +80,23 @@ class Tune(OnCampaign):
     """slurm: hand over what is to be trained now and return; the same command goes on later."""
     status: bool = False
     """Show how far the studies are and train nothing."""
+    export_optuna: Path | None = None
+    """Write the studies to this file for "optuna-dashboard FILE" and train nothing."""
     json: bool = False
     """Print the studies for machines."""
 
     def run(self) -> None:
         """Tune to the end, or as far as it goes now."""
         from sweeps.reporting.tuning_table import show, study_rows
-        from sweeps.tuning.tuner import tune, tuning_status
+        from sweeps.tuning.tuner import Tuner, tune
 
+        if self.export_optuna is not None:
+            Tuner(self.loaded(), self.root, prepare=False).export(self.export_optuna)
+            print(f"Wrote {self.export_optuna}")
+            next_step(f"optuna-dashboard {self.export_optuna}")
+            return
         if self.status:
-            tuning = tuning_status(self.loaded(), self.root)
+            tuning = Tuner(self.loaded(), self.root, prepare=False).gather()
         else:
             tuning = tune(self.loaded(), self.root, executor=self.executor, workers=self.workers, wait=not self.no_wait)
         if self.json:

@@ -33,7 +33,7 @@ from scaling.io import (
 )
 from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.spec import Evaluation
-from sweeps.config.hyperparameter_rules import rule
+from sweeps.config.hyperparameter_rules import rule_set
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values
 from sweeps.config.toml import as_value, located, override, read_toml
@@ -311,7 +311,7 @@ def _check(campaign: Campaign) -> None:
     ]:
         if name is not None:
             with located(f"{where}{place}"):
-                rule(name)
+                rule_set(name)
     for index, arm in enumerate(campaign.arms):
         if arm.warm_start is not None and arm.warm_start.arm not in (before := [a.name for a in campaign.arms[:index]]):
             raise ConfigError(

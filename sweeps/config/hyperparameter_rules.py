@@ -1,283 +1,225 @@
-"""Published rules for hyper-parameters: learning rate, batch and tokens as power laws of compute, size and data.
+"""Hyper-parameter rules: learning rate, batch, model size and tokens as powers of compute, parameters and data.
 
-A rule is data, one row each in `RULES`, with its source. It was fitted on somebody's models and somebody's text; that it
-holds for others is assumed, and a plan that uses one says which. To add a rule, add a row.
+A rule set is data: a row of `RULES` with its source, or a TOML file in the same format, such as ``scaling tune`` writes.
+Each was fitted to particular models and text; that it holds for others is assumed, and a plan names the set it uses.
 """
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.io import Line, PositiveFloat, Strict, write_atomic
+from scaling.io import MAX_NUMBER, Line, PositiveFloat, Strict, write_atomic
+from scaling.power_rule import PowerRule
 from sweeps.config.search_space import Dimension, Values, known_searches
 from sweeps.config.toml import as_value, read_toml
-from sweeps.config.tuning_results import FittedRule, Tuning
+from sweeps.config.tuning_results import Tuning
 
 
-class Power(Strict, frozen=True):
-    """``coefficient * C**compute * N**parameters * D**tokens``, with C in FLOPs, N in parameters, D in tokens."""
+class RuleSet(Strict, frozen=True):
+    """Hyper-parameter rules from one source."""
 
-    coefficient: float
-    compute: float = 0.0
-    """Exponent of C."""
-    parameters: float = 0.0
-    """Exponent of N."""
-    tokens: float = 0.0
-    """Exponent of D."""
+    label: Line
+    source: Line
+    rules: dict[str, PowerRule]
+    """By hyper-parameter; ``parameters`` (non-embedding) and ``tokens`` are the compute-optimal N and D, rules of C."""
+    arm: Line = ""
+    """Tuned arm that the rules were fitted to; empty for published ones."""
+    optimizer: Line = ""
+    computes: tuple[PositiveFloat, ...] = ()
+    """FLOPs of one run at each tuned rung; far outside them the rules are guesses."""
 
-    def at(self, *, compute: float, parameters: float, tokens: float) -> float:
-        """The law's value at a run of compute C, size N and data D.
+    def value(self, name: str, *, compute: float, parameters: float = 1.0, tokens: float = 1.0) -> float:
+        """The value of one hyper-parameter at compute C, size N and data D.
 
         Raises:
-            ConfigError: It is too large for a number.
+            ConfigError: The set has no rule for it, or the rule gives no usable value.
         """
-        try:
-            value = self.coefficient * compute**self.compute * parameters**self.parameters * tokens**self.tokens
-        except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
+        value = self._rule(name).value(compute=compute, parameters=parameters, tokens=tokens)
+        if not 0.0 < value <= MAX_NUMBER:
             raise ConfigError(
-                f"a rule gives no finite value at {compute:.3g} FLOPs, {parameters:.3g} parameters and {tokens:.3g} tokens. "
-                "Use another rule or another size."
+                f"the rules of {self.label} give {value:.3g} for {name} at {compute:.3g} FLOPs; it must lie above 0, up to "
+                f"{MAX_NUMBER:g}. Use another rule or another size."
             )
-        return float(value)
-
-
-class HyperparameterRule(Strict, frozen=True):
-    """One row of `RULES`; a quantity that the source gives no law for is None."""
-
-    label: str
-    source: str
-    parameters: Power | None = None
-    """Compute-optimal N, non-embedding, a law of C alone."""
-    tokens: Power | None = None
-    """Compute-optimal D, a law of C alone."""
-    peak_lr: Power | None = None
-    """Peak learning rate of AdamW."""
-    batch_tokens: Power | None = None
-    """Batch in tokens."""
-    weight_decay: Power | None = None
-
-    def optimal_parameters(self, compute: float) -> float:
-        """N that the rule spends `compute` FLOPs on.
-
-        Raises:
-            ConfigError: The rule has no law for the size.
-        """
-        return self._sizes().at(compute=compute, parameters=1.0, tokens=1.0)
+        return value
 
     def compute_for(self, parameters: float) -> float:
-        """FLOPs at which a model of N parameters is compute-optimal; the inverse of `optimal_parameters`.
+        """FLOPs at which a model of N parameters is compute-optimal; the inverse of ``value("parameters")``.
 
         Raises:
-            ConfigError: The rule has no law for the size.
+            ConfigError: The set has no rule for the size, or one that is not a power of C alone, or the compute is
+                no usable number.
         """
-        law = self._sizes()
-        return float((parameters / law.coefficient) ** (1 / law.compute))
+        size = self._rule("parameters")
+        if not size.exponent or size.parameters_exponent or size.tokens_exponent:
+            raise ConfigError(
+                f"the rules of {self.label}: the size (parameters) must be a power of compute alone. Give its exponent, and "
+                "leave out parameters_exponent and tokens_exponent."
+            )
+        return size.inverse(parameters)
 
-    def optimal_tokens(self, compute: float) -> float:
-        """D that the rule spends `compute` FLOPs on.
+    def setting(self, *, optimizer: str, context: int, compute: float, parameters: float, tokens: float) -> Values:
+        """Every hyper-parameter at a run, within the limits of the optimizer's search ranges.
 
         Raises:
-            ConfigError: The rule has no law for the data.
+            ConfigError: The optimizer has no hyper-parameter of a rule's name.
         """
-        if self.tokens is None:
-            raise self._lacks("how many tokens to train on")
-        return self.tokens.at(compute=compute, parameters=1.0, tokens=1.0)
+        rows = {name: Dimension(search=row) for name, row in known_searches(optimizer).items()}
+        rules = {name: rule for name, rule in self.rules.items() if name not in ("parameters", "tokens")}
+        for name in rules:
+            if name not in rows:
+                raise ConfigError(f"{self.label}: {unknown_name(f'hyper-parameter of {optimizer}', name, rows)}")
+        return setting_at(rules, rows, context=context, compute=compute, parameters=parameters, tokens=tokens)
 
-    def _sizes(self) -> Power:
-        if self.parameters is None:
-            raise self._lacks("how large a model to train")
-        return self.parameters
+    def _rule(self, name: str) -> PowerRule:
+        if name not in self.rules:
+            able = sorted(row for row, found in RULES.items() if name in found.rules)
+            raise ConfigError(
+                f"the rules of {self.label} have none for {name}; they have {', '.join(self.rules)}. "
+                f"Rules with {name}: {', '.join(able) or 'none'}. Use one of those, or list {name} in the campaign."
+            )
+        return self.rules[name]
 
-    def _lacks(self, what: str) -> ConfigError:
-        able = [name for name, rule in RULES.items() if rule.parameters and rule.tokens]
-        return ConfigError(f"{self.label} does not say {what}; rules that do: {', '.join(sorted(able))}.")
+
+def setting_at(
+    rules: Mapping[str, PowerRule],
+    rows: Mapping[str, Dimension],
+    *,
+    context: int,
+    compute: float,
+    parameters: float = 1.0,
+    tokens: float = 1.0,
+) -> Values:
+    """The values that rules give for a run, within the limits of each hyper-parameter and rounded as trials are."""
+    values = {}
+    for name, rule in rules.items():
+        row = rows[name]
+        value = rule.value(compute=compute, parameters=parameters, tokens=tokens)
+        values[name] = row.rounded(min(max(value, row.search.least), row.search.most), context)
+    return values
 
 
-RULES: dict[str, HyperparameterRule] = {
-    "moonlight": HyperparameterRule(
+RULES: dict[str, RuleSet] = {
+    "moonlight": RuleSet(
         label="Moonlight, Table 9",
         source="arXiv:2502.16982, Appendix B, Table 9; AdamW, C = 6ND, batch in tokens",
-        parameters=Power(coefficient=0.0483359, compute=0.5112684),
-        tokens=Power(coefficient=3.4480927, compute=0.4887316),
-        peak_lr=Power(coefficient=0.0127339, compute=-0.0574752),
-        batch_tokens=Power(coefficient=0.0065202, compute=0.4137915),
+        rules={
+            "parameters": PowerRule(coefficient=0.0483359, exponent=0.5112684),
+            "tokens": PowerRule(coefficient=3.4480927, exponent=0.4887316),
+            "peak_lr": PowerRule(coefficient=0.0127339, exponent=-0.0574752),
+            "batch_tokens": PowerRule(coefficient=0.0065202, exponent=0.4137915),
+        },
     ),
-    "moonlight-table-2": HyperparameterRule(
-        # The paper's runs do not follow its own law for the small sizes; these pass through what the runs used:
-        # within 0.2 % for the rate, within 4.4 % for the batch, which was rounded by hand to multiples of 32.
+    "moonlight-table-2": RuleSet(
+        # The paper's small runs do not follow its own rule; these rules pass through what the runs used: within 0.2 %
+        # for the rate, within 4.4 % for the batch, which was rounded by hand to multiples of 32.
         label="fits through Moonlight's Table 2",
         source="our least squares through arXiv:2502.16982, Table 2, against C = 6ND with the true N",
-        parameters=Power(coefficient=0.0483359, compute=0.5112684),
-        tokens=Power(coefficient=3.4480927, compute=0.4887316),
-        peak_lr=Power(coefficient=0.006915, compute=-0.0447),
-        batch_tokens=Power(coefficient=8.13e-5 * 8192, compute=0.315),
+        rules={
+            "parameters": PowerRule(coefficient=0.0483359, exponent=0.5112684),
+            "tokens": PowerRule(coefficient=3.4480927, exponent=0.4887316),
+            "peak_lr": PowerRule(coefficient=0.006915, exponent=-0.0447),
+            "batch_tokens": PowerRule(coefficient=8.13e-5 * 8192, exponent=0.315),
+        },
     ),
-    "deepseek-llm": HyperparameterRule(
+    "deepseek-llm": RuleSet(
         label="DeepSeek LLM",
         source="arXiv:2401.02954, equation 1; C = MD with M the non-embedding FLOPs a token",
-        peak_lr=Power(coefficient=0.3118, compute=-0.1250),
-        batch_tokens=Power(coefficient=0.2920, compute=0.3271),
+        rules={
+            "peak_lr": PowerRule(coefficient=0.3118, exponent=-0.1250),
+            "batch_tokens": PowerRule(coefficient=0.2920, exponent=0.3271),
+        },
     ),
-    "step-law": HyperparameterRule(
+    "step-law": RuleSet(
         label="Step Law",
         source="arXiv:2503.04715, equation 1; N non-embedding",
-        peak_lr=Power(coefficient=1.79, parameters=-0.713, tokens=0.307),
-        batch_tokens=Power(coefficient=0.58, tokens=0.571),
+        rules={
+            "peak_lr": PowerRule(coefficient=1.79, parameters_exponent=-0.713, tokens_exponent=0.307),
+            "batch_tokens": PowerRule(coefficient=0.58, tokens_exponent=0.571),
+        },
     ),
-    "chinchilla": HyperparameterRule(
+    "chinchilla": RuleSet(
         label="20 tokens a parameter",
         source="the usual rounding of arXiv:2203.15556, with C = 6ND",
-        parameters=Power(coefficient=120**-0.5, compute=0.5),
-        tokens=Power(coefficient=20 * 120**-0.5, compute=0.5),
+        rules={
+            "parameters": PowerRule(coefficient=120**-0.5, exponent=0.5),
+            "tokens": PowerRule(coefficient=20 * 120**-0.5, exponent=0.5),
+        },
     ),
 }
+"""Published rule sets by the name that a campaign writes; a new set is a new row."""
 
 
-def rule(name: str) -> HyperparameterRule:
-    """The row of a rule, or what a rule file says (`sweeps.config.hyperparameter_rules`), which is named by its path.
+def rule_set(name: str) -> RuleSet:
+    """A row of `RULES`, or the content of a rule file where the name ends with ``.toml``.
 
     Raises:
-        ConfigError: There is none of that name, or the file cannot be used.
+        ConfigError: There is no such row, or the file cannot be used.
     """
     if name.endswith(".toml"):
-        return read_rule_file(Path(name)).rule()
+        return read_rule_file(Path(name))
     if name not in RULES:
         raise ConfigError(unknown_name("rule", name, RULES))
     return RULES[name]
 
 
-Exponent = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
-
-
-class RulePower(Strict, frozen=True):
-    """``coefficient * C**exponent`` with C in FLOPs, and what it is worth."""
-
-    coefficient: Annotated[float, msgspec.Meta(gt=0.0, le=1e300)]
-    exponent: Exponent
-    low: Exponent | None = None
-    """95 % interval of the exponent."""
-    high: Exponent | None = None
-    rungs: tuple[Line, ...] = ()
-    note: Line = ""
-
-
-class RuleFile(Strict, frozen=True):
-    """The whole file."""
-
-    label: Line
-    source: Line
-    arm: Line
-    optimizer: Line
-    computes: tuple[PositiveFloat, ...]
-    """FLOPs of one run at each rung that was tuned; far outside, the law is a guess."""
-    laws: dict[str, RulePower]
-    """By hyper-parameter."""
-
-    def rule(self) -> HyperparameterRule:
-        """The laws that a published rule can have, as one."""
-        powers = {
-            name: Power(coefficient=law.coefficient, compute=law.exponent)
-            for name, law in self.laws.items()
-            if name in ("peak_lr", "batch_tokens", "weight_decay")
-        }
-        return HyperparameterRule(label=self.label, source=self.source, **powers)
-
-    def values(self, compute: float, *, optimizer: str, context: int) -> Values:
-        """Every hyper-parameter at a run of so many FLOPs, within the limits of the optimizer's row.
-
-        Raises:
-            ConfigError: The optimizer has no hyper-parameter of a law's name.
-        """
-        rows = known_searches(optimizer)
-        values = {}
-        for name, law in self.laws.items():
-            if name not in rows:
-                raise ConfigError(f"{self.label}: {unknown_name(f'hyper-parameter of {optimizer}', name, rows)}")
-            power = Power(coefficient=law.coefficient, compute=law.exponent)
-            expected = power.at(compute=compute, parameters=1.0, tokens=1.0)
-            value = min(max(expected, rows[name].least), rows[name].most)
-            values[name] = Dimension(search=rows[name]).rounded(value, context)
-        return values
-
-
-def rule_of(tuning: Tuning, arm: str) -> RuleFile:
-    """What tuning found for an arm.
+def tuned_rules(tuning: Tuning, arm: str) -> RuleSet:
+    """The rules that tuning fitted for an arm.
 
     Raises:
         ConfigError: The arm was not tuned, or not to the end.
     """
-    laws = tuning.laws.get(arm)
-    if not laws:
+    rules = tuning.rules.get(arm)
+    if not rules:
         raise ConfigError(
-            f"{tuning.campaign}: there is no law for arm {arm}; those with one: {', '.join(tuning.laws) or 'none yet'}. "
+            f"{tuning.campaign}: there are no rules for arm {arm}; arms with rules: {', '.join(tuning.rules) or 'none'}. "
             f"Run: scaling tune {tuning.campaign}"
         )
     studies = [study for study in tuning.studies if study.arm == arm and not study.held_out]
-    return RuleFile(
+    return RuleSet(
         label=f"{arm} of {tuning.campaign}",
         source=f"fitted to the tuned rungs of campaign {tuning.campaign}: {', '.join(s.rung for s in studies)}",
         arm=arm,
         optimizer=studies[0].optimizer,
         computes=tuple(float(study.flops) for study in studies),
-        laws={found.name: _power(found) for found in laws},
-    )
-
-
-def _power(found: FittedRule) -> RulePower:
-    return RulePower(
-        coefficient=found.coefficient,
-        exponent=found.exponent,
-        low=found.low,
-        high=found.high,
-        rungs=found.rungs,
-        note=found.note,
+        rules=rules,
     )
 
 
 def write_rule_file(tuning: Tuning, arm: str, path: Path) -> Path:
-    """The rule file of an arm, written with all digits; its path.
+    """Write the rule file of an arm with all digits; return its path.
 
     Raises:
-        ConfigError: As `rule_of`.
+        ConfigError: As `tuned_rules`.
     """
-    rule = rule_of(tuning, arm)
-    head = msgspec.structs.replace(rule, laws={})
+    content = msgspec.to_builtins(tuned_rules(tuning, arm))
+    tables = content.pop("rules")
     lines = [
-        f"# {rule.label}. Each law is coefficient * C**exponent, C in FLOPs (6ND); low and high: 95 % of the exponent."
+        f"# {content['label']}. Each rule is coefficient * C**exponent, C in FLOPs (6ND); error: standard error of the "
+        "exponent."
     ]
-    for name in ("label", "source", "arm", "optimizer", "computes"):
-        lines.append(f"{name} = {_toml(getattr(head, name))}")
-    for name, law in rule.laws.items():
-        lines += ["", f"[laws.{name}]"]
-        for field in law.__struct_fields__:
-            value = getattr(law, field)
-            if value is not None:
-                lines.append(f"{field} = {_toml(value)}")
+    lines += [f"{key} = {_toml(value)}" for key, value in content.items()]
+    for name, fields in tables.items():
+        lines += ["", f"[rules.{name}]", *(f"{key} = {_toml(value)}" for key, value in fields.items())]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    # JSON's strings and numbers are TOML's.
+    # Strings, numbers and lists of them are written in JSON as in TOML.
     return msgspec.json.encode(value).decode()
 
 
-def read_rule_file(path: Path) -> RuleFile:
-    """A rule file, strictly.
+def read_rule_file(path: Path) -> RuleSet:
+    """The content of a rule file, read strictly.
 
     Raises:
-        ConfigError: It is missing or is not one.
+        ConfigError: The file is missing, or is not a rule file.
     """
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: there is no such rule file. Write one: scaling tune CAMPAIGN.")
-    return as_value(read_toml(path), RuleFile, where=str(path))
+    return as_value(read_toml(path), RuleSet, where=str(path))

@@ -1,4 +1,4 @@
-"""What a study searches: hyper-parameters with their scales and ranges, and how a value gets into the spec of a run."""
+"""Search dimensions of a study, and the conversion between hyper-parameter values and run specs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Values = dict[str, float]
 """Hyper-parameters by name. ``warmup`` is a share of the run's tokens, ``final_fraction`` one of the peak."""
 
 DIGITS = 4
-"""Significant digits of a value that is tried: more cannot be told apart, and specs are read by people."""
+"""Significant digits of a tried value: more make no difference to a loss, and specs are read by people."""
 
 PRIOR_SPREAD = 8.0
-"""Where a rule says what to expect, the search begins from a share of this below it to as much above."""
+"""Factor below and above a rule's prediction that the initial range covers."""
 
 
 class Dimension(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,33 +30,33 @@ class Dimension(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """Of the hyper-parameter."""
+        """Name of the hyper-parameter."""
         return self.search.name
 
     @property
     def span(self) -> tuple[float, float]:
-        """Positions of the ends, on the scale."""
+        """Positions of both ends on the scale."""
         ends = (self.values[0], self.values[-1]) if self.values else (self.search.low, self.search.high)
         return self.search.position(ends[0]), self.search.position(ends[1])
 
     def at(self, share: float, context: int) -> float:
-        """The value at a share of the way through the range, rounded as `rounded` says."""
+        """The value at a share of the way through the range, rounded by `rounded`."""
         if self.values:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         low, high = self.span
         return self.rounded(self.search.value(low + share * (high - low)), context)
 
     def rounded(self, value: float, context: int) -> float:
-        """A value as a spec writes it: a few digits; a batch in whole windows whose number has small divisors."""
+        """A value with a few digits; a batch is a number of whole sequences with small divisors."""
         if self.name == "batch_tokens":
-            windows = max(1.0, value / context)
-            power = 2 ** math.floor(math.log2(windows))
-            near = min((power, 1.5 * power, 2 * power), key=lambda count: abs(math.log(windows / count)))
+            sequences = max(1.0, value / context)
+            power = 2 ** math.floor(math.log2(sequences))
+            near = min((power, 1.5 * power, 2 * power), key=lambda count: abs(math.log(sequences / count)))
             return float(math.ceil(near) * context)
         return min(max(float(f"{value:.{DIGITS}g}"), self.search.least), self.search.most)
 
     def widened(self, *, down: bool) -> Dimension | None:
-        """The range half as wide again on one side; None at the limit, and for listed values."""
+        """The range extended by half its width on one side; None at the limit, and for listed values."""
         low, high = self.span
         limit = self.search.position(self.search.least if down else self.search.most)
         end = max(low - (high - low) / 2, limit) if down else min(high + (high - low) / 2, limit)
@@ -69,22 +69,22 @@ class Dimension(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def known_searches(optimizer: str) -> dict[str, SearchRange]:
-    """All that can be tuned with an optimizer, by name."""
+    """Search ranges of every hyper-parameter that can be tuned with an optimizer, by name."""
     return {row.name: row for row in (*OPTIMIZERS.row(optimizer).search, *SHARED)}
 
 
 def centred(row: SearchRange, expected: float) -> SearchRange:
-    """The row with its range around what a rule expects."""
+    """The search range moved around the prediction of a rule."""
     low = max(row.least, expected / PRIOR_SPREAD)
     high = min(row.most, expected * PRIOR_SPREAD)
     return msgspec.structs.replace(row, low=low, high=high)
 
 
 def with_values(spec: RunSpec, values: Mapping[str, float]) -> RunSpec:
-    """The spec with these hyper-parameters in place of its own.
+    """The spec with the given hyper-parameters in place of its own.
 
     Raises:
-        ConfigError: A name is none of a run with this optimizer, or the spec refuses the value.
+        ConfigError: The optimizer has no hyper-parameter of a name, or the spec does not accept the value.
     """
     options = dict(spec.optimizer.options)
     optimizer: dict[str, float] = {}
@@ -111,20 +111,3 @@ def with_values(spec: RunSpec, values: Mapping[str, float]) -> RunSpec:
         schedule=replace(spec.schedule, **schedule),
         **changed,
     )
-
-
-def values_of(spec: RunSpec, names: Mapping[str, object] | tuple[str, ...]) -> Values:
-    """The hyper-parameters that a spec has, by name; the inverse of `with_values`."""
-    found: Values = {}
-    for name in names:
-        if name in ("peak_lr", "weight_decay"):
-            found[name] = float(getattr(spec.optimizer, name))
-        elif name == "batch_tokens":
-            found[name] = float(spec.batch_tokens)
-        elif name == "warmup":
-            found[name] = spec.schedule.warmup_tokens / spec.budget.tokens
-        elif name == "final_fraction":
-            found[name] = spec.schedule.final_fraction
-        else:
-            found[name] = float(spec.optimizer.options[name])
-    return found

@@ -24,6 +24,7 @@ from scaling.run.record import Code, RunRecord, RunState
 from scaling.spec import RunSpec
 from sweeps.config.placement import PlacementConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.planning.tuned_settings import dimensions_of, trials_of, tuned_rungs
 
 CONVENTION = "attention"
 Basis = Literal["itself", "like", "fitted", "assumed"]
@@ -294,6 +295,27 @@ def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
 def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
     known = Measurements(measured)
     return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
+
+
+def tuning_hours(plan: CampaignPlan, costs: dict[str, Cost]) -> list[tuple[float, PlacementConfig]]:
+    """GPU-hours and placement of each study of ``[tune]``, with every trial counted at full length.
+
+    Args:
+        plan: The plan of a campaign, with or without ``[tune]``.
+        costs: Predicted time of every run, by id, as from `plan_costs`.
+    """
+    table = plan.campaign.tune
+    if table is None:
+        return []
+    run_of = {(run.arm, run.rung): run for run in plan.runs}
+    found = []
+    for rung in tuned_rungs(plan.campaign, plan.rungs):
+        for arm in plan.campaign.arms:
+            run = run_of.get((arm.name, rung.name))
+            if arm.tuned and run is not None:
+                trials = trials_of(table, dimensions_of(plan.campaign, arm, rung))
+                found.append((costs[run.id].gpu_hours * trials, plan.placements[rung.name]))
+    return found
 
 
 def hours_text(hours: float) -> str:

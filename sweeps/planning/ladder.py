@@ -14,7 +14,7 @@ from scaling.flops import count_parameters, train_flops_per_token
 from scaling.model_config import ModelConfig, ffn_width
 from scaling.units import human
 from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig
-from sweeps.config.hyperparameter_rules import HyperparameterRule, rule
+from sweeps.config.hyperparameter_rules import RuleSet, rule_set
 from sweeps.config.toml import located
 
 
@@ -73,22 +73,17 @@ def widened(rungs: list[Rung]) -> str | None:
 
 
 def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
-    """The peak learning rate of an arm at a rung: the arm's own, the rung's, the campaign's, or a law's.
+    """The peak learning rate of an arm at a rung: the arm's own, the rung's, the campaign's, or a rule's.
 
     Raises:
-        ConfigError: It is said nowhere, or the rule has no law for it.
+        ConfigError: It is given nowhere, or the rule set has no rule for it.
     """
     settled = campaign.settings.get(arm.reuse or arm.name, {}).get(rung.name, {}).get("peak_lr")
     if settled is not None:
         return settled
     name = arm.rule or (campaign.law if campaign.hyperparameters == "law" else None)
     if name is not None:
-        law = rule(name)
-        if law.peak_lr is None:
-            raise ConfigError(
-                f'rule "{name}" ({law.label}) says nothing about learning rates. Use another, or list peak_lr.'
-            )
-        return law.peak_lr.at(compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens)
+        return rule_set(name).value("peak_lr", compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens)
     own = arm.peak_lr.get(rung.name) if isinstance(arm.peak_lr, dict) else arm.peak_lr
     for rate in (own, rung.peak_lr, campaign.training.peak_lr):
         if rate is not None:
@@ -116,13 +111,13 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
     parameters = count_parameters(shape).blocks
-    law = rule(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
+    rules = rule_set(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
     ratio = table.tokens_per_parameter or (training.tokens_per_parameter if table.tokens is None else None)
     tokens = table.tokens if ratio is None else round(ratio * parameters)
     compute = None
-    if law is not None and law.parameters is not None and law.tokens is not None:
-        compute = law.compute_for(parameters)
-        tokens = round(law.optimal_tokens(compute))
+    if rules is not None and {"parameters", "tokens"} <= rules.rules.keys():
+        compute = rules.compute_for(parameters)
+        tokens = round(rules.value("tokens", compute=compute))
     if tokens is None:
         raise ConfigError(
             f"{where}: it is not said how many tokens to train on. "
@@ -133,7 +128,7 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
         name=table.name,
         shape=shape,
         tokens=tokens,
-        batch_tokens=_batch(where, law, table.batch_tokens or training.batch_tokens, shape, compute, tokens),
+        batch_tokens=_batch(where, rules, table.batch_tokens or training.batch_tokens, shape, compute, tokens),
         peak_lr=table.peak_lr,
         seeds=campaign.seeds if table.seeds is None else table.seeds,
         compute=compute,
@@ -142,11 +137,11 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
 
 
 def _batch(
-    where: str, law: HyperparameterRule | None, listed: int | None, shape: ModelConfig, compute: float, tokens: int
+    where: str, rules: RuleSet | None, listed: int | None, shape: ModelConfig, compute: float, tokens: int
 ) -> int:
-    if law is not None and law.batch_tokens is not None:
+    if rules is not None and "batch_tokens" in rules.rules:
         parameters = count_parameters(shape).blocks
-        wanted = law.batch_tokens.at(compute=compute, parameters=parameters, tokens=tokens)
+        wanted = rules.value("batch_tokens", compute=compute, parameters=parameters, tokens=tokens)
         return max(1, round(wanted / shape.context)) * shape.context
     if listed is None:
         raise ConfigError(f"{where}: no batch_tokens is given. Put it into the rung or into [training].")
@@ -158,15 +153,15 @@ def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
     if bool(table.computes) == bool(table.sizes):
         found = "both computes and sizes" if table.sizes else "neither computes nor sizes"
         raise ConfigError(f"{where}: {found}. Give one of them: computes in FLOPs, or sizes in parameters.")
-    split = rule(table.rule)
-    law = rule(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
+    split = rule_set(table.rule)
+    rules = rule_set(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
     made: list[Rung] = []
     with located(where):
         if table.kind == "isoflop":
             if table.sizes:
                 raise ConfigError("an isoFLOP profile is made at a compute. Replace sizes by computes, in FLOPs.")
             for compute in sorted(table.computes):
-                centre = split.optimal_parameters(compute)
+                centre = split.value("parameters", compute=compute)
                 steps = [2 * point / (table.points - 1) - 1 for point in range(table.points)]
                 shapes = {shape_near(centre * table.spread**step, campaign, table) for step in steps}
                 if len(shapes) < 3:
@@ -174,17 +169,24 @@ def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
                         f"the profile at {compute:g} FLOPs has only {len(shapes)} different models around "
                         f"{human(centre)} parameters. Use a wider spread, a smaller head_size, or more compute."
                     )
-                made += [_made(campaign, law, shape, compute) for shape in sorted(shapes, key=_blocks)]
+                made += [_made(campaign, rules, shape, compute) for shape in sorted(shapes, key=_blocks)]
         elif table.computes:
             for compute in sorted(table.computes):
                 made.append(
-                    _made(campaign, law, shape_near(split.optimal_parameters(compute), campaign, table), compute)
+                    _made(
+                        campaign,
+                        rules,
+                        shape_near(split.value("parameters", compute=compute), campaign, table),
+                        compute,
+                    )
                 )
         else:
             for size in sorted(table.sizes):
                 shape = shape_near(size, campaign, table)
                 compute = split.compute_for(_blocks(shape))
-                made.append(_made(campaign, law, shape, compute, tokens=round(split.optimal_tokens(compute))))
+                made.append(
+                    _made(campaign, rules, shape, compute, tokens=round(split.value("tokens", compute=compute)))
+                )
         names = [rung.name for rung in made]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -200,7 +202,7 @@ def _blocks(shape: ModelConfig) -> int:
 
 
 def _made(
-    campaign: Campaign, law: HyperparameterRule | None, shape: ModelConfig, compute: float, *, tokens: int | None = None
+    campaign: Campaign, rules: RuleSet | None, shape: ModelConfig, compute: float, *, tokens: int | None = None
 ) -> Rung:
     name = human(_blocks(shape))
     if campaign.ladder is not None and campaign.ladder.kind == "isoflop":
@@ -210,7 +212,7 @@ def _made(
         name=name,
         shape=shape,
         tokens=tokens,
-        batch_tokens=_batch(f'rung "{name}"', law, campaign.training.batch_tokens, shape, compute, tokens),
+        batch_tokens=_batch(f'rung "{name}"', rules, campaign.training.batch_tokens, shape, compute, tokens),
         peak_lr=None,
         seeds=campaign.seeds,
         compute=compute,

@@ -1,37 +1,37 @@
-"""Settings that tuning found, in the runs of a plan."""
+"""Settings of tuned arms in a plan, and the search space and number of trials of each study. Imports no Optuna."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from scaling.errors import ConfigError, UserError
+from scaling.errors import ConfigError, UserError, unknown_name
 from scaling.io import read_json
 from scaling.optim.search_space import SearchRange
 from scaling.spec import RunSpec
-from sweeps.config.hyperparameter_rules import read_rule_file, rule
+from sweeps.config.hyperparameter_rules import read_rule_file, rule_set
 from sweeps.config.search_space import Dimension, Values, centred, known_searches, with_values
 from sweeps.config.toml import located
 from sweeps.config.tune import TuneConfig, search_hash
-from sweeps.config.tuning_results import TrialResult, Tuning, facts_file
+from sweeps.config.tuning_results import TrialResult, Tuning, tuning_file
 from sweeps.planning.ladder import rungs_of
 
 if TYPE_CHECKING:
-    from sweeps.config.campaign import Campaign
-    from sweeps.planning.plan import PlannedRun
-if TYPE_CHECKING:
     from sweeps.config.campaign import ArmConfig, Campaign
     from sweeps.planning.ladder import Rung
+    from sweeps.planning.plan import PlannedRun
 
 
 def with_settings(campaign: Campaign, root: Path) -> Campaign:
-    """The campaign with what its tuning settled on, read from ``results/<campaign>/tuning.json``.
+    """The campaign with the settings found by tuning, read from ``results/<campaign>/tuning.json``.
 
-    One that was not tuned to the end with its present ``[tune]`` table takes the middle of every range and is marked
-    `untuned`: it can be planned, and `refuse_untuned` keeps it from being trained. An arm whose rule is a file takes every hyper-parameter from there.
+    A campaign that is not tuned to the end with its present ``[tune]`` table gets the middle of every range and is
+    marked `untuned`: it can be planned, and `refuse_untuned` keeps it from being trained. An arm whose rule is a file
+    gets every hyper-parameter from there.
     """
     campaign = _with_rule_files(campaign)
     tuned = [arm.name for arm in campaign.arms if arm.tuned]
@@ -45,8 +45,8 @@ def with_settings(campaign: Campaign, root: Path) -> Campaign:
 
 
 def _found(campaign: Campaign, root: Path) -> Tuning | None:
-    """tuning.json, where it is of the present ``[tune]`` table."""
-    file = facts_file(root, campaign.name)
+    """The campaign's tuning.json; None if there is none, or it was written for another ``[tune]`` table."""
+    file = tuning_file(root, campaign.name)
     if campaign.tune is None or not file.exists():
         return None
     found = read_json(file, Tuning, remedy=f"Move it aside and run: scaling tune {campaign.name}")
@@ -56,15 +56,15 @@ def _found(campaign: Campaign, root: Path) -> Tuning | None:
 def refuse_foreign(campaign: Campaign, root: Path, runs: Sequence[PlannedRun]) -> None:
     """Refuse settings that were searched for another model, other data or another training than the runs have.
 
-    Each trial must be a run that this campaign would make with the trial's values, as ``scaling tune`` also asks.
+    Each trial must be a run that this campaign makes with the trial's values; ``scaling tune`` checks the same.
 
     Args:
-        campaign: With its settings.
+        campaign: A campaign with its settings.
         root: Folder with ``results/``.
         runs: The campaign's runs; their data must be prepared, for a run's id depends on the data.
 
     Raises:
-        ConfigError: A trial is none of this campaign's.
+        ConfigError: A trial belongs to another campaign.
     """
     found = _found(campaign, root)
     if found is None or any(campaign.settings.get(arm) != settings for arm, settings in found.settings.items()):
@@ -77,9 +77,9 @@ def refuse_foreign(campaign: Campaign, root: Path, runs: Sequence[PlannedRun]) -
         for trial in study.trials:
             if not _makes(template, trial):
                 raise ConfigError(
-                    f"{facts_file(root, campaign.name)}: the settings of {study.arm} were searched with run {trial.run} "
-                    f"at rung {study.rung}, which {campaign.file} as it is now does not make: its data, model or training "
-                    "were changed since. Undo the change; or tune the changed campaign under another name "
+                    f"{tuning_file(root, campaign.name)}: the settings of {study.arm} were searched with run {trial.run} "
+                    f"at rung {study.rung}, which the present {campaign.file} does not make: its data, model or training "
+                    "changed since then. Undo the change; or tune the changed campaign under another name "
                     f"(--set name={campaign.name}-2, for every verb), where finished runs are found again."
                 )
 
@@ -95,42 +95,48 @@ def _with_rule_files(campaign: Campaign) -> Campaign:
     settings = dict(campaign.settings)
     for arm in campaign.arms:
         if arm.rule is not None and arm.rule.endswith(".toml") and arm.name not in settings:
-            file = read_rule_file(Path(arm.rule))
+            rules = read_rule_file(Path(arm.rule))
             settings[arm.name] = {
-                rung.name: file.values(rung.compute, optimizer=arm.optimizer, context=rung.shape.context)
+                rung.name: rules.setting(
+                    optimizer=arm.optimizer,
+                    context=rung.shape.context,
+                    compute=rung.compute,
+                    parameters=rung.parameters,
+                    tokens=rung.tokens,
+                )
                 for rung in rungs_of(campaign)
             }
     return msgspec.structs.replace(campaign, settings=settings) if settings != campaign.settings else campaign
 
 
 def untuned_note(campaign: Campaign) -> list[str]:
-    """A sentence on settings that are still to be found; empty where there are none."""
+    """A sentence on arms whose tuning is not complete; empty if there are none."""
     if not campaign.untuned:
         return []
     tuned = ", ".join(arm.name for arm in campaign.arms if arm.tuned)
     return [
-        f"{campaign.file}: settings of {tuned} come from tuning, which is not done with [tune] as it is now; the plan "
+        f"{campaign.file}: settings of {tuned} come from tuning, which is not complete for the present [tune] table; the plan "
         f"shows the middle of each range. Run: scaling tune {campaign.name}"
     ]
 
 
 def refuse_untuned(campaign: Campaign) -> None:
-    """Refuse to train arms whose settings are still to be found.
+    """Refuse to train a campaign whose tuning is not complete.
 
     Raises:
-        ConfigError: The campaign has tuned arms and was not tuned to the end.
+        ConfigError: The campaign has tuned arms and is not tuned to the end.
     """
     if note := untuned_note(campaign):
         raise ConfigError(*note)
 
 
 def settled(spec: RunSpec, campaign: Campaign, arm: str, rung: str) -> RunSpec:
-    """The spec of a run with the settings of an arm at a rung; a spec of an arm without any comes back as it is.
+    """The spec of a run with the settings of an arm at a rung; unchanged where the arm has none.
 
-    What another optimizer lacks is left out. AdamW's own betas become those of the AdamW beside Muon.
+    Hyper-parameters that the run's optimizer lacks are left out. AdamW's betas become those of the AdamW beside Muon.
 
     Raises:
-        ConfigError: The arm was tuned, and not for this rung.
+        ConfigError: The arm was tuned, but not for this rung.
     """
     by_rung = campaign.settings.get(arm)
     if by_rung is None:
@@ -147,7 +153,7 @@ def settled(spec: RunSpec, campaign: Campaign, arm: str, rung: str) -> RunSpec:
 
 
 def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Values]]:
-    """The middle of every range by arm and rung: what a plan shows before anything was tuned."""
+    """The middle of every range by arm and rung: the settings of a plan before tuning."""
     return {
         arm.name: {
             rung.name: {d.name: d.at(0.5, rung.shape.context) for d in dimensions_of(campaign, arm, rung)}
@@ -158,7 +164,7 @@ def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Va
     }
 
 
-def _ranging(row: SearchRange, low: float, high: float, *, where: str) -> SearchRange:
+def _with_range(row: SearchRange, low: float, high: float, *, where: str) -> SearchRange:
     """The row with another range, its limits moved where the range passes them.
 
     Raises:
@@ -168,38 +174,60 @@ def _ranging(row: SearchRange, low: float, high: float, *, where: str) -> Search
         return msgspec.structs.replace(row, low=low, high=high, least=min(row.least, low), most=max(row.most, high))
 
 
+def tuned_rungs(campaign: Campaign, rungs: Sequence[Rung]) -> list[Rung]:
+    """Rungs with studies, in the order of the campaign: those that ``[tune]`` names, or all.
+
+    Raises:
+        ConfigError: ``[tune]`` names a rung that the campaign does not have.
+    """
+    table = campaign.tune or TuneConfig()
+    known = [rung.name for rung in rungs]
+    for name in (*table.rungs, *table.held_out):
+        if name not in known:
+            raise ConfigError(f"{campaign.file}, [tune]: {unknown_name('rung', name, known)}")
+    named = [*table.rungs, *table.held_out] if table.rungs else known
+    return [rung for rung in rungs if rung.name in named]
+
+
+def trials_of(table: TuneConfig, dimensions: Sequence[Dimension]) -> int:
+    """Number of trials of one study: the points of a grid, else ``[tune] trials``."""
+    return math.prod(len(d.values) for d in dimensions) if table.sampler == "grid" else table.trials
+
+
 def dimensions_of(campaign: Campaign, arm: ArmConfig, rung: Rung) -> tuple[Dimension, ...]:
-    """What is searched for an arm at a rung: the optimizer's rows, with what ``[tune.search]`` says instead.
+    """Search space of an arm at a rung: the optimizer's ranges, as ``[tune.search]`` changes them.
 
     Raises:
         ConfigError: A range is not in order, or nothing is left to search.
     """
     table = campaign.tune or TuneConfig()
-    rows = known_searches(arm.optimizer)
     found = []
-    for name, row in rows.items():
-        wished = table.search.get(name)
-        if table.search and wished is None:
+    for name, row in known_searches(arm.optimizer).items():
+        search = table.search.get(name)
+        if table.search and search is None:
             continue
         if name == "batch_tokens":
-            # The row's range is for large models; the campaign's own batch says more.
+            # The optimizer's range is meant for large models; a factor of four around the campaign's own batch fits better.
             least, most = float(rung.shape.context), rung.tokens / 8
             low, high = max(rung.batch_tokens / 4, least), min(rung.batch_tokens * 4.0, most)
             row = msgspec.structs.replace(
                 row, low=low, high=max(high, low * 1.01), least=least, most=max(most, low * 1.01)
             )
-        values: tuple[float, ...] = ()
-        if wished is not None and wished.low is not None and wished.high is not None:
-            row = _ranging(row, wished.low, wished.high, where=f"{campaign.file}, [tune.search]")
-        elif wished is not None and wished.values:
-            values = wished.values
-            _ranging(row, values[0], values[-1], where=f"{campaign.file}, [tune.search]")
-        elif wished is not None and wished.rule is not None:
-            law = getattr(rule(wished.rule), name)
-            row = centred(row, law.at(compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens))
-        found.append(Dimension(search=row, values=values))
+        here = f"{campaign.file}, [tune.search.{name}]"
+        if search is not None and search.low is not None and search.high is not None:
+            row = _with_range(row, search.low, search.high, where=here)
+        elif search is not None and search.values:
+            _with_range(row, search.values[0], search.values[-1], where=here)
+        elif search is not None and search.rule is not None:
+            with located(here):
+                centre = rule_set(search.rule).value(
+                    name, compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens
+                )
+            row = centred(row, centre)
+        found.append(Dimension(search=row, values=search.values if search is not None else ()))
     if not found:
         raise ConfigError(
-            f'{campaign.file}, [tune.search]: names nothing that {arm.optimizer} of arm "{arm.name}" has.'
+            f"{campaign.file}, [tune.search]: no name is a hyper-parameter of {arm.optimizer}, the optimizer of arm "
+            f'"{arm.name}". Known: {", ".join(known_searches(arm.optimizer))}.'
         )
     return tuple(found)

@@ -18,10 +18,8 @@ from scaling.run.provenance import changed_files
 from scaling.run.record import RunState
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
-from sweeps.config.placement import PlacementConfig
 from sweeps.planning.cost import (
     Basis,
-    Cost,
     Measured,
     Outlook,
     _costs,
@@ -31,6 +29,7 @@ from sweeps.planning.cost import (
     outlook,
     records_under,
     slots,
+    tuning_hours,
     wall_hours,
 )
 from sweeps.planning.ladder import widened
@@ -184,22 +183,6 @@ def to_go(
     whole = [f"price of the whole {totals['price']:,.2f}"] if totals["price"] is not None else []
     whole += [f"{totals['kilowatt_hours']:,.3g} kWh" if totals["kilowatt_hours"] is not None else ""]
     return ["; ".join(part for part in (left, wait, *whole) if part) + f" ({basis})."]
-
-
-def tuning_hours(plan: CampaignPlan, costs: dict[str, Cost]) -> list[tuple[float, PlacementConfig]]:
-    """GPU-hours of each study of ``[tune]``, all its trials counted at full length, with its placement."""
-    if plan.campaign.tune is None:
-        return []
-    from sweeps.tuning.tuner import tuning_status
-
-    run_of = {(run.arm, run.rung): run for run in plan.runs}
-    found = []
-    for study in tuning_status(plan.campaign, plan.root).studies:
-        run = run_of.get((study.arm, study.rung))
-        if run is not None:
-            hours = costs[run.id].gpu_hours * study.wanted * study.flops / run.spec.budget.flops
-            found.append((hours, plan.placements[study.rung]))
-    return found
 
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:

@@ -1,1 +1,1 @@
-"""Tuning: which settings to try, what became of them, whether the optimum is inside, and what follows for other sizes."""
+"""Hyper-parameter tuning: studies and their trials, brackets of the optima, and the rules fitted to them."""

@@ -1,28 +1,22 @@
-"""How much of a gain is tuning: the match ratio if each arm had had only its first k trials.
-
-The order in which trials were tried is chance, so it is drawn again and again. The estimator is the simplest that
-needs no more than two rungs: the gap of log losses over the baseline's exponent, averaged over rungs. It says how the
-ratio moves with the budget; the ratio itself is the analysis's to give.
-"""
+"""The content of tuning.json and trials.csv, gathered from trials and records."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from scaling.flops import count_parameters, train_flops
+from scaling.power_rule import PowerRule
 from scaling.spec import RunSpec
 from sweeps.config.campaign import Campaign
+from sweeps.config.hyperparameter_rules import setting_at
 from sweeps.config.search_space import Values
 from sweeps.config.tune import TuneConfig, search_hash
 from sweeps.config.tuning_results import (
     ArmTuning,
     BudgetRow,
-    FittedRule,
     NoiseRow,
     OutsideRow,
     StudyResult,
@@ -32,104 +26,41 @@ from sweeps.config.tuning_results import (
 )
 from sweeps.planning.ladder import Rung
 from sweeps.planning.plan import CampaignPlan
-from sweeps.tuning.study import RecordsOf, Trial, TuningStudy
-from sweeps.tuning.transfer import Optimum, law, predict
+from sweeps.tuning.budget_curve import budget_rows
+from sweeps.tuning.study import TuningStudy
+from sweeps.tuning.transfer import Optimum, fit_rule
+from sweeps.tuning.trials import RecordCache, Trial
 
-ORDERS = 1000
+StudyTrials = list[tuple[TuningStudy, list[Trial]]]
+"""Studies with their trials."""
 
-Array = npt.NDArray[np.float64]
+Rules = dict[str, dict[str, PowerRule]]
+"""Fitted rules by arm and hyper-parameter."""
 
-
-def budget_rows(
-    losses: Mapping[str, Mapping[str, Sequence[float]]],
-    computes: Mapping[str, float],
-    *,
-    baseline: str,
-    seed: int = 0,
-) -> tuple[BudgetRow, ...]:
-    """The ratio against the number of trials.
-
-    Args:
-        losses: Of all trials by arm and rung, nats per token; a diverged or pruned one as ``inf``.
-        computes: FLOPs of one run by rung.
-        baseline: The arm compared against.
-        seed: Of the orders.
-
-    Returns:
-        Rows for every other arm with the same rungs; empty where there are fewer than two rungs, or the baseline's loss
-        does not fall with compute.
-    """
-    rungs = [rung for rung in computes if rung in losses[baseline]]
-    if len(rungs) < 2:
-        return ()
-    logs = np.log([computes[rung] for rung in rungs])
-    finals = np.log([min(losses[baseline][rung]) for rung in rungs])
-    exponent = -float(np.polyfit(logs, finals, 1)[0])
-    if not exponent > 0:
-        return ()
-    rng = np.random.default_rng(seed)
-    rows = []
-    running = {arm: [_best_of_first(by_rung[rung], rng) for rung in rungs] for arm, by_rung in losses.items()
-               if all(rung in by_rung for rung in rungs)}  # fmt: skip
-    for arm, own in running.items():
-        if arm == baseline:
-            continue
-        for against in ("equal", "full"):
-            most = min(table.shape[1] for table in (*own, *running[baseline]))
-            for trials in range(1, most + 1):
-                challenger = [table[:, trials - 1 if against == "equal" else -1] for table in own]
-                base = [table[:, trials - 1] for table in running[baseline]]
-                known = np.all([np.isfinite(table) for table in (*base, *challenger)], axis=0)
-                gap = np.mean([np.log(b[known] / c[known]) for b, c in zip(base, challenger, strict=True)], axis=0)
-                ratios = np.exp(-gap / exponent)
-                if len(ratios) < ORDERS // 2:
-                    continue  # with so few trials, most orders have nothing but diverged runs at some rung
-                low, middle, high = (float(q) for q in np.quantile(ratios, [0.025, 0.5, 0.975]))
-                rows.append(
-                    BudgetRow(
-                        arm=arm,
-                        baseline=baseline,
-                        against="equal" if against == "equal" else "full",
-                        trials=trials,
-                        ratio=middle,
-                        low=low,
-                        high=high,
-                    )
-                )
-    return tuple(rows)
+ENDED = ("finished", "diverged", "pruned")
+"""States of completed trials."""
 
 
-def _best_of_first(losses: Sequence[float], rng: np.random.Generator) -> Array:
-    """The best loss of the first k trials, shape ``(ORDERS, trials)``, for as many random orders."""
-    values = np.array([loss if math.isfinite(loss) else np.inf for loss in losses])
-    orders = rng.permuted(np.tile(values, (ORDERS, 1)), axis=1)
-    best: Array = np.minimum.accumulate(orders, axis=1)
-    return best
-
-
-Told = list[tuple[TuningStudy, list[Trial]]]
-
-
-def study_facts(study: TuningStudy, trials: Sequence[Trial], *, wanted: int) -> StudyResult:
-    """What one study did."""
-    rows, runs = [], {}
+def study_result(study: TuningStudy, trials: Sequence[Trial]) -> StudyResult:
+    """The result of one study so far."""
+    rows, flops_of_runs = [], {}
     for trial in trials:
         short = study.short_spec(trial.values)
-        small = study.records.of(short.id) if short else None
-        record = study.records.of(trial.run) if trial.state == "complete" else None
-        for found in (small, record):
+        short_record = study.records.get(short.id) if short else None
+        record = study.records.get(trial.run) if trial.state == "complete" else None
+        for found in (short_record, record):
             if found is not None:
-                runs[found.spec.id] = train_flops(found.spec.model, found.tokens)
+                flops_of_runs[found.spec.id] = train_flops(found.spec.model, found.tokens)
         diverged = trial.state == "complete" and record is not None and record.validation_loss is None
         rows.append(
             TrialResult(
                 number=trial.number,
                 values=trial.values,
                 run=trial.run,
-                state={"complete": "diverged" if diverged else "finished"}.get(trial.state, trial.state),  # type: ignore[arg-type]
+                state=("diverged" if diverged else "finished") if trial.state == "complete" else trial.state,
                 loss=record.validation_loss if record else None,
                 short_run=short.id if short else None,
-                short_loss=small.validation_loss if small else None,
+                short_loss=short_record.validation_loss if short_record else None,
             )
         )
     finished = [row for row in rows if row.state == "finished" and row.loss is not None]
@@ -143,12 +74,12 @@ def study_facts(study: TuningStudy, trials: Sequence[Trial], *, wanted: int) -> 
         params=count_parameters(spec.model).blocks,
         tokens=spec.budget.tokens,
         flops=spec.budget.flops,
-        wanted=wanted,
-        told=sum(row.state in ("finished", "diverged", "pruned") for row in rows),
+        planned=study.trials,
+        completed=sum(row.state in ENDED for row in rows),
         failed=count["failed"],
         diverged=count["diverged"],
         pruned=count["pruned"],
-        flops_spent=sum(runs.values()),
+        flops_spent=sum(flops_of_runs.values()),
         best_loss=best.loss if best else None,
         best_run=best.run if best else None,
         best_values=best.values if best else {},
@@ -161,78 +92,78 @@ def study_facts(study: TuningStudy, trials: Sequence[Trial], *, wanted: int) -> 
     )
 
 
-def laws_of(told: Told, table: TuneConfig) -> dict[str, tuple[FittedRule, ...]]:
-    """Of every arm, from its rungs that are not held out."""
-    found: dict[str, tuple[FittedRule, ...]] = {}
-    for arm in dict.fromkeys(study.arm for study, _ in told):
-        own = [(study, study.brackets(trials)) for study, trials in told if study.arm == arm and not study.held_out]
-        if not own or not all(judged for _, judged in own):
+def fit_rules(studies: StudyTrials, table: TuneConfig) -> Rules:
+    """The rules of every arm, fitted to its rungs that are not held out."""
+    found: Rules = {}
+    for arm in dict.fromkeys(study.arm for study, _ in studies):
+        own = [(study, study.brackets(trials)) for study, trials in studies if study.arm == arm and not study.held_out]
+        if not own or not all(brackets for _, brackets in own):
             continue
-        found[arm] = tuple(
-            law(
+        found[arm] = {
+            dimension.name: fit_rule(
                 dimension.name,
                 [
-                    Optimum(rung=study.rung, compute=float(study.template.budget.flops), bracket=judged[number])
-                    for study, judged in own
+                    Optimum(rung=study.rung, compute=float(study.template.budget.flops), bracket=brackets[number])
+                    for study, brackets in own
                 ],
-                seed=table.seed,
-                constant=table.law == "constant",
+                constant=table.transfer == "constant",
             )
             for number, dimension in enumerate(own[0][0].dimensions)
-        )
+        }
     return found
 
 
-def predicted(laws: Sequence[FittedRule], study: TuningStudy, compute: float) -> Values:
-    """A setting by the arm's laws."""
-    return predict(laws, compute, study.dimensions, study.template.model.context)
+def predict_setting(rules: Mapping[str, PowerRule], study: TuningStudy, compute: float) -> Values:
+    """The setting that an arm's rules give at a compute, within the limits of a study's search space."""
+    rows = {dimension.name: dimension for dimension in study.dimensions}
+    return setting_at(rules, rows, compute=compute, context=study.template.model.context)
 
 
-def transfer_specs(told: Told, laws: dict[str, tuple[FittedRule, ...]]) -> list[tuple[TuningStudy, Values, RunSpec]]:
-    """At every held-out rung, the run where the law points."""
+def transfer_specs(studies: StudyTrials, rules: Rules) -> list[tuple[TuningStudy, Values, RunSpec]]:
+    """The run at the predicted setting of every held-out rung."""
     found = []
-    for study, _ in told:
-        if study.held_out and study.arm in laws:
-            values = predicted(laws[study.arm], study, float(study.template.budget.flops))
+    for study, _ in studies:
+        if study.held_out and study.arm in rules:
+            values = predict_setting(rules[study.arm], study, float(study.template.budget.flops))
             found.append((study, values, study.spec(values)))
     return found
 
 
 def gather(
-    campaign: Campaign, rungs: Sequence[Rung], told: Told, records: RecordsOf, *, final: CampaignPlan | None
+    campaign: Campaign, rungs: Sequence[Rung], studies: StudyTrials, records: RecordCache, *, final: CampaignPlan | None
 ) -> Tuning:
-    """Everything that tuning.json says.
+    """The content of tuning.json.
 
     Args:
-        campaign: With its ``[tune]`` table.
-        rungs: All of the campaign.
-        told: Studies with their trials.
-        records: Of all runs.
+        campaign: A campaign with a ``[tune]`` table.
+        rungs: All rungs of the campaign.
+        studies: Its studies with their trials.
+        records: Records of all runs.
         final: The campaign's own plan where settings are known, for the noise over seeds.
     """
     table = campaign.tune
     assert table is not None
-    facts = [study_facts(study, trials, wanted=study.trials) for study, trials in told]
-    done = bool(facts) and all(fact.told >= fact.wanted and fact.best_run is not None for fact in facts)
-    laws = laws_of(told, table) if done else {}
-    transfer = _transfer(told, laws, facts, records)
-    complete = done and all(row.predicted_loss is not None or records.of(row.run) is not None for row in transfer)
-    settings, sources = _settings(rungs, told, facts, laws) if done else ({}, {})
-    arms = _arms(campaign, facts)
+    results = [study_result(study, trials) for study, trials in studies]
+    done = bool(results) and all(row.completed >= row.planned and row.best_run is not None for row in results)
+    rules = fit_rules(studies, table) if done else {}
+    transfer = _transfer(studies, rules, results, records)
+    complete = done and all(row.predicted_loss is not None or records.get(row.run) is not None for row in transfer)
+    settings, sources = _settings(rungs, studies, results, rules) if complete else ({}, {})
+    arms = _arms(campaign, results)
     return Tuning(
         campaign=campaign.name,
         sampler=table.sampler,
         sampler_seed=table.seed,
-        trials=max((study.trials for study, _ in told), default=table.trials),
+        trials=max((study.trials for study, _ in studies), default=table.trials),
         in_flight=table.in_flight,
         complete=complete,
-        studies=tuple(facts),
-        laws=laws,
+        studies=tuple(results),
+        rules=rules,
         transfer=tuple(transfer),
-        settings=settings if complete else {},
-        sources=sources if complete else {},  # type: ignore[arg-type]
+        settings=settings,
+        sources=sources,
         arms=tuple(arms),
-        budget=_budget(campaign, facts) if done else (),
+        budget=_budget(campaign, results) if done else (),
         outside=tuple(_outside(arms, rungs)),
         noise=tuple(_noise(final, records)) if final is not None else (),
         search=search_hash(table),
@@ -240,14 +171,13 @@ def gather(
 
 
 def _transfer(
-    told: Told, laws: dict[str, tuple[FittedRule, ...]], facts: Sequence[StudyResult], records: RecordsOf
+    studies: StudyTrials, rules: Rules, results: Sequence[StudyResult], records: RecordCache
 ) -> list[TransferResult]:
-    best = {(fact.arm, fact.rung): fact.best_loss for fact in facts}
+    best = {(row.arm, row.rung): row.best_loss for row in results}
     rows = []
-    for study, values, spec in transfer_specs(told, laws):
-        record = records.of(spec.id)
+    for study, values, spec in transfer_specs(studies, rules):
+        record = records.get(spec.id)
         loss, tuned = record.validation_loss if record else None, best[study.arm, study.rung]
-        regret = None if loss is None or tuned is None else loss - tuned
         rows.append(
             TransferResult(
                 arm=study.arm,
@@ -256,45 +186,46 @@ def _transfer(
                 run=spec.id,
                 predicted_loss=loss,
                 tuned_loss=tuned,
-                regret=regret,
+                regret=None if loss is None or tuned is None else loss - tuned,
             )
         )
     return rows
 
 
 def _settings(
-    rungs: Sequence[Rung], told: Told, facts: Sequence[StudyResult], laws: dict[str, tuple[FittedRule, ...]]
-) -> tuple[dict[str, dict[str, Values]], dict[str, dict[str, str]]]:
-    best = {(fact.arm, fact.rung): fact.best_values for fact in facts}
+    rungs: Sequence[Rung], studies: StudyTrials, results: Sequence[StudyResult], rules: Rules
+) -> tuple[dict[str, dict[str, Values]], dict[str, dict[str, Literal["best trial", "rule"]]]]:
+    """The setting of every tuned arm at every rung, and its source: the best trial where there is one, else the rules."""
+    best = {(row.arm, row.rung): row.best_values for row in results}
     settings: dict[str, dict[str, Values]] = {}
-    sources: dict[str, dict[str, str]] = {}
-    for arm in dict.fromkeys(study.arm for study, _ in told):
-        study = next(study for study, _ in told if study.arm == arm)
+    sources: dict[str, dict[str, Literal["best trial", "rule"]]] = {}
+    for arm in dict.fromkeys(study.arm for study, _ in studies):
+        study = next(study for study, _ in studies if study.arm == arm)
         for rung in rungs:
             own = best.get((arm, rung.name))
             compute = float(train_flops(rung.shape, rung.tokens))
-            values = own if own else predicted(laws[arm], study, compute) if arm in laws else None
+            values = own if own else predict_setting(rules[arm], study, compute) if arm in rules else None
             if values is not None:
                 settings.setdefault(arm, {})[rung.name] = values
-                sources.setdefault(arm, {})[rung.name] = "best trial" if own else "law"
+                sources.setdefault(arm, {})[rung.name] = "best trial" if own else "rule"
     return settings, sources
 
 
-def _arms(campaign: Campaign, facts: Sequence[StudyResult]) -> list[ArmTuning]:
+def _arms(campaign: Campaign, results: Sequence[StudyResult]) -> list[ArmTuning]:
     rows = []
     for arm in campaign.arms:
-        own = [fact for fact in facts if fact.arm == arm.name]
-        from_studies = [fact for fact in facts if fact.arm == (arm.reuse or arm.name)]
+        own = [row for row in results if row.arm == arm.name]
+        computes = [float(row.flops) for row in results if row.arm == (arm.reuse or arm.name)]
         rows.append(
             ArmTuning(
                 arm=arm.name,
                 optimizer=arm.optimizer,
                 how="tuned" if arm.tuned else "reused" if arm.reuse else "fixed",
                 reuses=arm.reuse,
-                trials=sum(fact.told for fact in own),
-                flops=sum(fact.flops_spent for fact in own),
-                tuned_from=min((float(fact.flops) for fact in from_studies), default=None),
-                tuned_to=max((float(fact.flops) for fact in from_studies), default=None),
+                trials=sum(row.completed for row in own),
+                flops=sum(row.flops_spent for row in own),
+                tuned_from=min(computes, default=None),
+                tuned_to=max(computes, default=None),
             )
         )
     return rows
@@ -313,24 +244,10 @@ def _outside(arms: Sequence[ArmTuning], rungs: Sequence[Rung]) -> list[OutsideRo
     return rows
 
 
-def _budget(campaign: Campaign, facts: Sequence[StudyResult]) -> tuple[BudgetRow, ...]:
-    tuned = [arm for arm in campaign.arms if arm.tuned]
-    # The baseline is the arm called or optimised as one, else the first that is tuned.
-    baseline = next((arm for arm in tuned if "adamw" in (arm.name, arm.optimizer)), tuned[0]).name
-    losses: dict[str, dict[str, list[float]]] = {}
-    for fact in facts:
-        told = [row for row in fact.trials if row.state in ("finished", "diverged", "pruned")]
-        losses.setdefault(fact.arm, {})[fact.rung] = [
-            row.loss if row.state == "finished" and row.loss is not None else math.inf for row in told
-        ]
-    computes = {fact.rung: float(fact.flops) for fact in facts if fact.arm == baseline}
-    return budget_rows(losses, computes, baseline=baseline)
-
-
-def _noise(final: CampaignPlan, records: RecordsOf) -> list[NoiseRow]:
+def _noise(final: CampaignPlan, records: RecordCache) -> list[NoiseRow]:
     losses: dict[tuple[str, str], list[float]] = {}
     for run in final.runs:
-        record = records.of(run.id)
+        record = records.get(run.id)
         if record is not None and record.validation_loss is not None:
             losses.setdefault((run.arm, run.rung), []).append(record.validation_loss)
     return [
@@ -340,16 +257,31 @@ def _noise(final: CampaignPlan, records: RecordsOf) -> list[NoiseRow]:
     ]
 
 
-def trial_rows(tuning: Tuning, records: RecordsOf) -> list[dict[str, object]]:
-    """Every trial as a row of runs.csv, with its number and the searched hyper-parameters beside: trials.csv.
+def _budget(campaign: Campaign, results: Sequence[StudyResult]) -> tuple[BudgetRow, ...]:
+    tuned = [arm for arm in campaign.arms if arm.tuned]
+    # The baseline is the arm that is named or optimized as AdamW, else the first tuned arm.
+    baseline = next((arm for arm in tuned if "adamw" in (arm.name, arm.optimizer)), tuned[0]).name
+    losses: dict[str, dict[str, list[float]]] = {}
+    for study in results:
+        losses.setdefault(study.arm, {})[study.rung] = [
+            row.loss if row.state == "finished" and row.loss is not None else math.inf
+            for row in study.trials
+            if row.state in ENDED
+        ]
+    computes = {study.rung: float(study.flops) for study in results if study.arm == baseline}
+    return budget_rows(losses, computes, baseline=baseline)
 
-    The columns are those of `sweeps.reporting.collect.RUN_COLUMNS` that a trial has, so whatever reads a table of runs reads this
-    one: all settings that were tried, the bad ones too. A trial without a full run has an empty loss.
+
+def trial_rows(tuning: Tuning, records: RecordCache) -> list[dict[str, object]]:
+    """The rows of trials.csv: every trial with its number and the searched hyper-parameters.
+
+    The other columns are those of `sweeps.reporting.collect.RUN_COLUMNS` that a trial has, so every reader of a table of
+    runs can read it, the worse settings included. A trial without a full run has an empty loss.
     """
     rows = []
     for study in tuning.studies:
         for trial in study.trials:
-            record = records.of(trial.run)
+            record = records.get(trial.run)
             rows.append(
                 {
                     "campaign": tuning.campaign,

@@ -1,39 +1,35 @@
-"""The next setting to try: a pure function of what was tried before, so that a killed tuner asks again for the same.
+"""Samplers of settings, and the export of studies to Optuna's dashboard. The only module that imports Optuna.
 
-The samplers are Optuna's. They see a study in memory that holds each trial at its place in the range of now, so a range
-that was widened does not make the sampler forget the trials before it.
+A proposal is a pure function of the trials before it, so a restarted tuner makes the same proposals. The samplers see a
+fresh study in memory that holds each trial at its position in the current range: when a range is widened, the sampler
+keeps the trials before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from scaling.io import Strict
 from sweeps.config.search_space import Dimension, Values
+from sweeps.config.tune import TuneConfig
+from sweeps.tuning.trials import Trial
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
-
-
-class CompletedTrial(msgspec.Struct, frozen=True, kw_only=True):
-    """A trial as a sampler sees it: finished with a loss, or one whose loss is not known yet."""
-
-    values: Values
-    loss: float | None
-    """Of a pruned trial: at the budget where it was left."""
-    pruned: bool = False
+    from optuna.trial import FrozenTrial
 
 
 def _tpe(seed: int, startup: int) -> BaseSampler:
     from optuna.samplers import TPESampler
 
-    # With a constant liar: settings under way count as bad ones, so that several in flight do not crowd together.
+    # With a constant liar, settings in flight count as bad ones, so that those of one generation do not crowd together.
     return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
 
 
@@ -46,7 +42,7 @@ def _gp(seed: int, startup: int) -> BaseSampler:
 SAMPLERS: dict[str, Callable[[int, int], BaseSampler] | None] = {
     "tpe": _tpe,
     "gp": _gp,
-    # Quasi-random points to the end, and every combination of listed values.
+    # These two need no model of the loss.
     "quasi-random": None,
     "grid": None,
 }
@@ -59,36 +55,27 @@ def grid(dimensions: Sequence[Dimension]) -> list[Values]:
     return [dict(zip(names, point, strict=True)) for point in itertools.product(*(d.values for d in dimensions))]
 
 
-class Sampling(Strict, frozen=True):
-    """How settings are chosen."""
-
-    sampler: str
-    startup: int
-    seed: int
-
-
 def propose(
-    sampling: Sampling, dimensions: Sequence[Dimension], seen: Sequence[CompletedTrial], index: int, context: int
+    config: TuneConfig, dimensions: Sequence[Dimension], trials: Sequence[Trial], index: int, context: int
 ) -> Values:
     """The values of trial `index`.
 
     Args:
-        sampling: Sampler, length of the quasi-random start, seed.
-        dimensions: Ranges of now.
-        seen: Trials before this one, of which those in flight have no loss.
-        index: Number of the trial among those that count, from 0.
-        context: For whole windows in a batch.
+        config: Sampler, length of the quasi-random start, seed.
+        dimensions: Current ranges.
+        trials: Trials before this one that have not failed; those in flight have no loss.
+        index: Place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate.
+        context: Tokens of a sequence; a batch is a whole number of sequences.
     """
-    if sampling.sampler == "grid":
-        return grid(dimensions)[index]
-    make = SAMPLERS[sampling.sampler]
-    finished = sum(trial.loss is not None for trial in seen)
-    if make is None or index < sampling.startup or finished < 2:
-        return _from_shares(dimensions, _sobol(len(dimensions), sampling.seed, index), context)
-    return _from_shares(dimensions, _sampled(make, sampling, dimensions, seen, index), context)
-
-
-def _from_shares(dimensions: Sequence[Dimension], shares: Sequence[float], context: int) -> Values:
+    if config.sampler == "grid":
+        tried = [trial.values for trial in trials]
+        return next(values for values in grid(dimensions) if values not in tried)
+    make = SAMPLERS[config.sampler]
+    completed = sum(trial.loss is not None for trial in trials)
+    if make is None or index < config.startup or completed < 2:
+        shares: Sequence[float] = _sobol(len(dimensions), config.seed, index)
+    else:
+        shares = _sampled(make(config.seed * 100_003 + index, 0), dimensions, trials)
     return {d.name: d.at(share, context) for d, share in zip(dimensions, shares, strict=True)}
 
 
@@ -100,48 +87,86 @@ def _sobol(dimensions: int, seed: int, index: int) -> tuple[float, ...]:
     if index:
         engine.fast_forward(index)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one point at a time is no power of two
+        warnings.simplefilter("ignore", UserWarning)  # one point at a time is not a power of two
         return tuple(float(share) for share in engine.random(1)[0])
 
 
-def _sampled(
-    make: Callable[[int, int], BaseSampler],
-    sampling: Sampling,
-    dimensions: Sequence[Dimension],
-    seen: Sequence[CompletedTrial],
-    index: int,
-) -> list[float]:
-    """Shares of the way through each range, from an Optuna sampler."""
+def _sampled(sampler: BaseSampler, dimensions: Sequence[Dimension], trials: Sequence[Trial]) -> list[float]:
+    """The proposal of an Optuna sampler, as shares of the way through each range."""
     import optuna
-    from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-    from optuna.trial import TrialState, create_trial
+    from optuna.distributions import FloatDistribution, IntDistribution
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     space: dict[str, BaseDistribution] = {
         d.name: IntDistribution(0, len(d.values) - 1) if d.values else FloatDistribution(0.0, 1.0) for d in dimensions
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(sampler=make(sampling.seed * 100_003 + index, 0))
-        for trial in seen:
-            shares: dict[str, Any] = {d.name: _place(d, trial.values[d.name]) for d in dimensions}
-            pruned = trial.pruned and trial.loss is not None
-            state = TrialState.PRUNED if pruned else TrialState.RUNNING if trial.loss is None else TrialState.COMPLETE
-            study.add_trial(
-                create_trial(
-                    state=state,
-                    value=trial.loss,
-                    params=shares,
-                    distributions=space,
-                    intermediate_values={0: float(trial.loss)} if pruned and trial.loss is not None else None,
-                )
-            )
-        asked = study.ask(space).params
-    return [(asked[d.name] + 0.5) / len(d.values) if d.values else float(asked[d.name]) for d in dimensions]
+    with _quiet_optuna():
+        study = optuna.create_study(sampler=sampler)
+        for trial in trials:
+            shares = {d.name: _share(d, trial.values[d.name]) for d in dimensions}
+            study.add_trial(_frozen(trial, params=shares, distributions=space))
+        proposal = study.ask(space).params
+    # A listed value is proposed by its index; the middle of its part of the range is its share.
+    return [(proposal[d.name] + 0.5) / len(d.values) if d.values else float(proposal[d.name]) for d in dimensions]
 
 
-def _place(dimension: Dimension, value: float) -> float | int:
+def _share(dimension: Dimension, value: float) -> float | int:
+    """Position of a value in the range, from 0 to 1; of a listed value its index."""
     if dimension.values:
         return min(range(len(dimension.values)), key=lambda number: abs(dimension.values[number] - value))
     low, high = dimension.span
     return min(max((dimension.search.position(value) - low) / (high - low), 0.0), 1.0)
+
+
+def export_optuna(studies: Mapping[str, tuple[Sequence[Dimension], Sequence[Trial]]], path: Path) -> None:
+    """Write studies to an Optuna journal file, which ``optuna-dashboard PATH`` shows. Nothing reads it back.
+
+    Args:
+        studies: Search space and trials by the name of the study.
+        path: File to write; an old one is replaced.
+    """
+    import optuna
+    from optuna.distributions import FloatDistribution
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _quiet_optuna():
+            storage = JournalStorage(JournalFileBackend(str(temporary)))
+            for name, (dimensions, trials) in studies.items():
+                study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+                for trial in trials:
+                    space: dict[str, BaseDistribution] = {}
+                    for d in dimensions:
+                        ends = [trial.values[d.name], *(d.values or (d.search.low, d.search.high))]
+                        space[d.name] = FloatDistribution(min(ends), max(ends), log=d.search.scale == "log")
+                    study.add_trial(_frozen(trial, params=trial.values, distributions=space))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _frozen(trial: Trial, *, params: Mapping[str, float], distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+    """A trial as Optuna stores it."""
+    from optuna.trial import TrialState, create_trial
+
+    states = {"running": "RUNNING", "complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    return create_trial(
+        state=TrialState[states[trial.state]],
+        value=trial.loss,
+        params=dict(params),
+        distributions=distributions,
+        intermediate_values={0: trial.loss} if trial.state == "pruned" and trial.loss is not None else None,
+        user_attrs={"run": trial.run},
+    )

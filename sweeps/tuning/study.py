@@ -1,95 +1,70 @@
-"""One study: an arm at a rung. ProposedTrial and told in generations, from records alone.
+"""One study: the search for the best setting of one arm at one rung, in generations.
 
-The trials of a generation are asked together and see only the generations before theirs, so what is asked does not
-depend on which of them ends first, nor on how often the tuner was killed: the set of trials is a function of the
-campaign. No process holds the study. Who steps it takes the journal, tells what the run directories say, asks what is
-missing, and lets go.
+The trials of a generation are proposed together and depend on earlier generations alone. The set of trials is therefore
+a function of the campaign: it depends neither on which run ends first nor on how often the tuner was killed. A study
+holds no state; every method is a function of the lines of trials.jsonl and the records of runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from scaling.errors import UserError
 from scaling.flops import train_flops
-from scaling.io import Strict
-from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
 from scaling.spec import Budget, RunSpec
 from sweeps.config.search_space import Dimension, Values, with_values
-from sweeps.config.tune import HalvingConfig
+from sweeps.config.tune import TuneConfig
 from sweeps.config.tuning_results import Bracket
+from sweeps.planning.tuned_settings import trials_of
 from sweeps.tuning.bracket import brackets
-from sweeps.tuning.samplers import CompletedTrial, Sampling, grid, propose
-from sweeps.tuning.trials import add_running, tell
+from sweeps.tuning.samplers import propose
+from sweeps.tuning.trials import RecordCache, Trial, TrialLine
 
-if TYPE_CHECKING:
-    from optuna.distributions import FloatDistribution
-    from optuna.study import Study as OptunaStudy
-    from optuna.trial import FrozenTrial
+MAX_FAILED_TRIALS = 5
+"""Trials of one study whose runs may fail before the study stops with an error."""
 
-FAILURES = 5
-"""Trials of one study whose runs may fail before it is given up."""
-
-OTHER_POINTS = 10_000
-"""Where the quasi-random sequence goes on for trials whose proposal was tried before."""
-
-
-class ProposedTrial(Strict, frozen=True):
-    """One line of trials.jsonl: what the journal can be rebuilt from, together with the runs' records."""
-
-    study: str
-    number: int
-    values: Values
-    run: str
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One trial as the journal and the records have it."""
-
-    number: int
-    values: Values
-    run: str
-    state: str
-    """``running``, ``complete``, ``pruned`` or ``failed``."""
-    loss: float | None
-    """What was told; a diverged run counts as guessing uniformly."""
+DUPLICATE_OFFSET = 10_000
+"""Index at which the quasi-random sequence replaces a proposal that was tried before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningStudy:
-    """What is searched for one arm at one rung, and how. Everything that changes is in the journal and the records."""
+    """The search space, the template and the ``[tune]`` table of one arm at one rung."""
 
-    name: str
     arm: str
     rung: str
     template: RunSpec
     """The run that the searched hyper-parameters are put into."""
     dimensions: tuple[Dimension, ...]
-    sampling: Sampling
-    trials: int
-    in_flight: int
-    widen: int
-    halving: HalvingConfig | None = None
-    held_out: bool = False
-    records: RecordsOf = field(compare=False)
-    _judged: dict[Any, tuple[Bracket, ...]] = field(default_factory=dict, compare=False, repr=False)
-    """Brackets by the trials behind them: a step asks for the same ones again and again."""
-
-    def __post_init__(self) -> None:
-        """Refuse a grid of another size than is wanted."""
-        if self.sampling.sampler == "grid" and self.trials != len(grid(self.dimensions)):
-            raise ValueError(f"{self.name}: a grid of {len(grid(self.dimensions))} points and {self.trials} trials")
+    config: TuneConfig
+    records: RecordCache = field(compare=False)
+    _known_brackets: dict[Any, tuple[Bracket, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Brackets by the trials that they were fitted to, because a step needs the same ones several times."""
 
     @property
-    def guess(self) -> float:
-        """The loss of a uniform guess, nats per token: what a diverged run is told as."""
+    def name(self) -> str:
+        """Name of the study in trials.jsonl."""
+        return f"{self.arm}/{self.rung}"
+
+    @property
+    def trials(self) -> int:
+        """Number of trials to complete."""
+        return trials_of(self.config, self.dimensions)
+
+    @property
+    def held_out(self) -> bool:
+        """True if the rung is left out of the fit of the rules."""
+        return self.rung in self.config.held_out
+
+    @property
+    def uniform_loss(self) -> float:
+        """The loss of a uniform guess, nats per token: the loss of a diverged run for the sampler."""
         return math.log(self.template.model.vocabulary)
 
     def spec(self, values: Values) -> RunSpec:
@@ -97,11 +72,11 @@ class TuningStudy:
         return with_values(self.template, values)
 
     def short_spec(self, values: Values) -> RunSpec | None:
-        """The smaller run that halving begins with, with a complete schedule of its own."""
-        if self.halving is None:
+        """The first, shorter run under halving, with a complete schedule of its own; None without halving."""
+        if self.config.halving is None:
             return None
         full = self.spec(values)
-        share = self.halving.share
+        share = self.config.halving.share
         tokens = max(round(full.budget.tokens * share), full.batch_tokens)
         decay = full.schedule.decay_tokens
         schedule = msgspec.structs.replace(
@@ -112,248 +87,192 @@ class TuningStudy:
         budget = Budget(tokens=tokens, flops=train_flops(full.model, tokens))
         return msgspec.structs.replace(full, budget=budget, schedule=schedule)
 
-    def read(self, study: OptunaStudy) -> list[Trial]:
-        """All trials by number."""
-        return [_trial(trial) for trial in study.get_trials(deepcopy=False)]
+    def read(self, lines: Sequence[TrialLine]) -> list[Trial]:
+        """The trials of the study by number, each with its state."""
+        trials = [self._trial(line) for line in {line.number: line for line in lines}.values()]
+        return [self._after_halving(trials, trial) for trial in trials]
 
-    def seen(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The trials, those whose run is done as if they had been told."""
-        done = [self.records.of(trial.run) if trial.state == "running" else None for trial in trials]
-        return [
-            msgspec.structs.replace(trial, state="complete", loss=self.loss(record)) if record else trial
-            for trial, record in zip(trials, done, strict=True)
-        ]
-
-    def step(self, study: OptunaStudy, *, failed: Iterable[str] = ()) -> None:
-        """Tell what has ended and ask what is missing; call it while the journal is held.
+    def step(self, lines: Sequence[TrialLine], *, failed: Mapping[str, str]) -> list[TrialLine]:
+        """The lines to append: failed trials, then proposals until a generation is in flight or the study is complete.
 
         Args:
-            study: This study in the journal.
-            failed: Ids of runs that were tried and cannot be run.
+            lines: The study's lines so far.
+            failed: Reasons by id of runs that an executor could not train.
 
         Raises:
-            UserError: Too many runs failed, or the trials on disk belong to another template.
+            UserError: Too many runs failed, or the lines belong to another campaign of the same name.
         """
-        trials = self.read(study)
+        new = []
+        trials = self.read(lines)
         self._refuse_foreign(trials)
+        for trial in trials:
+            short = self.short_spec(trial.values)
+            reason = failed.get(trial.run) or (failed.get(short.id) if short else None)
+            if trial.state == "running" and reason is not None:
+                new.append(self._line(trial.number, trial.values, failed=reason))
+        # A setting that another study or campaign has trained is complete at once, and the next generation follows.
         while True:
-            if self._tell(study, trials, set(failed)):
-                trials = self.read(study)
+            trials = self.read([*lines, *new])
             missing = self.missing(trials)
             if not missing:
-                break
+                return new
             for _ in range(missing):
-                values = self.next_values(trials)
-                run = self.spec(values).id
-                distributions = {d.name: _distribution(d, values[d.name]) for d in self.ranges(trials)[0]}
-                add_running(study, values, distributions, run)
-                trials = self.read(study)
-            # A setting that another study or campaign has run is told at once, and the next generation follows.
+                line = self._line(trials[-1].number + 1 if trials else 0, self.next_values(trials))
+                trials.append(Trial(number=line.number, values=line.values, run=line.run, state="running", loss=None))
+                new.append(line)
 
     def missing(self, trials: Sequence[Trial]) -> int:
-        """How many trials are to be asked now: the rest of a generation, or the next one if all are told."""
+        """Number of trials to propose now: the rest of a generation, or the next one if all trials have ended."""
         live = _live(trials)
-        if len(trials) - len(live) > FAILURES:
+        if len(trials) - len(live) > MAX_FAILED_TRIALS:
             raise UserError(
                 f"{self.name}: {len(trials) - len(live)} trials failed, the last as run {trials[-1].run}. "
-                "Fix what its log says; then the same command goes on, with other trials in their place."
+                "Fix the cause that its log gives; then run the same command, which continues with other trials."
             )
-        untold = [index for index, trial in enumerate(live) if trial.state == "running"]
-        generation = (untold[0] if untold else len(live)) // self.in_flight
-        return max(0, min((generation + 1) * self.in_flight, self.trials) - len(live))
+        running = [index for index, trial in enumerate(live) if trial.state == "running"]
+        generation = (running[0] if running else len(live)) // self.config.in_flight
+        return max(0, min((generation + 1) * self.config.in_flight, self.trials) - len(live))
 
     def next_values(self, trials: Sequence[Trial]) -> Values:
         """The setting of the next trial: a function of the generations before its own."""
         live = _live(trials)
         index = len(live)
-        first = index // self.in_flight * self.in_flight
-        seen = [
-            CompletedTrial(
-                values=trial.values,
-                loss=trial.loss if number < first else None,
-                pruned=number < first and trial.state == "pruned",
-            )
-            for number, trial in enumerate(live)
-        ]
+        first = index // self.config.in_flight * self.config.in_flight
+        # The proposal must not depend on which run of its own generation ends first.
+        before = [*live[:first], *(msgspec.structs.replace(t, state="running", loss=None) for t in live[first:])]
         dimensions, _ = self.ranges(trials)
         context = self.template.model.context
-        values = propose(self.sampling, dimensions, seen, index, context)
+        values = propose(self.config, dimensions, before, index, context)
         tried = [trial.values for trial in trials]
-        again = msgspec.structs.replace(self.sampling, sampler="quasi-random")
-        for other in range(OTHER_POINTS) if self.sampling.sampler != "grid" else ():
+        quasi_random = msgspec.structs.replace(self.config, sampler="quasi-random")
+        for other in range(DUPLICATE_OFFSET) if self.config.sampler != "grid" else ():
             if values not in tried:
                 break
-            values = propose(again, dimensions, seen, OTHER_POINTS + index + other, context)
+            values = propose(quasi_random, dimensions, before, DUPLICATE_OFFSET + index + other, context)
         return values
 
     def ranges(self, trials: Sequence[Trial]) -> tuple[tuple[Dimension, ...], dict[str, int]]:
-        """What is searched by now, and how often each range was widened.
+        """The current search space, and how often each range was widened.
 
-        A range grows between generations, once the quasi-random start is over, where the optimum of the trials so far
-        is on its edge. It takes no further trials, so that arms stay equal.
+        After the quasi-random start, a range grows between generations where the optimum of the trials so far is on its
+        edge. The number of trials stays the same, so that arms have equal budgets.
         """
         dimensions, counts = list(self.dimensions), {d.name: 0 for d in self.dimensions}
         live = _live(trials)
-        for end in range(self.in_flight, min(len(live), self.trials - 1) + 1, self.in_flight):
-            told = live[:end]
-            growing = self.widen and not all(d.values for d in dimensions)
-            if not growing or end < self.sampling.startup or any(trial.state == "running" for trial in told):
+        for end in range(self.config.in_flight, min(len(live), self.trials - 1) + 1, self.config.in_flight):
+            ended = live[:end]
+            growing = self.config.widen and not all(d.values for d in dimensions)
+            if not growing or end < self.config.startup or any(trial.state == "running" for trial in ended):
                 continue
-            for number, found in enumerate(self._brackets(told, dimensions)):
+            for number, found in enumerate(self._brackets(ended, dimensions)):
                 grown = dimensions[number].widened(down=found.verdict == "low edge")
-                if "edge" in found.verdict and grown is not None and counts[found.name] < self.widen:
+                if "edge" in found.verdict and grown is not None and counts[found.name] < self.config.widen:
                     dimensions[number] = grown
                     counts[found.name] += 1
         return tuple(dimensions), counts
 
     def brackets(self, trials: Sequence[Trial]) -> tuple[Bracket, ...]:
-        """The verdict on each hyper-parameter from the trials told so far; on an edge, why it was left there."""
+        """The bracket of each hyper-parameter from the trials so far, with a note where the search ends on an edge."""
         dimensions, counts = self.ranges(trials)
-        judged = []
-        for dimension, found in zip(dimensions, self._brackets(trials, dimensions), strict=False):
+        found = []
+        for dimension, bracket in zip(dimensions, self._brackets(trials, dimensions), strict=False):
             note = ""
-            if "edge" in found.verdict:
+            if "edge" in bracket.verdict:
                 if dimension.values:
-                    note = "only the listed values were to be tried"
-                elif dimension.widened(down=found.verdict == "low edge") is None:
-                    note = "the limit of the hyper-parameter's own row is reached"
-                elif counts[found.name] >= self.widen:
-                    note = f"it was widened {counts[found.name]} times, which is the cap"
+                    note = "only the listed values were allowed"
+                elif dimension.widened(down=bracket.verdict == "low edge") is None:
+                    note = "the limit of the hyper-parameter's own range is reached"
+                elif counts[bracket.name] >= self.config.widen:
+                    note = f"it was widened {counts[bracket.name]} times, the maximum"
                 else:
                     note = "no trials were left to widen it for"
-            judged.append(msgspec.structs.replace(found, widened=counts[found.name], note=note))
-        return tuple(judged)
+            found.append(msgspec.structs.replace(bracket, widened=counts[bracket.name], note=note))
+        return tuple(found)
 
-    def wanted(self, trials: Sequence[Trial]) -> list[RunSpec]:
-        """Runs that the trials in flight need next: the smaller ones first where there is halving."""
+    def runs_to_train(self, trials: Sequence[Trial]) -> list[RunSpec]:
+        """The next run of every trial in flight: under halving the short one first."""
         runs = []
         for trial in _live(trials):
             if trial.state != "running":
                 continue
             short = self.short_spec(trial.values)
-            if short is not None and self.records.of(short.id) is None:
+            if short is not None and self.records.get(short.id) is None:
                 runs.append(short)
             elif short is None or self._promoted(trials, trial):
                 runs.append(self.spec(trial.values))
         return runs
 
-    def _tell(self, study: OptunaStudy, trials: Sequence[Trial], failed: set[str]) -> bool:
-        told = False
-        for trial in trials:
-            if trial.state != "running":
-                continue
-            record = self.records.of(trial.run)
-            short = self.short_spec(trial.values)
-            if record is not None:
-                tell(study, trial.number, self.loss(record))
-            elif trial.run in failed or (short is not None and short.id in failed):
-                tell(study, trial.number, None)
-            elif short is not None and self._promoted(trials, trial) is False:
-                small = self.records.of(short.id)
-                assert small is not None
-                tell(study, trial.number, self.loss(small), pruned_at=small.tokens)
-            else:
-                continue
-            told = True
-        return told
+    def loss(self, record: RunRecord) -> float:
+        """The loss of a record for the sampler."""
+        loss = record.validation_loss
+        return self.uniform_loss if loss is None else min(loss, self.uniform_loss)
+
+    def _line(self, number: int, values: Values, *, failed: str | None = None) -> TrialLine:
+        return TrialLine(study=self.name, number=number, values=values, run=self.spec(values).id, failed=failed)
+
+    def _trial(self, line: TrialLine) -> Trial:
+        record = None if line.failed is not None else self.records.get(line.run)
+        return Trial(
+            number=line.number,
+            values=line.values,
+            run=line.run,
+            state="failed" if line.failed is not None else "running" if record is None else "complete",
+            loss=None if record is None else self.loss(record),
+        )
+
+    def _after_halving(self, trials: Sequence[Trial], trial: Trial) -> Trial:
+        """The trial, pruned if its short run was among the worse of its generation."""
+        short = self.short_spec(trial.values) if trial.state == "running" else None
+        if short is None or self._promoted(trials, trial) is not False:
+            return trial
+        record = self.records.get(short.id)
+        assert record is not None
+        return msgspec.structs.replace(trial, state="pruned", loss=self.loss(record))
 
     def _promoted(self, trials: Sequence[Trial], trial: Trial) -> bool | None:
-        """Whether a trial's small run was among the better of its generation; None until all of them are done."""
-        assert self.halving is not None
+        """True if a trial's short run is among the better of its generation; None until all of them are done."""
+        assert self.config.halving is not None
         live = _live(trials)
-        number = live.index(trial)
-        first = number // self.in_flight * self.in_flight
-        peers = live[first : min(first + self.in_flight, self.trials)]
-        if len(peers) < min(self.in_flight, self.trials - first):
+        first = live.index(trial) // self.config.in_flight * self.config.in_flight
+        size = min(self.config.in_flight, self.trials - first)
+        peers = live[first : first + size]
+        if len(peers) < size:
             return None
         losses = {}
         for peer in peers:
             short = self.short_spec(peer.values)
-            record = self.records.of(short.id) if short else None
+            record = self.records.get(short.id) if short else None
             if record is None:
                 return None
             losses[peer.number] = self.loss(record)
-        kept = math.ceil(self.halving.keep * len(peers))
-        return trial.number in sorted(losses, key=lambda peer: (losses[peer], peer))[:kept]
-
-    def loss(self, record: RunRecord) -> float:
-        """What a record is told as."""
-        loss = record.validation_loss
-        return self.guess if loss is None else min(loss, self.guess)
+        kept = math.ceil(self.config.halving.keep * size)
+        return trial.number in sorted(losses, key=lambda number: (losses[number], number))[:kept]
 
     def _brackets(self, trials: Sequence[Trial], dimensions: Sequence[Dimension]) -> tuple[Bracket, ...]:
         finished = [
             (trial.values, trial.loss)
             for trial in trials
-            if trial.state == "complete" and trial.loss is not None and trial.loss < self.guess
+            if trial.state == "complete" and trial.loss is not None and trial.loss < self.uniform_loss
         ]
         key = (
             tuple((tuple(values.items()), loss) for values, loss in finished),
             tuple((d.search.low, d.search.high) for d in dimensions),
         )
-        if key not in self._judged:
-            self._judged[key] = brackets(finished, dimensions, seed=self.sampling.seed)
-        return self._judged[key]
+        if key not in self._known_brackets:
+            self._known_brackets[key] = brackets(finished, dimensions, seed=self.config.seed)
+        return self._known_brackets[key]
 
     def _refuse_foreign(self, trials: Sequence[Trial]) -> None:
         names = {dimension.name for dimension in self.dimensions}
         for trial in trials:
             if set(trial.values) != names or self.spec(trial.values).id != trial.run:
                 raise UserError(
-                    f"study {self.name}: trial {trial.number} belongs to run {trial.run}, which this campaign does not "
-                    "make: its data, its model or what it searches were changed since. Give the campaign another name, "
-                    "or move its tuning folder away; finished runs are found again."
+                    f"study {self.name}: trial {trial.number} belongs to run {trial.run}, which is not a run of this "
+                    "campaign: its data, its model or its search space has changed. Give the campaign another name, or "
+                    "move its tuning folder away; finished runs are found again."
                 )
 
 
-class RecordsOf:
-    """Records of runs by id, read once each."""
-
-    def __init__(self, runs: Path) -> None:
-        self.runs = runs
-        self._known: dict[str, RunRecord] = {}
-
-    def of(self, run: str) -> RunRecord | None:
-        """What came out of a run; None while it is not done."""
-        if run not in self._known:
-            record = RunDirectory(self.runs / run).record()
-            if record is None:
-                return None
-            self._known[run] = record
-        return self._known[run]
-
-
-def rebuild(study: OptunaStudy, lines: Sequence[ProposedTrial], dimensions: Sequence[Dimension]) -> int:
-    """Trials that were asked and that the journal has lost, put back as running ones; how many."""
-    there = len(study.get_trials(deepcopy=False))
-    for line in sorted(lines, key=lambda line: line.number)[there:]:
-        distributions = {d.name: _distribution(d, line.values[d.name]) for d in dimensions}
-        add_running(study, line.values, distributions, line.run)
-    return max(0, len(lines) - there)
-
-
 def _live(trials: Iterable[Trial]) -> list[Trial]:
-    """Trials that count: a failed one is asked again as another."""
+    """Trials that count: a failed one is replaced by another."""
     return [trial for trial in trials if trial.state != "failed"]
-
-
-def _trial(trial: FrozenTrial) -> Trial:
-    return Trial(
-        number=trial.number,
-        values={name: float(value) for name, value in trial.params.items()},
-        run=str(trial.user_attrs["run"]),
-        state={"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower()),
-        loss=trial.value,
-    )
-
-
-def _distribution(dimension: Dimension, value: float) -> FloatDistribution:
-    """What the journal says about a value: its range, as wide as it was then, on a plain or a log axis."""
-    from optuna.distributions import FloatDistribution
-
-    low, high = (
-        (dimension.values[0], dimension.values[-1])
-        if dimension.values
-        else (dimension.search.low, dimension.search.high)
-    )
-    return FloatDistribution(min(low, value), max(high, value), log=dimension.search.scale == "log")

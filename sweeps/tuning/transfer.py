@@ -1,8 +1,8 @@
-"""From tuned rungs to the others: each hyper-parameter as a power of training compute, with an interval.
+"""Fit of hyper-parameter rules to the optima of tuned rungs.
 
-Rates, batches and decays get a power law where two or more rungs have an optimum that is not on an edge; what has no
-such scale (betas, warm-up, final rate), or no more than one rung, is carried over as it is. The interval comes from the
-brackets: an optimum that the loss hardly sees is not known well, and neither is what is concluded from it.
+Rates, batches and decays become powers of training compute where two or more rungs have an optimum that is not on an
+edge. Hyper-parameters without such a scale (betas, warm-up, final fraction), and those of a single rung, are constants.
+The error of an exponent comes from the brackets: it is large where the loss hardly depends on the hyper-parameter.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from sweeps.config.search_space import Dimension, Values
-from sweeps.config.tuning_results import Bracket, FittedRule
+from scaling.power_rule import NORMAL_95, PowerRule, fit_power_rule
+from sweeps.config.tuning_results import Bracket
 
 SCALED = ("peak_lr", "batch_tokens", "weight_decay")
-"""Hyper-parameters that follow a power law of compute; the others are constants."""
+"""Hyper-parameters that follow a power of compute; the others are constants."""
 
-DRAWS = 2000
+UNKNOWN_LOG_SD = math.log(2.0)
+"""Standard deviation of the log of an optimum without an interval: a factor of two either way."""
 
-UNKNOWN_SPREAD = math.log(2.0)
-"""Standard deviation, on the log scale, of an optimum without an interval of its own: a factor of two either way."""
-
-Array = npt.NDArray[np.float64]
+MIN_LOG_SD = 0.02
+"""Smallest standard deviation of the log of an optimum; a parabola through noiseless trials claims less."""
 
 
 class Optimum(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the optimum of one hyper-parameter was found at one rung."""
+    """The optimum of one hyper-parameter at one rung."""
 
     rung: str
     compute: float
@@ -38,86 +36,43 @@ class Optimum(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def value(self) -> float:
-        """The parabola's lowest point where it was bracketed, else the best trial's."""
+        """Minimum of the parabola where it is bracketed, else the value of the best trial."""
         return self.bracket.optimum if self.bracket.verdict == "bracketed" else self.bracket.best
 
     @property
-    def sd(self) -> float:
-        """Of the log of the value."""
+    def log_sd(self) -> float:
+        """Standard deviation of the log of `value`, from the 95 % interval of the bracket."""
         found = self.bracket
         if found.verdict != "bracketed" or found.low is None or found.high is None or found.low <= 0:
-            return UNKNOWN_SPREAD
-        return max(math.log(found.high / found.low) / 3.92, 0.02)
+            return UNKNOWN_LOG_SD
+        return max(math.log(found.high / found.low) / (2 * NORMAL_95), MIN_LOG_SD)
 
 
-def law(name: str, optima: Sequence[Optimum], *, seed: int = 0, constant: bool = False) -> FittedRule:
-    """The law of one hyper-parameter.
+def fit_rule(name: str, optima: Sequence[Optimum], *, constant: bool = False) -> PowerRule:
+    """The rule of one hyper-parameter.
 
     Args:
-        name: Of the hyper-parameter.
-        optima: One a rung, at least one.
-        seed: Of the draws behind the interval.
-        constant: Carry it over unchanged, whatever the rungs say.
+        name: Name of the hyper-parameter.
+        optima: At least one; one for each rung.
+        constant: Fit a constant even where the rungs would carry a power of compute.
     """
     inside = [optimum for optimum in optima if "edge" not in optimum.bracket.verdict]
-    rungs = tuple(optimum.rung for optimum in optima)
-    note = ""
-    left_out = [optimum.rung for optimum in optima if optimum not in inside]
-    if left_out and len(inside) >= 2:
-        note = f"left out, with the optimum on an edge: {', '.join(left_out)}"
-        rungs = tuple(optimum.rung for optimum in inside)
-    elif left_out:
+    on_edge = ", ".join(optimum.rung for optimum in optima if optimum not in inside)
+    notes = []
+    if on_edge and len(inside) >= 2:
+        notes.append(f"left out, with the optimum on an edge: {on_edge}")
+    elif on_edge:
         inside = list(optima)
-        note = f"the optimum is on an edge at {', '.join(left_out)}"
-    computes = {optimum.compute for optimum in inside}
-    if constant or name not in SCALED or len(computes) < 2:
-        if not constant and name in SCALED:
-            note = "; ".join(filter(None, [note, "one compute gives no exponent"]))
-        value = _constant(name, inside)
-        return FittedRule(
-            name=name, coefficient=value, exponent=0.0, low=None, high=None, rungs=rungs, kind="constant", note=note
-        )
-    x = np.log([optimum.compute for optimum in inside])
-    y = np.log([optimum.value for optimum in inside])
-    sd = np.array([optimum.sd for optimum in inside])
-    # The exponent is a weighted sum of the logs, so resampled ones are one product.
-    weights = sd**-2
-    middle = np.average(x, weights=weights)
-    slope_of = weights * (x - middle) / np.sum(weights * (x - middle) ** 2)
-    exponent = float(slope_of @ y)
-    intercept = float(np.average(y, weights=weights) - exponent * middle)
-    scatter = 0.0
-    if len(inside) > 2:
-        # Optima may scatter by more than their own intervals say.
-        scatter = float(np.sqrt(np.sum((y - intercept - exponent * x) ** 2) / (len(inside) - 2)))
-    rng = np.random.default_rng(seed)
-    drawn = y + rng.normal(size=(DRAWS, len(y))) * np.hypot(sd, scatter)
-    low, high = (float(q) for q in np.quantile(drawn @ slope_of, [0.025, 0.975]))
-    return FittedRule(
-        name=name,
-        coefficient=math.exp(intercept),
-        exponent=exponent,
-        low=low,
-        high=high,
-        rungs=rungs,
-        kind="power",
-        note=note,
-    )
-
-
-def predict(laws: Sequence[FittedRule], compute: float, dimensions: Sequence[Dimension], context: int) -> Values:
-    """The setting that the laws give for a run of so much compute, within the limits of each hyper-parameter."""
-    rows = {dimension.name: dimension for dimension in dimensions}
-    values = {}
-    for found in laws:
-        row = rows[found.name]
-        raw = found.coefficient * compute**found.exponent
-        values[found.name] = row.rounded(min(max(raw, row.search.least), row.search.most), context)
-    return values
-
-
-def _constant(name: str, optima: Sequence[Optimum]) -> float:
-    values = np.array([optimum.value for optimum in optima])
-    if name in SCALED:
-        return float(np.exp(np.mean(np.log(values))))
-    return float(np.median(values))
+        notes.append(f"the optimum is on an edge at {on_edge}")
+    one_compute = len({optimum.compute for optimum in inside}) < 2
+    if one_compute and name in SCALED and not constant:
+        notes.append("one compute gives no exponent")
+    values = [optimum.value for optimum in inside]
+    if constant or one_compute or name not in SCALED:
+        middle = np.exp(np.mean(np.log(values))) if name in SCALED else np.median(values)
+        rule = PowerRule(coefficient=float(middle), points=len(values))
+    else:
+        computes = [optimum.compute for optimum in inside]
+        rule = fit_power_rule(computes, values, sd=[optimum.log_sd for optimum in inside])
+    rungs = tuple(optimum.rung for optimum in inside)
+    return msgspec.structs.replace(rule, rungs=rungs, note="; ".join(notes))

@@ -1,8 +1,8 @@
-"""kill -9 of a tuner and of the runs it trains, at random moments, with real training on this machine.
+"""Kill a tuner and its runs with SIGKILL at random moments, with real training on this machine.
 
-Run: ``python tests/bench/stress_tune.py [KILLS]``; ten kills take some minutes. It ends with status 1 unless the killed
-campaign has told exactly the trials and losses of one that nothing disturbed, and no run was trained after it was done.
-The suite has the same test with runs that only pretend (`tests/sweeps/test_tune.py`).
+Run: ``python tests/bench/stress_tune.py [KILLS]``; ten kills take some minutes. The exit status is 1 unless the killed
+campaign ends in exactly the trials and losses of an undisturbed one, and no finished run was trained again.
+`tests/sweeps/test_tune.py` has the same test without training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).parents[2]
-sys.path[:0] = [str(HOUSE), str(HOUSE / "tests")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tuned import TUNE, loader, told
+from tuned import TUNE, loader, trial_outcomes
 
 from scaling.run.directory import RunDirectory
-from sweeps.tuning.tuner import Tuner, tune, tuning_status
+from sweeps.tuning.tuner import Tuner, tune
 
 SMALL = TUNE.replace("trials = 8", "trials = 4").replace("startup = 4", "startup = 2").replace('\nheld_out = ["c"]', "")
 SCRIPT = """
@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 
 def kill_all(tuner: subprocess.Popen[bytes], root: Path) -> int:
-    """Kill the tuner and every run that trains now; how many runs were hit."""
+    """Kill the tuner and every run that is training; return the number of runs."""
     os.killpg(tuner.pid, signal.SIGKILL)
     hit = 0
     for folder in (root / "runs").glob("*"):
@@ -51,7 +51,7 @@ def kill_all(tuner: subprocess.Popen[bytes], root: Path) -> int:
 
 
 def main(kills: int) -> int:
-    """Whole campaign, killed campaign, comparison; the exit status."""
+    """Tune a whole campaign and a killed one and compare them; return the exit status."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text"
@@ -61,7 +61,7 @@ def main(kills: int) -> int:
             (text / f"sums-{part:02d}.txt").write_text("".join(lines))
         campaign = loader(text, folder)(SMALL)
         whole = tune(campaign, folder / "whole", workers=2, progress=False)
-        print(f"undisturbed: {sum(s.told for s in whole.studies)} trials told", flush=True)
+        print(f"undisturbed: {sum(s.completed for s in whole.studies)} trials completed", flush=True)
         root, script = folder / "killed", folder / "tune.py"
         script.write_text(SCRIPT)
         Tuner(campaign, root, progress=False)
@@ -69,11 +69,11 @@ def main(kills: int) -> int:
         while True:
             tuner = subprocess.Popen(
                 [sys.executable, str(script), str(folder / "tiny-tuned.toml"), str(root)],
-                start_new_session=True, cwd=HOUSE, env={**os.environ, "PYTHONPATH": str(HOUSE)}, stderr=subprocess.DEVNULL,
+                start_new_session=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             before = len(list((root / "runs").glob("*/attempts.jsonl")))
             while done < kills and tuner.poll() is None:
-                # A moment after something began to train, so that kills fall into runs and not only into imports.
+                # Soon after a run starts to train, so that kills hit runs and not only imports.
                 if len(list((root / "runs").glob("*/attempts.jsonl"))) > before or rng.random() < 0.002:
                     time.sleep(rng.uniform(0.0, 1.5))
                     hit = kill_all(tuner, root)
@@ -85,8 +85,8 @@ def main(kills: int) -> int:
                 tuner.wait()
             if tuner.returncode == 0:
                 break
-        found = tuning_status(campaign, root)
-        same = told(found) == told(whole)
+        found = Tuner(campaign, root).gather()
+        same = trial_outcomes(found) == trial_outcomes(whole)
         again = [
             record.parent.name
             for record in (root / "runs").glob("*/record.json")

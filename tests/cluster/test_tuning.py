@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from tuned import CAMPAIGN, told
+from tuned import CAMPAIGN, trial_outcomes
 
 import sweeps.tuning.tuner
 from scaling.run.directory import RunDirectory
@@ -26,7 +26,7 @@ high = 1e-1
 """
 
 
-def test_slurm_and_the_local_executor_tell_the_same_trials(
+def test_slurm_and_the_local_executor_complete_the_same_trials(
     cluster: Cluster, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "profile.toml").write_text("")
@@ -39,7 +39,7 @@ def test_slurm_and_the_local_executor_tell_the_same_trials(
     here = tune(load_campaign(file), tmp_path / "local", workers=1, progress=False)
     there = tune(load_campaign(file), tmp_path / "slurm", executor="slurm", progress=False)
     assert there.complete
-    assert told(there) == told(here)
+    assert trial_outcomes(there) == trial_outcomes(here)
     for study in there.studies:
         for trial in study.trials:
             attempts = RunDirectory(tmp_path / "slurm" / "runs" / trial.run).attempts()

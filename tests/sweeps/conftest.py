@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
+from tuned import Load, loader
 
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import CampaignPlan, plan
@@ -43,3 +44,9 @@ class Campaigns:
 def campaigns(tiny_text: Path, tmp_path: Path) -> Campaigns:
     """See `Campaigns`."""
     return Campaigns(tiny_text, tmp_path)
+
+
+@pytest.fixture
+def campaign(tiny_text: Path, tmp_path: Path) -> Load:
+    """Variants of the tiny campaign with two tuned arms."""
+    return loader(tiny_text, tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
 from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, SharedModelConfig, TrainingConfig, load_campaign
-from sweeps.config.hyperparameter_rules import RULES, Power
+from sweeps.config.hyperparameter_rules import RULES
 from sweeps.planning.ladder import rungs_of
 from sweeps.planning.plan import plan
 from sweeps.reporting.plan_table import plan_rows
@@ -67,12 +67,12 @@ def test_a_compute_optimal_rung_spends_its_compute_near_the_rules_size(log_compu
     (rung,) = rungs_of(ladder(computes=(compute,)))
     assert 6 * rung.parameters * rung.tokens == pytest.approx(compute, rel=1e-4)
     # The smallest models are one layer of a few heads and cannot come nearer.
-    assert rung.parameters == pytest.approx(RULES["chinchilla"].optimal_parameters(compute), rel=0.25)
+    assert rung.parameters == pytest.approx(RULES["chinchilla"].value("parameters", compute=compute), rel=0.25)
 
 
 def test_an_isoflop_profile_is_sizes_around_the_optimum_at_one_compute() -> None:
     rungs = rungs_of(ladder(kind="isoflop", computes=(1e16,), points=5, spread=4.0))
-    centre = RULES["chinchilla"].optimal_parameters(1e16)
+    centre = RULES["chinchilla"].value("parameters", compute=1e16)
     sizes = [rung.parameters / centre for rung in rungs]
     assert sizes == sorted(sizes)
     assert [math.log(size, 4) for size in sizes] == pytest.approx([-1, -0.5, 0, 0.5, 1], abs=0.1)
@@ -84,28 +84,24 @@ def test_rungs_that_round_to_the_same_model_are_refused() -> None:
         rungs_of(ladder(sizes=(1_000_000, 1_001_000)))
 
 
-@pytest.mark.parametrize("name", [name for name, row in RULES.items() if row.parameters and row.tokens])
+@pytest.mark.parametrize("name", [name for name, row in RULES.items() if {"parameters", "tokens"} <= row.rules.keys()])
 def test_a_rule_that_splits_compute_spends_all_of_it_and_inverts(name: str) -> None:
     row = RULES[name]
     for compute in (1e17, 1e20, 1e23):
-        spent = 6 * row.optimal_parameters(compute) * row.optimal_tokens(compute)
+        spent = 6 * row.value("parameters", compute=compute) * row.value("tokens", compute=compute)
         assert spent == pytest.approx(compute, rel=2e-5)  # the published digits
-        assert row.compute_for(row.optimal_parameters(compute)) == pytest.approx(compute, rel=1e-9)
+        assert row.compute_for(row.value("parameters", compute=compute)) == pytest.approx(compute, rel=1e-9)
 
 
 def test_published_rules_give_their_published_examples() -> None:
-    def at(law: Power | None, compute: float, parameters: float = 1.0, tokens: float = 1.0) -> float:
-        assert law is not None
-        return law.at(compute=compute, parameters=parameters, tokens=tokens)
-
     # DeepSeek LLM, section 3.1, trains 7B on 2T tokens at a rate of 4.2e-4.
     deepseek = RULES["deepseek-llm"]
-    assert at(deepseek.peak_lr, 6 * 7e9 * 2e12) == pytest.approx(4.2e-4, rel=0.02)
+    assert deepseek.value("peak_lr", compute=6 * 7e9 * 2e12) == pytest.approx(4.2e-4, rel=0.02)
     # Moonlight, at the compute of its largest run (true N): 8.37e-4 and 258 windows of 8192.
     moonlight = RULES["moonlight"]
     compute = 6 * 1585.97e6 * 38.91e9
-    assert at(moonlight.peak_lr, compute) == pytest.approx(8.37e-4, rel=1e-3)
-    assert at(moonlight.batch_tokens, compute) / 8192 == pytest.approx(258, rel=5e-3)
+    assert moonlight.value("peak_lr", compute=compute) == pytest.approx(8.37e-4, rel=1e-3)
+    assert moonlight.value("batch_tokens", compute=compute) / 8192 == pytest.approx(258, rel=5e-3)
     # Step Law at 1B parameters and 100B tokens, computed by hand from its equation.
     step = RULES["step-law"]
-    assert at(step.peak_lr, 1.0, 1e9, 1e11) == pytest.approx(1.63e-3, rel=0.01)
+    assert step.value("peak_lr", compute=1.0, parameters=1e9, tokens=1e11) == pytest.approx(1.63e-3, rel=0.01)

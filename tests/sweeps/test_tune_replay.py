@@ -1,4 +1,4 @@
-"""The sampler against a recorded grid: no training, the losses are looked up in results/tuning-grid/trials.csv."""
+"""Samplers on a recorded grid: losses are looked up in results/tuning-grid/trials.csv, nothing is trained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tiny import TINY, make_spec
 
 from scaling.optim.search_space import SearchRange
 from sweeps.config.search_space import Dimension
-from sweeps.tuning.samplers import Sampling
-from sweeps.tuning.study import RecordsOf, Trial, TuningStudy
+from sweeps.config.tune import TuneConfig
+from sweeps.tuning.study import TuningStudy
+from sweeps.tuning.trials import RecordCache, Trial
 
 TABLE = Path(__file__).parents[2] / "results" / "tuning-grid" / "trials.csv"
 NAMES = ("peak_lr", "batch_tokens", "weight_decay")
@@ -25,16 +26,18 @@ def recorded() -> dict[tuple[float, ...], float]:
 
 
 def trials_until_good(recorded: dict[tuple[float, ...], float], *, sampler: str, seed: int, startup: int) -> int:
-    """Different settings tried until one is within 0.5 % of the grid's best loss, one at a time."""
+    """Number of trials, one at a time, until a loss is within 0.5 % of the grid's best."""
     dimensions = []
     for place, name in enumerate(NAMES):
         values = tuple(sorted({point[place] for point in recorded}))
         row = SearchRange(name=name, scale="log", low=values[0], high=values[-1], least=values[0], most=values[-1])
         dimensions.append(Dimension(search=row, values=values))
     study = TuningStudy(
-        name="replay", arm="adamw", rung="25k", template=make_spec(shape=TINY), dimensions=tuple(dimensions),
-        sampling=Sampling(sampler=sampler, startup=startup, seed=seed), trials=len(recorded), in_flight=1, widen=0,
-        records=RecordsOf(Path("nowhere")),
+        arm="adamw", rung="25k", template=make_spec(shape=TINY), dimensions=tuple(dimensions),
+        config=TuneConfig(
+            sampler=sampler, startup=startup, seed=seed, trials=len(recorded), in_flight=1, widen=0  # type: ignore[arg-type]
+        ),
+        records=RecordCache(Path("nowhere")),
     )  # fmt: skip
     good = min(recorded.values()) * 1.005
     trials: list[Trial] = []
@@ -52,6 +55,6 @@ def test_tpe_needs_at_most_half_of_the_grids_trials(recorded: dict[tuple[float, 
     assert statistics.median(needed) <= len(recorded) / 2
 
 
-def test_no_setting_is_tried_twice(recorded: dict[tuple[float, ...], float]) -> None:
-    # Quasi-random points on a grid repeat; a study goes on to others, and the search always ends.
+def test_a_study_tries_no_setting_twice(recorded: dict[tuple[float, ...], float]) -> None:
+    # Quasi-random points on a grid repeat; a study replaces repetitions, so the search always ends.
     assert trials_until_good(recorded, sampler="quasi-random", seed=1, startup=0) <= len(recorded)
