@@ -138,8 +138,8 @@ class Submit(OnCampaign):
             sys.exit(1)
 
     def _set_aside(self) -> None:
-        from sweeps.local import changed_code, set_aside
         from sweeps.planning.plan import with_data
+        from sweeps.planning.retry import changed_code, set_aside
 
         plan = self.planned() if self.dry_run else with_data(self.planned())
         runs = changed_code(plan)
@@ -260,7 +260,7 @@ def report_outcome(outcome: LocalOutcome) -> None:
     for line in reasons((run, "failed", reason) for run, reason in outcome.failed.items()):
         print(plain(f"  {line}"))
     if outcome.failed:
-        print(f"  Failed runs are tried again by {RETRY_FAILED}")
+        print(f"  To train failed runs again: {RETRY_FAILED}")
     for line in _other_code(outcome.plan, outcome.present):
         print(plain(f"  {line}"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from scaling.run.record import Code, RunRecord, RunState
 from scaling.spec import RunSpec
 from sweeps.config.placement import PlacementConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.planning.tuned_settings import dimensions_of
 
 CONVENTION = "attention"
 Basis = Literal["itself", "like", "fitted", "assumed"]
@@ -152,7 +154,7 @@ def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> 
         speed, source = fitted
         seconds = run.spec.budget.tokens * speed.seconds_per_token(work_of(run.spec)) / devices
         return cost(seconds / 3600, "fitted", f"{speed}, from {source}")
-    return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", assumption(table))
+    return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", f"assumed: {assumption(table)}")
 
 
 class Work(NamedTuple):
@@ -258,10 +260,10 @@ def slots(table: PlacementConfig) -> int:
 
 
 def assumption(table: PlacementConfig) -> str:
-    """What a prediction rests on while nothing was measured."""
+    """The assumed speed of a device, in words."""
     return (
-        f"assumed: {table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}"
-        f" (FLOPs with head and causal attention)"
+        f"{table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}, for FLOPs with head "
+        "and causal attention"
     )
 
 
@@ -294,6 +296,30 @@ def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
 def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
     known = Measurements(measured)
     return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
+
+
+def tuning_hours(plan: CampaignPlan, costs: Mapping[str, Cost]) -> list[tuple[float, PlacementConfig]]:
+    """GPU-hours and placement of each study of ``[tune]``, with every trial counted at full length.
+
+    Args:
+        plan: The plan of a campaign, with or without ``[tune]``.
+        costs: Predicted time of every run, by id.
+    """
+    table = plan.campaign.tune
+    if table is None:
+        return []
+    named = {*table.rungs, *table.held_out} if table.rungs else {rung.name for rung in plan.rungs}
+    run_of = {(run.arm, run.rung): run for run in plan.runs}
+    found = []
+    for rung in plan.rungs:
+        for arm in plan.campaign.arms:
+            run = run_of.get((arm.name, rung.name))
+            if rung.name in named and arm.tuned and run is not None:
+                trials = table.trials
+                if table.sampler == "grid":
+                    trials = math.prod(len(d.values) for d in dimensions_of(plan.campaign, arm, rung))
+                found.append((costs[run.id].gpu_hours * trials, plan.placements[rung.name]))
+    return found
 
 
 def hours_text(hours: float) -> str:

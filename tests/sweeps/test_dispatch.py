@@ -19,10 +19,11 @@ from scaling.errors import UserError
 from scaling.io import write_json
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
-from sweeps.local import changed_code, run_local, set_aside
+from sweeps.local import run_local
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+from sweeps.planning.retry import changed_code, set_aside
+from sweeps.planning.run_state import redone_steps, run_status
 from sweeps.reporting.collect import collect
-from sweeps.reporting.status import redone_steps, run_status
 
 LONG = 96_000
 """Tokens of a run that takes some seconds, so that there is time to disturb it."""
