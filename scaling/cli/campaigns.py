@@ -49,7 +49,7 @@ class Plan(OnCampaign):
     """Print rows for machines instead of the table."""
 
     def run(self) -> None:
-        """Print the plan and write plan.jsonl."""
+        """Print the plan and write plan.jsonl, which `submit` executes."""
         from sweeps.planning.branches import saved_flops
         from sweeps.planning.cost import outlook
         from sweeps.reporting import plan_table
@@ -131,7 +131,7 @@ class Submit(OnCampaign):
             return
         from sweeps.local import run_local
 
-        outcome = run_local(self.planned(), workers=self.workers, retry=self.retry, order=self.order)
+        outcome = run_local(self.recorded(), workers=self.workers, retry=self.retry, order=self.order)
         report_outcome(outcome)
         self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
@@ -154,7 +154,7 @@ class Submit(OnCampaign):
         from sweeps.slurm.submit import submit_slurm
 
         submission = submit_slurm(
-            self.planned(),
+            self.recorded(),
             retry=self.retry,
             order=self.order,
             dry_run=self.dry_run,
