@@ -185,32 +185,38 @@ class RunSpec(Strict, frozen=True):
         return hashlib.sha256(canonical_json(self)).hexdigest()[:ID_LENGTH]
 
 
-class Placement(Strict, frozen=True):
-    """Where and how a run executes. It changes how long a run takes, never which tokens or which mathematics."""
+class ExecutionConfig(Strict, frozen=True):
+    """How a run executes; the fields that a campaign's ``[placement]`` and a run's placement.json share."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Small = 1
+    """CPU threads of one run; on small models two runs with one thread are faster than one run with two."""
+    micro_batch: Sequences | None = None
+    """Most sequences of one forward pass; unset: the whole batch. A plan takes the largest divisor of the batch, and
+    gradients are accumulated up to `batch_tokens`."""
+    compile: bool = False
+    graphs: bool = False
+    """With `compile`: CUDA graphs for the forward and backward pass of models whose steps are bound by kernel launches."""
+    devices: Small = 1
+    """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
+    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
+    """With several devices: each keeps all parameters (``ddp``), a shard of them (``fsdp2``), or all parameters and a
+    shard of the momentum by Moonlight's Algorithm 1 (``zero1``)."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them: a third more work, far less memory."""
+    checkpoint_seconds: NonNegativeFloat = 30.0
+    """Seconds between checkpoints: the most work that a kill can cost."""
+
+
+class Placement(ExecutionConfig, frozen=True, kw_only=True):
+    """Where and how one run executes. It changes how long a run takes, never its tokens or its mathematics."""
 
     data: str
     """Folder with the token shards and their manifest."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Small = 1
-    """CPU threads of the run; on small models two runs of one thread beat one run of two."""
-    micro_batch: Sequences | None = None
-    """Windows of one forward pass; None takes the whole batch. Gradients are accumulated up to `batch_tokens`."""
-    compile: bool = False
-    graphs: bool = False
-    """With `compile`: forward and backward pass of a model whose step launches would bound, as CUDA graphs."""
-    checkpoint_seconds: NonNegativeFloat = 30.0
-    """Seconds between checkpoints: what a kill can cost."""
     keep_tokens: tuple[Positive, ...] = ()
     """Tokens at which a checkpoint is kept for good, so that shorter runs can branch off (`RunSpec.branch_of`)."""
-    devices: Small = 1
-    """Devices of one machine that share the run, a process each; `batch_tokens` stays what it is."""
     nodes: Small = 1
-    """Machines with so many devices."""
-    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
-    """With several devices: each keeps all weights (``ddp``), a share of them (``fsdp2``), or all weights and a share of
-    the momentum by Moonlight's Algorithm 1 (``zero1``)."""
-    recompute: bool = False
-    """Compute activations inside a block again in the backward pass instead of keeping them."""
+    """Machines, each with `devices` devices."""
 
     @property
     def processes(self) -> int:

@@ -1,8 +1,8 @@
-"""The local executor: trains what is missing of a plan on this machine, several runs at once.
+"""The local executor: trains the missing runs of a plan on this machine, several at once.
 
-Each run is its own process, so that one that is killed or runs out of memory takes no other with it. Processes come
-from a server that has imported the training code once: the import takes ten seconds and more, a fork of it none. Who
-trains what is decided by the run's own claim, so two submitters train each run once.
+Each run has a process of its own, so a run that is killed or runs out of memory does not affect the others. A fork
+server imports the training code once, which takes ten seconds and more, and each run is a fork of it. A run trains only
+while its process holds the run's own lock, so two submitters at once train each run once.
 """
 
 from __future__ import annotations
@@ -14,53 +14,47 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
-from types import FrameType
-from typing import Literal
+from types import FrameType, TracebackType
+from typing import Literal, Self
 
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
 from scaling.run.directory import LOG, RunDirectory
-from scaling.run.provenance import changed_files
-from scaling.spec import Placement
+from scaling.run.progress import ProgressReporter
 from scaling.training.pool import begin, device_slots, log_tail, note_kill, train_in_process
-from sweeps.live import Live
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+from sweeps.planning.retry import Retry, forget_divergence, placement_changed, retries
+from sweeps.planning.run_state import run_status
 
-Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
-"""Runs that ended badly, or were ended, and are to be tried again."""
-
-TRIES = 3
-"""Times that a run which was killed from outside is started in one call, before it counts as failed."""
+MAX_STARTS = 3
+"""Starts of a run in one call before a run that is killed from outside counts as failed."""
 
 GRACE_SECONDS = 60.0
-"""From the request to stop to the kill: a checkpoint is saved at the next step boundary."""
+"""Time between the request to stop and the kill; a checkpoint is saved at the next step boundary."""
 
 POLL_SECONDS = 0.5
 
-
-def retries(retry: Retry, what: Literal["failed", "diverged", "cancelled"]) -> bool:
-    """Whether runs of that kind are asked for."""
-    return retry in (what, "all")
+REFRESH_SECONDS = 2.0
+"""Time between two readings of the metrics of the runs that train."""
 
 
 class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one call did, by run id."""
+    """Outcome of one call, by run id."""
 
     plan: CampaignPlan
     """The plan with final ids: its data are prepared."""
     trained: tuple[str, ...]
-    """Came to their end in this call."""
+    """Runs that finished or diverged in this call."""
     present: tuple[str, ...]
-    """Were done before."""
+    """Runs that were done before."""
     failed: dict[str, str]
-    """Failed now or earlier, with the reason."""
+    """Runs that failed now or earlier, with the reason."""
     stopped: tuple[str, ...]
-    """Interrupted; the next call continues them."""
+    """Interrupted runs; the next call continues them."""
 
     @property
     def complete(self) -> bool:
@@ -69,7 +63,7 @@ class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Stop(BaseException):
-    """Asked to stop: Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM."""
 
 
 def run_local(
@@ -80,15 +74,15 @@ def run_local(
     order: Literal["cheap", "expensive"] = "cheap",
     progress: bool | None = None,
 ) -> LocalOutcome:
-    """Train what is missing; leave alone what is done, and what failed under the placement that it has now.
+    """Train the missing runs of a plan, except those that failed under their present placement.
 
     Args:
-        plan: Its data are prepared first if need be.
-        workers: Runs at the same time; by default as many as the processors allow at each run's threads. Runs that may
-            use GPUs are at most ``runs_per_gpu`` on each of them.
-        retry: Which runs are tried again although they failed or diverged.
+        plan: The plan; its data are prepared first if necessary.
+        workers: Runs at the same time; by default as many as the processors allow at each run's threads. Runs on GPUs
+            are at most ``runs_per_gpu`` on each of them.
+        retry: Which failed or diverged runs are tried again.
         order: Whether the cheapest runs go first.
-        progress: Bars (True), a line a minute (False), or what the output is fit for (None).
+        progress: A bar (True), nothing (False), or what the output is fit for (None).
 
     Raises:
         UserError: The data cannot be prepared, or there are no workers.
@@ -98,19 +92,68 @@ def run_local(
     plan = with_data(plan, progress=progress)
     plan.write()
     runs = sorted(plan.distinct(), key=lambda run: run.spec.budget.flops, reverse=order == "expensive")
-    campaign = _Campaign(plan, runs, retry)
-    if campaign.waiting:
-        threads = max(table.threads for table in plan.placements.values())
+    executor = _LocalExecutor(plan, runs, retry)
+    if executor.waiting:
+        threads = max(placement.threads for placement in plan.placements.values())
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
-        campaign.slots = _slots(plan)
-        workers = min(workers, len(campaign.slots) or workers)
-        with Live(plan, progress=progress) as live, _threads(threads), _stop_signals():
-            campaign.work(workers, live)
-    return campaign.outcome()
+        executor.slots = _slots(plan)
+        workers = min(workers, len(executor.slots) or workers)
+        with CampaignProgress(plan, progress) as shown, _threads(threads), _stop_signals():
+            executor.work(workers, shown)
+    return executor.outcome()
 
 
-class _Campaign:
-    """What is waiting, what trains, and what became of the rest."""
+class CampaignProgress:
+    """Context manager that shows the progress of the runs that train, and of all runs together by their FLOPs."""
+
+    def __init__(self, plan: CampaignPlan, progress: bool | None) -> None:
+        self.plan = plan
+        self.flops = {run.id: run.spec.budget.flops for run in plan.distinct()}
+        self.reporter = ProgressReporter(plan.campaign.name, total=1.0, bar=progress)
+        self._active: dict[str, PlannedRun] = {}
+        self._refresh_at = 0.0
+
+    def __enter__(self) -> Self:
+        self.reporter.__enter__()
+        self.reporter.update(0.0, state="loading the training code")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reporter.__exit__(kind, error, trace)
+
+    def update(self, active: Sequence[PlannedRun], *, waiting: Sequence[PlannedRun]) -> None:
+        """Show shares and losses; called often, it reads the metrics every `REFRESH_SECONDS`."""
+        now_active = {run.id: run for run in active}
+        for run in [run for run in self._active.values() if run.id not in now_active]:
+            last = run_status(self.plan, run)
+            loss = "" if last.loss is None else f", loss {last.loss:.3f}"
+            self.reporter.remove_part(f"{run.arm} {run.cell}")
+            self.say(f"{run.arm} {run.cell} {last.state} at {last.share:.0%}{loss}")
+        self._active = now_active
+        if time.monotonic() < self._refresh_at:
+            return
+        self._refresh_at = time.monotonic() + REFRESH_SECONDS
+        left = {run.id: 1.0 for run in waiting}
+        for run in active:
+            now = run_status(self.plan, run)
+            left[run.id] = 1.0 - now.share
+            self.reporter.update_part(
+                f"{run.arm} {run.cell}", now.share, **({} if now.loss is None else {"loss": f"{now.loss:.3f}"})
+            )
+        done = sum(flops * (1.0 - left.get(run, 0.0)) for run, flops in self.flops.items())
+        state = {"state": "waiting for another submitter"} if waiting and not active else {}
+        ended = f"{len(self.flops) - len(left)} of {len(self.flops)} ended"
+        self.reporter.update(done / max(sum(self.flops.values()), 1), runs=ended, **state)
+
+    def say(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self.reporter.print(sentence)
+
+
+class _LocalExecutor:
+    """Runs of a plan that wait, those that train, and the outcome of the others."""
 
     def __init__(self, plan: CampaignPlan, runs: list[PlannedRun], retry: Retry) -> None:
         self.plan = plan
@@ -118,7 +161,7 @@ class _Campaign:
         self.active: dict[str, tuple[PlannedRun, ForkServerProcess]] = {}
         self.slots: list[str] = []
         self.slot_of: dict[str, str] = {}
-        self.tries: dict[str, int] = {}
+        self.starts = Counter[str]()
         self.present: list[str] = []
         self.trained: list[str] = []
         self.stopped: list[str] = []
@@ -137,15 +180,15 @@ class _Campaign:
             else:
                 self.waiting.append(run)
 
-    def work(self, workers: int, live: Live) -> None:
-        """Until nothing is left, or a stop is asked for."""
+    def work(self, workers: int, shown: CampaignProgress) -> None:
+        """Train until nothing is left or a stop is requested."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["scaling.training.loop"])
         try:
             while self.waiting or self.active:
                 while len(self.active) < workers and (run := self._next()) is not None:
                     directory = self.plan.directory(run)
-                    # Not earlier: the placement in a failed run's directory is the one under which it failed.
+                    # Not earlier: until here the directory holds the placement under which the run last failed.
                     try:
                         directory.create(run.spec, run.placement)
                     except OSError as error:
@@ -154,9 +197,8 @@ class _Campaign:
                     process = context.Process(target=train_in_process, args=(str(directory.path), self._slot(run)))
                     begin(process)
                     self.active[run.id] = run, process
-                    self.tries[run.id] = self.tries.get(run.id, 0) + 1
-                sentinels = [process.sentinel for _, process in self.active.values()]
-                if sentinels:
+                    self.starts[run.id] += 1
+                if sentinels := [process.sentinel for _, process in self.active.values()]:
                     connection.wait(sentinels, timeout=POLL_SECONDS)
                 else:
                     time.sleep(POLL_SECONDS)
@@ -164,36 +206,36 @@ class _Campaign:
                     if not process.is_alive():
                         del self.active[run.id]
                         self._ended(run, process.exitcode or 0)
-                live.update([run for run, _ in self.active.values()], waiting=self.waiting)
+                shown.update([run for run, _ in self.active.values()], waiting=self.waiting)
         except _Stop:
-            live.say("stopping at the next step; the same command continues from there")
+            shown.say("stopping at the next step; the same command continues from there")
         finally:
             self._stop()
 
     def _slot(self, run: PlannedRun) -> str | None:
-        """The GPU of a run: of those that are free, the first."""
+        """The GPU for a run: the least used one with a free slot."""
         taken = [self.slot_of[other] for other in self.active if other in self.slot_of]
         free = list((Counter(self.slots) - Counter(taken)).elements())
         if not free:
             return None
-        by_use = min(free, key=lambda slot: (taken.count(slot), self.slots.index(slot)))
-        self.slot_of[run.id] = by_use
-        return by_use
+        slot = min(free, key=lambda slot: (taken.count(slot), self.slots.index(slot)))
+        self.slot_of[run.id] = slot
+        return slot
 
     def _next(self) -> PlannedRun | None:
-        """The first waiting run that no other submitter is training; one that it has finished is taken off the list."""
+        """The first waiting run that may start; runs that another submitter has finished leave the list."""
         for run in list(self.waiting):
             state = self.plan.state(run)
             if state in ("finished", "diverged"):
                 self.waiting.remove(run)
                 self.present.append(run.id)
-            elif state != "running" and not self._is_to_come(run):
+            elif state != "running" and not self._must_wait(run):
                 self.waiting.remove(run)
                 return run
         return None
 
-    def _is_to_come(self, run: PlannedRun) -> bool:
-        """Whether a run that this one starts from, by its weights or as a branch, waits or trains now."""
+    def _must_wait(self, run: PlannedRun) -> bool:
+        """Whether a run that this one starts from, by its weights or as a branch, is not done yet."""
         return any(before in self.active for before in run.starts_from) or any(
             other.id in run.starts_from for other in self.waiting
         )
@@ -205,21 +247,21 @@ class _Campaign:
             self.trained.append(run.id)
         elif state == "failed":
             self.failed[run.id] = _reason(directory)
-        elif exit_code > 0:  # it ended before it could note why, and its log says so
+        elif exit_code > 0:  # it ended before it could record a reason; its log has one
             self.failed[run.id] = log_tail(directory)
             with contextlib.suppress(OSError):
                 directory.note("end", step=0, outcome="failed", reason=self.failed[run.id])
         elif exit_code < 0:
             reason = note_kill(directory, exit_code)
-            if self.tries[run.id] < TRIES:
+            if self.starts[run.id] < MAX_STARTS:
                 self.waiting.insert(0, run)
             else:
-                self.failed[run.id] = f"{reason}, {TRIES} times"
+                self.failed[run.id] = f"{reason}, {MAX_STARTS} times"
         else:
             self.stopped.append(run.id)
 
     def _stop(self) -> None:
-        """Ask what still trains to save and leave; kill what does not within `GRACE_SECONDS`."""
+        """Request a shutdown of the runs that train, and kill those that still run after `GRACE_SECONDS`."""
         processes = [process for _, process in self.active.values()]
         for process in processes:
             process.terminate()
@@ -245,75 +287,20 @@ class _Campaign:
 
 
 def _slots(plan: CampaignPlan) -> list[str]:
-    """GPUs by run that may be active; empty where none is wanted, none is there, or a run spreads over several."""
-    tables = plan.placements.values()
-    if all(table.device == "cpu" for table in tables) or any(table.devices > 1 for table in tables):
+    """GPUs, each as often as runs may share it; empty where runs use no GPU, or several."""
+    placements = plan.placements.values()
+    if all(table.device == "cpu" for table in placements) or any(table.devices > 1 for table in placements):
         return []
-    return device_slots(min(table.runs_per_gpu for table in tables))
+    return device_slots(min(table.runs_per_gpu for table in placements))
 
 
 def _reason(directory: RunDirectory) -> str:
     return directory.failure() or f"no reason was recorded; see {directory.path / LOG}"
 
 
-def placement_changed(directory: RunDirectory, placement: Placement) -> bool:
-    """Whether a run is to be executed otherwise than at its last attempt, so that what failed then may not fail now."""
-    try:
-        return directory.placement() != placement
-    except UserError:
-        return True
-
-
-def changed_code(plan: CampaignPlan) -> list[PlannedRun]:
-    """Runs that other code trained, as far as their records say, and all that start from one of them."""
-    found: dict[str, PlannedRun] = {}
-    before = -1
-    runs = [run for run in plan.distinct() if plan.directory(run).spec_file.exists()]
-    while len(found) > before:
-        before = len(found)
-        for run in runs:
-            record = plan.directory(run).record() if run.id not in found else None
-            if run.starts_from & found.keys() or (record is not None and changed_files(record.code)):
-                found[run.id] = run
-    return list(found.values())
-
-
-def set_aside(plan: CampaignPlan, runs: Iterable[PlannedRun]) -> list[Path]:
-    """Move the directories of runs to ``replaced/`` under the root, so that the runs are trained again.
-
-    A run that trains now stays.
-
-    Returns:
-        Where they are now.
-    """
-    moved = []
-    for run in runs:
-        directory = plan.directory(run)
-        with directory.claim(wait=False) as held:
-            if not held:
-                continue
-            folder = plan.root / "replaced"
-            folder.mkdir(exist_ok=True)
-            number = sum(1 for _ in folder.glob(f"{run.id}-*")) + 1
-            moved.append(directory.path.rename(folder / f"{run.id}-{number}"))
-    return moved
-
-
-def forget_divergence(directory: RunDirectory) -> None:
-    """Let a diverged run start anew; what it was stays beside, under another name."""
-    with directory.claim() as held:
-        if not held or not directory.record_file.exists():
-            return
-        number = sum(1 for _ in directory.path.glob("diverged-*.json")) + 1
-        for point in directory.checkpoints.glob("*"):
-            point.unlink()
-        directory.metrics_file.unlink(missing_ok=True)
-        directory.record_file.rename(directory.path / f"diverged-{number}.json")
-
-
 @contextlib.contextmanager
 def _threads(threads: int) -> Iterator[None]:
-    """OpenMP is told its threads when it is loaded, which the fork server does; so the environment says it first."""
+    """Start the fork server with this many OpenMP threads: OpenMP reads the environment once, when it is loaded."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, str(threads)))

@@ -292,7 +292,7 @@ def test_plan_of_moonlight_is_table_2_to_every_printed_digit(
                 row["width"],
                 row["tokens"],
                 row["peak_lr"],
-                row["batch_windows"],
+                row["batch_sequences"],
             )
             for row in of_arm
         ] == [

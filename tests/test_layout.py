@@ -19,7 +19,7 @@ ORDER = {
         *("schedule", "run", "data.sources", "data", "export", "evaluation"),
         *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
     ),
-    "sweeps": ("config", "planning", "live", "local", "slurm", "tuning", "reporting"),
+    "sweeps": ("config", "planning", "local", "slurm", "tuning", "reporting"),
     "analysis": (
         *("data", "fitting", "moonlight", "uncertainty", "ratio"),
         *("single_arm", "power", "audit", "figures", "reporting"),

@@ -49,7 +49,7 @@ class Plan(OnCampaign):
     """Print rows for machines instead of the table."""
 
     def run(self) -> None:
-        """Print the plan and write plan.jsonl."""
+        """Print the plan and write plan.jsonl, which `submit` executes."""
         from sweeps.planning.branches import saved_flops
         from sweeps.planning.cost import outlook
         from sweeps.reporting import plan_table
@@ -138,15 +138,15 @@ class Submit(OnCampaign):
             return
         from sweeps.local import run_local
 
-        outcome = run_local(self.planned(), workers=self.workers, retry=self.retry, order=self.order)
+        outcome = run_local(self.recorded(), workers=self.workers, retry=self.retry, order=self.order)
         report_outcome(outcome)
         self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
             sys.exit(1)
 
     def _set_aside(self) -> None:
-        from sweeps.local import changed_code, set_aside
         from sweeps.planning.plan import with_data
+        from sweeps.planning.retry import changed_code, set_aside
 
         plan = self.planned() if self.dry_run else with_data(self.planned())
         runs = changed_code(plan)
@@ -161,7 +161,7 @@ class Submit(OnCampaign):
         from sweeps.slurm.submit import submit_slurm
 
         submission = submit_slurm(
-            self.planned(),
+            self.recorded(),
             retry=self.retry,
             order=self.order,
             dry_run=self.dry_run,
@@ -267,7 +267,7 @@ def report_outcome(outcome: LocalOutcome) -> None:
     for line in reasons((run, "failed", reason) for run, reason in outcome.failed.items()):
         print(plain(f"  {line}"))
     if outcome.failed:
-        print(f"  Failed runs are tried again by {RETRY_FAILED}")
+        print(f"  To train failed runs again: {RETRY_FAILED}")
     for line in _other_code(outcome.plan, outcome.present):
         print(plain(f"  {line}"))
 

@@ -65,6 +65,15 @@ class OnCampaign:
 
         return plan(self.loaded(hyperparameters=hyperparameters), self.root)
 
+    def recorded(self) -> CampaignPlan:
+        """The runs of plan.jsonl; made anew, with a sentence, if the campaign was not planned as it is now."""
+        from sweeps.planning.plan import recorded_plan
+
+        plan, note = recorded_plan(self.loaded(), self.root)
+        if note:
+            print(plain(note))
+        return plan
+
 
 @dataclass(frozen=True)
 class OnRun:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
 from scaling.errors import ConfigError, unknown_name
-from scaling.io import NonNegativeFloat, Sequences, Small, Strict
+from scaling.io import NonNegativeFloat, Small, Strict
+from scaling.spec import ExecutionConfig
 from sweeps.config.toml import QUOTED, as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
@@ -108,7 +109,7 @@ class SlurmConfig(Strict, frozen=True):
         return self.nodes * self.tasks_per_node
 
 
-class PlacementConfig(Strict, frozen=True):
+class PlacementConfig(ExecutionConfig, frozen=True):
     """Where and how runs execute; ``[placement.rungs."NAME"]`` replaces single fields for one rung.
 
     Raises:
@@ -117,26 +118,9 @@ class PlacementConfig(Strict, frozen=True):
 
     data: str | None = None
     """Folder of prepared token shards; by default the one under the run root that belongs to ``[data]``."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Small = 1
-    """CPU threads of one run."""
-    micro_batch: Sequences | None = None
-    """Most windows of one forward pass: the plan takes the largest part of a batch that divides it; else all at once."""
-    compile: bool = False
-    graphs: bool = False
-    """With ``compile``: CUDA graphs for models small enough that launches bound their step."""
-    devices: Small = 1
-    """Devices of one machine that share a run, a process each; in a SLURM job as many as its tasks."""
     runs_per_gpu: Small = 1
-    """Runs of one device each that share a GPU at the same time, of this machine or of a SLURM job, which then has so
-    many runs for each of its GPUs, or in all where it has none; small models do not fill one."""
-    strategy: Literal["ddp", "fsdp2", "zero1"] = "ddp"
-    """With several devices: each keeps all weights, a share of them (``fsdp2``), or all weights and a share of the
-    momentum (``zero1``: Moonlight's Algorithm 1)."""
-    recompute: bool = False
-    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
-    checkpoint_seconds: NonNegativeFloat = 30.0
-    """Seconds between checkpoints: what a kill can cost."""
+    """Single-device runs that share a GPU at the same time; small models do not fill one. A SLURM job then has this many
+    runs for each of its GPUs, or in total if it has none."""
     accelerator: str = "cpu"
     """Row of `PEAKS`, for predicting hours before any run was measured."""
     utilisation: Annotated[float, msgspec.Meta(ge=1e-6, le=1.0)] = 0.4

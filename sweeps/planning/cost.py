@@ -153,7 +153,7 @@ def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> 
         speed, source = fitted
         seconds = run.spec.budget.tokens * speed.seconds_per_token(work_of(run.spec)) / devices
         return cost(seconds / 3600, "fitted", f"{speed}, from {source}")
-    return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", assumption(table))
+    return cost(work / (peak * table.utilisation) / devices / 3600, "assumed", f"assumed: {assumption(table)}")
 
 
 class Work(NamedTuple):
@@ -259,10 +259,10 @@ def slots(table: PlacementConfig) -> int:
 
 
 def assumption(table: PlacementConfig) -> str:
-    """What a prediction rests on while nothing was measured."""
+    """The assumed speed of a device, in words."""
     return (
-        f"assumed: {table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}"
-        f" (FLOPs with head and causal attention)"
+        f"{table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}, for FLOPs with head "
+        "and causal attention"
     )
 
 
@@ -297,12 +297,12 @@ def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]
     return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
 
 
-def tuning_hours(plan: CampaignPlan, costs: dict[str, Cost]) -> list[tuple[float, PlacementConfig]]:
+def tuning_hours(plan: CampaignPlan, costs: Mapping[str, Cost]) -> list[tuple[float, PlacementConfig]]:
     """GPU-hours and placement of each study of ``[tune]``, with every trial counted at full length.
 
     Args:
         plan: The plan of a campaign, with or without ``[tune]``.
-        costs: Predicted time of every run, by id, as from `plan_costs`.
+        costs: Predicted time of every run, by id.
     """
     table = plan.campaign.tune
     if table is None:

@@ -1,12 +1,11 @@
-"""Campaign -> runs: what is wished for, where each run lives, and what the disk already holds.
+"""The plan of a campaign: its runs with their specs and placements, made from the campaign or read from plan.jsonl.
 
-A plan trains nothing and spends nothing. It refuses what can be known beforehand: impossible shapes, budgets that the
-text does not hold, a vocabulary that does not fit.
+Planning trains nothing. It refuses every fault that can be known beforehand: impossible shapes, budgets that exceed the
+data, a vocabulary smaller than the tokenizer's.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,32 @@ from scaling.data.prepare import at_most, default_folder, prepare, prepared
 from scaling.data.shards import Manifest, manifest_hash, read_manifest
 from scaling.errors import ConfigError
 from scaling.flops import count_parameters, train_flops
-from scaling.io import Strict, write_lines
+from scaling.io import Strict
 from scaling.models.registry import check_family, check_upcycled
 from scaling.optim.registry import check_strategy, complete
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunState
-from scaling.spec import Budget, DataSpec, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
+from scaling.spec import Budget, DataSpec, ExecutionConfig, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
 from sweeps.config.toml import as_value, located
 from sweeps.planning.branches import branched
 from sweeps.planning.ladder import Rung, peak_lr, rungs_of
+from sweeps.planning.plan_file import PlanSources, code_digest, digest, read_plan, write_plan
 from sweeps.planning.tuned_settings import refuse_foreign, refuse_untuned, settled, with_settings
 
-MOST_RUNS = 100_000
-"""Of one campaign: each is kept in memory, and is a directory."""
+MAX_RUNS = 100_000
+"""Runs of one campaign: each takes memory and a directory."""
 
 
 class PlannedRun(Strict, frozen=True):
-    """One line of plan.jsonl. The run's state is not in it: that is read from the run's own files."""
+    """One line of plan.jsonl. It has no state: the state of a run follows from the files in its directory."""
 
     campaign: str
     arm: str
     rung: str
     cell: str
-    """Rung and seed; the arms of one cell see the same tokens in the same order and are compared pairwise."""
+    """Rung and seed; the arms of a cell train on the same tokens in the same order and are compared pairwise."""
     seed: int
     id: str
     spec: RunSpec
@@ -49,18 +49,18 @@ class PlannedRun(Strict, frozen=True):
 
     @property
     def parameters(self) -> int:
-        """Weights of the blocks: the papers' N."""
+        """Parameters of the blocks: the papers' N."""
         return count_parameters(self.spec.model).blocks
 
     @property
     def starts_from(self) -> frozenset[str]:
-        """Runs that this one starts from, by their weights or as a branch of their course."""
-        initial = self.spec.warm_start.run if self.spec.warm_start else None
-        return frozenset(other for other in (initial, self.spec.branch_of) if other is not None)
+        """Ids of the runs that this one starts from, by their weights or as a branch."""
+        parent = self.spec.warm_start.run if self.spec.warm_start else None
+        return frozenset(other for other in (parent, self.spec.branch_of) if other is not None)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The columns that say in every table which run a row is of."""
+        """The columns that identify a run in every table."""
         return {
             "campaign": self.campaign,
             "arm": self.arm,
@@ -74,7 +74,7 @@ class PlannedRun(Strict, frozen=True):
 class CampaignPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The runs of a campaign, under one root folder.
 
-    The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that wish for
+    The root holds ``data/`` (token shards), ``runs/<id>/`` (one directory a run, shared by all campaigns that request
     it), ``replaced/`` (directories of runs that were trained again) and ``results/<campaign>/`` (plan, tables, report).
     """
 
@@ -87,83 +87,118 @@ class CampaignPlan(msgspec.Struct, frozen=True, kw_only=True):
     data: Path
     """Folder of the token shards."""
     manifest: Manifest | None
-    """None while the data are not prepared; the ids are provisional then, for a run's id says which tokens it sees."""
+    """None while the data are not prepared; ids are provisional then, because a run's id includes a hash of its data."""
 
     @property
     def results(self) -> Path:
-        """Folder of what the campaign leaves: plan, tables, report."""
+        """Folder of the campaign's plan, tables and report."""
         return self.root / "results" / self.campaign.name
 
     @property
     def file(self) -> Path:
-        """plan.jsonl."""
+        """Path of plan.jsonl."""
         return self.results / "plan.jsonl"
 
     @property
     def provisional(self) -> bool:
-        """Whether ids will change once the data are prepared."""
+        """True while the data are not prepared: ids will change."""
         return self.manifest is None
 
     def directory(self, run: PlannedRun) -> RunDirectory:
-        """Where a run lives."""
+        """The directory of a run."""
         return RunDirectory(self.root / "runs" / run.id)
 
     def state(self, run: PlannedRun) -> RunState:
-        """What the run's files say now."""
+        """State of a run, from its files."""
         return self.directory(run).state()
 
     def distinct(self) -> list[PlannedRun]:
-        """Runs without repetition: two arms that wish for the same run share it."""
+        """Runs without repetition: two arms that request the same run share it."""
         return list({run.id: run for run in self.runs}.values())
 
     def write(self) -> Path:
-        """plan.jsonl, written anew."""
-        write_lines(self.file, self.runs)
+        """Record the plan in plan.jsonl; its path."""
+        write_plan(self.file, self.campaign.file, self._sources(), self.runs)
         return self.file
+
+    def _sources(self) -> PlanSources:
+        return PlanSources(
+            campaign=self.campaign.identity,
+            settings=digest([self.campaign.settings, self.campaign.untuned]),
+            placement=digest([self.placements, str(self.data)]),
+            data=None if self.manifest is None else manifest_hash(self.manifest),
+            code=code_digest(),
+        )
 
 
 def plan(campaign: Campaign, root: Path | str) -> CampaignPlan:
     """The runs that a campaign requests.
 
     Args:
-        campaign: As `load_campaign` gives it.
+        campaign: A campaign from `load_campaign`.
         root: Folder for data, runs and results; need not exist.
 
     Raises:
-        ConfigError: A run cannot be as it is wished for; the sentence names file, rung and arm.
+        ConfigError: A run is impossible; the sentence names file, rung and arm.
     """
+    empty = _without_runs(campaign, root)
+    return msgspec.structs.replace(empty, runs=_runs(empty))
+
+
+def recorded_plan(campaign: Campaign, root: Path | str) -> tuple[CampaignPlan, str]:
+    """The plan that ``submit`` executes: plan.jsonl if it is up to date, else a new plan.
+
+    Returns:
+        The plan, and why plan.jsonl was not used: a sentence, empty if it was used.
+
+    Raises:
+        ConfigError: As `plan`; or plan.jsonl was edited.
+    """
+    empty = _without_runs(campaign, root)
+    found, why = read_plan(empty.file, empty._sources(), PlannedRun)
+    return msgspec.structs.replace(empty, runs=_runs(empty) if found is None else tuple(found)), why
+
+
+def _without_runs(campaign: Campaign, root: Path | str) -> CampaignPlan:
+    """A plan with everything but its runs: settings, rungs, placements and data."""
     root = Path(root).resolve()
     campaign = with_settings(campaign, root)
     rungs = rungs_of(campaign)
     count = len(campaign.arms) * sum(len(rung.seeds) for rung in rungs)
-    if count > MOST_RUNS:
+    if count > MAX_RUNS:
         raise ConfigError(
-            f"{campaign.file}: rungs, arms and seeds make {count:,} runs; a campaign has at most {MOST_RUNS:,}. Divide it."
+            f"{campaign.file}: rungs, arms and seeds make {count:,} runs; a campaign has at most {MAX_RUNS:,}. Divide it."
         )
-    tables = campaign.placement_of([rung.name for rung in rungs])
-    data, manifest = _data(campaign, root, tables)
+    placements = campaign.placement_of([rung.name for rung in rungs])
+    data, manifest = _data(campaign, root, placements)
     _check_data(campaign, manifest, rungs)
-    digest = manifest_hash(manifest) if manifest is not None else None
-    runs: list[PlannedRun] = []
-    for rung in rungs:
-        for seed in rung.seeds:
-            cell: dict[str, str] = {}
-            for arm in campaign.arms:
-                runs.append(_run(campaign, arm, rung, seed, tables[rung.name], data, digest, cell))
-                cell[arm.name] = runs[-1].id
-    if campaign.schedule.branches:
-        runs = branched(runs)
-    if manifest is not None and not campaign.untuned:
-        refuse_foreign(campaign, root, runs)
     return CampaignPlan(
         campaign=campaign,
         root=root,
-        runs=tuple(runs),
+        runs=(),
         rungs=tuple(rungs),
-        placements=tables,
+        placements=placements,
         data=data,
         manifest=manifest,
     )
+
+
+def _runs(plan: CampaignPlan) -> tuple[PlannedRun, ...]:
+    """Every arm at every rung and seed."""
+    campaign = plan.campaign
+    manifest = manifest_hash(plan.manifest) if plan.manifest is not None else None
+    runs: list[PlannedRun] = []
+    for rung in plan.rungs:
+        for seed in rung.seeds:
+            cell: dict[str, str] = {}
+            for arm in campaign.arms:
+                runs.append(_run(campaign, arm, rung, seed, plan.placements[rung.name], plan.data, manifest, cell))
+                cell[arm.name] = runs[-1].id
+    if campaign.schedule.branches:
+        runs = branched(runs)
+    if plan.manifest is not None and not campaign.untuned:
+        refuse_foreign(campaign, plan.root, runs)
+    return tuple(runs)
 
 
 def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementConfig]) -> tuple[Path, Manifest | None]:
@@ -185,7 +220,7 @@ def _data(campaign: Campaign, root: Path, tables: dict[str, PlacementConfig]) ->
 
 
 def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[Rung]) -> None:
-    """Refuse runs that the data cannot serve; of data that are not prepared, by what the sizes of files say."""
+    """Refuse runs that need more data than there are; the size of unprepared data is bounded by the sizes of files."""
     if campaign.evaluation.tokens < campaign.model.context:
         raise ConfigError(
             f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, less than one sequence of context "
@@ -214,7 +249,7 @@ def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[R
     for rung in rungs:
         if rung.tokens > train:
             raise ConfigError(
-                f'{campaign.file}, rung "{rung.name}": wants {rung.tokens:,} tokens, and the training set {holds} '
+                f'{campaign.file}, rung "{rung.name}": trains on {rung.tokens:,} tokens, and the training set {holds} '
                 f"{train:,}. Add text, shorten the run, or set repeat = true in [data]."
             )
 
@@ -229,7 +264,7 @@ def _run(
     manifest: str | None,
     cell: dict[str, str],
 ) -> PlannedRun:
-    training, wished = campaign.training, campaign.schedule
+    training, schedule = campaign.training, campaign.schedule
     with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
         shape = arm.shape_of(rung.shape)
         check_family(shape)
@@ -248,10 +283,10 @@ def _run(
                 )
             ),
             schedule=Schedule(
-                kind=wished.kind,
-                warmup_tokens=round(wished.warmup * rung.tokens),
-                final_fraction=wished.final_fraction,
-                decay_tokens=None if wished.decay is None else round(wished.decay * rung.tokens),
+                kind=schedule.kind,
+                warmup_tokens=round(schedule.warmup * rung.tokens),
+                final_fraction=schedule.final_fraction,
+                decay_tokens=None if schedule.decay is None else round(schedule.decay * rung.tokens),
             ),
             data=DataSpec(source=campaign.data.source, manifest=manifest, repeat=campaign.data.repeat),
             evaluation=campaign.evaluation,
@@ -266,20 +301,11 @@ def _run(
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
         check_strategy(spec.optimizer, table.strategy)
-    # What rules and products gave is checked as what a file says: a spec that is planned can be read again.
+    # Values from rules and products get the checks of values from a file, so that a planned spec can be read again.
     as_value(msgspec.to_builtins(spec), RunSpec, where=f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"')
-    placement = Placement(
-        data=str(data),
-        device=table.device,
-        threads=table.threads,
-        micro_batch=micro_batch(spec, table.micro_batch),
-        compile=table.compile,
-        graphs=table.graphs,
-        checkpoint_seconds=table.checkpoint_seconds,
-        devices=table.devices,  # in a SLURM job as many as its tasks: `sweeps.slurm.submit.job_placement`
-        strategy=table.strategy,
-        recompute=table.recompute,
-    )
+    shared = {name: getattr(table, name) for name in ExecutionConfig.__struct_fields__}
+    # `devices` of a SLURM job are set when its batch script is written (`sweeps.slurm.sbatch.job_placement`).
+    placement = Placement(data=str(data), **(shared | {"micro_batch": micro_batch(spec, table.micro_batch)}))
     return PlannedRun(
         campaign=campaign.name,
         arm=arm.name,
@@ -293,26 +319,21 @@ def _run(
 
 
 def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
-    """The largest part of a batch that is not above `at_most` windows and divides it."""
-    windows = spec.batch_tokens // spec.model.context
-    if at_most is None or at_most >= windows:
+    """The largest divisor of a batch's sequences that is not above `at_most`; None for the whole batch."""
+    sequences = spec.batch_tokens // spec.model.context
+    if at_most is None or at_most >= sequences:
         return None
-    return next(part for part in range(at_most, 0, -1) if windows % part == 0)
+    return next(part for part in range(at_most, 0, -1) if sequences % part == 0)
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:
-    """The plan with its data prepared, and so with final ids; the same plan where they are.
+    """The plan with prepared data, and so with final ids; the same plan if its data are prepared.
 
     Raises:
-        ConfigError: The text or the tokenizer cannot be used, or does not hold what the rungs want.
+        ConfigError: The text or the tokenizer cannot be used, or the text is shorter than the rungs need.
     """
     refuse_untuned(planned.campaign)
     if not planned.provisional:
         return planned
     prepare(planned.campaign.data, planned.data, progress=progress)
     return plan(planned.campaign, planned.root)
-
-
-def count_states(planned: CampaignPlan) -> Counter[RunState]:
-    """How many distinct runs are in each state."""
-    return Counter(planned.state(run) for run in planned.distinct())

@@ -20,8 +20,8 @@ from scaling.run.record import RunRecord
 from scaling.training.warm_start import charged_parents
 from sweeps.config.campaign import IDENTITY, Collected
 from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.planning.run_state import status_and_record
 from sweeps.planning.tuned_settings import refuse_untuned
-from sweeps.reporting.status import status_and_record
 
 if TYPE_CHECKING:
     import pandas as pd

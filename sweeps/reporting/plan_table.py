@@ -1,4 +1,4 @@
-"""A plan as rows for machines and as a table for people, with predicted time, cost, and what both rest on."""
+"""``scaling plan``: a plan as rows of plain values and as a table, with predicted time and cost and their basis."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def plan(planned: CampaignPlan) -> None:
 
 
 def groups(planned: CampaignPlan) -> None:
-    """Print which parameters each arm's optimizer gets, and by which rule, for every different model and arm.
+    """Print the algorithm of each parameter and the rule that assigns it, for every arm.
 
-    The first block stands for the others, which are like it.
+    Only the first block is shown; the other blocks are like it.
     """
     import torch
 
@@ -72,13 +72,13 @@ def groups(planned: CampaignPlan) -> None:
 
 
 def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str, Any]]:
-    """The plan as plain values, one row a run; what ``--json`` prints.
+    """The plan as plain values, one row a run: the output of ``--json``.
 
-    Counts and rates are exact; ``printed`` holds what a paper prints for the rung, as strings.
+    Counts and rates are exact; ``printed`` holds the values that a paper prints for the rung, as strings.
 
     Args:
         plan: The plan.
-        seen: Its `outlook`, where it was read already.
+        seen: Its `outlook`, if it was read before.
     """
     seen = seen or outlook(plan)
     printed = {rung.name: rung.printed for rung in plan.rungs}
@@ -101,7 +101,7 @@ def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str,
             "flops_attention": train_flops(spec.model, spec.budget.tokens, "attention"),
             "optimizer_flops": run_optimizer_flops(spec),
             "batch_tokens": spec.batch_tokens,
-            "batch_windows": spec.batch_tokens // spec.model.context,
+            "batch_sequences": spec.batch_tokens // spec.model.context,
             "optimizer": spec.optimizer.name,
             "peak_lr": spec.optimizer.peak_lr,
             "weight_decay": spec.optimizer.weight_decay,
@@ -117,12 +117,12 @@ def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str,
 def plan_totals(
     plan: CampaignPlan, seen: Outlook | None = None, *, shares: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Sums over the campaign's distinct runs: how many, FLOPs, hours, and what is left of them.
+    """Sums over the campaign's distinct runs: number, FLOPs, hours and the remaining hours.
 
     Args:
         plan: The plan.
-        seen: Its `outlook`, where it was read already.
-        shares: Done share of runs by id; without it a run that has not ended counts as not begun.
+        seen: Its `outlook`, if it was read before.
+        shares: Completed share of runs by id; without it a run that has not ended counts as not started.
     """
     seen, shares = seen or outlook(plan), shares or {}
     states, costs = seen.states, seen.costs
@@ -154,19 +154,19 @@ def plan_totals(
 
 
 MAX_RECORDS_FOR_STATUS = 200
-"""Runs of a campaign up to which `to_go` reads the records of other campaigns under the root."""
+"""Size of a campaign up to which `remaining_cost` reads the records of other campaigns under the root."""
 
 
-def to_go(
+def remaining_cost(
     plan: CampaignPlan, states: dict[str, RunState], *, shares: Mapping[str, float], speeds: Mapping[str, float]
 ) -> list[str]:
-    """Time and money that a campaign still needs, in a sentence; nothing where all is done.
+    """A sentence on the time and money that a campaign still needs; none if all runs are done.
 
     Args:
         plan: The plan.
-        states: Of its runs, by id.
-        shares: Done share of its runs.
-        speeds: Tokens per second of its runs that are done or under way: they come before any assumption.
+        states: State of each run, by id.
+        shares: Completed share of each run, by id.
+        speeds: Tokens per second of runs that are done or under way, by id; they replace assumed speeds.
     """
     measured = measured_runs(records_under(plan.root)) if len(plan.runs) <= MAX_RECORDS_FOR_STATUS else {}
     for run in plan.distinct():
@@ -177,16 +177,25 @@ def to_go(
     totals = plan_totals(plan, Outlook(states=states, costs=_costs(plan, measured)), shares=shares)
     if not totals["hours_left"]:
         return []
-    left = f"{hours_text(totals['hours_left'])} of training to go"
-    wait = f"{hours_text(totals['wall_hours_left'])} to wait at {totals['runs_at_once']} at once"
-    basis = "assumed speed" if "assumed" in totals["bases_left"] else "from the measured speed of runs"
-    whole = [f"price of the whole {totals['price']:,.2f}"] if totals["price"] is not None else []
-    whole += [f"{totals['kilowatt_hours']:,.3g} kWh" if totals["kilowatt_hours"] is not None else ""]
-    return ["; ".join(part for part in (left, wait, *whole) if part) + f" ({basis})."]
+    basis = "assumed" if "assumed" in totals["bases_left"] else "measured"
+    parts = [f"{hours_text(totals['hours_left'])} of training left at {basis} speed", _wait(totals), *_money(totals)]
+    return ["; ".join(parts) + "."]
+
+
+def _wait(totals: dict[str, Any]) -> str:
+    at_once = totals["runs_at_once"]
+    together = "one run at a time" if at_once == 1 else f"{at_once} runs at a time"
+    return f"{hours_text(totals['wall_hours_left'])} to wait with {together}"
+
+
+def _money(totals: dict[str, Any]) -> list[str]:
+    price, energy = totals["price"], totals["kilowatt_hours"]
+    parts = [f"{price:,.2f} in all"] if price is not None else []
+    return parts + ([f"{energy:,.3g} kWh in all"] if energy is not None else [])
 
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
-    """Hours times a rate, summed; None unless every part has one."""
+    """Sum of hours times rates; None unless every part has a rate."""
     known = list(parts)
     if any(rate is None for _, rate in known):
         return None
@@ -206,7 +215,7 @@ MAX_ROWS = 300
 
 
 def plan_table(plan: CampaignPlan) -> RenderableType:
-    """The plan as a table with its totals, and what the hours rest on."""
+    """The plan as a table, with its totals and the basis of its times."""
     seen = outlook(plan)
     rows = plan_rows(plan, seen)
     printed = any(row["printed"] for row in rows)
@@ -216,13 +225,13 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
         table.add_column(name, no_wrap=True)
     for name in ("N", "D", "C", "batch", "peak LR", "steps", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    # A fresh plan fits a terminal of 80 columns without a column that says "planned" in every row.
+    # Without a column of "planned" in every row, a new plan fits a terminal of 80 columns.
     states = any(row["state"] != "planned" for row in rows)
     if states:
         table.add_column("state", no_wrap=True)
     seeds = len({row["seed"] for row in rows}) > 1
     for row in rows[:MAX_ROWS]:
-        windows = f" = {row['batch_windows']}x{row['shape']['context']}" if printed else ""
+        sequences = f" = {row['batch_sequences']}x{row['shape']['context']}" if printed else ""
         table.add_row(
             row["arm"],
             row["cell"] if seeds else row["rung"],
@@ -230,7 +239,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
             row["parameters_text"] if row["parameters"] >= 1e8 else human(row["parameters"]),
             f"{row['tokens'] / 1e9:.2f}B" if row["tokens"] >= 1e9 else human(row["tokens"]),
             f"{row['flops']:.2e}".replace("e+", "e"),
-            f"{row['batch_tokens']:,}{windows}",
+            f"{row['batch_tokens']:,}{sequences}",
             rate_text(row["peak_lr"]),
             f"{row['steps']:,}",
             hours_text(row["hours"]),
@@ -240,43 +249,26 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     return Group(table, *map(Text, more), Text(), *(Text(line) for line in _notes(plan, seen)))
 
 
-def _beside(plan: CampaignPlan) -> str:
-    """What 6ND leaves out, as shares of it over the runs."""
+def _other_flops(plan: CampaignPlan) -> str:
+    """A sentence on the FLOPs that 6ND leaves out, as shares of 6ND."""
 
     def span(shares: Iterable[float]) -> str:
-        ends = [f"{end:.2g} %" if end < 10 else f"{end:.0f} %" for end in _ends(100 * share for share in shares)]
+        known = sorted(100 * share for share in shares)
+        ends = [f"{end:.2g} %" if end < 10 else f"{end:.0f} %" for end in (known[0], known[-1])]
         return " to ".join(dict.fromkeys(ends))
 
     attention = span(
         train_flops(run.spec.model, 1, "attention") / train_flops(run.spec.model, 1) - 1 for run in plan.runs
     )
     optimizers = ", ".join(
-        f"{arm.name} {span(run_optimizer_flops(r.spec) / r.spec.budget.flops for r in plan.runs if r.arm == arm.name)}"
+        f"{span(run_optimizer_flops(r.spec) / r.spec.budget.flops for r in plan.runs if r.arm == arm.name)} ({arm.name})"
         for arm in plan.campaign.arms
     )
-    return f"Beside 6ND: head and causal attention {attention}; matrix products of the optimizer: {optimizers}."
-
-
-def _ends(values: Iterable[float]) -> tuple[float, float]:
-    known = sorted(values)
-    return known[0], known[-1]
-
-
-def _spending(totals: dict[str, Any], *, cuda: bool) -> str:
-    """Device time, waiting time, money and energy in a sentence."""
-    parts = [f"{totals['gpu_hours']:,.3g} {'GPU-hours' if cuda else 'hours of runs'}"]
-    if totals["tuning_gpu_hours"]:
-        parts[0] += f", {totals['tuning_gpu_hours']:,.3g} of them for tuning"
-    parts.append(f"{hours_text(totals['wall_hours_left'])} to wait at {totals['runs_at_once']} at once, tuning aside")
-    if totals["price"] is not None:
-        parts.append(f"price {totals['price']:,.2f}")
-    if totals["kilowatt_hours"] is not None:
-        parts.append(f"{totals['kilowatt_hours']:,.3g} kWh")
-    return "; ".join(parts) + "."
+    return f"Not counted in 6ND: head and causal attention {attention}; the optimizer's matrix products {optimizers}."
 
 
 def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
-    """What the times rest on, with the arms and the number of runs of each basis where there are several."""
+    """Sentences on the basis of the predicted times, each with its arms and number of runs if there are several."""
     runs = [run for run in plan.distinct() if seen.states[run.id] not in ("finished", "diverged")]
     found: dict[Basis, list[str]] = {}
     for run in runs:
@@ -286,11 +278,11 @@ def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
         which = "Times" if len(found) == 1 else f"Times of {len(arms)} runs ({', '.join(dict.fromkeys(arms))})"
         if basis == "assumed":
             kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
-            lines += [f"{which} are {kind}." for kind in kinds]
+            lines += [f"{which} assume {kind}." for kind in kinds]
         elif basis != "itself":
             source = {
                 "like": "finished runs of the same shape and optimizer",
-                "fitted": "what layers, activations and matrix products took in finished runs of other sizes or optimizers",
+                "fitted": "a fit to finished runs of other sizes or optimizers",
             }
             lines.append(f"{which} come from {source[basis]}.")
     return lines
@@ -300,7 +292,7 @@ RERUN = "--rerun changed-code"
 
 
 def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) -> list[str]:
-    """Sentences on runs that other code trained than the code that runs now, equal cases together.
+    """Sentences on runs that were trained by other code than the present one, equal cases together.
 
     Args:
         trained_by: Commit and changed files of each run (`scaling.run.provenance.changed_files`).
@@ -311,7 +303,7 @@ def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) 
         named = f"commit {commit[:10]}" if commit else "unknown commit"
         if files is None:
             lines.append(
-                f"{runs} recorded without hashes of the code ({named}), so whether this code trained them is not known."
+                f"{runs} recorded without hashes of the code ({named}), so it is unknown whether this code trained them."
             )
         elif files:
             shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
@@ -319,30 +311,36 @@ def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) 
                 f"{len(files)} file{'' if len(files) == 1 else 's'} differ{'s' if len(files) == 1 else ''} ({shown})"
             )
             lines.append(
-                f"{runs} trained by other code than this: {named}, {differ}. To train again, submit with {RERUN}; "
-                "the old run directories are kept."
+                f"{runs} trained by other code: {named}, {differ}. To train them again: submit {RERUN}; the old run "
+                "directories are kept."
             )
     return lines
 
 
 def _notes(plan: CampaignPlan, seen: Outlook) -> list[str]:
     totals = plan_totals(plan, seen)
-    arms = ", ".join(arm.name for arm in plan.campaign.arms)
-    done = f"{totals['finished']} finished" + (f", {totals['diverged']} diverged" if totals["diverged"] else "")
+    rungs, arms = len(plan.rungs), [arm.name for arm in plan.campaign.arms]
+    counts = f"{rungs} rung{'s' * (rungs != 1)}, {len(arms)} arm{'s' * (len(arms) != 1)} ({', '.join(arms)})"
+    diverged = f", {totals['diverged']} diverged" if totals["diverged"] else ""
+    unit = "GPU-hours" if any(table.gpus for table in plan.placements.values()) else "hours of runs"
+    cost = [f"{totals['gpu_hours']:,.3g} {unit}"]
+    if totals["tuning_gpu_hours"]:
+        cost[0] += f", {totals['tuning_gpu_hours']:,.3g} of them for tuning"
     lines = [
-        "shape: layers x width / heads. N: weights of the blocks. D: tokens. C: FLOPs, 6ND.",
-        f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'} x {arms} = {totals['runs']} runs, {done}. {totals['flops']:.3g} FLOPs, "
-        f"{hours_text(totals['hours'])} of training one after the other, {hours_text(totals['hours_left'])} to go.",
+        "shape: layers x width / heads. N: parameters of the blocks. D: tokens. C: FLOPs, 6ND.",
+        f"{counts}: {totals['runs']} runs, {totals['finished']} finished{diverged}.",
+        f"{totals['flops']:.3g} FLOPs; {hours_text(totals['hours'])} of training, {hours_text(totals['hours_left'])} left; "
+        f"{_wait(totals)}{', without tuning' if totals['tuning_gpu_hours'] else ''}.",
+        "; ".join([*cost, *_money(totals)]) + ".",
+        _other_flops(plan),
     ]
     lines += [sentence] if (sentence := widened(list(plan.rungs))) else []
-    lines += [_spending(totals, cuda=any(table.gpus for table in plan.placements.values()))]
-    lines.append(_beside(plan))
     lines += _bases(plan, seen)
     lines += untuned_note(plan.campaign)
     lines += code_notes((code.commit, changed_files(code)) for code in seen.code)
     if plan.provisional:
         lines.append(
-            f"The data are not prepared yet ({plan.data}); run ids are provisional until they are. "
-            "Submitting prepares them, and so does: scaling data prepare CAMPAIGN."
+            f"The data are not prepared yet ({plan.data}), so run ids will change. Submitting prepares the data, and so "
+            "does: scaling data prepare CAMPAIGN"
         )
     return lines

@@ -9,8 +9,8 @@ import msgspec
 
 from scaling.errors import UserError
 from sweeps.config.placement import SlurmConfig
-from sweeps.local import Retry, placement_changed, retries
 from sweeps.planning.plan import CampaignPlan, PlannedRun
+from sweeps.planning.retry import Retry, placement_changed, retries
 from sweeps.slurm import array_records, bad_nodes, job_exits
 from sweeps.slurm.client import SlurmTask
 from sweeps.slurm.queue_state import QueueSnapshot

@@ -23,8 +23,8 @@ import msgspec
 from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
 from sweeps.config.placement import SlurmConfig
-from sweeps.local import Retry, forget_divergence, retries
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+from sweeps.planning.retry import Retry, forget_divergence, retries
 from sweeps.slurm import array_records, bad_nodes, job_exits
 from sweeps.slurm.client import largest_array
 from sweeps.slurm.queue_state import QueueSnapshot, survey

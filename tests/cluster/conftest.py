@@ -26,8 +26,9 @@ from scaling.run.record import Attempt
 from sweeps.config.campaign import load_campaign
 from sweeps.local import run_local
 from sweeps.planning.plan import CampaignPlan, PlannedRun, plan, with_data
+from sweeps.planning.run_state import RunStatus
 from sweeps.reporting.collect import collect
-from sweeps.reporting.status import RunStatus, status
+from sweeps.reporting.status import status
 from sweeps.slurm import array_records, snapshot, submit
 
 CAMPAIGN = (

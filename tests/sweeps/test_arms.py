@@ -13,7 +13,7 @@ from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
 from scaling.spec import WarmStart
 from sweeps.config.campaign import built_in, load_campaign
-from sweeps.local import _Campaign, run_local
+from sweeps.local import _LocalExecutor, run_local
 from sweeps.planning.plan import CampaignPlan, plan
 from sweeps.reporting.collect import collect
 from sweeps.tuning.tuner import tune
@@ -98,7 +98,7 @@ def test_arms_of_a_mixture_campaign_see_the_same_tokens(name: str, tmp_path: Pat
 
 def test_runs_go_to_the_emptiest_gpu(tiny_text: Path, tmp_path: Path) -> None:
     made = planned(tmp_path, tiny_text)
-    campaign = _Campaign(made, [], "none")
+    campaign = _LocalExecutor(made, [], "none")
     campaign.slots = ["0", "1", "0", "1"]
     given = []
     for number in range(5):

@@ -132,7 +132,7 @@ def test_a_key_of_the_top_that_follows_a_table_is_told_where_it_belongs(table: s
 def test_a_campaign_of_too_many_runs_is_refused_before_they_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sweeps.planning.plan.MOST_RUNS", 15)
+    monkeypatch.setattr("sweeps.planning.plan.MAX_RUNS", 15)
     with pytest.raises(UserError, match="make 16 runs; a campaign has at most 15"):
         plan(load_campaign("quick"), tmp_path)
 

@@ -15,7 +15,7 @@ from sweeps.config.campaign import load_campaign
 from sweeps.config.placement import PEAKS
 from sweeps.planning.cost import Speed, Work, fit_speed, outlook, plan_costs, wall_hours, work_of
 from sweeps.planning.plan import plan
-from sweeps.reporting.plan_table import plan_rows, plan_table, plan_totals, to_go
+from sweeps.reporting.plan_table import plan_rows, plan_table, plan_totals, remaining_cost
 
 RESULTS = Path(__file__).parents[2] / "results"
 PEAK = PEAKS["cpu"]
@@ -82,12 +82,12 @@ def test_tuning_is_counted(tmp_path: Path) -> None:
 def test_status_says_what_is_left_and_what_it_costs(tmp_path: Path) -> None:
     planned = plan(load_campaign("quick", settings=("placement.price=2.5",)), tmp_path)
     states = outlook(planned).states
-    left = to_go(planned, states, shares={}, speeds={})
+    left = remaining_cost(planned, states, shares={}, speeds={})
     assert len(left) == 1
-    assert "to wait at" in left[0]
-    assert "price of the whole" in left[0]
-    assert left[0].endswith("(assumed speed).")
-    done = to_go(planned, states, shares=dict.fromkeys(states, 1.0), speeds={})
+    assert "of training left at assumed speed" in left[0]
+    assert "to wait with" in left[0]
+    assert "in all." in left[0]
+    done = remaining_cost(planned, states, shares=dict.fromkeys(states, 1.0), speeds={})
     assert done == []
 
 
@@ -130,4 +130,4 @@ def test_a_prediction_reads_and_hashes_each_record_once(
     plan_rows(planned, seen)
     plan_totals(planned, seen)
     assert len([path for path in read if (path / "record.json").exists()]) == finished
-    assert len(hashed) == finished  # as its directory's name is checked
+    assert len(hashed) == finished  # the check of each record against the name of its directory

@@ -19,10 +19,12 @@ from scaling.errors import UserError
 from scaling.io import write_json
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Attempt
-from sweeps.local import changed_code, run_local, set_aside
-from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
+from sweeps.config.campaign import load_campaign
+from sweeps.local import run_local
+from sweeps.planning.plan import CampaignPlan, PlannedRun, recorded_plan, with_data
+from sweeps.planning.retry import changed_code, set_aside
+from sweeps.planning.run_state import redone_steps, run_status
 from sweeps.reporting.collect import collect
-from sweeps.reporting.status import redone_steps, run_status
 
 LONG = 96_000
 """Tokens of a run that takes some seconds, so that there is time to disturb it."""
@@ -193,7 +195,34 @@ def test_an_unfinished_run_is_in_the_table_with_its_state_and_no_loss(campaigns:
     assert list(table["status"]) == ["planned"] * 4
     assert table["loss"].isna().all()
     assert list(table["tokens"]) == [12_800, 12_800, 25_600, 25_600]
-    assert msgspec.json.decode(planned.write().read_bytes().splitlines()[0])["id"] == planned.runs[0].id
+
+
+def test_submit_executes_the_recorded_plan(campaigns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = campaigns.plan()
+    campaign, root = load_campaign(campaigns.folder / "tiny.toml"), planned.root
+    assert "no recorded plan" in recorded_plan(campaign, root)[1]
+    planned.write()
+    with monkeypatch.context() as patched:
+        patched.setattr("sweeps.planning.plan._run", None)  # no run is made: all are read
+        assert recorded_plan(campaign, root) == (planned, "")
+    threads = load_campaign(campaigns.folder / "tiny.toml", settings=["placement.threads=2"])
+    assert "made from other placement than now" in recorded_plan(threads, root)[1]
+    longer = campaigns.plan(tokens=51_200)
+    found, why = recorded_plan(longer.campaign, root)
+    assert found == longer
+    assert "made from other campaign than now" in why
+    prepared = with_data(longer, progress=False)
+    assert "made from other campaign, data than now" in recorded_plan(prepared.campaign, root)[1]
+
+
+def test_an_edited_plan_is_refused(campaigns: Any) -> None:
+    planned = campaigns.plan()
+    file = planned.write()
+    file.write_bytes(file.read_bytes().replace(b'"seed":0', b'"seed":1'))
+    with pytest.raises(UserError, match=r"edited or damaged.*change tiny\.toml.*scaling plan"):
+        recorded_plan(planned.campaign, planned.root)
+    file.write_bytes(b"torn")
+    assert "no header" in recorded_plan(planned.campaign, planned.root)[1]
 
 
 def test_a_campaign_whose_folder_was_moved_goes_on_where_it_was(campaigns: Any, tmp_path: Path) -> None:

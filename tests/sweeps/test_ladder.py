@@ -38,7 +38,7 @@ def test_moonlight_is_the_papers_table_to_every_printed_digit(arm: str, tmp_path
         assert row["printed"] == {"parameters": name, "tokens": tokens, "peak_lr": peak_lr, "batch": batch}
         assert row["tokens"] == round(float(tokens[:-1]) * 1e9)
         assert row["peak_lr"] == float(peak_lr)
-        assert row["batch_windows"] == int(batch)
+        assert row["batch_sequences"] == int(batch)
         assert row["batch_tokens"] == int(batch) * 8192
 
 

@@ -1,4 +1,4 @@
-"""The status of a campaign: what stays in sight, what is said once, and what time is left."""
+"""The status of a campaign: totals, reasons, time left, and the progress of a local submission."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from rich.console import Console, RenderableType
 
 from scaling.io import append_line, write_json
 from scaling.run.directory import RunDirectory
+from scaling.run.progress import ProgressReporter
 from scaling.run.provenance import describe_code
 from scaling.run.record import MetricsRow
-from sweeps.live import Live
+from sweeps.local import CampaignProgress
 from sweeps.planning.plan import CampaignPlan
 from sweeps.reporting.plan_table import plan_table
 from sweeps.reporting.status import status_table
@@ -37,7 +38,7 @@ def test_totals_stand_above_a_table_that_fits_its_terminal(campaigns: Campaigns)
     write_record(plan.directory(plan.runs[0]), plan.runs[0].spec, 3.0)
     lines = text(status_table(plan, totals_first=True, height=9))
     assert lines[0] == "4 runs: 1 finished, 3 planned."
-    assert "of training to go" in lines[1]
+    assert "of training left" in lines[1]
     assert sum(run.id in line for line in lines for run in plan.runs) == 3
     assert "Not shown: 1 finished; --json prints every run." in lines
 
@@ -61,8 +62,8 @@ def test_time_left_rests_on_the_speed_of_runs_under_way(campaigns: Campaigns, re
             mfu=None,
         )  # fmt: skip
         append_line(directory.metrics_file, row)
-    left = next(line for line in text(status_table(plan)) if "of training to go" in line)
-    assert ("assumed speed" in left) != reported
+    left = next(line for line in text(status_table(plan)) if "of training left" in line)
+    assert ("at assumed speed" in left) != reported
 
 
 def test_runs_of_other_code_are_named_in_plan_and_status(campaigns: Campaigns) -> None:
@@ -82,19 +83,26 @@ def test_runs_of_other_code_are_named_in_plan_and_status(campaigns: Campaigns) -
         assert any("2 runs were trained by other code" in line and "1 file differs" in line for line in said)
 
 
-def test_the_bar_of_all_runs_stands_first_and_ended_runs_leave(campaigns: Campaigns) -> None:
+def test_progress_counts_flops_and_names_ended_runs(campaigns: Campaigns, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reporter(ProgressReporter):
+        def show(self, counts: str, done: float | None) -> None:
+            shown.append((counts, done))
+
+        def say(self, sentence: str) -> None:
+            said.append(sentence)
+
+    shown: list[tuple[str, float | None]] = []
+    said: list[str] = []
+    monkeypatch.setattr("sweeps.local.ProgressReporter", Reporter)
+    monkeypatch.setattr("sweeps.local.REFRESH_SECONDS", 0.0)
     plan = campaigns.plan()
     first, *others = plan.runs
-    with Live(plan, progress=True) as live:
-        assert live.bars is not None
-        (whole,) = live.bars.tasks  # before anything trains
-        assert "loading the training code" in whole.description
-        assert whole.total == sum(run.spec.budget.flops for run in plan.runs)
-        live.update([first], waiting=others)
-        assert [task.description for task in live.bars.tasks][1:] == ["adamw a/0"]
-        assert whole.completed == 0
+    with CampaignProgress(plan, False) as progress:
+        assert shown == [("loading the training code", 0.0)]
+        progress.update([first], waiting=others)
+        assert shown[-1] == ("0 of 4 runs ended; adamw a/0 0%", 0.0)
         write_record(plan.directory(first), first.spec, 3.0)
-        live.update([], waiting=others)
-        assert live.bars.tasks == [whole]
-        assert whole.completed == first.spec.budget.flops
-        assert "1 of 4 runs ended" in whole.description
+        progress.update([], waiting=others)
+        assert said == ["adamw a/0 finished at 100%, loss 3.000"]
+        share = first.spec.budget.flops / sum(run.spec.budget.flops for run in plan.runs)
+        assert shown[-1] == ("1 of 4 runs ended; waiting for another submitter", share)
