@@ -3,7 +3,7 @@
     runs/<id>/
         spec.json        the requested run (RunSpec); its hash is the directory's name
         placement.json   where and how it executes (Placement)
-        attempts.jsonl   one line when an attempt starts, one when it ends
+        attempts.jsonl   one line when an attempt starts, one when it ends, one when its SLURM job has exited
         metrics.jsonl    one line a logged step; a line that cannot be read is ignored
         dynamics.jsonl   one line a step at which updates and parameters were measured, where the spec asks for it
         checkpoint/      resume state, newest kept
@@ -131,6 +131,10 @@ class RunDirectory:
 
     def attempts(self) -> list[Attempt]:
         """Starts and ends of all attempts in order."""
+        return [line for line in self.history() if line.event in ("start", "end")]
+
+    def history(self) -> list[Attempt]:
+        """All lines of attempts.jsonl: `attempts` with the exits of SLURM jobs and the retries between them."""
         return read_lines(self.attempts_file, Attempt)
 
     def state(self) -> RunState:
@@ -206,8 +210,8 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def note(self, event: Literal["start", "end"], *, step: int, **fields: Any) -> None:
-        """Append the start or the end of an attempt."""
+    def note(self, event: Literal["start", "end", "exit", "retry"], *, step: int, **fields: Any) -> None:
+        """Append a line to attempts.jsonl."""
         append_line(
             self.attempts_file,
             Attempt(event=event, time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=step, **fields),

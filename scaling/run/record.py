@@ -52,9 +52,13 @@ class DynamicsRow(Strict, frozen=True):
 
 
 class Attempt(Strict, frozen=True):
-    """One line of attempts.jsonl."""
+    """One line of attempts.jsonl: the history of a run.
 
-    event: Literal["start", "end"]
+    The training process writes ``start`` and ``end``. After a SLURM job of the run has exited, ``exit`` is written from
+    outside, and ``retry`` when a failed run is submitted again: exits before it no longer count.
+    """
+
+    event: Literal["start", "end", "exit", "retry"]
     time: float
     """Seconds since the epoch."""
     host: str
@@ -66,6 +70,14 @@ class Attempt(Strict, frozen=True):
     """Why it failed, in a sentence."""
     job: str | None = None
     """Scheduler's job id where there was one."""
+    exit_status: int | None = None
+    """Exit status of the job's process, as a shell counts it: 128 + n after signal n."""
+    node: str | None = None
+    """Node of the job, if it had a single one."""
+    slurm_state: str | None = None
+    """SLURM's state of the job, if SLURM ended it before it could record its exit itself."""
+    restart: int = 0
+    """Times that SLURM had requeued the job."""
 
 
 class Device(Strict, frozen=True):

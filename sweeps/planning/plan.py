@@ -273,7 +273,7 @@ def _run(
         compile=table.compile,
         graphs=table.graphs,
         checkpoint_seconds=table.checkpoint_seconds,
-        devices=table.devices,  # in a SLURM job as many as its tasks: `sweeps.slurm.submit.job_placement`
+        devices=table.devices,  # in a SLURM job as many as its tasks: `sweeps.slurm.sbatch.job_placement`
         strategy=table.strategy,
         recompute=table.recompute,
     )

@@ -27,10 +27,10 @@ from sweeps.planning.cost import Measurements, hours_text, predict
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.planning.tuned_settings import untuned_note
 from sweeps.reporting.plan_table import MAX_ROWS, code_notes, to_go
-from sweeps.slurm.bad_nodes import sentences
+from sweeps.slurm.bad_nodes import describe_bad_nodes
 from sweeps.slurm.client import LOST, SlurmTask
-from sweeps.slurm.job_exits import reason_abandoned
-from sweeps.slurm.queue_state import QueueSnapshot, survey
+from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
+from sweeps.slurm.requeue import reason_abandoned
 
 STYLES: dict[str, str] = {
     "finished": "green",
@@ -122,7 +122,7 @@ def status_and_record(
         alone = seen is None or not seen.shares_its_job(run.id)
         if alone or state != "failed" or abandoned is None:  # else its neighbours' job goes on without it
             state, reason = _with_scheduler(state, reason, task)
-        if seen is not None and seen.ended_with_its_predecessor(run.id) and state == "preempted":
+        if seen is not None and seen.predecessor_failed(run.id) and state == "preempted":
             reason = "SLURM dropped it, for a run that it starts from did not end well; submitting again continues both"
         if state == "running" and reason is None:
             reason = _stalled(directory)
@@ -202,7 +202,7 @@ def _free_bytes(root: Path) -> float:
 
 def status(plan: CampaignPlan, seen: QueueSnapshot | None = None) -> list[RunStatus]:
     """Where every run of the plan stands, in the plan's order; SLURM is asked where runs were submitted to it."""
-    seen = survey(plan.root) if seen is None else seen
+    seen = queue_snapshot(plan.root) if seen is None else seen
     return [run_status(plan, run, seen) for run in plan.runs]
 
 
@@ -241,7 +241,7 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
         totals_first: Put the totals above the table, where a terminal that is too low does not cut them off.
         height: Lines that there is room for; without it `MAX_ROWS` rows.
     """
-    seen = survey(plan.root)
+    seen = queue_snapshot(plan.root)
     found = status(plan, seen)
     runs = {row.run: row for row in found}
     counts = Counter(row.state for row in runs.values())
@@ -261,7 +261,7 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
     if redone := sum(row.redone for row in runs.values()):
         notes.append(f"{redone:,} steps were taken again, for attempts ended after their last checkpoints.")
     notes += code_notes((r.commit, r.changed_files) for r in runs.values() if r.state in ("finished", "diverged"))
-    notes += [*seen.answer.notes, *sentences(plan.root)]
+    notes += [*seen.states.notes, *describe_bad_nodes(plan.root)]
     if (free := _free_bytes(plan.root)) < FULL_BYTES:
         notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Make room: runs that cannot save their state end.")
     notes = list(dict.fromkeys(notes))
