@@ -95,11 +95,7 @@ class Submission(msgspec.Struct, kw_only=True):
                 "tasks_per_node to the GPUs of a node, or request fewer."
             )
         usable = slurm.time_minutes / 60 - slurm.signal_seconds / 3600
-        if usable <= 0:
-            sentences.append(
-                f"The signal to save, {slurm.signal_seconds} s before its end, arrives at its start: raise time_minutes."
-            )
-        elif (attempts := math.ceil(hours / usable)) > 1:
+        if (attempts := math.ceil(hours / usable)) > 1:
             sentences.append(f"The longest run takes {hours_text(hours)}, so about {attempts:,} jobs in sequence.")
             sentences += ["Raise time_minutes in [placement.slurm]."] if attempts > MAX_ATTEMPTS else []
         return " ".join(sentences)
