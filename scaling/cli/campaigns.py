@@ -16,7 +16,7 @@ from scaling.errors import plain
 if TYPE_CHECKING:
     from sweeps.local import LocalOutcome
     from sweeps.planning.plan import CampaignPlan
-    from sweeps.slurm.submission import Submission
+    from sweeps.slurm.select_runs import Submission
 
 WATCH_SECONDS = 5.0
 
@@ -158,10 +158,9 @@ class Submit(OnCampaign):
 
     def _slurm(self) -> None:
         from sweeps.reporting import plan_table
-        from sweeps.slurm.submit import submit_slurm
+        from sweeps.slurm import SlurmExecutor
 
-        submission = submit_slurm(
-            self.recorded(),
+        submission = SlurmExecutor(self.recorded()).submit(
             retry=self.retry,
             order=self.order,
             dry_run=self.dry_run,
@@ -288,11 +287,11 @@ def report_submission(submission: Submission, *, dry_run: bool) -> None:
     counts = {
         "would be submitted" if dry_run else "submitted": queued,
         "done": len(submission.done),
-        "waiting or running": len(submission.joined),
+        "waiting or running": len(submission.already_active),
         "failed (--retry failed)": len(submission.failed),
         "cancelled (--retry cancelled)": len(submission.cancelled),
         "not looked up": len(submission.unknown),
-        "not accepted now": len(submission.left),
+        "not accepted now": len(submission.rejected),
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")

@@ -68,11 +68,11 @@ class Cancel(_OnRuns):
 
     def run(self) -> None:
         """Cancel the jobs of the runs chosen."""
-        from sweeps.slurm.operations import cancel
+        from sweeps.slurm import SlurmExecutor
 
         plan = self.planned()
         chosen = self.chosen(plan)
-        jobs = cancel(plan, chosen)
+        jobs = SlurmExecutor(plan).cancel(chosen)
         here = [run.id for run in chosen if plan.directory(run).is_locked()]
         if here and not jobs:
             print(

@@ -67,7 +67,7 @@ def describe_code() -> Code:
     here = CODE_ROOT
     files = code_hashes()
     snapshot = here / "code.json"
-    if snapshot.exists():  # a copy taken for SLURM jobs (`sweeps.slurm.snapshot`) says where it was taken from
+    if snapshot.exists():  # a copy taken for SLURM jobs (`sweeps.slurm.sbatch`) says where it was taken from
         taken = read_json(snapshot, Code)
         return Code(commit=taken.commit, dirty=taken.dirty, versions=versions, files=files)
     if not (here / ".git").exists():  # an installed copy; a repository further up would be somebody else's

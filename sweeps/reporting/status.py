@@ -27,10 +27,10 @@ from sweeps.planning.run_state import RunStatus, run_status, stalled
 from sweeps.planning.tuned_settings import untuned_note
 from sweeps.reporting.console import wide_enough
 from sweeps.reporting.plan_table import MAX_ROWS, code_notes, remaining_cost
-from sweeps.slurm.bad_nodes import sentences
+from sweeps.slurm.bad_nodes import describe_bad_nodes
 from sweeps.slurm.client import LOST, SlurmTask
-from sweeps.slurm.job_exits import reason_abandoned
-from sweeps.slurm.queue_state import QueueSnapshot, survey
+from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
+from sweeps.slurm.requeue import reason_abandoned
 
 STYLES: dict[str, str] = {
     "finished": "green",
@@ -67,7 +67,7 @@ def with_queue(plan: CampaignPlan, run: PlannedRun, found: RunStatus, queue: Que
     # A job with several runs goes on after one of them failed for good: its state then says nothing about that run.
     if not (queue.shares_its_job(run.id) and state == "failed" and abandoned is not None):
         state, reason = _state_with_task(state, reason, task)
-    if queue.ended_with_its_predecessor(run.id) and state == "preempted":
+    if queue.predecessor_failed(run.id) and state == "preempted":
         reason = "SLURM dropped its job because a run that it starts from ended badly; submit again to continue both"
     if state == "running" and reason is None:
         reason = stalled(directory)
@@ -111,7 +111,7 @@ def _free_bytes(root: Path) -> float:
 
 def status(plan: CampaignPlan, queue: QueueSnapshot | None = None) -> list[RunStatus]:
     """Status of every run in the plan's order; queries SLURM if runs were submitted to it."""
-    queue = survey(plan.root) if queue is None else queue
+    queue = queue_snapshot(plan.root) if queue is None else queue
     return [with_queue(plan, run, run_status(plan, run), queue) for run in plan.runs]
 
 
@@ -150,7 +150,7 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
         totals_first: Put the totals above the table, where a low terminal does not cut them off.
         height: Lines of the terminal; without it `MAX_ROWS` rows are shown.
     """
-    queue = survey(plan.root)
+    queue = queue_snapshot(plan.root)
     found = status(plan, queue)
     runs = {row.run: row for row in found}
     counts = Counter(row.state for row in runs.values())
@@ -170,7 +170,7 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
     if redone := sum(row.redone for row in runs.values()):
         notes.append(f"{redone:,} steps were trained twice, because attempts ended after their last checkpoints.")
     notes += code_notes((r.commit, r.changed_files) for r in runs.values() if r.state in ("finished", "diverged"))
-    notes += [*queue.answer.notes, *sentences(plan.root)]
+    notes += [*queue.states.notes, *describe_bad_nodes(plan.root)]
     if (free := _free_bytes(plan.root)) < MIN_FREE_BYTES:
         notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Free some space: runs end if they cannot save.")
     notes = list(dict.fromkeys(notes))

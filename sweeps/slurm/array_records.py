@@ -1,9 +1,19 @@
-"""What was handed to SLURM, written down before it was handed over.
+"""Records of submitted arrays, and the marks in run directories that refer to them.
 
-One file for each array, ``<root>/submissions/<token>.json``: which runs it holds, in the order of its tasks, and, once
-SLURM has answered, its job id. A submitter that dies in between leaves a file without a job id, and the next one looks
-for a job of that name. In each run's directory a claim names the token, created exclusively, so that no two arrays hold
-one run.
+``<root>/submissions/<token>.json`` is written before `sbatch` is called: it holds the array's runs in the order of its
+tasks and, once SLURM has answered, its job id. A record without a job id is left by an interrupted submitter; `reconcile`
+looks for a job of its name and adopts it, or drops the record.
+
+Four marks in a run's directory keep two processes from training it, each against another fault:
+
+    claim       token of the array that owns the run, created exclusively: two arrays never hold one run
+    began       token of the array whose job last started for the run: tells a job that was cancelled while it waited,
+                or that failed before it could write anything, from one that did work
+    lease.json  renewed every few seconds by the training process (`sweeps.slurm.lease`): two jobs of one array, on
+                nodes that do not see each other's locks
+    lock        held (flock) by the training process (`RunDirectory.claim`): vanishes with it, on one machine
+
+A fifth, ``cancelled``, is an empty file: a person cancelled the run, which SLURM forgets after a while.
 """
 
 from __future__ import annotations
@@ -17,18 +27,25 @@ from pathlib import Path
 
 import msgspec
 
+from scaling.errors import UserError
 from scaling.io import Positive, Strict, read_json, write_atomic, write_json
 from scaling.run.directory import RunDirectory
 from scaling.spec import Placement, RunSpec
+from sweeps.slurm.client import CommandError, find_job
+from sweeps.slurm.lease import is_alive
 
 FOLDER = "submissions"
+JOB_PREFIX = "scaling"
 CLAIM = "claim"
-CANCELLED = "cancelled"
-"""Empty file in the directory of a run that a person cancelled through `sweeps.slurm.operations`: SLURM forgets, the run does not."""
-
-
 BEGAN = "began"
-"""File in a run's directory with the token of the array whose job last began it."""
+CANCELLED = "cancelled"
+
+SBATCH_SECONDS = 15.0
+"""Time in which a call of sbatch whose caller was killed may still reach SLURM."""
+
+SUBMITTER_SECONDS = 600.0
+"""Time for which a submitter on another host, which cannot be seen from here, counts as working; also the longest for
+any, because process ids are reused."""
 
 
 class ArrayRecord(Strict, frozen=True):
@@ -36,14 +53,14 @@ class ArrayRecord(Strict, frozen=True):
 
     token: str
     name: str
-    """Its job name: campaign and token."""
+    """Job name, see `job_name`."""
     runs: tuple[str, ...]
     """Run ids; the first `per_task` of them are those of task 0, and so on."""
     code: str
-    """Digest of the code that its jobs are to run."""
+    """Digest of the code that its jobs run."""
     host: str
     pid: int
-    """Of the submitter."""
+    """The submitter's."""
     time: float
     """When it was written, seconds since the epoch."""
     job: str | None = None
@@ -51,7 +68,7 @@ class ArrayRecord(Strict, frozen=True):
     per_task: Positive = 1
     """Runs that a task trains side by side."""
     after: tuple[str, ...] = ()
-    """Jobs that had to end well before these could start."""
+    """Jobs that have to succeed before these start."""
 
     def runs_of(self, task: int) -> tuple[str, ...]:
         """The runs of a task."""
@@ -59,16 +76,16 @@ class ArrayRecord(Strict, frozen=True):
 
     @property
     def tasks(self) -> int:
-        """How many tasks there are."""
+        """Number of tasks."""
         return -(-len(self.runs) // self.per_task)
 
 
 class Location(Strict, frozen=True):
-    """Where a run was last handed to."""
+    """The array and the task that a run was last submitted in."""
 
     array: ArrayRecord
     index: int
-    """Of the task."""
+    """Task in the array."""
 
     @property
     def job(self) -> str | None:
@@ -76,11 +93,16 @@ class Location(Strict, frozen=True):
         return None if self.array.job is None else f"{self.array.job}_{self.index}"
 
 
+def job_name(campaign: str, token: str) -> str:
+    """Name of an array's job: it tells a user whose job it is, and `reconcile` which record it belongs to."""
+    return f"{JOB_PREFIX}-{campaign}-{token}"
+
+
 def new_array(
     root: Path,
     *,
     token: str,
-    name: str,
+    campaign: str,
     runs: Iterable[str],
     code: str,
     per_task: int = 1,
@@ -89,7 +111,7 @@ def new_array(
     """A record on disk for an array that is about to be submitted."""
     array = ArrayRecord(
         token=token,
-        name=name,
+        name=job_name(campaign, token),
         runs=tuple(runs),
         code=code,
         host=os.uname().nodename,
@@ -98,74 +120,79 @@ def new_array(
         per_task=per_task,
         after=tuple(after),
     )
-    save(root, array)
-    return array
+    return save(root, array)
 
 
-def path_of(root: Path, array: ArrayRecord) -> Path:
+def path_of(root: Path, token: str) -> Path:
     """The record's file."""
-    return root / FOLDER / f"{array.token}.json"
+    return root / FOLDER / f"{token}.json"
 
 
-def save(root: Path, array: ArrayRecord) -> None:
+def save(root: Path, array: ArrayRecord) -> ArrayRecord:
     """Write or renew a record."""
-    folder = root / FOLDER
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path_of(root, array), array)
+    (root / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(path_of(root, array.token), array)
+    return array
 
 
 def with_job(root: Path, array: ArrayRecord, job: str) -> ArrayRecord:
     """The record with SLURM's answer, saved."""
-    array = msgspec.structs.replace(array, job=job)
-    save(root, array)
-    return array
+    return save(root, msgspec.structs.replace(array, job=job))
 
 
 def drop(root: Path, array: ArrayRecord) -> None:
-    """Forget an array that SLURM never took, and free its runs."""
+    """Delete the record of an array that SLURM never took, and free its runs."""
     for run in array.runs:
-        claim = root / "runs" / run / CLAIM
-        with contextlib.suppress(FileNotFoundError):
-            if claim.read_text() == array.token:
-                claim.unlink()
+        if owner_of(root, run) == array.token:
+            (root / "runs" / run / CLAIM).unlink(missing_ok=True)
     for unfinished in (root / "runs").glob(f".{array.token}-*"):
         shutil.rmtree(unfinished)
-    path_of(root, array).unlink(missing_ok=True)
+    path_of(root, array.token).unlink(missing_ok=True)
 
 
 def all_arrays(root: Path) -> list[ArrayRecord]:
-    """Everything that was ever submitted under a root, oldest first."""
+    """Every array that was submitted under a root, oldest first."""
     remedy = "Move it aside; its runs are then known by their own files alone."
     records = [read_json(file, ArrayRecord, remedy=remedy) for file in (root / FOLDER).glob("*.json")]
     return sorted(records, key=lambda array: (array.time, array.token))
 
 
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
-    """Where each run was last handed to, by run id."""
+    """Where each run was last submitted, by run id."""
     return {
-        run: Location(array=array, index=place // array.per_task)
+        run: Location(array=array, index=position // array.per_task)
         for array in arrays
-        for place, run in enumerate(array.runs)
+        for position, run in enumerate(array.runs)
     }
 
 
 def note_began(root: Path, run: str, array: ArrayRecord) -> None:
-    """Say in the run's directory that the array's job for it has begun."""
+    """Write the mark that the array's job for this run has started."""
     (root / "runs" / run / BEGAN).write_text(array.token)
 
 
 def began(root: Path, run: str, array: ArrayRecord) -> bool:
-    """Whether the array's job for this run ever began."""
+    """Whether the array's job for this run ever started."""
+    return _text(root / "runs" / run / BEGAN) == array.token
+
+
+def owner_of(root: Path, run: str) -> str | None:
+    """Token of the array that has claimed the run; None without a claim."""
+    return _text(root / "runs" / run / CLAIM)
+
+
+def _text(file: Path) -> str | None:
     with contextlib.suppress(FileNotFoundError):
-        return (root / "runs" / run / BEGAN).read_text() == array.token
-    return False
+        return file.read_text()
+    return None
 
 
 def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement: Placement) -> bool:
-    """Whether this array made the run's directory and so owns it; False if the directory is there.
+    """Create the run's directory for an array; False if the directory exists.
 
-    The directory gets its name when it is complete: a reader sees a whole run or none, and of two submitters one wins.
-    Nothing is flushed to disk, for a thousand runs are made at once; submitting again writes what a power cut took.
+    The directory is renamed into place when it is complete: a reader sees a whole run or none, and of two submitters one
+    wins. Nothing is flushed to disk, because a thousand runs are created at once; submitting again writes what a power
+    cut took.
     """
     new = root / "runs" / f".{token}-{run}"
     new.mkdir(mode=0o700)
@@ -181,34 +208,61 @@ def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement:
     return True
 
 
-def owner_of(root: Path, run: str) -> str | None:
-    """Token of the array that has claimed the run; None where nobody has."""
-    try:
-        return (root / "runs" / run / CLAIM).read_text()
-    except FileNotFoundError:
-        return None
-
-
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
-    """Whether this array now owns the run.
+    """Claim an existing run for an array.
 
     Args:
         root: The run root.
         run: Run id; its directory exists.
         token: The new owner.
-        instead_of: An owner whose job is known to be over.
+        instead_of: An owner whose job is known to have ended.
+
+    Returns:
+        Whether the array now owns the run.
     """
     path = root / "runs" / run / CLAIM
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        with contextlib.suppress(FileNotFoundError):
-            owner = path.read_text()
-            # An array is on disk before its claims, so a claim without one is left over from an array that was dropped.
-            if owner == instead_of or not (root / FOLDER / f"{owner}.json").exists():
-                write_atomic(path, token.encode(), durable=False)
-                return True
+        owner = _text(path)
+        # An array is on disk before its claims, so a claim without a record is left over from an array that was dropped.
+        if owner is not None and (owner == instead_of or not path_of(root, owner).exists()):
+            write_atomic(path, token.encode(), durable=False)
+            return True
         return False
     with os.fdopen(descriptor, "w") as file:
         file.write(token)
     return True
+
+
+def reconcile(root: Path) -> None:
+    """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job.
+
+    Raises:
+        UserError: SLURM was not reached, so it is not known whether it has a job.
+    """
+    for array in all_arrays(root):
+        if array.job is not None or _submitter_works(array):
+            continue
+        while True:
+            try:
+                job = find_job(array.name)
+            except CommandError as error:
+                raise UserError(
+                    f"an earlier submission was interrupted, and it is not known whether SLURM has its job {array.name}: "
+                    f"{error}. Submit again when SLURM answers."
+                ) from None
+            if job is not None:
+                with_job(root, array, job)
+                break
+            if time.time() - array.time > SBATCH_SECONDS or array.time > time.time():
+                drop(root, array)
+                break
+            time.sleep(0.5)
+
+
+def _submitter_works(array: ArrayRecord) -> bool:
+    """Whether the submitter of an array without a job may still get one."""
+    if array.host == os.uname().nodename and (array.pid == os.getpid() or not is_alive(array.pid)):
+        return False
+    return time.time() - array.time < SUBMITTER_SECONDS

@@ -1,7 +1,7 @@
-"""Nodes that runs do not start on: noted when a job ends before its first step, and left out of what is submitted next.
+"""Nodes that new jobs avoid: a job that ends before its run's first step counts against its node.
 
-A node that fails every job at once is free again at once, and so eats a queue. After failures of two runs it is left
-out. A run that failed at its start on two nodes is taken to be at fault itself, and counts against neither.
+A node that fails every job at once is free again at once, and so drains a queue. After failures of two runs it is
+excluded. A run that failed at its start on two nodes is assumed to be at fault itself, and counts against neither.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from scaling.io import Strict, append_line, read_lines
 from sweeps.slurm.array_records import FOLDER
-from sweeps.slurm.client import Unreachable, ask
+from sweeps.slurm.client import CommandError, run_slurm
 
 FILE = "nodes.jsonl"
 
-RUNS = 2
-"""That have to fail at their start on a node before it is left out."""
+MIN_FAILED_RUNS = 2
+"""Runs that have to fail at their start on a node before it is excluded."""
 
-FORGET_SECONDS = 86_400.0
-"""After which a failure no longer counts: nodes are repaired."""
+MAX_AGE_SECONDS = 86_400.0
+"""Age after which a failure no longer counts: nodes are repaired."""
 
 
 class NodeFailure(Strict, frozen=True):
@@ -36,16 +37,13 @@ class NodeFailure(Strict, frozen=True):
 
 
 def failures(root: Path) -> list[NodeFailure]:
-    """Of the last day."""
-    return [
-        failure
-        for failure in read_lines(root / FOLDER / FILE, NodeFailure)
-        if time.time() - failure.time < FORGET_SECONDS
-    ]
+    """Failures of the last day."""
+    lines = read_lines(root / FOLDER / FILE, NodeFailure)
+    return [failure for failure in lines if time.time() - failure.time < MAX_AGE_SECONDS]
 
 
 def note_failures(root: Path, found: Iterable[NodeFailure]) -> None:
-    """Append what is not there yet."""
+    """Append failures that are not in the file yet."""
     known = {(failure.run, failure.job, failure.restart) for failure in failures(root)}
     for failure in found:
         if (failure.run, failure.job, failure.restart) not in known:
@@ -53,51 +51,50 @@ def note_failures(root: Path, found: Iterable[NodeFailure]) -> None:
 
 
 def bad_nodes(root: Path) -> dict[str, int]:
-    """Nodes to leave out, with how many runs failed at their start there."""
-    found = failures(root)
-    nodes_of: dict[str, set[str]] = {}
-    for failure in found:
-        nodes_of.setdefault(failure.run, set()).add(failure.node)
-    runs_of: dict[str, set[str]] = {}
-    for failure in found:
-        if len(nodes_of[failure.run]) == 1:
-            runs_of.setdefault(failure.node, set()).add(failure.run)
-    return {node: len(runs) for node, runs in sorted(runs_of.items()) if len(runs) >= RUNS}
+    """Nodes to exclude, with the number of runs that failed at their start there."""
+    nodes_by_run, runs_by_node = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for failure in failures(root):
+        nodes_by_run[failure.run].add(failure.node)
+    for run, nodes in nodes_by_run.items():
+        if len(nodes) == 1:
+            runs_by_node[min(nodes)].add(run)
+    return {node: len(runs) for node, runs in sorted(runs_by_node.items()) if len(runs) >= MIN_FAILED_RUNS}
 
 
-def left_out(root: Path) -> list[str]:
-    """`bad_nodes`, unless they are all that there is: then it is not the nodes."""
+def excluded_nodes(root: Path) -> list[str]:
+    """`bad_nodes`, or none if the cluster has no others: then the nodes are not at fault."""
     bad = list(bad_nodes(root))
-    return bad if bad and _others_than(bad) else []
+    return bad if bad and _others_exist(bad) else []
 
 
-def _others_than(nodes: Iterable[str]) -> bool:
-    """Whether SLURM has nodes besides these; yes where it cannot say."""
+def _others_exist(nodes: Iterable[str]) -> bool:
+    """Whether the cluster has further nodes; True if SLURM does not answer."""
     try:
-        return bool(set(ask("sinfo", "-h", "-N", "-o", "%N").split()) - set(nodes))
-    except Unreachable:
+        return bool(set(run_slurm("sinfo", "-h", "-N", "-o", "%N").split()) - set(nodes))
+    except CommandError:
         return True
 
 
-def sentences(root: Path) -> list[str]:
-    """What a person should know about nodes, one sentence each."""
+def describe_bad_nodes(root: Path) -> list[str]:
+    """One sentence for each bad node, with what to do about it."""
     return [
-        f"{node} is left out of what is submitted: {runs} runs ended there before their first step. Tell your "
+        f"{node} is excluded from new jobs: {runs} runs ended there before their first step. Report it to your "
         f"administrators; when it is repaired, remove {root / FOLDER / FILE}."
         for node, runs in bad_nodes(root).items()
     ]
 
 
-def keep_away(jobs: Iterable[str], nodes: list[str]) -> None:
-    """Leave nodes out for the tasks of these jobs that wait, besides those that they leave out already.
+def exclude_from_pending(jobs: Iterable[str], nodes: list[str]) -> None:
+    """Exclude nodes from the pending tasks of some jobs, in addition to those that they exclude already.
 
-    Those that run are not moved, and what SLURM refuses stays as it is.
+    Running tasks are not moved, and an update that SLURM rejects changes nothing.
     """
-    if not nodes or not _others_than(nodes):
+    if not nodes or not _others_exist(nodes):
         return
     for job in jobs:
-        with contextlib.suppress(Unreachable):
-            asked = re.findall(r"JobState=PENDING.*?ExcNodeList=(\S*)", ask("scontrol", "-o", "show", "job", job))
-            if asked:
-                named = [] if asked[0] in ("", "(null)") else [asked[0]]
-                ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*named, *nodes])}")
+        with contextlib.suppress(CommandError):
+            text = run_slurm("scontrol", "-o", "show", "job", job)
+            pending = re.findall(r"JobState=PENDING.*?ExcNodeList=(\S*)", text)
+            if pending:
+                before = [] if pending[0] in ("", "(null)") else [pending[0]]
+                run_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *nodes])}")

@@ -1,7 +1,7 @@
-"""What SLURM says, asked carefully: argument lists, time limits, tolerant parsing, and a name for not being reached.
+"""Calls of SLURM's commands with argument lists and time limits, and tolerant parsing of their output.
 
-SLURM's word is a hint about an attempt, never about a run: it calls a run COMPLETED that a signal stopped half-way. The
-run's own record decides (`scaling.run.directory`); here is only who is waiting, who is running and how attempts ended.
+A job's state is a hint about one attempt, never about a run: SLURM calls a run COMPLETED that a signal stopped half-way.
+The run's own record decides (`scaling.run.directory`).
 """
 
 from __future__ import annotations
@@ -16,63 +16,46 @@ from typing import Literal
 
 from scaling.errors import UserError
 
-Verdict = Literal["pending", "running", "over", "cancelled", "unknown"]
+Verdict = Literal["pending", "running", "ended", "cancelled", "unknown"]
 
-VERDICTS: dict[str, Verdict] = {
-    "PENDING": "pending",
-    "CONFIGURING": "pending",
-    "REQUEUED": "pending",
-    "REQUEUE_HOLD": "pending",
-    "REQUEUE_FED": "pending",
-    "SPECIAL_EXIT": "pending",
-    "RESV_DEL_HOLD": "pending",
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "SUSPENDED": "running",
-    "STOPPED": "running",
-    "RESIZING": "running",
-    "SIGNALING": "running",
-    "STAGE_OUT": "running",
-    # Accounting says so for seconds while the queue has the requeued job; the queue is asked first.
-    "PREEMPTED": "over",
-    "NODE_FAIL": "over",
-    "TIMEOUT": "over",
-    "DEADLINE": "over",
-    "FAILED": "over",
-    "OUT_OF_MEMORY": "over",
-    "BOOT_FAIL": "over",
-    "COMPLETED": "over",
-    "REVOKED": "over",
-    "CANCELLED": "cancelled",
+STATES: dict[Verdict, str] = {
+    "pending": "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD",
+    "running": "RUNNING COMPLETING SUSPENDED STOPPED RESIZING SIGNALING STAGE_OUT",
+    # The accounting reports PREEMPTED for seconds while the queue has the requeued job; the queue takes precedence.
+    "ended": "PREEMPTED NODE_FAIL TIMEOUT DEADLINE FAILED OUT_OF_MEMORY BOOT_FAIL COMPLETED REVOKED",
+    "cancelled": "CANCELLED",
 }
-"""What a state says about an attempt. A state that is not here is unknown, which is not the same as over."""
+VERDICTS: dict[str, Verdict] = {state: verdict for verdict, states in STATES.items() for state in states.split()}
+"""Verdict on an attempt by SLURM's state. A state that is missing here is unknown, which differs from ended."""
 
 GROUP_LIMIT = (
     "it starts when others of your {owner} end, or never if it asks for more than the limit by itself; compare its "
     "request with: sacctmgr show {show}"
 )
+ACCOUNT_LIMIT = GROUP_LIMIT.format(owner="account", show="assoc where user=$USER")
+QOS_LIMIT = GROUP_LIMIT.format(owner="QOS", show="qos")
 
-STUCK: dict[str, str] = {
+PENDING_REMEDIES: dict[str, str] = {
     "launch failed requeued held": "SLURM holds it after a failed launch; release it with: scontrol release {job}",
     "JobHeldUser": "you hold it; release it with: scontrol release {job}",
     "JobHeldAdmin": "an administrator holds it; ask them, or cancel it",
     "DependencyNeverSatisfied": "it waits for a job that failed; cancel it and submit again",
-    "PartitionTimeLimit": "its time limit is above the partition's; cancel it, lower minutes, and submit again",
+    "PartitionTimeLimit": "its time limit is above the partition's; cancel it, lower time_minutes, and submit again",
     "PartitionNodeLimit": "it asks for more nodes than the partition has; cancel it, lower nodes, and submit again",
     "BadConstraints": "no node has what it asks for; cancel it, change constraint, and submit again",
     "Jobs": "your account or QOS has as many running jobs as it may; it starts when one of them ends",
-    "Minutes": "the budget of your account or QOS does not cover it; ask your administrators, or lower minutes",
+    "Minutes": "the budget of your account or QOS does not cover it; ask your administrators, or lower time_minutes",
     "PerJob": "it asks for more than one job may have; cancel it, ask for less in [placement.slurm], and submit again",
-    "AssocGrp": GROUP_LIMIT.format(owner="account", show="assoc where user=$USER"),
-    "AssocMax": GROUP_LIMIT.format(owner="account", show="assoc where user=$USER"),
-    "QOSGrp": GROUP_LIMIT.format(owner="QOS", show="qos"),
-    "QOSMax": GROUP_LIMIT.format(owner="QOS", show="qos"),
+    "AssocGrp": ACCOUNT_LIMIT,
+    "AssocMax": ACCOUNT_LIMIT,
+    "QOSGrp": QOS_LIMIT,
+    "QOSMax": QOS_LIMIT,
 }
-"""What to do about a pending job, by a part of SLURM's reason; the first that fits counts. For other reasons, such as
-Priority and Resources, it is enough to wait."""
+"""Remedies for a pending job by a part of SLURM's reason, first match wins. Other reasons, such as Priority and
+Resources, only need waiting."""
 
 LOST = "lost"
-"""State of a task that the controller has forgotten although nobody cancelled it: it crashed before it saved the job."""
+"""State of a task that the controller has forgotten without a cancellation: it crashed before it saved the job."""
 
 KEPT_VARIABLES = ("SLURM_CONF",)
 DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_", "SUBMITIT_")
@@ -80,12 +63,12 @@ DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_
 TIMEOUT_SECONDS = 30.0
 
 
-class Unreachable(Exception):
-    """A SLURM command is missing, failed, or did not answer; the message is a clause for the user."""
+class CommandError(Exception):
+    """A command is missing, failed, or did not answer; the message is a clause with its name and output."""
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what a surrounding job left in it: it would bind the new job to the old."""
+    """This process's environment without the variables of a surrounding job, which would bind a new job to it."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -93,23 +76,23 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def ask(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
-    """What a SLURM command prints.
+def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
+    """Standard output of a SLURM command.
 
     Raises:
-        Unreachable: It is missing, exits with an error, or takes longer than `timeout` seconds.
+        CommandError: It is missing, exits with an error, or takes longer than `timeout` seconds.
     """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean_environment()
         )
     except FileNotFoundError:
-        raise Unreachable(f"there is no command {command[0]} on this machine") from None
+        raise CommandError(f"there is no command {command[0]} on this machine") from None
     except subprocess.TimeoutExpired:
-        raise Unreachable(f"{command[0]} did not answer within {timeout:g} s") from None
+        raise CommandError(f"{command[0]} did not answer within {timeout:g} s") from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise Unreachable(f"{command[0]} failed: {said[:300]}")
+        output = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise CommandError(f"{command[0]} failed: {output[:300]}")
     return done.stdout
 
 
@@ -122,211 +105,222 @@ class SlurmTask:
     state: str
     verdict: Verdict
     reason: str = ""
-    """Why it is pending, as SLURM says it."""
+    """SLURM's reason for a pending job."""
     seconds: float = 0.0
-    """Elapsed in all its attempts; 0 where there is no accounting."""
+    """Elapsed in all its attempts; 0 without accounting."""
     gpu_seconds: float = 0.0
     node: str | None = None
-    """Where it last ran, if that was one node."""
-    status: int | None = None
-    """Exit status of its script, where the accounting has it."""
+    """Node of its last attempt, if that was a single one."""
+    exit_status: int | None = None
+    """Exit status of its batch script, if the accounting has it."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.verdict in ("pending", "running")
 
     @property
     def advice(self) -> str | None:
-        """SLURM's reason why the job waits, with what to do about it; None where there is no reason yet."""
+        """SLURM's reason why the job waits, with a remedy; None while there is no reason yet."""
         if self.verdict != "pending" or self.reason in ("", "None"):
             return None
-        remedy = next((remedy for known, remedy in STUCK.items() if known.lower() in self.reason.lower()), None)
+        remedies = (remedy for part, remedy in PENDING_REMEDIES.items() if part.lower() in self.reason.lower())
+        remedy = next(remedies, None)
         return f"SLURM's reason is {self.reason}" + (f": {remedy.format(job=self.job)}" if remedy else "")
 
 
 @dataclass(frozen=True)
 class JobStates:
-    """What the queue and the accounting said about some arrays, and what could not be asked."""
+    """Answer of the queue and the accounting about some arrays."""
 
     tasks: dict[str, SlurmTask] = field(default_factory=dict)
     """By ``<array job>_<index>``."""
     notes: tuple[str, ...] = ()
-    """What could not be reached, as sentences."""
+    """Failed queries, as sentences."""
     queue_reached: bool = True
     accounting_reached: bool = True
 
     def knows(self, array: str) -> bool:
         """Whether the queue, the controller or the accounting has a task of the array that is not lost."""
-        return any(job.startswith(f"{array}_") and task.state != LOST for job, task in self.tasks.items())
+        return any(array_of(job) == array and task.state != LOST for job, task in self.tasks.items())
 
 
-def look_up(jobs: Mapping[str, str], *, tasks_of: Mapping[str, int] | None = None) -> JobStates:
+def array_of(task: str) -> str:
+    """The array's job id in ``<array job>_<index>``."""
+    return task.partition("_")[0]
+
+
+def job_states(jobs: Mapping[str, str], *, task_counts: Mapping[str, int] | None = None) -> JobStates:
     """States of all tasks of some array jobs: one `squeue`, and one `sacct` for attempts and their cost.
 
     Args:
-        jobs: Job names by array job id. SLURM's ids come round again, so a job of another name is another job.
-        tasks_of: How many tasks each array has, by its id; one that is in neither answer is asked about by itself.
+        jobs: Job names by array job id. SLURM reuses ids, so a job of another name is another job.
+        task_counts: Tasks of each array, by its id; an array with fewer in both answers is queried by itself.
     """
     if not jobs:
         return JobStates()
-    notes = []
-    tasks: dict[str, SlurmTask] = {}
-    accounting_reached = True
+    notes, accounted, queued = [], dict[str, SlurmTask](), dict[str, SlurmTask]()
+    accounting_reached = queue_reached = True
     try:
-        fields = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList,ExitCode"
-        tasks = accounted(ask("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", fields), jobs)
-    except Unreachable as error:
+        columns = "JobID,JobName,State,ElapsedRaw,AllocTRES,NodeList,ExitCode"
+        text = run_slurm("sacct", "-n", "-X", "-P", "-D", "-j", ",".join(sorted(jobs)), "-o", columns)
+        accounted = parse_accounting(text, jobs)
+    except CommandError as error:
         accounting_reached = False
-        notes.append(f"SLURM's accounting could not be asked ({error}): hours spent and cancelled jobs are not known.")
-    reached = True
+        notes.append(f"SLURM's accounting was not reached ({error}): hours spent and cancelled jobs are not known.")
     try:
-        queued = queue(jobs)
-    except Unreachable as error:
-        reached = False
-        notes.append(f"SLURM's queue could not be asked ({error}): states are from the runs' own files.")
-        queued = {}
+        queued = _queued(jobs)
+    except CommandError as error:
+        queue_reached = False
+        notes.append(f"SLURM's queue was not reached ({error}): states are from the runs' own files.")
+    tasks = dict(accounted)
     for job, task in queued.items():
-        spent = tasks.get(job)
+        spent = accounted.get(job)
         tasks[job] = replace(task, seconds=spent.seconds, gpu_seconds=spent.gpu_seconds) if spent else task
-    if reached:
-        _settle(jobs, tasks, queued, tasks_of or {})
-    return JobStates(tasks=tasks, notes=tuple(notes), queue_reached=reached, accounting_reached=accounting_reached)
+    if queue_reached:
+        _resolve_missing(jobs, tasks, queued, task_counts or {})
+    return JobStates(tasks, tuple(notes), queue_reached, accounting_reached)
 
 
-def _settle(
-    jobs: Mapping[str, str], tasks: dict[str, SlurmTask], queued: dict[str, SlurmTask], tasks_of: Mapping[str, int]
+def _resolve_missing(
+    jobs: Mapping[str, str], tasks: dict[str, SlurmTask], queued: dict[str, SlurmTask], task_counts: Mapping[str, int]
 ) -> None:
-    """Find out how tasks ended that have left the queue, where the accounting is silent or behind.
+    """Update tasks that have left the queue while the accounting has no answer about them, or an old one.
 
-    The controller remembers jobs for some minutes. A task that it has forgotten and that was running is over. One that
-    the accounting still calls pending was cancelled before it began if the controller knows other tasks of its array,
-    for a single waiting task leaves no trace in the accounting when it is cancelled; else the controller lost the array.
+    The controller remembers jobs for some minutes. A task that it has forgotten and that was running has ended. One that
+    the accounting still calls pending was cancelled before it started if the controller knows other tasks of its array,
+    because a single waiting task leaves no trace in the accounting when it is cancelled; else the controller lost the
+    array.
     """
-    open_ended = {
-        job.split("_")[0] for job, task in tasks.items() if job not in queued and task.verdict in ("pending", "running")
-    }
-    known = Counter(task.split("_")[0] for task in tasks)
-    silent = {job for job in jobs if known[job] < tasks_of.get(job, 1)}
-    for array in sorted(open_ended | silent):
+    outdated = {array_of(job) for job, task in tasks.items() if job not in queued and task.is_active}
+    counts = Counter(array_of(task) for task in tasks)
+    incomplete = {job for job in jobs if counts[job] < task_counts.get(job, 1)}
+    for array in sorted(outdated | incomplete):
         answered, remembered = True, {}
         try:
-            remembered = controlled(ask("scontrol", "-o", "show", "job", array), jobs)
-        except Unreachable as error:
+            remembered = _controller_states(run_slurm("scontrol", "-o", "show", "job", array), jobs)
+        except CommandError as error:
             answered = "Invalid job id" in str(error)
-        known_to_controller = bool(remembered) or any(job.split("_")[0] == array for job in queued)
+        known_to_controller = bool(remembered) or any(array_of(job) == array for job in queued)
         for job, state in remembered.items():
-            if job not in queued and (job not in tasks or tasks[job].verdict in ("pending", "running")):
+            if job not in queued and (job not in tasks or tasks[job].is_active):
                 before = tasks.get(job, SlurmTask(job, state, "unknown"))
                 tasks[job] = replace(before, state=state, verdict=verdict(state))
         for job, task in tasks.items():
-            if job.split("_")[0] == array and job not in queued and job not in remembered:
-                if task.verdict == "pending" and known_to_controller:
-                    tasks[job] = replace(task, state="CANCELLED", verdict="cancelled")
-                elif task.verdict == "pending":
-                    tasks[job] = replace(task, state=LOST, verdict="over" if answered else "unknown")
-                elif task.verdict == "running":
-                    tasks[job] = replace(task, state=LOST, verdict="over")
+            if array_of(job) != array or job in queued or job in remembered or not task.is_active:
+                continue
+            if task.verdict == "running":
+                tasks[job] = replace(task, state=LOST, verdict="ended")
+            elif known_to_controller:
+                tasks[job] = replace(task, state="CANCELLED", verdict="cancelled")
+            else:
+                tasks[job] = replace(task, state=LOST, verdict="ended" if answered else "unknown")
 
 
-def controlled(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
-    """States by task from ``scontrol -o show job``; `jobs` as for `look_up`."""
+def _controller_states(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
+    """States by task from ``scontrol -o show job``; `jobs` as for `job_states`."""
     states: dict[str, str] = {}
     for line in text.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
         array, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
         if array and index and state and jobs.get(array) == fields.get("JobName"):
-            states.update((task, state) for task in expand(f"{array}_[{index}]"))
+            states.update((task, state) for task in expand_array_ids(f"{array}_[{index}]"))
     return states
 
 
-def queue(jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
-    """Tasks that are waiting or running, by job.
+def _queued(jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
+    """Tasks in the queue, by job.
 
     Raises:
-        Unreachable: The queue could not be asked.
+        CommandError: The queue was not reached.
     """
-    # All of the user's jobs: asking for an id that SLURM has forgotten is an error in some versions.
-    text = ask("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r")
+    # All jobs of the user: a query for an id that SLURM has forgotten is an error in some versions.
+    text = run_slurm("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r")
     found = {}
     for line in text.splitlines():
         job, name, state, reason = [*line.split("|", 3), "", "", ""][:4]
-        if jobs.get(job.split("_")[0]) == name:
+        if jobs.get(array_of(job)) == name:
             found[job] = SlurmTask(job=job, state=state, verdict=verdict(state), reason=reason)
     return found
 
 
-def named(name: str) -> str | None:
-    """The job of that name in the queue or the accounting of the last days, or None if SLURM knows none.
+def find_job(name: str) -> str | None:
+    """Id of the job with that name in the queue or in the accounting of the last days; None if SLURM knows none.
 
     Raises:
-        Unreachable: The queue could not be asked.
+        CommandError: The queue was not reached.
     """
-    for line in ask("squeue", "-h", "--me", "-n", name, "-o", "%F").splitlines():
+    for line in run_slurm("squeue", "-h", "--me", "-n", name, "-o", "%F").splitlines():
         return line.strip()
     try:
-        text = ask("sacct", "-n", "-X", "-P", "-S", "now-7days", "--name", name, "-o", "JobID")
-    except Unreachable:
+        text = run_slurm("sacct", "-n", "-X", "-P", "-S", "now-7days", "--name", name, "-o", "JobID")
+    except CommandError:
         return None
-    return next((line.split("_")[0].strip() for line in text.splitlines() if line.strip()), None)
+    return next((array_of(line.strip()) for line in text.splitlines() if line.strip()), None)
 
 
 def verdict(state: str) -> Verdict:
-    """What a state says, whatever SLURM writes after it (``CANCELLED by 0``)."""
+    """Verdict on an attempt by its state, with or without text after it (``CANCELLED by 0``)."""
     word = re.match(r"[A-Z_]*", state.strip())
     return VERDICTS.get(word[0] if word else "", "unknown")
 
 
-def accounted(text: str, jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
+def parse_accounting(text: str, jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
     """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time.
 
     Args:
         text: Lines of JobID, JobName, State, ElapsedRaw, AllocTRES, NodeList and ExitCode.
-        jobs: As for `look_up`.
+        jobs: As for `job_states`.
     """
     tasks: dict[str, SlurmTask] = {}
     for line in text.splitlines():
-        fields = line.split("|")
-        # Until the record of its start arrives, a job may be called "allocation".
-        if len(fields) < 5 or fields[1] not in (jobs.get(fields[0].split("_")[0]), "allocation"):
+        columns = line.split("|")
+        # A job may be called "allocation" until the record of its start arrives.
+        if len(columns) < 5 or columns[1] not in (jobs.get(array_of(columns[0])), "allocation"):
             continue
-        state, seconds = fields[2], float(fields[3]) if fields[3].isdigit() else 0.0
-        # A person's cancellation reads "CANCELLED by <uid>". Without a uid the accounting closed the job itself, since
-        # the controller came back without it, or since it waited for a job that failed.
+        node, exit_code = [*columns[5:7], "", ""][:2]
+        state, seconds = columns[2], float(columns[3]) if columns[3].isdigit() else 0.0
+        # A person's cancellation reads "CANCELLED by <uid>". Without a uid the accounting closed the job itself, because
+        # the controller came back without it, or because it waited for a job that failed.
         lost = state.strip() == "CANCELLED"
-        gpus = re.search(r"gres/gpu=(\d+)", fields[4])
-        for job in expand(fields[0]):
+        gpus = re.search(r"gres/gpu=(\d+)", columns[4])
+        for job in expand_array_ids(columns[0]):
             before = tasks.get(job)
             tasks[job] = SlurmTask(
                 job=job,
                 state=LOST if lost else state,
-                verdict="over" if lost else verdict(state),
+                verdict="ended" if lost else verdict(state),
                 seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
-                status=int(code[1]) if len(fields) > 6 and (code := re.match(r"(\d+):", fields[6])) else None,
-                node=fields[5] if len(fields) > 5 and re.fullmatch(r"[A-Za-z0-9_.-]+", fields[5]) else None,
+                exit_status=int(code[1]) if (code := re.match(r"(\d+):", exit_code)) else None,
+                node=node if re.fullmatch(r"[A-Za-z0-9_.-]+", node) else None,
             )
     return tasks
 
 
-def expand(job: str) -> list[str]:
+def expand_array_ids(job: str) -> list[str]:
     """Tasks of a job id as the accounting writes it: ``12_[1-3,7%2]`` is 12_1, 12_2, 12_3 and 12_7."""
-    whole = re.fullmatch(r"(\d+)_\[([\d,\-]+)(?:%\d+)?\]?", job)
-    if not whole:
+    found = re.fullmatch(r"(\d+)_\[([\d,\-]+)(?:%\d+)?\]?", job)
+    if not found:
         return [job]
     tasks = []
-    for part in whole[2].strip(",").split(","):
+    for part in found[2].strip(",").split(","):
         first, _, last = part.partition("-")
         if first.isdigit():
             stop = int(last) if last.isdigit() else int(first)
-            tasks += [f"{whole[1]}_{index}" for index in range(int(first), stop + 1)]
+            tasks += [f"{found[1]}_{index}" for index in range(int(first), stop + 1)]
     return tasks
 
 
-def largest_array() -> int:
+def max_array_size() -> int:
     """Tasks that one array may have.
 
     Raises:
-        UserError: SLURM cannot be asked.
+        UserError: The controller was not reached.
     """
     try:
-        text = ask("scontrol", "show", "config")
-    except Unreachable as error:
-        raise UserError(f"SLURM cannot be asked: {error}. Submit from a login node, or use --executor local.") from None
+        text = run_slurm("scontrol", "show", "config")
+    except CommandError as error:
+        raise UserError(f"SLURM was not reached: {error}. Submit from a login node, or use --executor local.") from None
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
     return int(found[1]) if found else 1001

@@ -1,7 +1,7 @@
-"""Is this cluster fit for this campaign? Asked before GPU-hours are spent; each check passes, warns or fails.
+"""Checks of a cluster for a campaign, made before GPU-hours are spent; each passes, warns or fails.
 
 Nothing is changed. With a probe, a job of a minute writes into the run root and imports the environment on a compute
-node, for a login node can differ from those in both.
+node, because a login node can differ from those in both.
 """
 
 from __future__ import annotations
@@ -23,30 +23,51 @@ from scaling.console import console
 from scaling.io import Strict
 from sweeps.config.placement import SlurmConfig, profile_file
 from sweeps.planning.plan import CampaignPlan
-from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.snapshot import code_root, exposed
+from sweeps.slurm.array_records import FOLDER, JOB_PREFIX
+from sweeps.slurm.client import CommandError, run_slurm
+from sweeps.slurm.sbatch import code_root, exposed, sbatch_options
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-ROOM_BYTES = 1 << 30
+STYLES = {"pass": "green", "warn": "yellow", "fail": "red"}
+MIN_FREE_BYTES = 1 << 30
 PROBE_SECONDS = 180.0
+PROBE = (
+    "import scaling.training.loop, pathlib, sys, torch; "
+    "pathlib.Path(sys.argv[1]).write_text(str(torch.cuda.device_count()))"
+)
 
 
 class ClusterCheck(Strict, frozen=True):
-    """One question with its answer."""
+    """One check with its result."""
 
     name: str
     verdict: Literal["pass", "warn", "fail"]
     finding: str
 
 
+def passed(name: str, finding: str) -> ClusterCheck:
+    """A check that found nothing wrong."""
+    return ClusterCheck(name=name, verdict="pass", finding=finding)
+
+
+def warned(name: str, finding: str) -> ClusterCheck:
+    """A check that found a limitation."""
+    return ClusterCheck(name=name, verdict="warn", finding=finding)
+
+
+def failed(name: str, finding: str) -> ClusterCheck:
+    """A check that found a reason why jobs would not run."""
+    return ClusterCheck(name=name, verdict="fail", finding=finding)
+
+
 def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
     """All checks of a campaign on this cluster.
 
     Args:
-        plan: As `sweeps.planning.plan.plan` gives it.
+        plan: A plan from `sweeps.planning.plan.plan`.
         probe: Submit a job of at most a minute for each kind of placement, and wait for it.
     """
-    checks = [*_commands(), *_root(plan.root)]
+    checks = [*_commands(), _root(plan.root)]
     if any(check.verdict == "fail" for check in checks):
         return checks
     kinds: dict[str, SlurmConfig] = {}
@@ -54,81 +75,63 @@ def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
         if table.slurm not in kinds.values():
             kinds[rung] = table.slurm
     checks += _configuration(len(plan.distinct()))
-    for rung, asked in kinds.items():
-        checks += list(_placement(rung, asked))
+    for rung, slurm in kinds.items():
+        checks.append(_placement(rung, slurm))
         if probe:
-            checks.append(_probe(plan.root, rung, asked))
+            checks.append(_probe(plan.root, rung, slurm))
     return checks
 
 
 def show(checks: list[ClusterCheck]) -> None:
     """Print the checks as a table."""
-    styles = {"pass": "green", "warn": "yellow", "fail": "red"}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("check", "", "finding"):
         table.add_column(column, no_wrap=column != "finding")
     for check in checks:
-        table.add_row(check.name, Text(check.verdict, style=styles[check.verdict]), Text(check.finding))
+        table.add_row(check.name, Text(check.verdict, style=STYLES[check.verdict]), Text(check.finding))
     console().print(table)
 
 
 def _commands() -> Iterator[ClusterCheck]:
     absent = [command for command in COMMANDS if shutil.which(command) is None]
     if absent:
-        yield ClusterCheck(
-            name="commands",
-            verdict="fail",
-            finding=f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module.",
+        yield failed(
+            "commands", f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
         )
         return
     try:
-        ask("scontrol", "ping")
-    except Unreachable as error:
-        yield ClusterCheck(
-            name="controller", verdict="fail", finding=f"{error}. Ask your administrators, or try later."
-        )
+        run_slurm("scontrol", "ping")
+    except CommandError as error:
+        yield failed("controller", f"{error}. Ask your administrators, or try later.")
         return
-    yield ClusterCheck(name="controller", verdict="pass", finding=ask("scontrol", "--version").strip())
+    yield passed("controller", run_slurm("scontrol", "--version").strip())
     try:
-        ask("sacct", "-n", "-X", "-S", "now")
-        yield ClusterCheck(name="accounting", verdict="pass", finding="sacct answers: hours spent will be known")
-    except Unreachable as error:
-        yield ClusterCheck(
-            name="accounting",
-            verdict="warn",
-            finding=f"{error}. Campaigns work; hours spent and cancelled jobs will not be known.",
-        )
+        run_slurm("sacct", "-n", "-X", "-S", "now")
+        yield passed("accounting", "sacct answers: hours spent will be known")
+    except CommandError as error:
+        finding = f"{error}. Campaigns work; hours spent and cancelled jobs will not be known."
+        yield warned("accounting", finding)
 
 
-def _root(root: Path) -> Iterator[ClusterCheck]:
-    here = root
-    while not here.exists():
-        here = here.parent
-    if not os.access(here, os.W_OK):
-        yield ClusterCheck(
-            name="run root", verdict="fail", finding=f"{here} is not writable. Choose another with --root."
-        )
-        return
+def _root(root: Path) -> ClusterCheck:
+    name = "run root"
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        return failed(name, f"{existing} is not writable. Choose another with --root.")
     if (folder := exposed(root)) is not None:
-        finding = f"others may write {folder}, and could replace what your jobs execute. Run chmod go-w, or move."
-        yield ClusterCheck(name="run root", verdict="fail", finding=finding)
-        return
-    free = shutil.disk_usage(here).free
-    if free < ROOM_BYTES:
-        yield ClusterCheck(
-            name="run root", verdict="fail", finding=f"{here} has {free / 1e9:.2f} GB left. Make room, or move."
+        finding = f"other users may write {folder}, and could replace the code of your jobs. Run chmod go-w, or move."
+        return failed(name, finding)
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        return failed(name, f"{existing} has {free / 1e9:.2f} GB left. Make room, or move.")
+    kind = _file_system(existing)
+    if kind in ("tmpfs", "ramfs") or existing.is_relative_to("/tmp"):
+        return warned(
+            name,
+            f"{root} is on {kind or 'a local disk'}, which other nodes do not see. Use a shared file system, or check "
+            "with --probe.",
         )
-        return
-    kind = _file_system(here)
-    if kind in ("tmpfs", "ramfs") or here.is_relative_to("/tmp"):
-        yield ClusterCheck(
-            name="run root",
-            verdict="warn",
-            finding=f"{root} is on {kind or 'a local disk'}, which other nodes do not see. "
-            "Use a shared file system, or check with --probe.",
-        )
-    else:
-        yield ClusterCheck(name="run root", verdict="pass", finding=f"{root}, {kind}, {free / 1e9:,.0f} GB free")
+    return passed(name, f"{root}, {kind}, {free / 1e9:,.0f} GB free")
 
 
 def _file_system(path: Path) -> str:
@@ -144,142 +147,102 @@ def _file_system(path: Path) -> str:
 
 
 def _configuration(runs: int) -> Iterator[ClusterCheck]:
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", ask("scontrol", "show", "config"), re.MULTILINE))
+    config = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", run_slurm("scontrol", "show", "config"), re.MULTILINE))
     largest = int(config.get("MaxArraySize", "1001"))
-    arrays = -(-runs // largest)
-    yield ClusterCheck(
-        name="array size", verdict="pass", finding=f"at most {largest:,} tasks; {runs:,} runs are {arrays} of them"
-    )
+    yield passed("array size", f"at most {largest:,} tasks; {runs:,} runs are {-(-runs // largest)} of them")
     if config.get("JobRequeue", "1").strip() == "0":
-        yield ClusterCheck(
-            name="requeue",
-            verdict="warn",
-            finding="the cluster does not requeue by default. Jobs ask for it; if that is refused, submit again to go on.",
+        yield warned(
+            "requeue",
+            "the cluster does not requeue by default. Jobs request it; if that is refused, submit again to continue.",
         )
     wait = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
-    yield ClusterCheck(
-        name="requeue delay", verdict="pass", finding=f"a requeued job waits {wait[1] if wait else 120} s at least"
-    )
+    yield passed("requeue delay", f"a requeued job waits {wait[1] if wait else 120} s at least")
     limit = _submit_limit()
     if limit is not None and limit < runs:
-        yield ClusterCheck(
-            name="submit limit",
-            verdict="warn",
-            finding=f"your account may have {limit:,} jobs; of {runs:,} runs the rest goes in when you submit again",
-        )
+        finding = f"your account may have {limit:,} jobs; of {runs:,} runs the rest goes in when you submit again"
+        yield warned("submit limit", finding)
 
 
 def _submit_limit() -> int | None:
     try:
-        user = ask("id", "-un").strip()
-        text = ask("sacctmgr", "-n", "-P", "show", "association", f"user={user}", "format=MaxSubmitJobs")
-    except Unreachable:
+        user = run_slurm("id", "-un").strip()
+        text = run_slurm("sacctmgr", "-n", "-P", "show", "association", f"user={user}", "format=MaxSubmitJobs")
+    except CommandError:
         return None
     return min((int(line) for line in text.split() if line.isdigit()), default=None)
 
 
-def _placement(rung: str, table: SlurmConfig) -> Iterator[ClusterCheck]:
-    """Whether SLURM would take such a job, and whether it could ever start: it accepts limits above a partition's."""
+def _placement(rung: str, slurm: SlurmConfig) -> ClusterCheck:
+    """Whether SLURM would accept such a job, and whether it could start: sbatch accepts limits above a partition's."""
     name = f"placement of {rung}"
     try:
-        partitions = [
-            dict(re.findall(r"(\w+)=(\S*)", line)) for line in ask("scontrol", "-o", "show", "partition").splitlines()
-        ]
-    except Unreachable as error:
-        yield ClusterCheck(name=name, verdict="fail", finding=f"{error}. Try again later.")
-        return
-    known = [partition["PartitionName"] for partition in partitions]
-    chosen = [
-        partition
-        for partition in partitions
-        if (partition["PartitionName"] == table.partition if table.partition else partition.get("Default") == "YES")
-    ]
-    if not chosen:
-        wanted = f'there is no partition "{table.partition}"' if table.partition else "there is no default partition"
-        yield ClusterCheck(
-            name=name,
-            verdict="fail",
-            finding=f"{wanted}. Set partition in [placement.slurm] or in {profile_file()}; known: {', '.join(known)}.",
-        )
-        return
-    limit = _minutes(chosen[0].get("MaxTime", "UNLIMITED"))
-    if limit is not None and table.time_minutes > limit:
-        yield ClusterCheck(
-            name=name,
-            verdict="fail",
-            finding=f"minutes is {table.time_minutes:,}, and partition {chosen[0]['PartitionName']} allows {limit:,}; "
-            f"the job would wait for ever. Set time_minutes = {limit} or less: a longer run continues in the next job.",
-        )
-        return
-    if table.signal_seconds >= table.time_minutes * 60:
-        yield ClusterCheck(
-            name=name,
-            verdict="fail",
-            finding=f"signal_seconds is {table.signal_seconds}, as long as the job itself. Lower it, or give more minutes.",
-        )
-        return
-    try:
-        ask("sbatch", "--test-only", *_request(table), "--wrap", "true")
-    except Unreachable as error:
-        said = str(error).removeprefix("sbatch failed: ")
-        yield ClusterCheck(name=name, verdict="fail", finding=f"SLURM would refuse: {said}. Change [placement.slurm].")
-        return
-    if (exceeded := _limit_below(table)) is not None:
-        yield ClusterCheck(
-            name=name,
-            verdict="fail",
-            finding=f"{exceeded}; the job would wait for ever. Ask for less in [placement.slurm], or have the limit raised.",
-        )
-        return
-    yield ClusterCheck(name=name, verdict="pass", finding=f"partition {chosen[0]['PartitionName']} would take it")
-
-
-def _limit_below(table: SlurmConfig) -> str | None:
-    """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
-    wanted = {
-        "cpu": table.nodes * table.tasks_per_node * table.cpus_per_task,
-        "node": table.nodes,
-        "gres/gpu": table.devices,
+        text = run_slurm("scontrol", "-o", "show", "partition")
+    except CommandError as error:
+        return failed(name, f"{error}. Try again later.")
+    partitions = {
+        found["PartitionName"]: found for line in text.splitlines() if (found := dict(re.findall(r"(\w+)=(\S*)", line)))
     }
+    default = next((partition for partition, found in partitions.items() if found.get("Default") == "YES"), None)
+    partition = slurm.partition or default
+    if partition not in partitions:
+        missing = f'there is no partition "{partition}"' if partition else "there is no default partition"
+        return failed(
+            name,
+            f"{missing}. Set partition in [placement.slurm] or in {profile_file()}; known: {', '.join(partitions)}.",
+        )
+    limit = _minutes(partitions[partition].get("MaxTime", "UNLIMITED"))
+    if limit is not None and slurm.time_minutes > limit:
+        return failed(
+            name,
+            f"time_minutes is {slurm.time_minutes:,}, and partition {partition} allows {limit:,}; the job would never "
+            f"start. Set time_minutes = {limit} or less: a longer run continues in the next job.",
+        )
+    if slurm.signal_seconds >= slurm.time_minutes * 60:
+        finding = (
+            f"signal_seconds is {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes."
+        )
+        return failed(name, finding)
+    try:
+        run_slurm("sbatch", "--test-only", *_arguments(slurm), "--wrap", "true")
+    except CommandError as error:
+        message = str(error).removeprefix("sbatch failed: ")
+        return failed(name, f"SLURM would refuse: {message}. Change [placement.slurm].")
+    if (exceeded := _exceeded_limit(slurm)) is not None:
+        finding = f"{exceeded}; the job would never start. Request less in [placement.slurm], or have the limit raised."
+        return failed(name, finding)
+    return passed(name, f"partition {partition} would take it")
+
+
+def _exceeded_limit(slurm: SlurmConfig) -> str | None:
+    """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
+    requested = {"cpu": slurm.processes * slurm.cpus_per_task, "node": slurm.nodes, "gres/gpu": slurm.devices}
+    show = ("sacctmgr", "-n", "-P", "show")
     limits = "GrpTRES,MaxTRES,GrpJobs,MaxJobs"
     rows = []
     try:
-        user = ask("id", "-un").strip()
-        account = (
-            table.account
-            or ask("sacctmgr", "-n", "-P", "show", "user", user, "format=DefaultAccount").partition("\n")[0]
-        )
-        text = ask("sacctmgr", "-n", "-P", "show", "association", f"account={account}", f"format=User,{limits}")
+        user = run_slurm("id", "-un").strip()
+        account = slurm.account or run_slurm(*show, "user", user, "format=DefaultAccount").partition("\n")[0]
+        text = run_slurm(*show, "association", f"account={account}", f"format=User,{limits}")
         rows += [(f"account {account}", row) for row in text.splitlines() if row.split("|")[0] in ("", user)]
-        if table.qos is not None:
-            text = ask("sacctmgr", "-n", "-P", "show", "qos", table.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")
-            rows += [(f"QOS {table.qos}", row) for row in text.splitlines()]
-    except Unreachable:
+        if slurm.qos is not None:
+            text = run_slurm(*show, "qos", slurm.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")
+            rows += [(f"QOS {slurm.qos}", row) for row in text.splitlines()]
+    except CommandError:
         return None
     for owner, row in rows:
         group, each, *jobs = row.split("|")[1:]
         if "0" in jobs:
             return f"{owner} may have no running jobs"
-        for name, most in re.findall(r"([\w/]+)=(\d+)", f"{group},{each}"):
-            if wanted.get(name, 0) > int(most):
-                return f"{owner} may use {most} of {name}, and a job asks for {wanted[name]}"
+        for resource, most in re.findall(r"([\w/]+)=(\d+)", f"{group},{each}"):
+            if requested.get(resource, 0) > int(most):
+                return f"{owner} may use {most} of {resource}, and a job requests {requested[resource]}"
     return None
 
 
-def _request(table: SlurmConfig) -> list[str]:
-    options = {
-        "partition": table.partition,
-        "account": table.account,
-        "qos": table.qos,
-        "constraint": table.constraint,
-        "nodes": table.nodes,
-        "ntasks-per-node": table.tasks_per_node,
-        "cpus-per-task": table.cpus_per_task,
-        "gpus-per-node": table.gpus_per_node or None,
-        "mem": table.memory,
-        "time": table.time_minutes,
-    }
-    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+def _arguments(slurm: SlurmConfig, *, without: tuple[str, ...] = ()) -> list[str]:
+    """The placement's request as arguments of sbatch."""
+    options = {option: value for option, value in sbatch_options(slurm).items() if option not in without}
+    return [f"--{option}" if value is True else f"--{option}={value}" for option, value in options.items()]
 
 
 def _minutes(limit: str) -> int | None:
@@ -291,40 +254,30 @@ def _minutes(limit: str) -> int | None:
     return days * 1440 + hours * 60 + minutes + (seconds > 0)
 
 
-def _probe(root: Path, rung: str, table: SlurmConfig) -> ClusterCheck:
-    """A short job that writes into the root and imports what a run imports."""
+def _probe(root: Path, rung: str, slurm: SlurmConfig) -> ClusterCheck:
+    """Result of a short job that writes into the root and imports the modules of a run."""
     name = f"probe of {rung}"
-    folder = root / "submissions"
+    folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     answer = folder / f".probe-{uuid.uuid4().hex}"
-    python = shlex.quote(sys.executable)
-    code = "import scaling.training.loop, pathlib, sys, torch; pathlib.Path(sys.argv[1]).write_text(str(torch.cuda.device_count()))"
-    command = (
-        f"PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code_root()))} srun {python} -c {shlex.quote(code)} "
-        f"{shlex.quote(str(answer))}"
-    )
-    request = [option for option in _request(table) if not option.startswith("--time=")]
     log = folder / f"{answer.name}.log"
+    command = (
+        f"PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code_root()))} srun {shlex.quote(sys.executable)} "
+        f"-c {shlex.quote(PROBE)} {shlex.quote(str(answer))}"
+    )
+    request = _arguments(slurm, without=("time", "begin", "deadline", "dependency"))
+    job = ["--wait", "--time=5", f"--job-name={JOB_PREFIX}-probe", "-o", str(log), "--wrap", command]
     try:
-        ask("sbatch", "--wait", "--time=5", *request, "-o", str(log), "--wrap", command, timeout=PROBE_SECONDS)
-        found = answer.read_text()
-        if int(found) < table.gpus_per_node:
-            return ClusterCheck(
-                name=name,
-                verdict="warn",
-                finding=f"torch sees {found} GPUs on the node, and {table.gpus_per_node} were asked for. ClusterCheck CUDA there.",
-            )
-        return ClusterCheck(
-            name=name, verdict="pass", finding=f"the environment imports there; torch sees {found} GPUs"
-        )
-    except (Unreachable, OSError) as error:
-        tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        said = tail[0] if tail else str(error)
-        return ClusterCheck(
-            name=name,
-            verdict="fail",
-            finding=f"the job did not write into {root}: {said}. Is the folder, with its environment, shared?",
-        )
+        run_slurm("sbatch", *request, *job, timeout=PROBE_SECONDS)
+        gpus = answer.read_text()
+        if int(gpus) < slurm.gpus_per_node:
+            finding = f"torch sees {gpus} GPUs on the node, and {slurm.gpus_per_node} were requested. Check CUDA there."
+            return warned(name, finding)
+        return passed(name, f"the environment imports there; torch sees {gpus} GPUs")
+    except (CommandError, OSError) as error:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+        finding = f"the job did not write into {root}: {last[0] if last else error}. Is the folder, with its environment, shared?"
+        return failed(name, finding)
     finally:
         answer.unlink(missing_ok=True)
         log.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""What a SLURM job executes: ``python -m sweeps.slurm.job RECORD``, one process for each task of the run.
+"""The program of a SLURM job: ``python -m sweeps.slurm.job RECORD``, one process for each task of the run.
 
-The job is its place in an array's record. It finds its run there, or the few that share its device, makes sure that
-nobody else trains it and that the code is the one that was submitted, and trains. It never requeues itself:
-`sweeps.slurm.requeue` does, once, after all processes have ended.
+The array's record and the task's index name the run, or the few runs that train side by side. The job checks that no
+other process trains the run and that the code is the submitted one, and trains. It never requeues itself:
+`sweeps.slurm.requeue` does so once all processes have ended.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from scaling.errors import UserError
-from scaling.io import read_json
+from scaling.io import append_line, read_json
 from scaling.run.directory import RunDirectory
-from scaling.training.pool import own_log
-from sweeps.slurm.array_records import ArrayRecord, note_began, owner_of
-from sweeps.slurm.job_exits import LEFT_EARLY, REFUSED
-from sweeps.slurm.lease import LOST_LEASE, hold
-from sweeps.slurm.snapshot import code_digest
+from scaling.training.pool import device_slots, note_kill, own_log, side_by_side
+from sweeps.slurm.array_records import CANCELLED, ArrayRecord, note_began, owner_of
+from sweeps.slurm.exit_codes import DONE, ERROR, INVALID_RUN, LEASE_LOST, LEFT_EARLY
+from sweeps.slurm.lease import hold
+from sweeps.slurm.requeue import exit_of, job_of_environment, reason_abandoned
+from sweeps.slurm.sbatch import code_digest
 
-ENDING_SECONDS = 20.0
-"""That an earlier attempt's process may take to end, before its lock means that somebody else trains."""
+UNLOCK_SECONDS = 20.0
+"""Time that an earlier attempt's process may take to end; after it, its lock means that another process trains."""
 
 
 def main(record_file: str) -> int:
-    """Train the run of this job, or its pack of runs; the exit status is for `sweeps.slurm.requeue`."""
+    """Train the run or the runs of this job; the exit status is for `sweeps.slurm.requeue`."""
     array = read_json(Path(record_file), ArrayRecord)
     runs = array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if array.per_task > 1:
-        from sweeps.slurm.packed_job import train_pack
-
-        return train_pack(Path(record_file), runs)
+        return train_side_by_side(Path(record_file), runs)
     return train_run(Path(record_file), runs[0], leader=os.environ.get("SLURM_PROCID", "0") == "0")
 
 
@@ -45,43 +45,44 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
     Args:
         record_file: The array's record, under the run root.
         run: Run id.
-        leader: Whether this is the first of the run's processes, which keeps its books.
+        leader: Whether this is the first of the run's processes, which alone writes its files.
     """
     array = read_json(record_file, ArrayRecord)
     root = record_file.parent.parent
     directory = RunDirectory(root / "runs" / run)
-    _leave_when_asked(directory, leader=leader)
+    _exit_on_signal(directory, leader=leader)
     if (owner := owner_of(root, run)) not in (None, array.token):
-        print(f"submission {owner} has taken this run over; leaving it to that one", flush=True)
-        return LOST_LEASE
+        print(f"submission {owner} has taken over this run; this job leaves it", flush=True)
+        return LEASE_LOST
     if leader:
         note_began(root, run, array)
         own_log(directory.path)
     if directory.record() is not None:
         print("finished before; nothing to do", flush=True)
-        return 0
+        return DONE
     job = os.environ.get("SLURM_JOB_ID", "?")
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    print(f"job {job}, restart {attempt}, on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}", flush=True)
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    print(f"job {job}, restart {restart}, on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}", flush=True)
     try:
         _check_code(array)
         if not leader:
             return _train(directory)
         with hold(directory.path, job=job) as held:
-            if not held or not _unlocked(directory):
-                print("another process trains this run; leaving it to that one", flush=True)
-                return LOST_LEASE  # not 0: the other processes of this job would wait for this one
+            if not held or not _is_free(directory):
+                print("another process trains this run; this job leaves it", flush=True)
+                return LEASE_LOST  # not DONE: the other processes of this job would wait for this one
             return _train(directory)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
-        if leader and not _noted(directory, str(error)):
+        attempts = directory.attempts()
+        if leader and (not attempts or attempts[-1].reason != str(error)):
             directory.note("end", step=0, outcome="failed", reason=str(error), job=job)
-        return REFUSED
+        return INVALID_RUN
 
 
-def _unlocked(directory: RunDirectory) -> bool:
-    """Whether nobody on this host, the local executor for one, trains the run; an attempt that is ending gets a while."""
-    deadline = time.monotonic() + ENDING_SECONDS
+def _is_free(directory: RunDirectory) -> bool:
+    """Whether no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
+    deadline = time.monotonic() + UNLOCK_SECONDS
     while directory.is_locked():
         if time.monotonic() > deadline:
             return False
@@ -98,29 +99,24 @@ def _train(directory: RunDirectory) -> int:
         raise
     except Exception:
         traceback.print_exc()
-        return 1
-    return 0
+        return ERROR
+    return DONE
 
 
 def _check_code(array: ArrayRecord) -> None:
     found = code_digest()
     if found != array.code:
         raise UserError(
-            f"the code is {found} now, and this run was submitted with {array.code}. "
-            "Cancel its job and submit again, or put the code back."
+            f"the code's digest is {found}, and this run was submitted with {array.code}. "
+            "Cancel its job and submit again, or restore the code."
         )
 
 
-def _noted(directory: RunDirectory, reason: str) -> bool:
-    attempts = directory.attempts()
-    return bool(attempts) and attempts[-1].reason == reason
+def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:
+    """Exit on SIGUSR2 or SIGTERM while the run does not train: there is nothing to save.
 
-
-def _leave_when_asked(directory: RunDirectory, *, leader: bool) -> None:
-    """Until training has begun, a signal ends the process at once: there is nothing to save yet.
-
-    While it trains, the training loop has the signals and saves at the step boundary; when it is over, what is
-    left is to write the record, which takes less time than doing the last steps again.
+    During training the loop handles these signals and saves at the step boundary. After the last step a signal is
+    ignored, because writing the record takes less time than taking the last steps again.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
@@ -135,6 +131,53 @@ def _leave_when_asked(directory: RunDirectory, *, leader: bool) -> None:
     for signum in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(signum, leave)
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
+
+
+def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
+    """Train the runs of a job at the same time, each with its own lease, attempts and record; always `DONE`.
+
+    A run that fails or is killed does not affect the others. Each exit is recorded for `sweeps.slurm.requeue`, which
+    starts the job again for the runs that can continue.
+    """
+    root = record_file.parent.parent
+    directories = [RunDirectory(root / "runs" / run) for run in runs]
+    # SLURM restarts the job as a whole: runs that are done or were abandoned take no part in it.
+    unfinished = [run for run in directories if not run.record_file.exists() and reason_abandoned(run) is None]
+    for signum in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(signum, lambda *_: os._exit(LEFT_EARLY))  # until runs have started, there is nothing to save
+    # Each run gets a device if there are any; runs on processors share those of the job.
+    on_processors = all(run.placement().device == "cpu" for run in unfinished)
+    devices = [] if on_processors else device_slots(len(unfinished))
+    gpus = dict(zip((run.path.name for run in unfinished), devices, strict=False))
+    side_by_side(
+        [run.path for run in unfinished if not _is_cancelled(run)],
+        at_once=len(runs),
+        work=partial(_train_member, record_file=str(record_file), gpus=gpus),
+        ended=_record_exit,
+        leave=_is_cancelled,
+    )
+    return DONE
+
+
+def _is_cancelled(directory: RunDirectory) -> bool:
+    return (directory.path / CANCELLED).exists()
+
+
+def _record_exit(directory: RunDirectory, exit_code: int) -> None:
+    if exit_code < 0:
+        note_kill(directory, exit_code)
+    if not directory.record_file.exists():
+        status = 128 - exit_code if exit_code < 0 else exit_code
+        append_line(directory.attempts_file, exit_of(directory, job_of_environment(), status))
+
+
+def _train_member(path: str, *, record_file: str, gpus: dict[str, str]) -> None:
+    """Body of the process of one of several runs."""
+    run = Path(path).name
+    if run in gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[run]  # read when CUDA starts, which has not happened here
+    os.setsid()
+    sys.exit(train_run(Path(record_file), run))
 
 
 if __name__ == "__main__":

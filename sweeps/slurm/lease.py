@@ -1,8 +1,8 @@
-"""A run's lease: the proof, renewed every few seconds, that somebody trains it.
+"""The lease of a run: a file that its training process renews every few seconds.
 
 The run's lock (`RunDirectory.claim`) vanishes with its process, but a lock does not reach every node of every shared
-file system. The lease is a file with its owner and a counter. A reader decides by watching the counter with its own
-clock, so clocks that disagree do no harm; an owner that finds another name in the file stops at once.
+file system. The lease holds its owner and a counter. A reader watches the counter with its own clock, so clocks that
+disagree do no harm; an owner that finds another name in the file stops at once.
 """
 
 from __future__ import annotations
@@ -18,48 +18,43 @@ from pathlib import Path
 import msgspec
 
 from scaling.io import Strict, write_atomic
+from sweeps.slurm.exit_codes import LEASE_LOST
 
 FILE = "lease.json"
 BEAT_SECONDS = 5.0
-MISSED_BEATS = 4
+MAX_MISSED_BEATS = 4
 """Beats that an owner may miss before it counts as gone."""
-
-LOST_LEASE = 76
-"""Exit status of a process that found another owner in its lease."""
 
 
 class Lease(Strict, frozen=True):
-    """Who trains, and how often they have said so."""
+    """Content of lease.json."""
 
     owner: str
     host: str
     pid: int
     beat: int = 0
+    """Renewals so far."""
     job: str | None = None
 
 
 def read_lease(folder: Path) -> Lease | None:
-    """The lease of a run directory, or None where nobody has ever held it or it was given back."""
+    """The lease of a run directory, or None if it was never held or was given back."""
     with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
         return msgspec.json.decode((folder / FILE).read_bytes(), type=Lease)
     return None
 
 
 def is_held(folder: Path, *, beat_seconds: float = BEAT_SECONDS) -> bool:
-    """Whether somebody alive holds the lease: at once if they are on this host, else by watching the counter."""
+    """Whether a live process holds the lease: at once if it was on this host, else by watching the counter."""
     first = read_lease(folder)
-    if first is None:
+    if first is None or (first.host == os.uname().nodename and not is_alive(first.pid)):
         return False
-    if first.host == os.uname().nodename and not is_alive(first.pid):
-        return False
-    deadline = time.monotonic() + MISSED_BEATS * beat_seconds
+    deadline = time.monotonic() + MAX_MISSED_BEATS * beat_seconds
     while time.monotonic() < deadline:
         time.sleep(beat_seconds / 4)
         now = read_lease(folder)
-        if now is None:
-            return False
         if now != first:
-            return True
+            return now is not None
     return False
 
 
@@ -68,7 +63,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
     """Hold a run's lease while training.
 
     Yields:
-        Whether it was got; False if somebody alive has it.
+        Whether it was acquired; False if a live process has it.
     """
     if is_held(folder, beat_seconds=beat_seconds):
         yield False
@@ -82,20 +77,20 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
         while not stop.wait(beat_seconds):
             found = read_lease(folder)
             if found is not None and found.owner != mine.owner:
-                # Somebody concluded that this process was gone. Two writers would be worse than a lost interval.
-                print(f"{folder}: {found.host} has taken this run over; leaving it to them.", flush=True)
-                os._exit(LOST_LEASE)
+                # The other process concluded that this one was gone. Two writers would be worse than lost steps.
+                print(f"{folder}: a process on {found.host} has taken over this run; this one stops.", flush=True)
+                os._exit(LEASE_LOST)
             lease = msgspec.structs.replace(lease, beat=lease.beat + 1)
             with contextlib.suppress(OSError):  # a full disk must not look like a death; the next beat tries again
                 _write(folder, lease)
 
-    beating = threading.Thread(target=renew, daemon=True, name="lease")
-    beating.start()
+    renewal = threading.Thread(target=renew, daemon=True, name="lease")
+    renewal.start()
     try:
         yield True
     finally:
         stop.set()
-        beating.join()
+        renewal.join()
         found = read_lease(folder)
         if found is not None and found.owner == mine.owner:
             (folder / FILE).unlink(missing_ok=True)
@@ -106,7 +101,7 @@ def _write(folder: Path, lease: Lease) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of that number is on this host."""
+    """Whether a process with that id exists on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

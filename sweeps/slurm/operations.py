@@ -1,6 +1,6 @@
-"""What a person does to runs that were submitted: cancel them, read their logs, clear their checkpoints away.
+"""Operations on submitted runs: cancel them, print their logs, delete their checkpoints.
 
-Each takes a selection of a campaign's runs; what it does not name is not touched.
+Each takes a selection of a campaign's runs and does not touch the others.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from scaling.errors import UserError, unknown_name
 from scaling.run.directory import LOG, RunDirectory
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.array_records import CANCELLED
-from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.job_exits import reason_abandoned
-from sweeps.slurm.queue_state import survey
+from sweeps.slurm.client import CommandError, run_slurm
+from sweeps.slurm.queue_state import queue_snapshot
+from sweeps.slurm.requeue import reason_abandoned
 
 FOLLOW_SECONDS = 1.0
+MAX_SCANCEL_IDS = 200
 
 
 def select(
@@ -27,14 +28,14 @@ def select(
     """The runs of an arm, a rung, both, or one run by the start of its id.
 
     Raises:
-        UserError: A name is not in the plan, or the start of an id is not one run's.
+        UserError: A name is not in the plan, or the start of an id fits no run or several.
     """
-    for what, name, known in (
+    for kind, name, known in (
         ("arm", arm, {planned.arm for planned in plan.runs}),
         ("rung", rung, {planned.rung for planned in plan.runs}),
     ):
         if name is not None and name not in known:
-            raise UserError(f"{plan.campaign.file}: {unknown_name(what, name, known)}")
+            raise UserError(f"{plan.campaign.file}: {unknown_name(kind, name, known)}")
     chosen = [
         planned
         for planned in plan.distinct()
@@ -49,36 +50,31 @@ def select(
 
 
 def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
-    """Jobs that were asked to end; each saves a checkpoint first and stays cancelled until it is asked for again.
+    """Cancel the jobs of some runs; their ids. Each run saves a checkpoint first and stays cancelled until it is retried.
 
     Raises:
-        UserError: SLURM cannot be asked; then nothing was cancelled.
+        UserError: SLURM was not reached; then nothing was cancelled.
     """
-    seen = survey(plan.root)
-    if not seen.answer.queue_reached:
-        raise UserError(f"{' '.join(seen.answer.notes)} Nothing was cancelled; try again.")
-    alive = {
-        run.id: task.job
-        for run in runs
-        if (task := seen.task(run.id)) is not None and task.verdict in ("pending", "running")
-    }
-    for run in alive:
+    snapshot = queue_snapshot(plan.root)
+    if not snapshot.states.queue_reached:
+        raise UserError(f"{' '.join(snapshot.states.notes)} Nothing was cancelled; try again.")
+    active = {run.id: task.job for run in runs if (task := snapshot.task(run.id)) is not None and task.is_active}
+    for run in active:
         (plan.root / "runs" / run / CANCELLED).touch()
-    # A run that shares its job with others leaves by its mark; the job ends when they are all to be cancelled.
-    asked = sorted(set(alive.values()))
-    jobs = [job for job in asked if all(_leaves(plan.root, run) for run in seen.runs_of(job))]
+    # A run that shares its job with others leaves by its mark; the job ends when all of them are cancelled.
+    jobs = sorted(set(active.values()))
+    whole = [job for job in jobs if all(_needs_no_job(plan.root, run) for run in snapshot.runs_of(job))]
     try:
-        for start in range(0, len(jobs), 200):
-            ask("scancel", *jobs[start : start + 200])
-    except Unreachable as error:
+        for start in range(0, len(whole), MAX_SCANCEL_IDS):
+            run_slurm("scancel", *whole[start : start + MAX_SCANCEL_IDS])
+    except CommandError as error:
         raise UserError(
             f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
         ) from None
-    return asked
+    return jobs
 
 
-def _leaves(root: Path, run: str) -> bool:
-    """Whether a run has no further part in its job."""
+def _needs_no_job(root: Path, run: str) -> bool:
     directory = RunDirectory(root / "runs" / run)
     return (
         (directory.path / CANCELLED).exists()
@@ -90,8 +86,8 @@ def _leaves(root: Path, run: str) -> bool:
 def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:
     """Checkpoints of runs that are done, and their bytes; deleted unless `dry_run`.
 
-    Only files that a run of this plan wrote, by their names and places; links are not followed, runs that are not done
-    keep everything, and so do weights, metrics and records.
+    Only files that a run of this plan wrote, by their names and places; links are not followed. Runs that are not done
+    keep everything; weights, metrics and records stay.
     """
     files = []
     for run in runs:
@@ -109,10 +105,10 @@ def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -
 def show_log(
     directory: RunDirectory, *, follow: bool = False, write: Callable[[str], object] = sys.stdout.write
 ) -> None:
-    """Print what a run has printed, and go on as it prints more until it is done.
+    """Print a run's log, and with `follow` what is added to it until the run is done.
 
     Raises:
-        UserError: It has printed nothing yet.
+        UserError: There is no log yet.
     """
     log = directory.path / LOG
     if not log.exists():

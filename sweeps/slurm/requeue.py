@@ -1,191 +1,255 @@
-"""What the batch script does when all processes of a job have ended: ``python -m sweeps.slurm.requeue RECORD STATUS TRIES``.
+"""The post-job hook of the batch script: ``python -m sweeps.slurm.requeue RECORD STATUS MAX_KILLS``.
 
-The one place where a job is requeued. A run that can continue goes back into the queue; one that was killed several
-times without a step of progress is given up, with the end of its log; one that failed by itself waits for a person.
-One that failed before its first step gets a second chance, for that may be the node's fault.
+It runs when all processes of a job have ended, and is the only place that requeues a job. It records the exit of each run
+in attempts.jsonl. A run that can continue goes back into the queue. A run that was killed several times without a step of
+progress is abandoned: its exit has the outcome ``failed`` and the end of its log, and it waits for ``--retry failed``. So
+does a run whose program failed; if it failed before its first step, it gets a second attempt, because the node may be at
+fault.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from scaling.errors import UserError
-from scaling.io import read_json
+from scaling.io import append_line, read_json
 from scaling.run.directory import RunDirectory
+from scaling.run.record import Attempt
 from scaling.training.pool import log_tail
-from sweeps.slurm import array_records, bad_nodes
+from sweeps.slurm import array_records, bad_nodes, exit_codes
 from sweeps.slurm.array_records import ArrayRecord
 from sweeps.slurm.bad_nodes import NodeFailure
-from sweeps.slurm.client import Unreachable, ask
-from sweeps.slurm.job_exits import (
-    ENDED_BY_SLURM,
-    LEFT_EARLY,
-    REFUSED,
-    UNNOTED,
-    JobExit,
-    exit_of,
-    read_exits,
-    reason_to_abandon,
-    record_exit,
-)
-from sweeps.slurm.lease import LOST_LEASE
+from sweeps.slurm.client import CommandError, run_slurm
+
+EXITS_PER_KILL = 5
+"""Exits without progress, of any kind, that are tolerated for each kill that is (`max_kills`): a run that is asked to stop
+before it can take a step wastes an allocation as surely as one that is killed."""
 
 
 class Job(NamedTuple):
-    """The job that has just ended its work, as its environment tells."""
+    """A job that has ended its work."""
 
     id: str
     """``<array job>_<index>``."""
     restart: int
     node: str | None
-    """None where it had several: nobody can say which of them failed."""
+    """None if it had several: it is not known which of them failed."""
     processes: int = 1
-    """Of its run."""
+    """Processes of its run."""
 
 
-def main(record_file: str, status: int, tries: int) -> int:
-    """Requeue the job, or leave it ended; returns the job's exit status."""
-    file = Path(record_file)
-    array, root = read_json(file, ArrayRecord), file.parent.parent
-    job = Job(
+def job_of_environment() -> Job:
+    """The job that this process belongs to."""
+    return Job(
         id=f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
         processes=int(os.environ.get("SLURM_NTASKS", "1")),
     )
-    again, noted, reasons, avoid = False, True, [], set[str]()
-    before = bad_nodes.left_out(root)
+
+
+def main(record_file: str, status: int, max_kills: int) -> int:
+    """Record the exits of the job's runs and requeue the job if one of them can continue; the job's exit status."""
+    file = Path(record_file)
+    array, root = read_json(file, ArrayRecord), file.parent.parent
+    job = job_of_environment()
+    requeue, recorded, reasons, avoided = False, True, [], set[str]()
+    bad_before = bad_nodes.excluded_nodes(root)
     for run in array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"])):
         directory = RunDirectory(root / "runs" / run)
         try:
-            ending = _settle(directory, job, status, tries)
-        except (OSError, UserError) as error:  # a run that cannot even note its end must not be started again and again
-            noted = False
-            said = f"{directory.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            reasons.append(f"{said}; the run's end could not be noted. Make room, and submit again.")
+            found = _record_exit_of(directory, job, status, max_kills)
+        except (OSError, UserError) as error:  # a run whose exit cannot be recorded must not restart again and again
+            recorded = False
+            text = f"{directory.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            reasons.append(f"{text}; the run's exit could not be recorded. Make room, and submit again.")
             continue
-        if ending is None:
+        if found is None:
             continue
-        if ending.reason_abandoned is None:
-            again = True
+        if found.outcome == "failed":
+            reasons.append(str(found.reason))
         else:
-            reasons.append(ending.reason_abandoned)
-        if job.node is not None and failed_at_start(directory, ending):
-            avoid.add(job.node)
-            failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=ending.time)
+            requeue = True
+        if job.node is not None and failed_at_start(directory, found):
+            avoided.add(job.node)
+            failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=time.time())
             bad_nodes.note_failures(root, [failure])
-    bad = bad_nodes.left_out(root)
+    bad = bad_nodes.excluded_nodes(root)
     for reason in reasons:
         with contextlib.suppress(OSError):  # the job's log may be on the same full disk, and a buffer would fail again
             os.write(2, f"{reason}\n".encode())
-    left = _requeue(job.id) if again else 0
-    # The job itself waits from here on, like the others that shall not come to that node.
-    if again and avoid:
-        bad_nodes.keep_away([job.id], sorted(avoid | set(bad)))
-    if set(bad) - set(before):
-        bad_nodes.keep_away([other.job for other in array_records.all_arrays(root) if other.job is not None], bad)
-    if not noted:
-        return UNNOTED
-    return (status or 1) if reasons else left
+    requeue_status = _requeue(job.id) if requeue else exit_codes.DONE
+    # The job itself is pending from here on, like the others that must avoid the node.
+    if requeue and avoided:
+        bad_nodes.exclude_from_pending([job.id], sorted(avoided | set(bad)))
+    if set(bad) - set(bad_before):
+        others = [other.job for other in array_records.all_arrays(root) if other.job is not None]
+        bad_nodes.exclude_from_pending(others, bad)
+    if not recorded:
+        return exit_codes.NOT_RECORDED
+    return (status or exit_codes.ERROR) if reasons else requeue_status
 
 
-def _settle(directory: RunDirectory, job: Job, status: int, tries: int) -> JobExit | None:
-    """How the run's part in the job ended, noted; None where nothing is left to do for it."""
-    if directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists():
+def exits(directory: RunDirectory) -> list[Attempt]:
+    """Exits of the run's jobs since it was last retried; of two lines about one attempt of a job the later one counts."""
+    found: dict[tuple[str | None, int], Attempt] = {}
+    for line in directory.history():
+        if line.event == "retry":
+            found = {}
+        elif line.event == "exit":
+            found[line.job, line.restart] = line
+    return list(found.values())
+
+
+def reason_abandoned(directory: RunDirectory) -> str | None:
+    """Why the run is not started again until a person retries it; None if it may be."""
+    last = exits(directory)[-1:]
+    return last[0].reason if last and last[0].outcome == "failed" else None
+
+
+def exit_of(directory: RunDirectory, job: Job, status: int, *, slurm_state: str | None = None) -> Attempt:
+    """The exit of a run's processes from a job, to be appended to the run's history."""
+    return Attempt(
+        event="exit", time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=checkpoint_step(directory),
+        job=job.id, restart=job.restart, node=job.node, exit_status=status, slurm_state=slurm_state,
+    )  # fmt: skip
+
+
+def _is_over(directory: RunDirectory) -> bool:
+    """Whether the run needs no further job: it is done, or a person cancelled it."""
+    return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
+
+
+def _record_exit_of(directory: RunDirectory, job: Job, status: int, max_kills: int) -> Attempt | None:
+    """The run's exit from the job, recorded; None if the run had no part in this attempt of it, or needs no other."""
+    if _is_over(directory):
         return None
-    endings = read_exits(directory)
-    if endings and (endings[-1].job, endings[-1].restart) == (job.id, job.restart):
-        *endings, ending = endings  # the job itself has noted how each of its runs ended
+    before = exits(directory)
+    if before and (before[-1].job, before[-1].restart) == (job.id, job.restart):
+        *before, found = before  # a job of several runs has recorded each exit itself
+    elif before and before[-1].outcome == "failed":
+        return None
     else:
-        if endings and endings[-1].reason_abandoned is not None:
-            return None  # it had no part in this attempt
-        ending = exit_of(directory, job=job.id, restart=job.restart, node=job.node, status=status)
-    return None if ending.status == LOST_LEASE else _conclude(directory, endings, ending, job, tries)
+        found = exit_of(directory, job, status)
+    if found.exit_status == exit_codes.LEASE_LOST:
+        return None
+    return _conclude(directory, before, found, job, max_kills)
 
 
-def settle_unnoted(directory: RunDirectory, job: str, state: str, tries: int) -> None:
-    """Note how a job ended that could not do so itself, for SLURM killed its batch script with the rest.
+def record_slurm_exit(directory: RunDirectory, job: str, state: str, max_kills: int) -> None:
+    """Record the exit of a job that could not do so itself, because SLURM killed its batch script with the rest.
 
     Args:
-        directory: Of a run that the job had begun.
+        directory: A run that the job had started.
         job: ``<array job>_<index>``.
-        state: SLURM's state of the job, one of `ENDED_BY_SLURM`.
-        tries: As the run's placement has it.
+        state: SLURM's state of the job, one of `exit_codes.OF_SLURM_STATE`.
+        max_kills: As in the run's placement.
     """
-    if directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists() or directory.is_locked():
+    if _is_over(directory) or directory.is_locked():
         return
-    endings = read_exits(directory)
-    restart = sum(ending.job == job for ending in endings)
-    ending = exit_of(directory, job=job, restart=restart, node=None, status=ENDED_BY_SLURM[state])
-    if endings and endings[-1].job == job and endings[-1].starts == ending.starts:
-        return  # it has noted this end
-    ending = msgspec.structs.replace(ending, state=state)
-    _conclude(directory, endings, ending, Job(id=job, restart=restart, node=None), tries)
+    before = exits(directory)
+    if before and before[-1].job == job and _starts_until(directory, before[-1]) == _starts_until(directory, None):
+        return  # recorded already
+    ended = Job(id=job, restart=sum(line.job == job for line in before), node=None)
+    found = exit_of(directory, ended, exit_codes.OF_SLURM_STATE[state], slurm_state=state)
+    _conclude(directory, before, found, ended, max_kills)
 
 
-def _conclude(directory: RunDirectory, endings: list[JobExit], ending: JobExit, job: Job, tries: int) -> JobExit:
-    """Note an ending that followed others, with what follows from it."""
-    reason = _why_give_up(directory, endings, ending, tries, processes=job.processes)
-    ending = msgspec.structs.replace(ending, reason_abandoned=reason)
-    record_exit(directory, ending)
+def _conclude(directory: RunDirectory, before: list[Attempt], found: Attempt, job: Job, max_kills: int) -> Attempt:
+    """Decide after an exit, which followed others, whether the run is abandoned, and record it."""
+    reason = _reason_to_abandon(directory, before, found, max_kills, processes=job.processes)
+    if reason is not None:
+        found = msgspec.structs.replace(found, outcome="failed", reason=reason)
+    if found not in directory.history():
+        append_line(directory.attempts_file, found)
     row, attempts = directory.last_row(), directory.attempts()
-    reached = row.step if row else ending.step
+    step = row.step if row else found.step
     if reason is not None and directory.state() != "failed":
-        directory.note("end", step=reached, outcome="failed", reason=reason, job=job.id)
-    elif reason is None and attempts and attempts[-1].event == "start":  # it had no time to say so itself
-        said = f"its processes ended with status {ending.status}"
-        if ending.state is not None:
-            said = f"SLURM ended its job as {ending.state}"
-        directory.note("end", step=reached, outcome="preempted", reason=said, job=job.id)
-    return ending
+        directory.note("end", step=step, outcome="failed", reason=reason, job=job.id)
+    elif reason is None and attempts and attempts[-1].event == "start":  # the process had no time to record its end
+        cause = f"its processes ended with status {found.exit_status}"
+        if found.slurm_state is not None:
+            cause = f"SLURM ended its job as {found.slurm_state}"
+        directory.note("end", step=step, outcome="preempted", reason=cause, job=job.id)
+    return found
 
 
-def _why_give_up(
-    directory: RunDirectory, before: list[JobExit], ending: JobExit, tries: int, *, processes: int
+def _reason_to_abandon(
+    directory: RunDirectory, before: list[Attempt], found: Attempt, max_kills: int, *, processes: int
 ) -> str | None:
     """Why starting the run again would not help, or None."""
-    if ending.status == REFUSED:
-        return f"its program ended with an error; {log_tail(directory)}"
-    # Of several processes one whose peer is gone, with its node perhaps, fails too: that is no failure of the program.
-    if ending.status == 1 and processes == 1:
-        first = not before or before[-1].status != 1
-        if first and failed_at_start(directory, ending):
-            return None
-        return f"its program ended with an error; {log_tail(directory)}"
-    reason = reason_to_abandon([*before, ending], tries)
-    return None if reason is None else f"{reason}; {log_tail(directory)}"
+    failed = f"its program ended with an error; {log_tail(directory)}"
+    if found.exit_status == exit_codes.INVALID_RUN:
+        return failed
+    # One of several processes also fails when a peer is gone, with its node perhaps: not an error of the program.
+    if found.exit_status == exit_codes.ERROR and processes == 1:
+        first = not before or before[-1].exit_status != exit_codes.ERROR
+        return None if first and failed_at_start(directory, found) else failed
+    killed, without_progress = exits_without_progress([*before, found])
+    if killed >= max_kills:
+        attempts = "1 attempt was" if killed == 1 else f"{killed} attempts were"
+        reason = f"{attempts} killed without a step of progress"
+        if found.slurm_state == "TIMEOUT":
+            reason += ", by the time limit; raise time_minutes, because the first checkpoint comes after a step at the earliest"
+    elif without_progress >= max_kills * EXITS_PER_KILL:
+        reason = f"{without_progress} attempts had to stop before a step of progress; raise time_minutes, or use another partition"
+    else:
+        return None
+    return f"{reason}; {log_tail(directory)}"
 
 
-def failed_at_start(directory: RunDirectory, ending: JobExit) -> bool:
-    """Whether the job that ended so had failed before it logged a step."""
-    if ending.status in (0, LEFT_EARLY, LOST_LEASE, REFUSED):
+def exits_without_progress(found: list[Attempt]) -> tuple[int, int]:
+    """The number of kills, and of all exits, in a row up to the last exit without a newer checkpoint."""
+    counted = [line for line in found if line.exit_status != exit_codes.LEASE_LOST]
+    same = list(itertools.takewhile(lambda line: line.step == counted[-1].step, reversed(counted)))
+    return sum(line.exit_status not in (exit_codes.DONE, exit_codes.LEFT_EARLY) for line in same), len(same)
+
+
+def failed_at_start(directory: RunDirectory, found: Attempt) -> bool:
+    """Whether the job of that exit failed before it logged a step."""
+    harmless = (exit_codes.DONE, exit_codes.LEFT_EARLY, exit_codes.LEASE_LOST, exit_codes.INVALID_RUN)
+    if found.exit_status in harmless:
         return False
-    before = [old.starts for old in read_exits(directory) if (old.job, old.restart) != (ending.job, ending.restart)]
-    if ending.starts == (before[-1] if before else 0):
-        return True  # it did not come to train
+    before = [line for line in exits(directory) if (line.job, line.restart) != (found.job, found.restart)]
+    starts = _starts_until(directory, found)
+    if len(starts) == len(_starts_until(directory, before[-1]) if before else []):
+        return True  # it did not start to train
     row = directory.last_row()
-    begun = [attempt.step for attempt in directory.attempts() if attempt.event == "start"][ending.starts - 1]
-    return row is None or row.step <= begun
+    return row is None or row.step <= starts[-1].step
+
+
+def _starts_until(directory: RunDirectory, found: Attempt | None) -> list[Attempt]:
+    """Starts of training up to an exit in the run's history, or all of them."""
+    lines = itertools.takewhile(lambda line: line != found, directory.history())
+    return [line for line in lines if line.event == "start"]
+
+
+def checkpoint_step(directory: RunDirectory) -> int:
+    """Step of the newest checkpoint, by its name; 0 without one."""
+    steps = [re.match(r"step-(\d+)\.", file.name) for file in directory.checkpoints.glob("step-*.ckpt")]
+    return max((int(step[1]) for step in steps if step), default=0)
 
 
 def _requeue(job: str) -> int:
-    """Back into the queue, unless somebody is ending this job: a cancelled one stays cancelled."""
+    """Requeue the job, unless it is being ended: a cancelled job stays cancelled."""
     try:
-        state = re.search(r"JobState=(\w+)", ask("scontrol", "show", "job", job))
+        state = re.search(r"JobState=(\w+)", run_slurm("scontrol", "show", "job", job))
         if state is None or state[1] != "RUNNING":
-            return 0
-        ask("scontrol", "requeue", job)
-    except Unreachable as error:
+            return exit_codes.DONE
+        run_slurm("scontrol", "requeue", job)
+    except CommandError as error:
         print(f"cannot requeue: {error}. Submit the campaign again to continue this run.", file=sys.stderr)
-        return LEFT_EARLY
-    return 0
+        return exit_codes.LEFT_EARLY
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -1,47 +1,85 @@
-"""The batch script of an array, which submitit writes, and its submission with sbatch.
+"""The batch script of an array, the copy of the code that its jobs run, and the submission with sbatch.
 
-A job is the path of an array's record and an index into it: submitit's pickles, results and job states are not used.
+submitit writes the script; its pickles, results and job states are not used. A job is the path of an array's record and
+an index into it.
+
+A job may wait for days while the working tree changes. Jobs therefore import a snapshot of the packages, taken at
+submission and named by its content; the batch script checks it before Python sees it.
 """
 
 from __future__ import annotations
 
+import grp
+import hashlib
 import os
+import pwd
 import re
 import shlex
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from submitit.slurm.slurm import _make_sbatch_string
 
 from scaling.errors import UserError
-from scaling.spec import Placement
-from sweeps.config.placement import SlurmConfig
-from sweeps.planning.plan import CampaignPlan, PlannedRun
+from scaling.io import temporary_name, write_json
+from scaling.run.provenance import describe_code
 from sweeps.slurm import array_records
 from sweeps.slurm.client import clean_environment
-from sweeps.slurm.snapshot import check_in_shell, code_digest, code_hash, code_root
+from sweeps.slurm.exit_codes import NOT_RECORDED
+
+if TYPE_CHECKING:
+    from scaling.spec import Placement
+    from sweeps.config.placement import SlurmConfig
+    from sweeps.planning.plan import CampaignPlan, PlannedRun
 
 INHERITED = (
     "HOME", "USER", "LOGNAME", "PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "SLURM_CONF", "LD_LIBRARY_PATH",
     "VIRTUAL_ENV", "CUDA_HOME", "OMP_NUM_THREADS", "HF_HOME", "XDG_CACHE_HOME",
 )  # fmt: skip
-"""Variables that jobs get of the submitter's: tokens and passwords stay behind."""
+"""The submitter's variables that jobs inherit: tokens and passwords are not among them."""
 
+OPTIONS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "time": "time_minutes",
+    "nodes": "nodes",
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory",
+}
+"""Fields of ``[placement.slurm]`` by the option of sbatch that they set; a field that is None or 0 sets nothing."""
 
 QUEUE_IS_FULL = ("temporarily unable to accept job", "job queue full")
-"""What sbatch says when SLURM holds MaxJobCount jobs, before it tries again for two minutes without another word."""
+"""Parts of sbatch's message when SLURM holds MaxJobCount jobs; sbatch then retries for two minutes in silence."""
+
+PACKAGES = ("scaling", "sweeps", "analysis")
+SNAPSHOT_SUFFIXES = {".py", ".toml", ".typed"}
+DESCRIPTION = "code.json"
+"""File of a snapshot with its commit; not code, and not hashed."""
+
+
+def sbatch_options(slurm: SlurmConfig) -> dict[str, str | int | bool]:
+    """A placement's request by sbatch's option names: what both the batch script and `scaling doctor` pass to sbatch."""
+    values = {option: getattr(slurm, name) for option, name in OPTIONS.items()}
+    further = {option.replace("_", "-"): value for option, value in slurm.sbatch.items() if value is not False}
+    return {option: value for option, value in values.items() if value} | further
 
 
 class SubmissionError(Exception):
-    """sbatch is missing, refused, or gave no job id; the message is what it said."""
+    """sbatch is missing, refused, or gave no job id; the message is its output."""
 
 
 def launch(file: Path, script: str) -> str:
-    """The job id that sbatch gives an array, whose batch script is kept in `file`.
+    """Submit a batch script, which is kept in `file`; the job id of its array.
 
     A queue that is full is reported at once: a smaller array may have room.
 
@@ -70,8 +108,8 @@ def launch(file: Path, script: str) -> str:
     # A site's wrapper may print more, and other job ids with it; sbatch's own line is the last of its kind.
     ids = re.findall(r"^Submitted batch job (\d+)", printed, re.MULTILINE)
     if process.returncode or not ids:
-        said = " ".join(word for line in errors for word in line.split()) or f"sbatch printed {printed.strip()!r}"
-        raise SubmissionError(said[:500])
+        output = " ".join(word for line in errors for word in line.split()) or f"sbatch printed {printed.strip()!r}"
+        raise SubmissionError(output[:500])
     return str(ids[-1])
 
 
@@ -79,60 +117,48 @@ def batch_script(
     plan: CampaignPlan,
     slurm: SlurmConfig,
     *,
-    name: str,
     token: str,
     tasks: int,
     code: Path | None = None,
     after: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> str:
-    """The script of an array, as submitit writes it; every value is checked or quoted.
+    """The script of an array; every value is checked or quoted.
 
     Args:
         plan: The runs' plan.
-        slurm: What the jobs ask for.
-        name: Job name.
-        token: Of the array's record, which the jobs read.
-        tasks: Of the array.
-        code: Folder that the jobs import from; the snapshot of the present code when not given.
-        after: Jobs that have to end well before these start.
-        exclude: Nodes to leave out, besides those that the placement does.
+        slurm: Request of the jobs.
+        token: Token of the array's record, which the jobs read.
+        tasks: Tasks of the array.
+        code: Folder that the jobs import from; the snapshot of the present code by default.
+        after: Jobs that have to succeed before these start.
+        exclude: Nodes to exclude, besides those that the placement does.
     """
-    working_tree = code == code_root()  # the user asked for it; it holds more than the packages
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    working_tree = code == code_root()  # on the user's request; it holds more than the packages
     code, digest = (plan.root / "code" / code_digest(), code_hash()) if code is None else (code, code_hash(code))
-    record = plan.root / array_records.FOLDER / f"{token}.json"
+    record = shlex.quote(str(array_records.path_of(plan.root, token)))
     python = shlex.quote(sys.executable)
-    options = {option.replace("_", "-"): value for option, value in slurm.sbatch.items() if value is not False}
+    options = sbatch_options(slurm)
     if after:
-        # Without the second, a job whose predecessor failed would wait for ever.
+        # Without the second, a job whose predecessor failed would wait without end.
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     if exclude:
-        named = [str(options["exclude"])] if "exclude" in options else []
-        options["exclude"] = ",".join([*named, *exclude])
+        options["exclude"] = ",".join([*([str(options["exclude"])] if "exclude" in options else []), *exclude])
     inherited = [name for name in (*INHERITED, *slurm.environment) if name in os.environ]
     return _make_sbatch_string(
-        command=f"{python} -u -m sweeps.slurm.job {shlex.quote(str(record))}",
+        command=f"{python} -u -m sweeps.slurm.job {record}",
         folder=plan.root / array_records.FOLDER / "slurm",
-        job_name=name,
-        partition=slurm.partition,
-        account=slurm.account,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        time=slurm.time_minutes,
-        nodes=slurm.nodes,
-        ntasks_per_node=slurm.tasks_per_node,
-        cpus_per_task=slurm.cpus_per_task,
-        gpus_per_node=slurm.gpus_per_node or None,
-        mem=slurm.memory,
+        job_name=array_records.job_name(plan.campaign.name, token),
         signal_delay_s=slurm.signal_seconds,
-        comment=f"scaling {plan.campaign.name} {token}",
         map_count=tasks,
         array_parallelism=slurm.max_parallel or tasks,
         stderr_to_stdout=True,
         wckey=None,  # type: ignore[arg-type]  # submitit's own default would be refused where keys are enforced
         srun_args=["--kill-on-bad-exit=1"],
         setup=[
-            "trap : HUP INT QUIT USR1 USR2 TERM",  # the script outlives what its processes are told, and notes how they end
+            "trap : HUP INT QUIT USR1 USR2 TERM",  # the script outlives signals to its processes, and records their exit
             "umask 077",
             *([] if working_tree else [check_in_shell(code, digest)]),
             "export PYTHONDONTWRITEBYTECODE=1",  # a compiled file would be one more than the snapshot may hold
@@ -141,13 +167,13 @@ def batch_script(
             f"export PYTHONPATH={shlex.quote(str(code))}",
             f"export OMP_NUM_THREADS={slurm.cpus_per_task}",
             *slurm.setup,
-            f"{python} -m sweeps.slurm.watchdog {shlex.quote(str(record))} {slurm.stall_seconds} & watchdog=$!",
+            f"{python} -m sweeps.slurm.watchdog {record} {slurm.stall_seconds} & watchdog=$!",
         ],
         teardown=[
             "status=$?",
-            "trap '' TERM",  # a job that requeues itself is asked to end at once, and has a word to say after that
+            "trap '' TERM",  # SLURM signals a job that requeues itself at once, and the hook has work left after that
             'kill "$watchdog" 2>/dev/null',
-            f'{python} -m sweeps.slurm.requeue {shlex.quote(str(record))} "$status" {slurm.max_kills}',
+            f'{python} -m sweeps.slurm.requeue {record} "$status" {slurm.max_kills}',
         ],
         additional_parameters={
             "requeue": True,
@@ -162,24 +188,25 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
     """The run's placement in a job of several tasks: a process for each, which share the batch.
 
     Raises:
-        UserError: The tasks do not divide the windows of a batch, or the job would be asked to save before it begins.
+        UserError: The tasks do not divide the sequences of a batch, or the signal to save would arrive before the start.
     """
+    where = f'{plan.campaign.file}, rung "{run.rung}"'
     if slurm.signal_seconds >= 60 * slurm.time_minutes:
         raise UserError(
-            f'{plan.campaign.file}, rung "{run.rung}": a job of time_minutes = {slurm.time_minutes} is asked to save '
-            f"signal_seconds = {slurm.signal_seconds} before its end, which is when it begins. Raise minutes, or lower "
+            f"{where}: signal_seconds = {slurm.signal_seconds} is the whole time limit, time_minutes = "
+            f"{slurm.time_minutes}: the job would be signalled to save at its start. Raise time_minutes, or lower "
             "signal_seconds."
         )
     if slurm.processes == 1:
         return run.placement
-    windows = run.spec.batch_tokens // run.spec.model.context
-    if windows % slurm.processes:
-        fitting = ", ".join(str(count) for count in range(1, windows + 1) if windows % count == 0)
+    sequences = run.spec.batch_tokens // run.spec.model.context
+    if sequences % slurm.processes:
+        divisors = ", ".join(str(count) for count in range(1, sequences + 1) if sequences % count == 0)
         raise UserError(
-            f'{plan.campaign.file}, rung "{run.rung}": {slurm.nodes} nodes with {slurm.tasks_per_node} tasks are '
-            f"{slurm.processes} processes, which do not divide the {windows} windows of a batch. Use one of {fitting}."
+            f"{where}: {slurm.nodes} nodes with {slurm.tasks_per_node} tasks are {slurm.processes} processes, which do "
+            f"not divide the {sequences} sequences of a batch. Use one of {divisors}."
         )
-    share = windows // slurm.processes
+    share = sequences // slurm.processes
     at_most = min(run.placement.micro_batch or share, share)
     micro_batch = max(part for part in range(1, at_most + 1) if share % part == 0)
     return msgspec.structs.replace(
@@ -188,3 +215,107 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
         nodes=slurm.nodes,
         micro_batch=None if micro_batch == share else micro_batch,
     )
+
+
+def code_root() -> Path:
+    """The folder with the three packages that this process imports."""
+    return Path(__file__).resolve().parents[2]
+
+
+def code_files(root: Path) -> list[Path]:
+    """Files of the three packages that a snapshot holds."""
+    return sorted(
+        file
+        for package in PACKAGES
+        for file in (root / package).rglob("*")
+        if file.suffix in SNAPSHOT_SUFFIXES and file.is_file() and "__pycache__" not in file.parts
+    )
+
+
+def code_hash(root: Path | None = None) -> str:
+    """SHA-256 over what ``sha256sum`` prints for the packages' files in the order of their names."""
+    root = root or code_root()
+    lines = {
+        f"./{file.relative_to(root).as_posix()}".encode(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in code_files(root)
+    }
+    return hashlib.sha256(b"".join(lines[name].encode() + b"  " + name + b"\n" for name in sorted(lines))).hexdigest()
+
+
+def code_digest(root: Path | None = None) -> str:
+    """The first 12 hex digits of `code_hash`."""
+    return code_hash(root)[:12]
+
+
+def check_in_shell(folder: Path, digest: str) -> str:
+    """A shell command that ends the script unless a snapshot holds the files of that `code_hash` and no others.
+
+    It imports nothing from the snapshot: the batch script, which SLURM keeps, decides before Python sees the folder.
+    A module, a compiled file or a link that was added changes the hash or makes ``sha256sum`` fail.
+    """
+    where = shlex.quote(str(folder))
+    return (
+        f"found=$(set -o pipefail; cd {where} && find . ! -type d ! -path ./{DESCRIPTION} -print0 | LC_ALL=C sort -z "
+        f'| xargs -0 sha256sum | sha256sum) && [ "${{found%% *}}" = {digest} ] || {{ '
+        f"echo {where}: its files differ from the submitted code, so nothing is started. Remove the folder and submit "
+        f"again. >&2; "
+        f"exit {NOT_RECORDED}; }}"
+    )
+
+
+def exposed(root: Path) -> Path | None:
+    """A folder through which other users can replace the code that jobs execute: the run root, a folder in it, or a parent.
+
+    A group that has the user's name and no other members is the user alone. In a folder with the sticky bit, only the
+    owner of an entry can rename it.
+    """
+    root = root.resolve()
+    for folder in (root / "code", root / "submissions", root / "runs", root):
+        if folder.exists() and (folder.stat().st_uid not in (os.getuid(), 0) or _others_write(folder)):
+            return folder
+    return next(
+        (p for p in root.parents if p.exists() and _others_write(p) and not p.stat().st_mode & stat.S_ISVTX), None
+    )
+
+
+def _others_write(folder: Path) -> bool:
+    status = folder.stat()
+    if not status.st_mode & stat.S_IWGRP:
+        return bool(status.st_mode & stat.S_IWOTH)
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return True
+    private = user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
+    return not private or bool(status.st_mode & stat.S_IWOTH)
+
+
+def take_snapshot(folder: Path) -> Path:
+    """A copy of the code under ``folder/<digest>``; the one that is there already if nothing changed.
+
+    Raises:
+        UserError: The folder of that digest holds other files.
+    """
+    source = code_root()
+    target = folder / code_digest(source)
+    if target.exists():
+        found = {path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()} - {target / DESCRIPTION}
+        if found != set(code_files(target)) or code_digest(target) != target.name:
+            raise UserError(
+                f"{target}: the folder's files differ from the code of this digest. Nothing was submitted; remove the "
+                "folder and submit again."
+            )
+        return target
+    temporary = temporary_name(target)
+    for file in code_files(source):
+        copy = temporary / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    write_json(temporary / DESCRIPTION, describe_code())
+    try:
+        temporary.rename(target)
+    except OSError:  # another submitter was faster, with the same content
+        shutil.rmtree(temporary)
+        if not target.exists():
+            raise
+    return target

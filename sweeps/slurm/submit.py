@@ -1,8 +1,9 @@
-"""The SLURM executor: what is missing of a plan, handed to SLURM as a few arrays, each run at most once.
+"""Submission of a plan's missing runs as a few arrays, each run at most once.
 
 Before `sbatch` is called, the array is on disk with its runs and each run is claimed; afterwards the array has its job
-id. Whatever interrupts this, the next call repairs it from the queue: it adopts what SLURM took and frees what it did
-not. Nothing is submitted for a run that is done, waiting, running, or whose job cannot be looked up.
+id. After an interruption the next call reconciles the records with the queue: it adopts the jobs that SLURM took and
+frees the runs of those that it did not. Nothing is submitted for a run that is done, pending, running, or whose job's
+state is not known.
 """
 
 from __future__ import annotations
@@ -21,19 +22,27 @@ from typing import Literal
 import msgspec
 
 from scaling.errors import UserError
-from scaling.run.directory import RunDirectory
 from sweeps.config.placement import SlurmConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.planning.retry import Retry, forget_divergence, retries
-from sweeps.slurm import array_records, bad_nodes, job_exits
-from sweeps.slurm.client import largest_array
-from sweeps.slurm.queue_state import QueueSnapshot, survey
-from sweeps.slurm.reconcile import adopted_after_error, repair
-from sweeps.slurm.requeue import settle_unnoted
-from sweeps.slurm.sbatch import QUEUE_IS_FULL, SubmissionError, batch_script, job_placement, launch
-from sweeps.slurm.select_runs import prerequisites, sort
-from sweeps.slurm.snapshot import code_digest, code_root, exposed, take_snapshot
-from sweeps.slurm.submission import JobGroup, Submission
+from sweeps.slurm import array_records, bad_nodes, exit_codes, requeue
+from sweeps.slurm.client import CommandError, find_job, max_array_size
+from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
+from sweeps.slurm.sbatch import (
+    QUEUE_IS_FULL,
+    SubmissionError,
+    batch_script,
+    code_digest,
+    code_root,
+    exposed,
+    job_placement,
+    launch,
+    take_snapshot,
+)
+from sweeps.slurm.select_runs import JobGroup, Submission, classify_runs
+
+LIMIT_MESSAGES = ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
+"""Parts of sbatch's message when SLURM takes no more jobs; a smaller array may have room."""
 
 
 def submit_slurm(
@@ -45,76 +54,80 @@ def submit_slurm(
     max_gpu_hours: float | None = None,
     snapshot: bool = True,
 ) -> Submission:
-    """Hand to SLURM what is missing of a plan.
+    """Submit the runs of a plan that need a job.
 
     Args:
         plan: Its data are prepared first if need be, here and not in a job.
         retry: Which runs that ended badly or were cancelled are submitted again.
         order: Whether the cheapest runs go first.
-        dry_run: Change nothing; the result says what would be done. Works without SLURM.
-        max_gpu_hours: Refuse to submit more than this, predicted.
-        snapshot: Whether jobs run a copy of the code as it is now; else the working tree, as long as it stays the same.
+        dry_run: Change nothing; the result describes what would be done. Works without SLURM.
+        max_gpu_hours: Submit nothing if more than this is predicted.
+        snapshot: Whether jobs run a copy of the present code; else the working tree, as long as it stays the same.
 
     Raises:
-        UserError: SLURM is not reachable, the prediction is above `max_gpu_hours`, or something in the way cannot be used.
+        UserError: SLURM was not reached, the prediction is above `max_gpu_hours`, or a file or a folder cannot be used.
     """
     if dry_run:
-        submission = sort(plan, survey(plan.root), retry=retry, order=order)
-        _refuse_cost(submission, max_gpu_hours)
+        submission = classify_runs(plan, queue_snapshot(plan.root), retry=retry, order=order)
+        _check_cost(submission, max_gpu_hours)
         return submission
-    limit = largest_array()
+    limit = max_array_size()
     plan = with_data(plan)
-    with _room(plan.root), _private(plan.root), _one_submitter(plan.root):
+    with _disk_errors(plan.root), _private(plan.root), _one_submitter(plan.root):
         plan.write()
-        repair(plan.root)
-        seen = survey(plan.root)
-        bad_nodes.note_failures(plan.root, seen.jobs_that_never_began())
-        _settle_ended(plan, seen)
-        submission = sort(plan, seen, retry=retry, order=order)
+        array_records.reconcile(plan.root)
+        queue = queue_snapshot(plan.root)
+        bad_nodes.note_failures(plan.root, queue.failed_starts())
+        _record_slurm_exits(plan, queue)
+        submission = classify_runs(plan, queue, retry=retry, order=order)
         for run in submission.cancelled:  # SLURM forgets after some minutes
             (plan.root / "runs" / run / array_records.CANCELLED).touch()
-        _refuse_cost(submission, max_gpu_hours)
+        _check_cost(submission, max_gpu_hours)
         if submission.missing:
-            code = take_snapshot(plan.root / "code") if snapshot else code_root()
-            owners = {run: place.array.token for run, place in seen.places.items()}
-            array = _Arrays(submission, code=code, owners=owners, retry=retry, exclude=bad_nodes.left_out(plan.root))
-            for group in submission.classes:
+            arrays = _Arrays(
+                submission,
+                code=take_snapshot(plan.root / "code") if snapshot else code_root(),
+                owners={run: location.array.token for run, location in queue.locations.items()},
+                retry=retry,
+                exclude=bad_nodes.excluded_nodes(plan.root),
+            )
+            for group in submission.groups:
                 after = _jobs_before(submission, group)
                 if after is None:
                     continue
                 for start in range(0, len(group.runs), limit * group.per_task):
-                    array.submit(group, list(group.runs[start : start + limit * group.per_task]), after=after)
+                    arrays.submit(group, list(group.runs[start : start + limit * group.per_task]), after=after)
     return submission
 
 
-def _settle_ended(plan: CampaignPlan, seen: QueueSnapshot) -> None:
-    """Note how jobs ended that SLURM killed before they could: they count as attempts all the same."""
+def _record_slurm_exits(plan: CampaignPlan, queue: QueueSnapshot) -> None:
+    """Record the exits of jobs that SLURM killed with their batch scripts: they count as attempts all the same."""
     for run in plan.distinct():
-        task, place = seen.task(run.id), seen.places.get(run.id)
-        if task is None or place is None or task.verdict != "over" or task.state not in job_exits.ENDED_BY_SLURM:
+        task, location = queue.task(run.id), queue.locations.get(run.id)
+        if task is None or location is None or task.verdict != "ended" or task.state not in exit_codes.OF_SLURM_STATE:
             continue
-        if array_records.began(plan.root, run.id, place.array):
-            settle_unnoted(plan.directory(run), task.job, task.state, plan.placements[run.rung].slurm.max_kills)
+        if array_records.began(plan.root, run.id, location.array):
+            max_kills = plan.placements[run.rung].slurm.max_kills
+            requeue.record_slurm_exit(plan.directory(run), task.job, task.state, max_kills)
 
 
 def _jobs_before(submission: Submission, group: JobGroup) -> list[str] | None:
-    """Jobs that SLURM shall wait for before it starts this group; None where one of them will never come."""
-    root = submission.plan.root
-    needed = {run for planned in group.runs for run in prerequisites(planned)}
-    needed = {run for run in needed if not RunDirectory(root / "runs" / run).record_file.exists()}
-    alive = set(submission.queued) | set(submission.joined)
-    if needed - alive:
-        submission.left += [run.id for run in group.runs]
+    """Jobs that have to succeed before this group starts; None if a run that it starts from has no job."""
+    plan = submission.plan
+    needed = {other for run in group.runs for other in run.starts_from}
+    needed = {run for run in needed if not (plan.root / "runs" / run / "record.json").exists()}
+    if without_job := sorted(needed - {*submission.queued, *submission.already_active}):
+        submission.rejected += [run.id for run in group.runs]
         submission.notes.append(
-            f"{len(group.runs)} runs start from {', '.join(sorted(needed - alive))}, which is neither done nor on its "
-            "way. Submit again when it is."
+            f"{len(group.runs)} runs start from {', '.join(without_job)}, which is not done and has no job. Submit again "
+            "when it has."
         )
         return None
-    places = array_records.locations(array_records.all_arrays(root)) if needed else {}
-    return sorted(job for run in needed if run in places and (job := places[run].job) is not None)
+    locations = array_records.locations(array_records.all_arrays(plan.root)) if needed else {}
+    return sorted(job for run in needed if run in locations and (job := locations[run].job) is not None)
 
 
-def _refuse_cost(submission: Submission, limit: float | None) -> None:
+def _check_cost(submission: Submission, limit: float | None) -> None:
     if limit is not None and not (hours := submission.gpu_hours) <= limit:  # a limit of nan allows nothing
         raise UserError(
             f"{submission.plan.campaign.file}: the {len(submission.missing)} missing runs are predicted to take "
@@ -124,25 +137,25 @@ def _refuse_cost(submission: Submission, limit: float | None) -> None:
 
 
 @contextlib.contextmanager
-def _room(root: Path) -> Iterator[None]:
-    """A full disk as a error: what SLURM has taken by then is on record, and the rest goes in later."""
+def _disk_errors(root: Path) -> Iterator[None]:
+    """Turn a full disk into a `UserError`: jobs that SLURM has taken by then are on record, the rest goes in later."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{root}: {error.strerror}. Make room and submit again; what was handed over is not submitted twice."
+            f"{root}: {error.strerror}. Make room and submit again; submitted runs are not submitted twice."
         ) from None
 
 
 @contextlib.contextmanager
 def _private(root: Path) -> Iterator[None]:
-    """What is made here is the user's alone, for jobs execute it; a root that others can replace is refused."""
+    """Create files for the user alone, because jobs execute them; refuse a root that others can write."""
     if (folder := exposed(root)) is not None:
         raise UserError(
-            f"{folder}: others may write this folder, and could replace what your jobs execute under {root}. "
-            f"Run: chmod go-w {shlex.quote(str(folder))}; where it belongs to somebody else, choose another --root."
+            f"{folder}: other users may write this folder, and could replace the code that your jobs execute under {root}. "
+            f"Run: chmod go-w {shlex.quote(str(folder))}; if it belongs to another user, choose another --root."
         )
     before = os.umask(0o077)
     try:
@@ -158,7 +171,7 @@ def _one_submitter(root: Path) -> Iterator[None]:
     (root / "runs").mkdir(exist_ok=True, mode=0o700)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        # Some shared file systems have no locks. Claims alone then keep two submitters apart.
+        # Some shared file systems have no locks. Claims alone then separate two submitters.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -167,7 +180,7 @@ def _one_submitter(root: Path) -> Iterator[None]:
 
 
 class _Arrays:
-    """Hands arrays of one submission to SLURM, and writes into it what became of them."""
+    """Submits the arrays of one submission, and enters the results into it."""
 
     def __init__(
         self, submission: Submission, *, code: Path, owners: dict[str, str], retry: Retry, exclude: list[str]
@@ -181,58 +194,55 @@ class _Arrays:
         self.exclude = exclude
 
     def submit(self, group: JobGroup, runs: list[PlannedRun], *, after: list[str]) -> None:
-        """One array; halves of it where SLURM has no room for the whole."""
+        """Submit one array, or halves of it if SLURM has no room for the whole."""
         plan, submission = self.plan, self.submission
         ids = [run.id for run in runs]
         seed = f"{os.uname().nodename} {os.getpid()} {time.time_ns()} {' '.join(ids)}"
         token = hashlib.sha256(seed.encode()).hexdigest()[:12]
-        name = f"{plan.campaign.name}-{token}"
         array = array_records.new_array(
-            plan.root, token=token, name=name, runs=ids, code=self.digest, per_task=group.per_task, after=after
+            plan.root,
+            token=token,
+            campaign=plan.campaign.name,
+            runs=ids,
+            code=self.digest,
+            per_task=group.per_task,
+            after=after,
         )
         present = {path.name for path in (plan.root / "runs").iterdir()}
         mine = [run for run in runs if self._own(run, group.slurm, token=token, present=present)]
+        owned = [run.id for run in mine]
         if len(mine) != len(runs):
-            kept = {run.id for run in mine}
-            submission.joined += [run for run in ids if run not in kept]
-            array = msgspec.structs.replace(array, runs=tuple(run.id for run in mine))
-            array_records.save(plan.root, array)
+            submission.already_active += [run for run in ids if run not in owned]
+            array = array_records.save(plan.root, msgspec.structs.replace(array, runs=tuple(owned)))
         if not mine:
             array_records.drop(plan.root, array)
             return
         script = batch_script(
-            plan,
-            group.slurm,
-            name=name,
-            token=token,
-            tasks=array.tasks,
-            code=self.code,
-            after=after,
-            exclude=self.exclude,
+            plan, group.slurm, token=token, tasks=array.tasks, code=self.code, after=after, exclude=self.exclude
         )
         try:
             job = launch(plan.root / array_records.FOLDER / "slurm" / f"{token}.sh", script)
         except SubmissionError as error:
-            said = str(error)
-            adopted = adopted_after_error(name)
+            message = str(error)
+            adopted = _job_after_error(array.name)
             if adopted is None:
                 array_records.drop(plan.root, array)
-                if _no_room(said) and array.tasks > 1:
+                if _has_no_room(message) and array.tasks > 1:
                     half = array.tasks // 2 * group.per_task
                     for part in (mine[:half], mine[half:]):
                         self.submit(group, part, after=after)
                     return
-                submission.left += [run.id for run in mine]
-                if (why := _why_refused(said)) not in submission.notes:
-                    submission.notes.append(why)
+                submission.rejected += owned
+                if (note := _rejection_note(message)) not in submission.notes:
+                    submission.notes.append(note)
                 return
             job = adopted
         array_records.with_job(plan.root, array, job)
         submission.jobs.append(job)
-        submission.queued += [run.id for run in mine]
+        submission.queued += owned
 
     def _own(self, run: PlannedRun, slurm: SlurmConfig, *, token: str, present: set[str]) -> bool:
-        """Whether the array now owns the run, whose directory is made or made ready."""
+        """Claim a run for the array and make its directory ready; whether the array now owns it."""
         plan = self.plan
         placement = job_placement(plan, run, slurm)
         if run.id not in present and array_records.create_and_claim(plan.root, run.id, token, run.spec, placement):
@@ -246,20 +256,32 @@ class _Arrays:
         directory.create(run.spec, placement, durable=False)
         (directory.path / array_records.CANCELLED).unlink(missing_ok=True)
         if state == "failed":
-            (directory.path / job_exits.FILE).unlink(
-                missing_ok=True
-            )  # what failed before does not count against this try
+            with contextlib.suppress(UserError):  # raised for a history that cannot be read, and so counts for nothing
+                if requeue.exits(directory):
+                    directory.note("retry", step=requeue.checkpoint_step(directory))
         return True
 
 
-def _no_room(said: str) -> bool:
-    return any(
-        word in said
-        for word in ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
-    )
+def _job_after_error(name: str) -> str | None:
+    """The job that SLURM took although sbatch failed: a lost answer is not an error. None if it took none.
+
+    Raises:
+        UserError: SLURM was not reached.
+    """
+    try:
+        return find_job(name)
+    except CommandError as error:
+        raise UserError(
+            f"sbatch failed, and it is not known whether SLURM took the job {name}: {error}. "
+            "Submit again when SLURM answers; nothing will be submitted twice."
+        ) from None
 
 
-def _why_refused(said: str) -> str:
-    if _no_room(said):
-        return f"SLURM takes no more jobs now ({said}); the same command submits the rest later."
-    return f"SLURM refused: {said}. See scaling doctor; the same command tries again."
+def _has_no_room(message: str) -> bool:
+    return any(part in message for part in LIMIT_MESSAGES)
+
+
+def _rejection_note(message: str) -> str:
+    if _has_no_room(message):
+        return f"SLURM takes no more jobs now ({message}); the same command submits the rest later."
+    return f"SLURM refused: {message}. See scaling doctor; the same command tries again."

@@ -236,7 +236,7 @@ def _local(workers: int | None, progress: bool | None) -> Execute:
 
 
 def _slurm() -> Execute:
-    from sweeps.slurm.submit import submit_slurm
+    from sweeps.slurm import SlurmExecutor
 
     def execute(trials: CampaignPlan) -> ExecutionResult:
         failed = {}
@@ -245,7 +245,7 @@ def _slurm() -> Execute:
             if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
                 failed[run.id] = attempts[-1].reason or "no reason given"
         remaining = tuple(run for run in trials.runs if run.id not in failed)
-        submit_slurm(msgspec.structs.replace(trials, runs=remaining), retry="failed")
+        SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
         done = [trials.state(run) in ("finished", "diverged") for run in remaining]
         return ExecutionResult(failed=failed, waiting=not all(done))
 
