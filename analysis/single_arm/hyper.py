@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.data.cells import select
-from analysis.data.table import check_table
-from analysis.single_arm.fit_arm import only_arm
+from analysis.data.table import RunsTable, check_table
 from analysis.uncertainty.intervals import t_quantile
 from scaling.errors import UserError, unknown_name
 from scaling.spec import Strict
@@ -37,11 +36,13 @@ class HyperLaw(Strict, frozen=True):
         return float(self.coefficient * np.prod(list(powers)))
 
 
-def fit_hyper(frame: pd.DataFrame, target: str, on: tuple[str, ...] = ("flops",), arm: str | None = None) -> HyperLaw:
+def fit_hyper(
+    table: RunsTable | pd.DataFrame, target: str, on: tuple[str, ...] = ("flops",), arm: str | None = None
+) -> HyperLaw:
     """A law of one column (``peak_lr``, ``batch_tokens``, ``tokens``, ...) from the best run of each size.
 
     Args:
-        frame: A table of runs, checked or not. Where a size was tried with several learning rates, its best counts.
+        table: A table of runs, checked or not. Where a size was tried with several learning rates, its best counts.
         target: The column that is to be predicted.
         on: Columns that it is a product of powers of.
         arm: Which arm; not needed where the table has one.
@@ -49,14 +50,12 @@ def fit_hyper(frame: pd.DataFrame, target: str, on: tuple[str, ...] = ("flops",)
     Raises:
         UserError: A column is missing or not positive, or there are fewer distinct points than parameters.
     """
-    name = str(frame.attrs.get("name", "table"))
-    if "left_out" not in frame:
-        frame = check_table(frame, name)
-    arm = only_arm(frame, name, arm)
+    table = check_table(table)
+    name, frame, arm = table.name, table.frame, table.only_arm(arm)
     for column in (target, *on):
         if column not in frame:
             raise UserError(f"{name}: {unknown_name('column', column, map(str, frame.columns))}")
-    used = frame.loc[select(frame, (arm,)).numbers - 1].groupby("params", sort=True)[[target, *on]].mean()
+    used = frame.loc[select(table, (arm,)).numbers - 1].groupby("params", sort=True)[[target, *on]].mean()
     values = used[[target, *on]].to_numpy(dtype=np.float64)
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise UserError(

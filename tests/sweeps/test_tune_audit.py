@@ -29,7 +29,7 @@ RATE_ONLY = TUNE.split("[tune.search.weight_decay]")[0]
 
 
 def verdicts(table: Path) -> dict[str, str]:
-    frame = read_table(table)
+    frame = read_table(table).frame
     return {check.name: check.verdict for check in audit(frame, fit_table(frame))}
 
 
@@ -110,7 +110,7 @@ def test_a_setting_carried_far_beyond_the_tuned_sizes_fails(
     made = plan(wished, tmp_path)
     recorder()(made)
     collect(made)
-    frame, trials = (read_table(made.results / name) for name in ("runs.csv", "trials.csv"))
+    frame, trials = (read_table(made.results / name).frame for name in ("runs.csv", "trials.csv"))
     found = {check.name: check for check in audit(frame, fit_table(frame), trials)}
     assert found["tuned-range"].verdict == verdict, found["tuned-range"].evidence
     assert found["search-edge"].verdict == "pass"  # of the trials, which the table of runs does not have
@@ -122,7 +122,7 @@ def test_the_middle_of_a_schedule_fails(campaign: Callable[..., Campaign], tmp_p
     made = plan(campaign(RATE_ONLY), tmp_path)
     recorder()(made)
     collect(made)
-    frame = read_table(made.results / "runs.csv")
+    frame = read_table(made.results / "runs.csv").frame
     frame["schedule_tokens"] = frame["tokens"]
     assert {c.name: c.verdict for c in audit(frame, fit_table(frame))}["finished"] == "pass"
     frame.loc[frame["arm"] == "muon", "schedule_tokens"] *= 5  # the paper's 1.2T of 5.7T tokens
