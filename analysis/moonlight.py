@@ -12,13 +12,8 @@ then come out 2e-5 larger.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from analysis.data.table import RunsTable, check_table
 from analysis.fitting.laws import PowerLaw
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 MOONLIGHT_LINES = {
     "adamw": PowerLaw(scale=2.608424, exponent=0.0544148),
@@ -60,15 +55,13 @@ MOONLIGHT_LOSSES = {
 """The same, with the digits that rounding hid chosen so that the drawn lines are the least-squares lines."""
 
 
-def moonlight_table(*, reconciled: bool = True) -> pd.DataFrame:
+def moonlight_table(*, reconciled: bool = True) -> RunsTable:
     """Moonlight's ten runs as a checked table: five sizes, each once with AdamW and once with Muon.
 
     `flops` are ``6 N`` per token with the N of the compute axis, up to the middle of the last 80 steps. The loss is a
     training loss: the paper gives no held-out one.
     """
     import pandas as pd
-
-    from analysis.data.table import check_table
 
     losses = MOONLIGHT_LOSSES if reconciled else MOONLIGHT_READ
     rows = []

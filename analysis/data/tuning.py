@@ -1,4 +1,4 @@
-"""What is known of the search for settings behind a table: its trials, what fewer would have given, notes."""
+"""The search for settings behind a table: its trials, the ratio at smaller search budgets, notes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class TuningTables(NamedTuple):
-    """A search, told by whoever made it."""
+    """Trials and budgets of a search for settings."""
 
     trials: pd.DataFrame
-    """Its runs, a checked table."""
+    """The runs of the search, a checked table's frame."""
     budget: pd.DataFrame | None = None
     """The match ratio at smaller budgets: columns arm, baseline, against (``equal``: both arms have so many trials,
     ``full``: the baseline alone), trials, ratio, low, high."""

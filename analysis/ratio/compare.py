@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import SAME_POINT, Array, Cells
+from analysis.data.cells import SAME_COMPUTE, Array, Cells
+from analysis.data.table import RunsTable
 from analysis.fitting.families import LAW_FAMILIES, Factors, factors, fit_family, left_out_error, log_loss_of, ratio_of
 from analysis.fitting.fit import Fit, Fitted, describe
 from analysis.fitting.laws import Law
@@ -28,10 +27,6 @@ from analysis.uncertainty.robustness import Interval, Without, intervals_by_meth
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import pflops_days
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 BEYOND = 10.0
 """How far past the data the curve is carried, as a factor of compute; it is marked there."""
@@ -108,8 +103,7 @@ class Comparison(Strict, frozen=True):
 
 def compare(
     cells: Cells,
-    frame: pd.DataFrame,
-    name: str,
+    table: RunsTable,
     alone: dict[str, Fit],
     *,
     ladder: bool,
@@ -120,7 +114,7 @@ def compare(
 ) -> Comparison:
     """One challenger against the baseline, over the families that the table can carry."""
     base, other = cells.arms
-    _check_losses(cells, name, extrapolate=extrapolate)
+    _check_losses(cells, table.name, extrapolate=extrapolate)
     candidates = _candidates(cells, ladder=ladder)
     chosen, reason = _choose(candidates, family, ladder=ladder)
     fitted, kind = candidates[chosen][0], LAW_FAMILIES[chosen]
@@ -158,7 +152,7 @@ def compare(
         rungs=points[1 : 1 + places],
         curve=points[1 + places :],
         definitions=named,
-        conventions=convention_ratios(frame, cells, kind, fitted, float(losses[0])),
+        conventions=convention_ratios(table.frame, cells, kind, fitted, float(losses[0])),
         factors=_factors(chosen, fitted, cells, resamples, seed),
         models=[_model(key, found, error, cells, losses[:1]) for key, (found, error) in candidates.items()],
         difference=line,
@@ -189,7 +183,7 @@ def _bits_remark(cells: Cells) -> list[str]:
     A suspicion and no error, because losses alone cannot prove their unit.
     """
     (one, x), (two, other) = cell_means(cells, 0), cell_means(cells, 1)
-    apart = np.abs(one - two)[np.abs(x - other) <= SAME_POINT]
+    apart = np.abs(one - two)[np.abs(x - other) <= SAME_COMPUTE]
     if len(apart) < 3 or np.any(np.abs(apart + np.log(np.log(2.0))) > 0.05):
         return []
     low, high = cells.arms if one.mean() < two.mean() else cells.arms[::-1]

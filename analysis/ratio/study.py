@@ -1,24 +1,26 @@
-"""One table of runs as one answer: laws, ratio, interval, spread, and what was left out.
+"""The study of a table of runs: laws, ratios, intervals, and the rows left out.
 
-`fit_table` is the whole road from a table to a `Study`; the study is a value, written as fits.json with every digit
-and read back as the same value.
+`fit_table` makes a `Study` from a table. `write_study` writes it as fits.json with every digit, `read_study` reads the
+same value back, and `load_or_fit` reuses a written study as long as table and options are those it was made from.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.data.cells import LeftOut, rungs, select
-from analysis.data.table import check_table
+from analysis.data.table import RunsTable, check_table
 from analysis.fitting.families import LAW_FAMILIES
 from analysis.fitting.fit import Fit, fit_law
 from analysis.fitting.laws import LossSurface
 from analysis.ratio.compare import Comparison, compare
 from scaling.errors import UserError, unknown_name
 from scaling.io import Strict, read_json, write_json
+from scaling.spec import as_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +31,25 @@ RESAMPLES = 1000
 MAX_ARMS = 50
 """Arms of one study: each gets a figure and a comparison of its own."""
 
+FITS_FILE = "fits.json"
+
+
+class StudyOptions(Strict, frozen=True):
+    """Options of `fit_table` as they were passed."""
+
+    baseline: str | None = None
+    challenger: str | None = None
+    family: str | None = None
+    extrapolate: bool = False
+    resamples: int = RESAMPLES
+    seed: int = 0
+
 
 class Study(Strict, frozen=True):
-    """What a table of runs says."""
+    """Laws of the arms of a table of runs, and the ratios between them."""
 
     table: str
+    """Name of the table."""
     design: str
     """``ladder``: one allocation at each compute, laws of compute. ``grid``: many, surfaces over N and D."""
     baseline: str
@@ -44,10 +60,18 @@ class Study(Strict, frozen=True):
     left_out: list[LeftOut]
     resamples: int
     seed: int
+    table_sha256: str = ""
+    """Hash of the table's rows (`analysis.data.table.RunsTable.sha256`); empty in files of older versions."""
+    options: StudyOptions = StudyOptions()
+
+    def __repr__(self) -> str:
+        """One line: the ratios, not the numbers of every figure."""
+        ratios = ", ".join(f"{c.challenger}/{c.baseline} {c.headline.ratio:.3f}" for c in self.comparisons)
+        return f"Study({self.table!r}, {self.design}, FLOPs to match: {ratios})"
 
 
 def fit_table(
-    frame: pd.DataFrame,
+    table: RunsTable | pd.DataFrame,
     *,
     baseline: str | None = None,
     challenger: str | None = None,
@@ -59,7 +83,7 @@ def fit_table(
     """The study of a table of runs.
 
     Args:
-        frame: A table as `analysis.data.table.read_table` gives it, or any DataFrame with the required columns.
+        table: A table that `analysis.data.table.read_table` returned, or any DataFrame with the required columns.
         baseline: The arm compared against; ``adamw`` where there is one.
         challenger: The arm compared; every other arm when not given.
         family: Row of ``analysis.fitting.families.LAW_FAMILIES``; chosen by the error at rungs left out when not given.
@@ -71,22 +95,20 @@ def fit_table(
         UserError: The table cannot be used, an arm is unknown or alone, an arm has fewer than three distinct computes, or
             the arms have no loss in common.
     """
-    name = str(frame.attrs.get("name", "table"))
-    if "left_out" not in frame:
-        frame = check_table(frame, name)
-    arms = choose_arms(frame, name, baseline, challenger)
+    table = check_table(table)
+    arms = choose_arms(table, baseline, challenger)
     for arm in arms:
-        check_computes(frame, name, arm)
-    _check_conventions(frame, name, arms)
-    ladder = is_ladder(frame, arms)
+        check_computes(table, arm)
+    _check_conventions(table, arms)
+    ladder = is_ladder(table, arms)
     if family is not None and family not in LAW_FAMILIES:
         raise UserError(unknown_name("family", family, LAW_FAMILIES))
     if family is not None:
         ladder = LAW_FAMILIES[family].design == "ladder"
-    alone = {arm: _alone(frame, arm, ladder=ladder) for arm in arms}
-    pairs = [select(frame, (arms[0], other)) for other in arms[1:]]
+    alone = {arm: _alone(table, arm, ladder=ladder) for arm in arms}
+    pairs = [select(table, (arms[0], other)) for other in arms[1:]]
     return Study(
-        table=name,
+        table=table.name,
         design="ladder" if ladder else "grid",
         baseline=arms[0],
         arms=list(arms),
@@ -94,8 +116,7 @@ def fit_table(
         comparisons=[
             compare(
                 cells,
-                frame,
-                name,
+                table,
                 alone,
                 ladder=ladder,
                 family=family,
@@ -108,16 +129,25 @@ def fit_table(
         left_out=sorted({out.row: out for cells in pairs for out in cells.left_out}.values(), key=lambda out: out.row),
         resamples=resamples,
         seed=seed,
+        table_sha256=table.sha256,
+        options=StudyOptions(
+            baseline=baseline,
+            challenger=challenger,
+            family=family,
+            extrapolate=extrapolate,
+            resamples=resamples,
+            seed=seed,
+        ),
     )
 
 
-def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger: str | None) -> tuple[str, ...]:
+def choose_arms(table: RunsTable, baseline: str | None, challenger: str | None) -> tuple[str, ...]:
     """Baseline first, then the challengers in order of appearance.
 
     Raises:
         UserError: An arm is unknown or alone, or no baseline can be told.
     """
-    known = list(dict.fromkeys(frame["arm"]))
+    name, known = table.name, table.arms
     for what, arm in (("baseline", baseline), ("challenger", challenger)):
         if arm is not None and arm not in known:
             raise UserError(f"{name}: {unknown_name(what, arm, known)}")
@@ -145,8 +175,9 @@ def choose_arms(frame: pd.DataFrame, name: str, baseline: str | None, challenger
     return (baseline, challenger) if challenger else (baseline, *(arm for arm in known if arm != baseline))
 
 
-def check_computes(frame: pd.DataFrame, name: str, arm: str) -> None:
+def check_computes(table: RunsTable, arm: str) -> None:
     """Refuse an arm whose usable runs have fewer than three distinct computes, or one loss."""
+    name, frame = table.name, table.frame
     used = frame[(frame["arm"] == arm) & (frame["left_out"] == "")]
     distinct = len(np.unique(rungs(used["flops"].to_numpy(dtype=np.float64)))) if len(used) else 0
     if distinct < 3:
@@ -168,8 +199,9 @@ def usable_text(rows: pd.DataFrame) -> str:
     return f"{len(rows) - int(lost.sum())} usable runs{others}"
 
 
-def _check_conventions(frame: pd.DataFrame, name: str, arms: tuple[str, ...]) -> None:
+def _check_conventions(table: RunsTable, arms: tuple[str, ...]) -> None:
     """Refuse FLOPs of which the table itself says that they were counted in several ways."""
+    name, frame = table.name, table.frame
     if "convention" not in frame:
         return
     used = frame[frame["arm"].isin(arms) & (frame["left_out"] == "") & frame["convention"].notna()]
@@ -184,13 +216,13 @@ def _check_conventions(frame: pd.DataFrame, name: str, arms: tuple[str, ...]) ->
         )
 
 
-def is_ladder(frame: pd.DataFrame, arms: tuple[str, ...]) -> bool:
+def is_ladder(table: RunsTable, arms: tuple[str, ...]) -> bool:
     """Whether compute alone tells tokens per parameter in every arm, so that loss is a law of compute.
 
     Where runs of equal compute split it differently (isoFLOP sweeps, over-training), a curve through all of them is no
     frontier, and the surface over N and D is fitted in its place.
     """
-    cells = select(frame, arms)
+    cells = select(table, arms)
     for number in range(len(arms)):
         own = cells.rows.take(cells.rows.arm == number)
         x = np.log(own.columns["flops"])
@@ -203,8 +235,8 @@ def is_ladder(frame: pd.DataFrame, arms: tuple[str, ...]) -> bool:
     return True
 
 
-def _alone(frame: pd.DataFrame, arm: str, *, ladder: bool) -> Fit:
-    cells = select(frame, (arm,))
+def _alone(table: RunsTable, arm: str, *, ladder: bool) -> Fit:
+    cells = select(table, (arm,))
     fit = fit_law("power" if ladder else "surface", cells.rows, arm=arm, numbers=cells.numbers.tolist())
     if isinstance(fit.law, LossSurface) or fit.law.exponent > 0.0:
         return fit
@@ -212,6 +244,40 @@ def _alone(frame: pd.DataFrame, arm: str, *, ladder: bool) -> Fit:
         f"arm {arm}: loss does not fall with compute (exponent {fit.law.exponent:.3g}), so no compute matches a lower "
         "loss. Check that loss and flops belong together, or leave out failed runs by a column status."
     )
+
+
+def load_or_fit(
+    table: RunsTable | pd.DataFrame,
+    folder: Path | str,
+    *,
+    baseline: str | None = None,
+    challenger: str | None = None,
+    family: str | None = None,
+    extrapolate: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Study:
+    """The study in ``folder/fits.json`` if it was made from this table with these options, else a new fit.
+
+    Writes nothing. Arguments as in `fit_table`.
+    """
+    table = check_table(table)
+    options = StudyOptions(
+        baseline=baseline,
+        challenger=challenger,
+        family=family,
+        extrapolate=extrapolate,
+        resamples=resamples,
+        seed=seed,
+    )
+    file = Path(folder) / FITS_FILE
+    if file.is_file():
+        # A damaged file, or one of another version, is worth no error: the fit replaces it.
+        with contextlib.suppress(UserError):
+            study = read_study(file)
+            if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, options):
+                return study
+    return fit_table(table, **as_dict(options))
 
 
 def write_study(study: Study, path: Path | str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.data.cells import Array, LeftOut, Rows, run_of, select
-from analysis.data.table import check_table
+from analysis.data.table import RunsTable, check_table
 from analysis.fitting.fit import (
     EFFICIENT,
     HUBER,
@@ -23,7 +23,7 @@ from analysis.fitting.fit import (
 )
 from analysis.fitting.laws import Law, LossSurface
 from analysis.uncertainty.intervals import bootstrap, refit
-from scaling.errors import UserError, unknown_name
+from scaling.errors import UserError
 from scaling.io import Strict
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ArmFit(Strict, frozen=True):
 
 
 def fit_arm(
-    frame: pd.DataFrame,
+    table: RunsTable | pd.DataFrame,
     law: str,
     arm: str | None = None,
     *,
@@ -98,7 +98,7 @@ def fit_arm(
     """A form of ``analysis.fitting.laws.LAWS`` fitted to one arm of a table.
 
     Args:
-        frame: A table of runs, checked or not.
+        table: A table of runs, checked or not.
         law: ``power``, ``power-floor``, ``surface``, ...
         arm: Which; not needed where the table has one.
         objective: Least squares in loss space for laws of compute, Huber (1e-3 on log loss) for the surface;
@@ -112,12 +112,10 @@ def fit_arm(
         UserError: The arm or the law is not known, or the runs are too few.
     """
     form = form_named(law)
-    name = str(frame.attrs.get("name", "table"))
-    if "left_out" not in frame:
-        frame = check_table(frame, name)
-    arm = only_arm(frame, name, arm)
+    table = check_table(table, columns=form.columns)
+    name, arm = table.name, table.only_arm(arm)
     checkpoints = law == "surface" if checkpoints is None else checkpoints
-    cells = select(frame, (arm,), ends_only=not checkpoints)
+    cells = select(table, (arm,), ends_only=not checkpoints)
     rows = cells.rows
     if len(rows.loss) < max(form.size, 3):
         raise UserError(
@@ -131,7 +129,7 @@ def fit_arm(
     fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
     if fit.status == "failed":
         raise UserError(f"{name}: these runs carry no law {law}. {fit.remark} Fit another.")
-    used = frame.loc[cells.numbers - 1]
+    used = table.frame.loc[cells.numbers - 1]
     run = run_of(used).factorize()[0]
     clustered = run.max() + 1 < len(rows.loss)
     groups = run if clustered else cells.cell
@@ -148,20 +146,6 @@ def fit_arm(
         influence=_influence(fitted, cells.numbers, groups if clustered else np.arange(len(rows.loss))),
         left_out=cells.left_out,
     )
-
-
-def only_arm(frame: pd.DataFrame, name: str, arm: str | None) -> str:
-    """The arm that was named, or the only one there is."""
-    known = list(dict.fromkeys(frame["arm"]))
-    if arm is None and len(known) == 1:
-        return str(known[0])
-    if arm is None:
-        raise UserError(
-            f"{name}, column arm: found {', '.join(known)}. Say which arm's law to fit, as in --arm {known[0]}."
-        )
-    if arm not in known:
-        raise UserError(f"{name}: {unknown_name('arm', arm, known)}")
-    return arm
 
 
 def quantities(law: Law) -> dict[str, float]:
@@ -197,12 +181,13 @@ def parameter_draws(fitted: Fitted, draws: Array, arm: int = 0) -> dict[str, Arr
 
 
 def resampled_laws(
-    frame: pd.DataFrame, law: str, arm: str, *, resamples: int = 4000, seed: int = 0
+    table: RunsTable | pd.DataFrame, law: str, arm: str, *, resamples: int = 4000, seed: int = 0
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """Whole resampled laws as columns, and the numbers of the fit itself: what a scatter of pairs shows."""
-    cells = select(frame, (arm,), ends_only=law != "surface")
+    table = check_table(table)
+    cells = select(table, (arm,), ends_only=law != "surface")
     fitted = solve(form_named(law), cells.rows, HUBER if law == "surface" else LEAST_SQUARES)
-    run = run_of(frame.loc[cells.numbers - 1]).factorize()[0]
+    run = run_of(table.frame.loc[cells.numbers - 1]).factorize()[0]
     groups = run if run.max() + 1 < len(run) else cells.cell
     return parameter_draws(fitted, bootstrap(fitted, groups, resamples=resamples, seed=seed)), quantities(fitted.law())
 

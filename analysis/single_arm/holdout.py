@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.data.cells import Array, Cells, Rows, select
-from analysis.data.table import check_table
+from analysis.data.table import RunsTable, check_table
 from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
 from analysis.fitting.laws import Law
 from analysis.fitting.solver import predict
@@ -59,12 +59,12 @@ class Holdout(Strict, frozen=True):
 
 
 def hold_out(
-    frame: pd.DataFrame, *, rungs: int = 1, baseline: str | None = None, challenger: str | None = None
+    table: RunsTable | pd.DataFrame, *, rungs: int = 1, baseline: str | None = None, challenger: str | None = None
 ) -> Holdout:
     """Fit each arm without its largest rungs, and score the prediction of them.
 
     Args:
-        frame: A table of runs, checked or not.
+        table: A table of runs, checked or not.
         rungs: How many computes, from the largest, are held out; the same for all arms.
         baseline: As in ``analysis.ratio.study.fit_table``.
         challenger: As there.
@@ -72,15 +72,13 @@ def hold_out(
     Raises:
         UserError: Fewer than three computes would remain in an arm.
     """
-    name = str(frame.attrs.get("name", "table"))
-    if "left_out" not in frame:
-        frame = check_table(frame, name)
-    known = list(dict.fromkeys(frame["arm"]))
-    arms = choose_arms(frame, name, baseline, challenger) if len(known) > 1 else (str(known[0]),)
+    table = check_table(table)
+    name = table.name
+    arms = choose_arms(table, baseline, challenger) if len(table.arms) > 1 else tuple(table.arms)
     for arm in arms:
-        check_computes(frame, name, arm)
-    ladder = is_ladder(frame, arms)
-    everything = select(frame, arms)
+        check_computes(table, arm)
+    ladder = is_ladder(table, arms)
+    everything = select(table, arms)
     levels = np.unique(everything.rung)
     if rungs < 1:
         raise UserError(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.data.cells import Rows, select
-from analysis.data.table import check_table
+from analysis.data.table import RunsTable, check_table
 from analysis.fitting.fit import HUBER, Status, form_named, judge, solve
 from analysis.fitting.laws import LossSurface
 from scaling.errors import UserError
@@ -72,19 +72,15 @@ class Allocations(Strict, frozen=True):
     remark: str
 
 
-def allocations(frame: pd.DataFrame, arm: str | None = None) -> Allocations:
+def allocations(table: RunsTable | pd.DataFrame, arm: str | None = None) -> Allocations:
     """The compute-optimal allocation of one arm by all three approaches.
 
     Raises:
         UserError: The arm is not known, or the runs are too few for a surface.
     """
-    from analysis.single_arm.fit_arm import only_arm
-
-    name = str(frame.attrs.get("name", "table"))
-    if "left_out" not in frame:
-        frame = check_table(frame, name)
-    arm = only_arm(frame, name, arm)
-    rows = select(frame, (arm,), ends_only=False).rows
+    table = check_table(table)
+    name, arm = table.name, table.only_arm(arm)
+    rows = select(table, (arm,), ends_only=False).rows
     form = form_named("surface")
     if len(rows.loss) < form.size:
         raise UserError(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from analysis.data.cells import SAME_POINT, Array, rungs
+from analysis.data.cells import SAME_COMPUTE, Array, rungs
+from analysis.data.table import RunsTable, check_table
 from analysis.ratio.study import usable_text
 from analysis.uncertainty.intervals import ROUNDING, t_quantile
 from scaling.errors import UserError
@@ -52,18 +53,19 @@ class Overtaking(NamedTuple):
     high: float
 
 
-def outcomes(runs: pd.DataFrame, arms: Sequence[str]) -> list[BudgetOutcome]:
+def outcomes(table: RunsTable | pd.DataFrame, arms: Sequence[str]) -> list[BudgetOutcome]:
     """Every arm at every rung.
 
     Args:
-        runs: A table checked by `analysis.data.table`; `cell` and `seed` say what is paired. Without a column `rung`, runs
+        table: A table of runs; `cell` and `seed` say what is paired. Without a column `rung`, runs
             within 2 % of one size and one number of tokens share a budget.
         arms: The arms to compare, the baseline first: `analysis.ratio.study.choose_arms`.
 
     Raises:
         UserError: No run can be used, or an arm has runs of several budgets in one rung.
     """
-    name = str(runs.attrs.get("name", "table"))
+    table = check_table(table)
+    name, runs = table.name, table.frame
     used = runs[(runs["left_out"] == "") & runs["arm"].isin(arms)]
     if not len(used):
         raise UserError(f"{name}: there are {usable_text(runs)}; a comparison needs some. Finish runs first.")
@@ -133,7 +135,7 @@ def _check_budgets(used: pd.DataFrame, name: str) -> None:
     """Refuse arms whose runs of one rung differ in size or tokens: their mean would be no loss of any budget."""
     for column in ("params", "tokens"):
         ends = used.groupby(["rung", "arm"], sort=False)[column].agg(["min", "max"])
-        wide = ends[ends["max"] > (1.0 + SAME_POINT) * ends["min"]]
+        wide = ends[ends["max"] > (1.0 + SAME_COMPUTE) * ends["min"]]
         if len(wide):
             (rung, arm), low, high = wide.index[0], wide["min"].iloc[0], wide["max"].iloc[0]
             raise UserError(

@@ -33,9 +33,9 @@ class Compare(OnTable):
         from analysis.single_arm.same_budget import gaps, outcomes, overtakings
         from scaling.console import console
 
-        frame = self.read()
-        arms = choose_arms(frame, frame.attrs["name"], self.baseline, self.challenger)
-        found = outcomes(frame, arms)
+        table = self.read()
+        arms = choose_arms(table, self.baseline, self.challenger)
+        found = outcomes(table, arms)
         if self.json:
             print_json(found)
             return

@@ -6,7 +6,7 @@ import contextlib
 import math
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ from scaling.spec import as_dict
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.data.table import RunsTable
     from analysis.data.tuning import TuningTables
     from analysis.fitting.fit import Objective
     from analysis.ratio.study import Study
@@ -85,8 +86,8 @@ class OnTable:
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
 
-    def read(self) -> pd.DataFrame:
-        """The table of runs, its columns checked."""
+    def read(self) -> RunsTable:
+        """The checked table of runs."""
         from analysis.data.table import read_table
         from analysis.moonlight import moonlight_table
 
@@ -95,9 +96,9 @@ class OnTable:
             return read_table(Path(self.table), convention=convention)
         collected = self.collected()
         if collected is not None:
-            frame = read_table(collected, convention=convention)
-            frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
-            return frame
+            table = read_table(collected, convention=convention)
+            # A page that is sent on names no folder.
+            return replace(table, name=f"campaign {collected.parent.name}")
         if self.table == "moonlight":
             return moonlight_table()
         raise UserError(
@@ -119,25 +120,25 @@ class OnTable:
         if not file.exists():
             return None
         if not facts.exists():
-            return TuningTables(read_table(file))
+            return TuningTables(read_table(file).frame)
         tuning = read_json(facts, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
         return TuningTables(
-            read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
+            read_table(file).frame, pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
         )
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
         """The table's fits and ratios, and the table."""
         from analysis.ratio.study import fit_table
 
-        frame = self.read()
+        table = self.read()
         study = fit_table(
-            frame,
+            table,
             baseline=self.baseline,
             challenger=self.challenger,
             family=self.family,
             extrapolate=self.extrapolate,
         )
-        return study, frame
+        return study, table.frame
 
 
 def _nothing_finished(file: Path) -> bool:

@@ -32,7 +32,7 @@ def fair() -> pd.DataFrame:
 
 def checks(frame: pd.DataFrame) -> dict[str, AuditCheck]:
     table = check_table(frame)
-    return {check.name: check for check in audit(table, fit_table(table, resamples=100, extrapolate=True))}
+    return {check.name: check for check in audit(table.frame, fit_table(table, resamples=100, extrapolate=True))}
 
 
 def test_a_fair_table_passes(fair: pd.DataFrame) -> None:
@@ -97,7 +97,7 @@ def test_silence_is_no_pass() -> None:
 
 
 def test_moonlight() -> None:
-    found = checks(moonlight_table())
+    found = checks(moonlight_table().frame)
     assert found["held-out"].verdict == "fail"
     assert found["trend"].verdict == "warn"
     assert "FAIL" in audit_text(list(found.values()))

@@ -164,7 +164,7 @@ def test_figures_show_the_names_themselves() -> None:
     from analysis.figures.style import slug
     from analysis.ratio.study import fit_table
 
-    frame = check_table(BASE.assign(arm=BASE["arm"].replace("muon", "$a$_{b}")))
+    frame = check_table(BASE.assign(arm=BASE["arm"].replace("muon", "$a$_{b}"))).frame
     legend = loss_against_compute(fit_table(frame, resamples=20), frame).axes[0].get_legend()
     assert legend is not None
     assert legend.get_texts()[1].get_text().startswith(r"\$a\$_{b}: $")

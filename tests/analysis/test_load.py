@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
+from analysis.data.cells import LeftOut
 from analysis.data.table import TableError, check_table, read_table
-from analysis.ratio.study import fit_table
+from analysis.ratio.study import fit_table, load_or_fit, write_study
 from scaling.errors import UserError
 
 
@@ -144,7 +146,7 @@ def test_runs_that_diverged_are_named_where_too_few_are_left(table: pd.DataFrame
 
 def test_a_column_that_stands_twice_in_a_file(table: pd.DataFrame, tmp_path: Path) -> None:
     pd.concat([table, table[["loss"]] * 2], axis=1).to_csv(tmp_path / "runs.csv", index=False)
-    with pytest.raises(TableError, match="column loss stands there twice"):
+    with pytest.raises(TableError, match="found column loss twice"):
         read_table(tmp_path / "runs.csv")
 
 
@@ -184,3 +186,23 @@ def test_a_file_that_is_no_table(tmp_path: Path, content: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no such file"):
         read_table(tmp_path / "nowhere.csv")
+
+
+def test_a_written_study_serves_until_the_table_or_the_options_change(table: pd.DataFrame, tmp_path: Path) -> None:
+    runs = check_table(table)
+    study = load_or_fit(runs, tmp_path)
+    assert not list(tmp_path.iterdir())
+    marked = msgspec.structs.replace(study, left_out=[LeftOut(row=1, arm="adamw", reason="from the file")])
+    write_study(marked, tmp_path / "fits.json")
+    assert load_or_fit(runs, tmp_path) == marked
+    assert load_or_fit(runs, tmp_path, family="lines").options.family == "lines"
+    assert load_or_fit(check_table(table.assign(loss=1.01 * table["loss"])), tmp_path).left_out == []
+    (tmp_path / "fits.json").write_text('{"table": "tab')
+    assert load_or_fit(runs, tmp_path) == study
+
+
+def test_a_table_has_one_hash_in_every_file_format(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    table.to_parquet(tmp_path / "runs.parquet")
+    assert read_table(tmp_path / "runs.csv").sha256 == read_table(tmp_path / "runs.parquet").sha256
+    assert len(repr(fit_table(read_table(tmp_path / "runs.csv")))) < 200

@@ -88,7 +88,7 @@ def test_five_points_cannot_choose_a_floor() -> None:
 
 
 def test_tokens_are_whole_batches_up_to_the_middle_of_the_last_80_steps() -> None:
-    table = moonlight_table()
+    table = moonlight_table().frame
     assert table["flops"].max() / 8.64e19 == pytest.approx(4.03777, rel=1e-5)
     assert sorted(set(table["params"])) == sorted(MOONLIGHT_PARAMS)
     assert len(MOONLIGHT_BATCH) == 5
@@ -119,7 +119,7 @@ def test_ratio_without_each_size(study: Study) -> None:
 
 def test_learning_rates_of_table_2_follow_a_power_of_compute() -> None:
     rates = (9.503e-4, 9.143e-4, 8.825e-4, 8.561e-4, 8.305e-4)
-    table = moonlight_table()
+    table = moonlight_table().frame
     rule = fit_power_rule(table.loc[table["arm"] == "adamw", "flops"].to_numpy(), rates)
     assert rule.exponent == pytest.approx(-0.0455, abs=2e-4)
     assert rule.error is not None

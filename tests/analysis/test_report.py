@@ -17,8 +17,8 @@ from analysis.reporting.tables import latex, markdown
 
 
 def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> None:
-    frame = moonlight_table()
-    study = fit_table(frame)
+    table = moonlight_table()
+    frame, study = table.frame, fit_table(table)
     one, two = (write_report(study, frame, tmp_path / name) for name in ("one", "two"))
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert {"fits.json", "report.html", "tables.md", "tables.tex"} < {path.as_posix() for path in files}
@@ -35,7 +35,7 @@ def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> N
 
 def test_three_arms_and_training_curves(tmp_path: Path) -> None:
     laws = {"adamw": ADAMW, "muon": MUON, "soap": MUON.__class__(scale=2.55, exponent=0.054)}
-    frame = check_table(ladder(laws, shared=0.003, own=0.001).assign(rung=lambda f: f["cell"]))
+    frame = check_table(ladder(laws, shared=0.003, own=0.001).assign(rung=lambda f: f["cell"])).frame
     curves = pd.DataFrame(
         [
             {"arm": arm, "rung": rung, "run": f"{arm}{rung}", "step": step, "tokens": 1e6 * step, "flops": 1e15 * step,
@@ -54,7 +54,7 @@ def test_a_grid_gets_valleys_and_contours(tmp_path: Path) -> None:
     surface = LAWS["surface"].example
     assert isinstance(surface, LossSurface)
     better = LossSurface(E=surface.E, A=surface.A, B=surface.B * 0.9, alpha=surface.alpha, beta=surface.beta)
-    frame = check_table(grid({"adamw": surface, "muon": better}, noise=0.002))
+    frame = check_table(grid({"adamw": surface, "muon": better}, noise=0.002)).frame
     write_report(fit_table(frame, resamples=50), frame, tmp_path)
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert names == {"loss", "ratio", "surface-adamw", "surface-muon", "valleys-adamw", "valleys-muon"}

@@ -21,7 +21,7 @@ def runs() -> pd.DataFrame:
         level = 3.0 + noise.normal(0, 0.2)
         for arm, apart in (("adamw", 0.0), ("muon", -0.02)):
             rows.append((arm, "a", f"a/{seed}", 1e6, 2e7, 1.2e14, level + apart + noise.normal(0, 0.001)))
-    return check_table(pd.DataFrame(rows, columns=["arm", "rung", "cell", "params", "tokens", "flops", "loss"]))
+    return check_table(pd.DataFrame(rows, columns=["arm", "rung", "cell", "params", "tokens", "flops", "loss"])).frame
 
 
 def test_a_small_difference_is_seen_through_the_spread_of_seeds() -> None:

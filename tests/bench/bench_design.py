@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--whole", type=int, default=0)
     options = parser.parse_args()
-    own = moonlight_table().query("arm == 'adamw'")
+    own = moonlight_table().frame.query("arm == 'adamw'")
     cells = PlannedCells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
     truth = Truth(LAWS_ASSUMED["moonlight"], cells)
     at = truth.loss(cells.flops, 1)

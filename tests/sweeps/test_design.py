@@ -36,7 +36,7 @@ MOONLIGHT = LAWS_ASSUMED["moonlight"]
 
 def moonlight_cells() -> PlannedCells:
     """Of the paper's own five sizes."""
-    own = moonlight_table().query("arm == 'adamw'")
+    own = moonlight_table().frame.query("arm == 'adamw'")
     return PlannedCells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
 
 

@@ -21,7 +21,7 @@ RATE_ONLY = TUNE.split("[tune.search.weight_decay]")[0]
 
 
 def verdicts(table: Path) -> dict[str, str]:
-    frame = read_table(table)
+    frame = read_table(table).frame
     return {check.name: check.verdict for check in audit(frame, fit_table(frame))}
 
 
@@ -103,7 +103,7 @@ def test_a_setting_extrapolated_far_beyond_the_tuned_sizes_fails(
     rungs = (*extended.rungs[:-1], msgspec.structs.replace(last, tokens=factor * last.tokens))
     extended = msgspec.structs.replace(extended, rungs=rungs)
     planned = finished(extended, tmp_path)
-    frame, trials = (read_table(planned.results / name) for name in ("runs.csv", "trials.csv"))
+    frame, trials = (read_table(planned.results / name).frame for name in ("runs.csv", "trials.csv"))
     found = {check.name: check for check in audit(frame, fit_table(frame), trials)}
     assert found["tuned-range"].verdict == verdict, found["tuned-range"].evidence
     assert found["search-edge"].verdict == "pass"  # judged from the trials, which the table of runs lacks
@@ -112,7 +112,7 @@ def test_a_setting_extrapolated_far_beyond_the_tuned_sizes_fails(
 
 def test_runs_stopped_in_their_schedule_fail(campaign: Load, tmp_path: Path) -> None:
     planned = finished(campaign(RATE_ONLY), tmp_path)
-    frame = read_table(planned.results / "runs.csv")
+    frame = read_table(planned.results / "runs.csv").frame
     frame["schedule_tokens"] = frame["tokens"]
     assert {c.name: c.verdict for c in audit(frame, fit_table(frame))}["finished"] == "pass"
     frame.loc[frame["arm"] == "muon", "schedule_tokens"] *= 5  # the paper's 1.2T of 5.7T tokens
