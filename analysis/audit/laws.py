@@ -1,16 +1,16 @@
-"""Checks of the laws: is the headline where the data are, and does it stand under another law or without a rung?"""
+"""Checks of the laws: position of the headline, other laws, single rungs, range of compute, convergence."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from analysis.audit.case import Case, Finding
+from analysis.audit import Case, Finding
 from analysis.ratio.compare import Comparison
 from analysis.ratio.formatting import compute_unit
 from analysis.ratio.match import compute_law
 
 
-def extrapolated(case: Case) -> Finding:
+def headline_inside(case: Case) -> Finding:
     """The headline's loss is reached by the runs of both arms."""
     heads = [(c.challenger, c.headline) for c in case.study.comparisons]
     bad = [
@@ -23,7 +23,7 @@ def extrapolated(case: Case) -> Finding:
     return Finding("pass", f"the headline's loss is inside both arms' runs{note}")
 
 
-def trend(comparison: Comparison) -> dict[str, float]:
+def trends(comparison: Comparison) -> dict[str, float]:
     """Change of the ln ratio for each decade of compute over the runs, by family of laws."""
     losses = [point.loss for point in comparison.rungs]
     found = {}
@@ -38,10 +38,10 @@ def trend(comparison: Comparison) -> dict[str, float]:
     return found
 
 
-def floor(case: Case) -> Finding:
-    """The trend of the ratio has one sign whatever law is taken."""
+def trend_sign(case: Case) -> Finding:
+    """The trend of the ratio has one sign under every law."""
     for comparison in case.study.comparisons:
-        found = {key: value for key, value in trend(comparison).items() if abs(value) > 0.01}
+        found = {key: value for key, value in trends(comparison).items() if abs(value) > 0.01}
         if found and min(found.values()) < 0 < max(found.values()):
             down, up = min(found, key=lambda k: found[k]), max(found, key=lambda k: found[k])
             return Finding(
@@ -53,7 +53,7 @@ def floor(case: Case) -> Finding:
     return Finding("pass", "the ratio's trend has the same sign under every law that was tried, or there is none")
 
 
-def spread(case: Case) -> Finding:
+def law_spread(case: Case) -> Finding:
     """Other laws give a ratio inside the interval."""
     beyond = []
     for comparison in case.study.comparisons:
@@ -71,9 +71,9 @@ def spread(case: Case) -> Finding:
     return Finding("pass", "other laws give a ratio inside the interval")
 
 
-def leans(case: Case) -> Finding:
+def one_rung(case: Case) -> Finding:
     """No one rung carries the ratio."""
-    told = []
+    texts = []
     for comparison in case.study.comparisons:
         head = comparison.headline
         if head.low is None or head.high is None or not comparison.jackknife:
@@ -90,26 +90,24 @@ def leans(case: Case) -> Finding:
         text = f"{comparison.challenger}: {far:.3g} without the rung at {compute * size:.3g} {unit}, {head.ratio:.3g} with it"
         if not head.low <= far <= head.high or abs(np.log(far / head.ratio)) > np.log(1.15):
             return Finding("warn", text, "Look at the runs of that rung; repeat them with other seeds.")
-        told.append(text)
-    if not told:
+        texts.append(text)
+    if not texts:
         return Finding("warn", "too few rungs to leave one out", "Train at least four.")
-    return Finding("pass", "; ".join(told))
+    return Finding("pass", "; ".join(texts))
 
 
 def reach(case: Case) -> Finding:
-    """There are sizes enough, and they lie far enough apart."""
-    told, bad = [], False
+    """There are enough sizes, far enough apart."""
+    reached, bad = [], False
     for arm in case.study.arms:
         flops = case.used.loc[case.used["arm"] == arm, "flops"]
         decades, points = float(np.log10(flops.max() / flops.min())), flops.round(-1).nunique()
-        told.append(f"{arm} {points} computes over {decades:.1f} decades")
+        reached.append(f"{arm} {points} computes over {decades:.1f} decades")
         bad = bad or decades < 1.5 or points < 5
     return Finding(
         "warn" if bad else "pass",
-        "; ".join(told),
-        "Five computes over a decade and a half are the least from which a curve can be told from a line."
-        if bad
-        else "",
+        "; ".join(reached),
+        "Train at least five sizes over a decade and a half; fewer do not separate a curve from a line." if bad else "",
     )
 
 

@@ -1,10 +1,10 @@
-"""Checks of the runs: ends of schedules, held-out losses, seeds, pairs, code, missing runs, what FLOPs and time count."""
+"""Checks of the runs: ends of schedules, held-out losses, seeds, pairs, code, missing runs, FLOPs and time."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from analysis.audit.case import Case, Finding
+from analysis.audit import Case, Finding
 from analysis.ratio.cost_metrics import TIMES
 
 
@@ -48,7 +48,7 @@ def finished(case: Case) -> Finding:
             "the table has no column that says whether a run's schedule had ended",
             "Add a column status or schedule_tokens. Compare ends of schedules only.",
         )
-    return Finding("pass", "every run that was used stands in the table once, at its end")
+    return Finding("pass", "every run that was used is in the table once, at its end")
 
 
 def held_out(case: Case) -> Finding:
@@ -56,13 +56,13 @@ def held_out(case: Case) -> Finding:
     used = case.used
     remedy = "Measure every run on one fixed set of held-out tokens."
     if "loss_kind" in used and used["loss_kind"].astype(str).str.contains("train").any():
-        return Finding("fail", "the column loss_kind says training loss", remedy)
+        return Finding("fail", "the column loss_kind names a training loss", remedy)
     if "train_loss" in used and used["train_loss"].notna().any():
         same = np.isclose(used["loss"], used["train_loss"], rtol=1e-9).mean()
         if same > 0.5:
             return Finding("fail", f"loss equals train_loss in {same:.0%} of the rows", remedy)
         return Finding("pass", "the table has a training loss of its own, and the fitted loss is another")
-    return Finding("warn", "nothing in the table says on which tokens the loss was measured", remedy)
+    return Finding("warn", "the table does not name the tokens on which the loss was measured", remedy)
 
 
 def seeds(case: Case) -> Finding:
@@ -93,11 +93,13 @@ def pairs(case: Case) -> Finding:
             )
     used = case.used
     if "manifest" in used and len({frozenset(part["manifest"].astype(str)) for _, part in used.groupby("arm")}) > 1:
-        return Finding("fail", "the arms read different data (column manifest)", "Train both on the same shards.")
+        return Finding(
+            "fail", "the arms were trained on different data (column manifest)", "Train both on the same shards."
+        )
     if "cell" in used and "batch_tokens" in used and (used.groupby("cell")["batch_tokens"].nunique() > 1).any():
         return Finding(
             "warn",
-            "batch sizes differ between the arms of a cell: with them the order of tokens",
+            "batch sizes differ between the arms of a cell, and so does the order of tokens",
             "Compare at one batch size, and at each arm's best.",
         )
     if "manifest" in used and "seed" in used:
@@ -127,7 +129,7 @@ def code(case: Case) -> Finding:
     return Finding(
         "warn",
         f"{len(counts)} versions of the code trained the runs: {named}",
-        "Train them again by one version (scaling submit --rerun changed-code), or show that the difference changes no loss.",
+        "Train them again with one version (scaling submit --rerun changed-code), or show that the difference changes no loss.",
     )
 
 
@@ -135,12 +137,12 @@ def diverged(case: Case) -> Finding:
     """Runs that failed are in the table."""
     bad = case.frame[~case.frame["left_out"].isin([""]) & ~case.frame["left_out"].str.startswith("the same row")]
     if len(bad):
-        by = ", ".join(f"{arm} {count}" for arm, count in bad["arm"].value_counts(sort=False).items())
+        counts = ", ".join(f"{arm} {count}" for arm, count in bad["arm"].value_counts(sort=False).items())
         lost = bad["left_out"].str.contains("diverged|failed").sum()
         return Finding(
             "warn" if lost else "pass",
-            f"{len(bad)} runs are in the table without a usable loss ({by}), {lost} of them diverged or failed, and are named",
-            "Repeat them with the arm's next lower learning rate, or say in the text what they mean." if lost else "",
+            f"{len(bad)} runs are in the table without a usable loss ({counts}), {lost} of them diverged or failed, and are named",
+            "Repeat them with the arm's next lower learning rate, or explain them in the text." if lost else "",
         )
     if "status" in case.frame:
         return Finding("pass", "the table has a column status and no run without a loss")
@@ -152,7 +154,7 @@ def diverged(case: Case) -> Finding:
 
 
 def convention(case: Case) -> Finding:
-    """It is said what FLOPs count."""
+    """The table names what its FLOPs count."""
     used = case.used
     ratio = (used["flops"] / (6.0 * used["params"] * used["tokens"])).to_numpy()
     others = sorted({c.label for comparison in case.study.comparisons for c in comparison.conventions})
@@ -164,12 +166,12 @@ def convention(case: Case) -> Finding:
             return Finding("pass", f"flops are 6 * params * tokens{note}")
         return Finding(
             "warn",
-            "flops are 6 * params * tokens; which weights params counts (embedding, head) is not said",
+            "flops are 6 * params * tokens; the table does not name the parameters that are counted (embedding, head)",
             "Add a column convention, and columns such as flops_attention: the count has moved this ratio by a tenth.",
         )
     return Finding(
         "warn",
-        f"flops are {ratio.min():.3g} to {ratio.max():.3g} times 6 * params * tokens and no column says what they count",
+        f"flops are {ratio.min():.3g} to {ratio.max():.3g} times 6 * params * tokens, and no column names what they count",
         "Add a column convention that names the count.",
     )
 

@@ -1,20 +1,21 @@
-"""Checks of the search: are optima inside it, had every arm the same effort, and how far are settings carried?"""
+"""Checks of the search for settings: interior optima, equal effort, and distance of the runs from the tuned sizes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.audit.case import Case, Finding
+from analysis.audit import Case, Finding
 from analysis.data.cells import run_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NEAR = 3.0
-FAR = 30.0
-"""Times that compute may grow beyond the tuned sizes. An exponent of a learning rate's law that is 0.1 off, which a few
-small sizes cannot exclude, moves the rate by a tenth at the one and by 40 % at the other."""
-SEARCHED = 3
+MAX_TRANSFER_FACTOR = 3.0
+"""Growth of compute beyond the tuned sizes that passes."""
+MAX_DOUBTFUL_TRANSFER_FACTOR = 30.0
+"""Growth of compute that warns; above, the check fails. An exponent of a learning rate's law that is 0.1 off, which a few
+small sizes cannot exclude, moves the rate by a tenth at a factor of 3 and by 40 % at 30."""
+MIN_RATES_OF_SEARCH = 3
 """Values of a learning rate at one size that make a search."""
 
 
@@ -36,14 +37,14 @@ def _tried(case: Case) -> dict[tuple[str, str], list[tuple[float, float]]]:
     return found
 
 
-def edge(case: Case) -> Finding:
+def interior_optimum(case: Case) -> Finding:
     """The best learning rate of every search has worse ones on both sides."""
-    searched = {key: tried for key, tried in _tried(case).items() if len(tried) >= SEARCHED}
+    searched = {key: tried for key, tried in _tried(case).items() if len(tried) >= MIN_RATES_OF_SEARCH}
     if not searched:
         return Finding(
             "warn",
-            "the table shows no search over learning rates (no size with three or more values of peak_lr), so nothing "
-            "says that either arm stands at its optimum",
+            "the table shows no search over learning rates (no size with three or more values of peak_lr), so neither "
+            "arm is known to be at its optimum",
             "Sweep the learning rate of both arms at two sizes at least, and keep the losers in the table.",
         )
     edges = [
@@ -56,64 +57,66 @@ def edge(case: Case) -> Finding:
     return Finding("pass", f"best learning rate inside the search in all {len(searched)} sweeps")
 
 
-def effort(case: Case) -> Finding:
-    """As many settings were tried for one arm as for the other."""
+def equal_effort(case: Case) -> Finding:
+    """Every arm had the same number of settings tried."""
     searched = _tried(case)
     if not searched:
         return Finding(
             "warn",
-            "the table has no column peak_lr; what was tried for each arm is not known",
+            "the table has no column peak_lr; the settings tried for each arm are not known",
             "Record the settings of every run, the discarded ones too.",
         )
     if case.trials is None:
         tried = {arm: sum(len(v) for (a, _), v in searched.items() if a == arm) for arm in case.study.arms}
     else:
         tried = {arm: int((case.trials["arm"] == arm).sum()) for arm in case.study.arms}
-    told = ", ".join(f"{arm} {count}" for arm, count in tried.items())
+    counted = ", ".join(f"{arm} {count}" for arm, count in tried.items())
     counts = {count for count in tried.values() if count}
     if len(counts) > 1:
         return Finding(
             "fail",
-            f"different numbers of settings tried: {told}",
+            f"different numbers of settings tried: {counted}",
             "Give every arm the same budget of trials at every size; a retuned baseline alone has been worth a factor of two.",
         )
     if case.trials is None and max(counts) == len({size for _, size in searched}):
         return Finding(
             "warn",
-            f"one setting for each size in every arm ({told})",
+            f"one setting for each size in every arm ({counted})",
             "Show that neither arm's setting was better tuned.",
         )
     without = [arm for arm, count in tried.items() if not count]
     if without:
         return Finding(
             "warn",
-            f"{', '.join(without)} had no search of its own; settings tried: {told}",
-            "What it can do at its own settings is not known; quote a searched arm beside it.",
+            f"{', '.join(without)} had no search of its own; settings tried: {counted}",
+            "Its loss at its own best settings is not known; quote a searched arm beside it.",
         )
-    return Finding("pass", f"equal numbers of settings tried: {told}")
+    return Finding("pass", f"equal numbers of settings tried: {counted}")
 
 
-def carried(case: Case) -> Finding:
+def tuned_range(case: Case) -> Finding:
     """The compute of the runs stays near the compute at which settings were searched."""
     rows = _searches(case)
-    several = rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= SEARCHED
+    several = rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH
     rows = rows[several]
     if not len(rows):
         return Finding(
             "warn",
-            "no search is in the table, so nothing says at which sizes the settings were found",
-            "Keep the runs of the search, those that lost included.",
+            "no search is in the table, so the sizes at which the settings were found are not known",
+            "Keep all runs of the search.",
         )
-    worst, told = 1.0, []
+    worst, reached = 1.0, []
     for arm in case.study.arms:
         own = rows.loc[rows["arm"] == arm, "flops"]
         tuned = own if len(own) else rows["flops"]  # another arm's settings
         used = case.used.loc[case.used["arm"] == arm, "flops"]
         times = max(float(used.max() / tuned.max()), float(tuned.min() / used.min()), 1.0)
-        told.append(f"{arm} up to {times:.3g} times" if times > 1.01 else f"{arm} inside")
+        reached.append(f"{arm} up to {times:.3g} times" if times > 1.01 else f"{arm} inside")
         worst = max(worst, times)
     return Finding(
-        "pass" if worst <= NEAR else "warn" if worst <= FAR else "fail",
-        f"beyond the compute that was searched: {', '.join(told)}",
-        "" if worst <= NEAR else "Tune a rung nearer to the largest, or hold one out and say what its transfer costs.",
+        "pass" if worst <= MAX_TRANSFER_FACTOR else "warn" if worst <= MAX_DOUBTFUL_TRANSFER_FACTOR else "fail",
+        f"beyond the compute that was searched: {', '.join(reached)}",
+        ""
+        if worst <= MAX_TRANSFER_FACTOR
+        else "Tune a rung nearer to the largest, or hold one out and report what its transfer costs.",
     )

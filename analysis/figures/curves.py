@@ -1,4 +1,4 @@
-"""Training curves: loss against tokens, one panel a rung, all arms over each other."""
+"""Training curves: loss against tokens, one panel a rung."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.data.cells import Array
-from analysis.figures.style import legend_name, look, new_figure, plain_log_axis, short_counts, styled
+from analysis.figures.style import arm_handles, look, panel_grid, plain_log_axis, short_counts, styled
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = 6
+MAX_PANELS = 6
 MAX_LINES = 20
-"""Runs of one arm drawn in one panel; more make no picture and take minutes."""
-SMOOTHED = 25
-"""A line is the mean over one part in so many of a run's logged rows; the rows themselves are drawn faintly."""
+"""Runs of one arm drawn in one panel; more cannot be told apart and take minutes."""
+WINDOWS_PER_RUN = 25
+"""A smoothed line is a moving mean over this fraction of a run's logged rows; the rows themselves are drawn faintly."""
 
 
 def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
@@ -26,27 +26,29 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
 
     Args:
         curves: Columns arm, rung, run, tokens, train_loss, validation_loss; loss in nats per token.
-        arms: The study's arms, which give the looks.
+        arms: All arms of the study; their order sets the looks.
     """
     curves = curves[curves["arm"].isin(arms)]
     longest = curves.groupby("rung", sort=False)["flops" if "flops" in curves else "tokens"].max()
-    rungs = list(longest.sort_values(kind="stable").index[-PANELS:])
+    rungs = list(longest.sort_values(kind="stable").index[-MAX_PANELS:])
     columns = 2 if len(rungs) == 4 else min(len(rungs), 3)
-    lines = -(-len(rungs) // columns)
     with styled():
-        figure = new_figure(2.5 * columns + 0.5, 2.1 * lines + 0.3)
-        grid = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
-        for axes, rung in zip(grid, rungs, strict=False):
+        figure, grid = panel_grid(len(rungs), columns=columns, size=(2.5, 2.1), handles=arm_handles(arms))
+        for axes, rung in zip(grid, rungs, strict=True):
             part = curves[curves["rung"] == rung]
             values = []
             for arm in arms:
                 dress = look(arms, arm)
-                for at, (_, run) in enumerate(some_runs(part[part["arm"] == arm], "run").groupby("run", sort=True)):
+                for _, run in some_runs(part[part["arm"] == arm], "run").groupby("run", sort=True):
                     run = run.sort_values("tokens", kind="stable")
                     train = run[run["train_loss"].notna()]
-                    smooth = train["train_loss"].rolling(-(-len(train) // SMOOTHED), center=True, min_periods=1).mean()
+                    smooth = (
+                        train["train_loss"]
+                        .rolling(-(-len(train) // WINDOWS_PER_RUN), center=True, min_periods=1)
+                        .mean()
+                    )
                     axes.plot(train["tokens"], train["train_loss"], color=dress.colour, linewidth=0.4, alpha=0.25)
-                    axes.plot(train["tokens"], smooth, color=dress.colour, linewidth=1.0)
+                    axes.plot(train["tokens"], smooth, color=dress.colour, linestyle=dress.dash, linewidth=1.0)
                     held = run[run["validation_loss"].notna()]
                     axes.plot(
                         held["tokens"],
@@ -55,14 +57,10 @@ def training_curves(curves: pd.DataFrame, arms: list[str]) -> Figure:
                         marker=dress.marker,
                         markersize=3.5,
                         color=dress.colour,
-                        label=legend_name(arm) if at == 0 else None,
                     )
                     values += [train["train_loss"].to_numpy(), held["validation_loss"].to_numpy()]
             _scale(axes, part, np.concatenate([*values, np.array([])]))
             axes.set_title(str(rung), loc="left")
-        for axes in grid[len(rungs) :]:
-            axes.set_visible(False)
-        grid[0].legend(loc="upper right")
         figure.supxlabel("tokens", fontsize=9)
         figure.supylabel("loss (nats per token)", fontsize=9)
     return figure

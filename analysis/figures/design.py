@@ -1,18 +1,18 @@
-"""Width of the interval against cost: every design that was looked at, and those worth their price by name."""
+"""Width of the interval against cost: every simulated design, and the narrowest for their cost by name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.figures.style import LOOKS, MUTED, new_figure, plain_log_axis, styled
+from analysis.figures.style import COLOURS, MARKERS, MUTED, arm_label, new_figure, plain_log_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis.power.forecast import DesignForecast
 
-NAMED = 6
-"""Designs of the frontier that are named in the picture; the table has all."""
+MAX_NAMED_DESIGNS = 6
+"""Designs of the frontier that are named in the figure; the table has all."""
 
 
 def width_against_cost(answer: DesignForecast) -> Figure:
@@ -28,7 +28,7 @@ def width_against_cost(answer: DesignForecast) -> Figure:
         axes.plot(
             [r.hours for r in front],
             [r.width or 0.0 for r in front],
-            color=LOOKS[0].colour,
+            color=COLOURS[0],
             marker="o",
             markersize=4,
             linewidth=1.2,
@@ -38,13 +38,13 @@ def width_against_cost(answer: DesignForecast) -> Figure:
             axes.plot(
                 [answer.plan.hours],
                 [answer.plan.width],
-                LOOKS[1].marker,
-                color=LOOKS[1].colour,
+                MARKERS[1],
+                color=COLOURS[1],
                 markersize=7,
                 linestyle="none",
                 label=f"as planned: {answer.plan.design}",
             )
-        step = max(1, -(-len(front) // NAMED))
+        step = max(1, -(-len(front) // MAX_NAMED_DESIGNS))
         named = front[::-1][::step][::-1]
         for number, row in enumerate(named, 1):
             axes.plot([], [], " ", label=f"{number}  {row.design}")
@@ -53,7 +53,7 @@ def width_against_cost(answer: DesignForecast) -> Figure:
                 (row.hours, row.width or 0.0),
                 xytext=(4, 5),
                 textcoords="offset points",
-                color=LOOKS[0].colour,
+                color=COLOURS[0],
             )
         if answer.wanted is not None:
             axes.axhline(answer.wanted, color=MUTED, linewidth=0.8, linestyle="--", label=f"wanted: {answer.wanted:g}")
@@ -68,6 +68,8 @@ def width_against_cost(answer: DesignForecast) -> Figure:
         axes.set_ylim(min([*widths, answer.wanted or max(widths)]) / 1.15, top)
         axes.set_xlabel("GPU-hours (on a CPU: hours of runs)")
         axes.set_ylabel(f"width of the 95 % interval of the ratio\nat the loss of {answer.target_rung}")
-        axes.set_title(f"{answer.campaign}: {answer.challenger} against {answer.baseline}", loc="left")
+        axes.set_title(
+            f"{answer.campaign}: {arm_label(answer.challenger)} against {arm_label(answer.baseline)}", loc="left"
+        )
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1, fontsize=7)
         return figure

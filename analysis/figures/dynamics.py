@@ -1,4 +1,4 @@
-"""How runs train, beside how well: gradient norms, attention logits and updates along a run, and spectra of weights.
+"""Training dynamics: gradient norms, attention logits and updates along a run, and spectra of weights.
 
 After Moonlight's Figures 4 and 7 (arXiv:2502.16982). Thin lines are seeds, thick ones their mean.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures.curves import some_runs
-from analysis.figures.style import legend_name, look, new_figure, short_counts, styled
+from analysis.figures.style import arm_handles, look, panel_grid, short_counts, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +27,8 @@ def along_the_run(curves: pd.DataFrame, measured: pd.DataFrame, arms: Sequence[s
     Args:
         curves: Columns arm, rung, seed, tokens, train_loss, grad_norm, as ``curves.parquet`` has them.
         measured: As ``dynamics.parquet`` has it.
-        arms: All arms, which give the looks.
-        rung: Which size.
+        arms: All arms of the study; their order sets the looks.
+        rung: The rung drawn.
     """
     curves = curves[curves["rung"] == rung]
     measured = measured[measured["rung"] == rung]
@@ -42,12 +42,11 @@ def along_the_run(curves: pd.DataFrame, measured: pd.DataFrame, arms: Sequence[s
         ("update RMS / learning rate", updates),
     ]
     with styled():
-        figure = new_figure(6.4, 4.4)
-        for axes, (label, table) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
+        figure, grid = panel_grid(4, columns=2, size=(3.0, 2.1), handles=arm_handles(arms))
+        for axes, (label, table) in zip(grid, panels, strict=True):
             _lines(axes, table, arms)
             axes.set_ylabel(label)
             axes.set_ylim(0.0 if label != panels[0][0] else None, _top(table))
-        figure.axes[0].legend(loc="upper right")
         figure.supxlabel("tokens", fontsize=9)
     return figure
 
@@ -57,24 +56,21 @@ def spectra(measured: pd.DataFrame, arms: Sequence[str], rung: str) -> Figure:
 
     Args:
         measured: As ``dynamics.parquet`` has it.
-        arms: All arms, which give the looks.
-        rung: Which size.
+        arms: All arms of the study; their order sets the looks.
+        rung: The rung drawn.
     """
     entropy = _of(measured[measured["rung"] == rung], "svd_entropy")
     parts = list(dict.fromkeys(entropy["part"]))
     columns = min(len(parts), 4)
-    lines = -(-len(parts) // columns)
     with styled():
-        figure = new_figure(1.9 * columns + 0.4, 1.7 * lines + 0.4)
-        grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for axes, part in zip(grid, parts, strict=False):
+        figure, grid = panel_grid(
+            len(parts), columns=columns, size=(1.9, 1.7), handles=arm_handles(arms), sharex=True, sharey=True
+        )
+        for axes, part in zip(grid, parts, strict=True):
             _lines(axes, entropy[entropy["part"] == part], arms)
             axes.set_title(part, loc="left")
-        for axes in grid[len(parts) :]:
-            axes.set_visible(False)
-        for axes in grid[max(len(parts) - columns, 0) : len(parts)]:  # the lowest that is seen in its column
+        for axes in grid[-columns:]:  # the lowest panel of each column
             axes.tick_params(labelbottom=True)
-        grid[0].legend(loc="lower left")
         figure.supxlabel("tokens", fontsize=9)
         figure.supylabel("SVD entropy of the weights", fontsize=9)
     return figure
@@ -85,7 +81,7 @@ def _of(measured: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _matrices(measured: pd.DataFrame) -> list[str]:
-    """Classes whose spectra were measured: the matrices, and not the vectors that AdamW has in every arm."""
+    """Classes whose spectra were measured: the matrices, without the vectors, which every arm updates by AdamW."""
     return list(dict.fromkeys(_of(measured, "svd_entropy")["part"]))
 
 
@@ -94,18 +90,18 @@ def _lines(axes: Axes, table: pd.DataFrame, arms: Sequence[str]) -> None:
 
     for arm in arms:
         own = table[(table["arm"] == arm) & table["value"].notna()]
-        colour = look(arms, arm).colour
+        colour, _, dash = look(arms, arm)
         for _, run in some_runs(own, "seed").groupby("seed", sort=True):
             run = run.sort_values("tokens", kind="stable")
             axes.plot(run["tokens"], run["value"], color=colour, linewidth=0.5, alpha=0.5)
         mean = own.groupby("tokens")["value"].mean()
-        axes.plot(mean.index, mean, color=colour, linewidth=1.2, label=legend_name(arm))
+        axes.plot(mean.index, mean, color=colour, linestyle=dash, linewidth=1.2)
     axes.set_xlim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.xaxis.set_major_formatter(short_counts)
 
 
 def _top(table: pd.DataFrame) -> float:
-    """A little over nearly all values past the first steps, which with a few spikes would flatten the rest."""
+    """Upper end of an axis: the first steps and a few spikes are cut off, because they would flatten the rest."""
     past = table[table["tokens"] > 0.05 * table["tokens"].max()]["value"]
     return float(1.15 * np.nanquantile(past, 0.995))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, OVER_LINES, legend_name, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, arm_label, look, new_figure, plain_log_axis, styled
 from analysis.single_arm.isoflop import Allocations
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def surface_contours(found: Allocations, frame: pd.DataFrame, arms: list[str]) -
             color=dress.colour,
             alpha=0.7,
             markeredgewidth=0,
-            label=legend_name(f"{found.arm}, {len(own):,} runs"),
+            label=f"{arm_label(found.arm)}, {len(own):,} runs",
             rasterized=len(own) > 2000,
         )
         budgets = 6.0 * np.geomspace(params.min() * tokens.min(), params.max() * tokens.max(), 60)
@@ -106,5 +106,5 @@ def surface_contours(found: Allocations, frame: pd.DataFrame, arms: list[str]) -
         plain_log_axis(axes, "y", span=y[-1] / y[0])
         axes.set_xlabel("parameters N")
         axes.set_ylabel("tokens D")
-        axes.legend(loc="upper left", **OVER_LINES)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure

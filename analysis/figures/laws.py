@@ -1,4 +1,4 @@
-"""Loss against compute: the runs, their laws, and what the laws leave over."""
+"""Loss against compute: the runs, their laws, and the residuals."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import BEYOND, MUTED, compute_label, legend_name, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import (
+    EXTRAPOLATION_DASHES,
+    MUTED,
+    arm_label,
+    compute_axis,
+    look,
+    new_figure,
+    plain_log_axis,
+    styled,
+)
+from analysis.fitting.laws import PowerLaw
 from analysis.ratio.compare import Comparison
-from analysis.ratio.formatting import ratio_text
+from analysis.ratio.formatting import law_math, ratio_text
 from analysis.ratio.match import compute_law
 from analysis.ratio.study import Study
 
@@ -30,7 +40,7 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
     with styled():
         figure = new_figure(5.6, 4.6)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
-        label, factor = compute_label(max(fit.compute_range[1] for fit in comparison.fits.values()))
+        label, factor = compute_axis(max(fit.compute_range[1] for fit in comparison.fits.values()))
         for arm in comparison.fits:
             _draw_arm(study, frame, comparison, arm, upper, lower, factor)
         _arrow(comparison, upper, factor)
@@ -46,9 +56,7 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
         plain_log_axis(upper, "x", span=right / left)
         plain_log_axis(upper, "y", span=top / bottom)
         upper.set_ylabel("loss (nats per token)")
-        legend = upper.legend(
-            loc="upper right", title=None if factor == 1.0 else "laws: C in PFLOP/s-days", title_fontsize=7.5
-        )
+        legend = upper.legend(loc="upper right")
         for text in legend.get_texts():
             text.set_parse_math(True)
         lower.axhline(0.0, color=MUTED, linewidth=0.7)
@@ -61,8 +69,6 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
 def _draw_arm(
     study: Study, frame: pd.DataFrame, comparison: Comparison, arm: str, upper: Axes, lower: Axes, factor: float
 ) -> None:
-    from analysis.ratio.formatting import law_math
-
     fit, band, dress = comparison.fits[arm], comparison.bands[arm], look(study.arms, arm)
     used = frame.loc[[row - 1 for row in fit.rows]]
     compute = used["flops"].to_numpy(dtype=np.float64) / 8.64e19
@@ -91,6 +97,7 @@ def _draw_arm(
         color=dress.colour,
         linewidth=1.4,
     )
+    shown = law_in_units(compute_law(fit.law), factor)
     upper.plot(
         [],
         [],
@@ -100,11 +107,17 @@ def _draw_arm(
         markersize=5.0,
         markeredgecolor="white",
         markeredgewidth=0.5,
-        label=legend_name(arm.replace("$", r"\$")) + f": {law_math(compute_law(fit.law))}",
+        label=arm_label(arm).replace("$", r"\$") + f": {law_math(shown)}",
     )
     for side in (x[x <= low], x[x >= high]):
         edge = np.sort(np.append(side, low if len(side) and side[0] < low else high))
-        upper.plot(edge * factor, compute_law(fit.law).loss(edge), color=dress.colour, linewidth=1.1, dashes=BEYOND)
+        upper.plot(
+            edge * factor,
+            compute_law(fit.law).loss(edge),
+            color=dress.colour,
+            linewidth=1.1,
+            dashes=EXTRAPOLATION_DASHES,
+        )
     lower.plot(
         compute * factor,
         100.0 * (np.exp(fit.residuals) - 1.0),
@@ -116,6 +129,14 @@ def _draw_arm(
         alpha=0.5 if many else 1.0,
         rasterized=len(used) > 2000,
     )
+
+
+def law_in_units(law: PowerLaw, factor: float) -> PowerLaw:
+    """A law of compute in PFLOP/s-days as one of compute in a smaller unit, `factor` of which make a PFLOP/s-day.
+
+    With ``C' = factor C`` the term ``scale C^-exponent`` is ``scale factor^exponent C'^-exponent``.
+    """
+    return PowerLaw(scale=law.scale * factor**law.exponent, exponent=law.exponent, floor=law.floor)
 
 
 def _arrow(comparison: Comparison, axes: Axes, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""The match ratio as a curve, greyed where a law is beyond its runs."""
+"""The match ratio as a curve, grey where a law is beyond its runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures.style import (
-    BEYOND,
+    EXTRAPOLATION_DASHES,
     MUTED,
-    OVER_LINES,
-    compute_label,
-    legend_name,
+    arm_handles,
+    arm_label,
+    compute_axis,
     look,
     new_figure,
     plain_log_axis,
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 def ratio_curve(study: Study) -> Figure:
     """Challenger over baseline compute at equal loss against the baseline's compute, one curve a challenger."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     with styled():
-        figure = new_figure(5.6, 3.4)
+        figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
         largest = max(comparison.headline.baseline_compute for comparison in study.comparisons)
-        label, factor = compute_label(largest)
+        label, factor = compute_axis(largest)
         shown = [_draw(study, comparison, axes, factor) for comparison in study.comparisons]
         left, right = min(s[0] for s in shown), max(s[1] for s in shown)
         bottom, top = min(s[2] for s in shown), max(s[3] for s in shown)
@@ -43,9 +46,26 @@ def ratio_curve(study: Study) -> Figure:
         axes.set_ylim(bottom, top)
         plain_log_axis(axes, "x", span=right / left)
         plain_log_axis(axes, "y", span=top / bottom)
-        axes.set_xlabel(f"{study.baseline}'s {label}")
-        axes.set_ylabel("FLOPs to match the loss,\nrelative to " + study.baseline)
-        axes.legend(loc="best", **OVER_LINES)
+        baseline = arm_label(study.baseline)
+        axes.set_xlabel(f"{baseline}'s {label}")
+        axes.set_ylabel(f"FLOPs to match the loss,\nrelative to {baseline}")
+        axes.annotate(
+            f"equal to {baseline}",
+            xy=(1.0, 1.0),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            color=MUTED,
+            fontsize=7.5,
+        )
+        handles = [
+            *arm_handles(study.arms, [comparison.challenger for comparison in study.comparisons]),
+            Patch(color=MUTED, alpha=0.3, linewidth=0.0, label="95 % interval"),
+            Line2D([], [], color=MUTED, linewidth=1.1, dashes=EXTRAPOLATION_DASHES, label="beyond the runs"),
+            Line2D([], [], color=MUTED, linewidth=0.6, label="other laws through the same runs"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -60,15 +80,9 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     edges = inside | np.roll(inside, 1) | np.roll(inside, -1)
     axes.fill_between(x, low, high, where=np.isfinite(low), color=MUTED, alpha=0.13, linewidth=0.0)
     axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
-    _other_laws(comparison, axes, factor, dress.colour, named=comparison is study.comparisons[0])
-    axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=BEYOND)
-    axes.plot(
-        x[inside],
-        ratio[inside],
-        color=dress.colour,
-        linewidth=1.8,
-        label=legend_name(f"{comparison.challenger} (95 % interval; grey dashes: beyond the runs)"),
-    )
+    _other_laws(comparison, axes, factor, dress.colour)
+    axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=EXTRAPOLATION_DASHES)
+    axes.plot(x[inside], ratio[inside], color=dress.colour, linestyle=dress.dash, linewidth=1.8)
     head = comparison.headline
     axes.plot(
         [head.baseline_compute * factor],
@@ -96,18 +110,13 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()
 
 
-def _other_laws(comparison: Comparison, axes: Axes, factor: float, colour: str, *, named: bool) -> None:
-    """The curve under every other family as a thin line: what the band does not hold."""
+def _other_laws(comparison: Comparison, axes: Axes, factor: float, colour: str) -> None:
+    """The curve under every other family as a thin line, because the band does not include that spread."""
     losses = np.array([point.loss for point in comparison.curve])
-    first = named
     for model in comparison.models:
         laws = [compute_law(model.laws[arm]) for arm in (comparison.baseline, comparison.challenger)]
         reached = losses[losses > max(law.floor for law in laws) + 1e-9]
         if model.family == comparison.family or min(law.exponent for law in laws) <= 0 or len(reached) < 2:
             continue
         baseline, challenger = (law.compute(reached) for law in laws)
-        label = "other laws through the same runs" if first else None
-        axes.plot(
-            baseline * factor, challenger / baseline, color=colour, alpha=0.7, linewidth=0.6, label=label, zorder=1.5
-        )
-        first = False
+        axes.plot(baseline * factor, challenger / baseline, color=colour, alpha=0.7, linewidth=0.6, zorder=1.5)

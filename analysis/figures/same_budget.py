@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, legend_name, look, new_figure, short_counts, styled
+from analysis.figures.style import MUTED, arm_handles, arm_label, look, new_figure, short_counts, styled
 from analysis.single_arm.same_budget import BudgetOutcome
 from scaling.units import human
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def final_losses(found: Sequence[BudgetOutcome], rung: str) -> Figure:
+def final_losses(found: Sequence[BudgetOutcome], arms: Sequence[str], rung: str) -> Figure:
     """One line an arm: the mean held-out loss, its interval over seeds as a bar, the baseline as a line through all.
 
     Args:
-        found: What `analysis.single_arm.same_budget.outcomes` returns.
-        rung: Which size.
+        found: As `analysis.single_arm.same_budget.outcomes` returns them.
+        arms: All arms of the study; their order sets the looks.
+        rung: The rung drawn.
     """
     here = [outcome for outcome in found if outcome.rung == rung]
-    arms = [outcome.arm for outcome in here]
     with styled():
         figure = new_figure(4.6, 0.6 + 0.27 * len(here))
         axes = figure.add_subplot()
@@ -38,7 +38,7 @@ def final_losses(found: Sequence[BudgetOutcome], rung: str) -> Figure:
                 axes.plot([base + outcome.low, base + outcome.high], [place] * 2, color=dress.colour, linewidth=1.6)
             at = base + outcome.difference if outcome.difference is not None else outcome.loss
             axes.plot(at, place, dress.marker, color=dress.colour, markersize=5)
-        axes.set_yticks(places, arms)
+        axes.set_yticks(places, [arm_label(outcome.arm) for outcome in here])
         axes.set_ylim(-0.6, len(here) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"held-out loss after {human(here[0].tokens)} tokens (nats per token)")
@@ -49,20 +49,21 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
     """Held-out loss minus the baseline's against tokens; bands are 95 % intervals over seeds.
 
     Args:
-        table: What `analysis.single_arm.same_budget.gaps` returns.
-        arms: All arms, which give the looks.
+        table: As `analysis.single_arm.same_budget.gaps` returns it.
+        arms: All arms of the study; their order sets the looks.
         baseline: The arm at zero.
-        rung: Which size.
+        rung: The rung drawn.
     """
     here = table[table["rung"] == rung]
     with styled():
-        figure = new_figure(4.6, 2.9)
+        shown = [arm for arm in arms if arm == baseline or (here["arm"] == arm).any()]
+        figure = new_figure(5.2, 2.9 + 0.2 * (len(shown) // 3))
         axes = figure.add_subplot()
-        axes.axhline(0.0, color=look(arms, baseline).colour, linewidth=1.2, label=legend_name(baseline))
-        for arm in arms:
-            own = here[here["arm"] == arm]
-            if arm == baseline or not len(own):
+        axes.axhline(0.0, color=look(arms, baseline).colour, linewidth=1.2)
+        for arm in shown:
+            if arm == baseline:
                 continue
+            own = here[here["arm"] == arm]
             dress = look(arms, arm)
             axes.plot(
                 own["tokens"],
@@ -70,13 +71,13 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
                 marker=dress.marker,
                 markersize=3.5,
                 linewidth=1.2,
+                linestyle=dress.dash,
                 color=dress.colour,
-                label=legend_name(arm),
             )
             axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
         axes.set_xlim(0, None)
         axes.xaxis.set_major_formatter(short_counts)
         axes.set_xlabel("tokens")
-        axes.set_ylabel(f"held-out loss minus {baseline}'s\n(nats per token)")
-        axes.legend(loc="best")
+        axes.set_ylabel(f"held-out loss minus {arm_label(baseline)}'s\n(nats per token)")
+        figure.legend(handles=arm_handles(arms, shown), loc="outside lower center", ncols=3)
     return figure

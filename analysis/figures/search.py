@@ -1,4 +1,4 @@
-"""Learning-rate bowls: loss against peak learning rate, one panel a size."""
+"""The search for settings: loss against peak learning rate, and the ratio against the number of trials."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures.style import MUTED, OVER_LINES, legend_name, look, new_figure, plain_log_axis, styled
+from analysis.figures.style import MUTED, arm_handles, arm_label, look, new_figure, panel_grid, plain_log_axis, styled
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PANELS = 6
+MAX_PANELS = 6
 
 
 def has_bowls(frame: pd.DataFrame) -> bool:
-    """Whether some size was tried with three or more learning rates."""
+    """True where some size was tried with three or more learning rates."""
     if "peak_lr" not in frame or not frame["peak_lr"].notna().any():
         return False
     usable = frame[frame["loss"].notna()]
@@ -29,14 +29,14 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
 
     frame = frame[frame["arm"].isin(arms) & frame["loss"].notna() & frame["peak_lr"].notna()]
     tried = frame.groupby(["arm", "params"])["peak_lr"].nunique().reset_index()
-    sizes = sorted({float(params) for params in tried.loc[tried["peak_lr"] >= 3, "params"]})[-PANELS:]
-    columns = min(len(sizes), 3)
-    lines = -(-len(sizes) // columns)
+    sizes = sorted({float(params) for params in tried.loc[tried["peak_lr"] >= 3, "params"]})[-MAX_PANELS:]
+    shown = [arm for arm in arms if (tried["arm"] == arm).any()]
     with styled():
-        figure = new_figure(2.4 * columns + 0.6, 2.1 * lines + 0.4)
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes, size in zip(grid, sizes, strict=False):
-            for arm in arms:
+        figure, grid = panel_grid(
+            len(sizes), columns=min(len(sizes), 3), size=(2.4, 2.1), handles=arm_handles(arms, shown)
+        )
+        for axes, size in zip(grid, sizes, strict=True):
+            for arm in shown:
                 part = frame[(frame["arm"] == arm) & (frame["params"] == size)]
                 if part["peak_lr"].nunique() < 2:
                     continue
@@ -48,9 +48,9 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
                     losses,
                     color=dress.colour,
                     linewidth=1.0,
+                    linestyle=dress.dash,
                     marker=dress.marker,
                     markersize=3.5,
-                    label=legend_name(arm),
                 )
                 low = int(np.argmin(losses))
                 edge = low in (0, len(losses) - 1)
@@ -66,25 +66,22 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
             rates = frame.loc[frame["params"] == size, "peak_lr"].to_numpy(dtype=np.float64)
             plain_log_axis(axes, "x", span=max(rates.max() / rates.min(), 1.5), small=True)
             axes.set_title(f"N = {human(size)}", loc="left")
-        for axes in grid[len(sizes) :]:
-            axes.set_visible(False)
-        grid[0].legend(loc="best")
         figure.supxlabel("peak learning rate", fontsize=9)
         figure.supylabel("loss (nats per token)", fontsize=9)
     return figure
 
 
-def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
+def ratio_by_trials(budget: pd.DataFrame, arms: list[str]) -> Figure:
     """The match ratio against the number of trials that each arm had.
 
     Args:
         budget: As in `analysis.data.tuning.Search`.
-        arms: All arms, which give the looks.
+        arms: All arms of the study; their order sets the looks.
     """
     from matplotlib.ticker import MaxNLocator
 
     with styled():
-        figure = new_figure(4.6, 2.9)
+        figure = new_figure(5.2, 3.3)
         axes = figure.add_subplot()
         axes.axhline(1.0, color=MUTED, linewidth=0.8)
         for (arm, against), rows in budget.groupby(["arm", "against"], sort=False):
@@ -99,9 +96,8 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
                 markersize=3.5,
                 linewidth=1.2,
                 linestyle="-" if equal else "--",
-                label=legend_name(
-                    f"{arm}, as many as {rows['baseline'].iloc[0]}" if equal else f"{arm}, all of its trials"
-                ),
+                label=arm_label(str(arm))
+                + (f", as many as {arm_label(rows['baseline'].iloc[0])}" if equal else ", all of its trials"),
             )
             if equal:
                 axes.fill_between(
@@ -113,5 +109,5 @@ def tuning_budget(budget: pd.DataFrame, arms: list[str]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trials for each arm at each rung")
         axes.set_ylabel("FLOPs to match the baseline")
-        axes.legend(loc="upper right", **OVER_LINES)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -1,4 +1,4 @@
-"""What all figures share: one look for each arm, plain numbers on log axes, files that come out byte for byte."""
+"""Style shared by all figures: one look for each arm, plain numbers on log axes, reproducible files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from scaling.io import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "scaling",
@@ -39,49 +40,56 @@ SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.5,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "text.parse_math": False,  # names of arms and rungs are text, whatever they hold
-    "figure.dpi": 100,
+    "text.parse_math": False,  # names of arms and rungs are plain text
+    "figure.dpi": 150,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
-"""Of matplotlib, for the time of one figure: no global state is changed."""
+"""Settings of matplotlib while one figure is made; no global state is changed."""
 
-BEYOND = (4, 2.5)
+EXTRAPOLATION_DASHES = (4, 2.5)
 """Dashes of a law beyond its data, in points."""
-OVER_LINES: dict[str, Any] = {"frameon": True, "framealpha": 0.9, "edgecolor": "none"}
-"""Of a legend that may lie on lines, which would strike through its words."""
 
 MUTED = "#777777"
 
 
+COLOURS = ("#0b4f8a", "#d9660a", "#2a9d76", "#b5408f", "#6aaed6", "#8a6d1f", "#444444", "#c9a227")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+Dash = Literal["-"] | tuple[float, tuple[float, ...]]
+DASHES: tuple[Dash, ...] = ("-", (0, (5, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+
+ARM_LABELS = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}
+"""Published names of optimizers, for arms that are called after them. Other arms are shown by their own name."""
+
+
 class Look(NamedTuple):
-    """How an arm is drawn. Lightness falls along the list, so that grey prints keep arms apart."""
+    """Colour, marker and dashes of an arm. Lightness varies along `COLOURS`, so that grey prints keep arms apart."""
 
     colour: str
     marker: str
-
-
-LOOKS = (
-    Look("#0b4f8a", "o"),
-    Look("#d9660a", "s"),
-    Look("#2a9d76", "^"),
-    Look("#b5408f", "D"),
-    Look("#6aaed6", "v"),
-    Look("#8a6d1f", "P"),
-    Look("#444444", "X"),
-    Look("#c9a227", "<"),
-)
-"""In the order of a study's arms: baseline first."""
+    dash: Dash
 
 
 def look(arms: Sequence[str], arm: str) -> Look:
-    """The look of an arm by its place among the study's arms."""
-    return LOOKS[list(arms).index(arm) % len(LOOKS)]
+    """The look of an arm by its place among the study's arms, baseline first.
+
+    There is one more marker than there are colours, so the pairs repeat only after 72 arms.
+    """
+    place = list(arms).index(arm)
+    return Look(
+        COLOURS[place % len(COLOURS)],
+        MARKERS[place % len(MARKERS)],
+        DASHES[place // len(COLOURS) % len(DASHES)],
+    )
 
 
-def legend_name(name: str) -> str:
-    """A name for a legend: matplotlib leaves entries out that begin with an underscore."""
-    return f" {name}" if name.startswith("_") else name
+def arm_label(arm: str) -> str:
+    """An arm's name as readers see it.
+
+    matplotlib leaves out legend entries that begin with an underscore, so such names get a space in front.
+    """
+    label = ARM_LABELS.get(arm, arm)
+    return f" {label}" if label.startswith("_") else label
 
 
 @contextlib.contextmanager
@@ -94,13 +102,58 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that no window and no global list knows of."""
+    """An empty figure, in inches, outside pyplot's global list."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def panel_grid(
+    count: int, *, columns: int, size: tuple[float, float], handles: Sequence[Line2D] = (), **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels with one legend, which takes the free place of the last row or the line above the panels.
+
+    Args:
+        count: Panels.
+        columns: Panels side by side.
+        size: Width and height of one panel, in inches.
+        handles: Entries of the legend.
+        subplots: Passed to `Figure.subplots`.
+    """
+    lines = -(-count // columns)
+    spare = lines * columns > count
+    figure = new_figure(size[0] * columns + 0.5, size[1] * lines + (0.3 if spare or not handles else 0.6))
+    grid = list(figure.subplots(lines, columns, squeeze=False, **subplots).ravel())
+    if handles and spare:
+        grid[count].legend(handles=handles, loc="center left")
+    elif handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
+def arm_handles(arms: Sequence[str], shown: Sequence[str] | None = None) -> list[Line2D]:
+    """Legend entries of the arms that are shown; all of them by default."""
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D(
+            [],
+            [],
+            color=dress.colour,
+            marker=dress.marker,
+            linestyle=dress.dash,
+            markersize=4,
+            linewidth=1.2,
+            label=arm_label(arm),
+        )
+        for arm in (arms if shown is None else shown)
+        for dress in [look(arms, arm)]
+    ]
 
 
 def plain_log_axis(axes: Axes, which: str, *, span: float, small: bool = False) -> None:
@@ -142,16 +195,20 @@ def short_counts(value: float, _: Any) -> str:
     """A tick of an axis of tokens: ``1.5M``."""
     from scaling.units import human
 
-    return re.sub(r"\.0+(?=\D|$)", "", human(value)) if value else "0"
+    text = human(value)
+    return re.sub(r"\.?0+(?=\D*$)", "", text) if "." in text else text
 
 
-def compute_label(largest: float) -> tuple[str, float]:
-    """The axis label for compute and the factor from PFLOP/s-days: FLOPs where runs are small."""
+def compute_axis(largest: float) -> tuple[str, float]:
+    """The axis label for compute, and how many of its unit make a PFLOP/s-day: FLOPs where runs are small.
+
+    Args:
+        largest: Greatest compute shown, PFLOP/s-days.
+    """
     from scaling.units import FLOPS_PER_PFLOPS_DAY
 
-    if largest < 1e-2:
-        return "training compute (FLOPs)", FLOPS_PER_PFLOPS_DAY
-    return "training compute (PFLOP/s-days)", 1.0
+    unit, factor = ("FLOPs", FLOPS_PER_PFLOPS_DAY) if largest < 1e-2 else ("PFLOP/s-days", 1.0)
+    return f"training compute C ({unit})", factor
 
 
 def as_bytes(figure: Figure, kind: str) -> bytes:

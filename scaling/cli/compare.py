@@ -1,8 +1,8 @@
-"""The verb about arms at one budget: which loss each ends with, and how the difference went along the runs."""
+"""The verb `compare`: final losses of arms at one budget, and their difference along the runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from scaling.io import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
     from analysis.single_arm.same_budget import BudgetOutcome, Overtaking
 
@@ -28,8 +28,9 @@ class Compare(OnTable):
 
     def run(self) -> None:
         """Print the table; write the figures where the results of this table are."""
+        from analysis.figures.registry import FigureInputs, save_figures
         from analysis.ratio.study import choose_arms
-        from analysis.reporting.tables import markdown_table, markdown_text
+        from analysis.reporting.tables import Table, markdown_table, markdown_text
         from analysis.single_arm.same_budget import gaps, outcomes, overtakings
         from scaling.console import console
 
@@ -40,8 +41,8 @@ class Compare(OnTable):
             print_json(found)
             return
         folder = self.results()
-        curves = _read(folder / "curves.parquet") if (folder / "curves.parquet").exists() else None
-        if curves is not None:  # their names of rungs are printed too, and only those of the table were checked
+        curves = _read(folder / "curves.parquet")
+        if curves is not None:  # names of rungs are printed, and only those of the table were checked
             curves = curves[curves["rung"].astype(str).isin({outcome.rung for outcome in found})]
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
@@ -50,18 +51,18 @@ class Compare(OnTable):
         for line in crossings:
             print(plain(line))
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
-        text = markdown_table((caption, head, rows)) + "".join(f"\n{markdown_text(line)}\n" for line in crossings)
+        text = markdown_table(Table(caption, head, rows)) + "".join(f"\n{markdown_text(line)}\n" for line in crossings)
         write_atomic(folder / "compare.md", text.encode())
-        measured = _read(folder / "dynamics.parquet") if (folder / "dynamics.parquet").exists() else None
-        drawn = _draw(folder / "figures", found, arms, along, curves, measured)
-        for path in (folder / "compare.md", *drawn):
-            print(f"Wrote {path}")
+        print(f"Wrote {folder / 'compare.md'}")
+        inputs = FigureInputs(outcomes=found, gaps=along, curves=curves, dynamics=_read(folder / "dynamics.parquet"))
+        for figure in save_figures(inputs, folder / "figures"):
+            print(f"Wrote {figure.file}")
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path) -> pd.DataFrame | None:
     import pandas as pd
 
-    return pd.read_parquet(file)
+    return pd.read_parquet(file) if file.exists() else None
 
 
 def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], list[list[str]]]:
@@ -85,11 +86,11 @@ def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], li
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) -> Table:
-    """For a terminal of 80 columns, hence without a column that the file has."""
-    from rich.table import Table
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) -> RichTable:
+    """The table for a terminal of 80 columns, hence without one of the file's columns."""
+    from rich.table import Table as RichTable
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = RichTable(box=None, header_style="bold", pad_edge=False)
     shown = [number for number, name in enumerate(head) if name != without]
     for number in shown:
         table.add_column(head[number], justify="left" if number < 2 else "right", overflow="fold")
@@ -105,26 +106,3 @@ def _sentence(found: Overtaking) -> str:
         f"At {found.rung}, {found.arm} overtakes {found.other} after {human(found.tokens)} tokens, stays below, and ends "
         f"{-found.gap:.4f} below (95 % {-found.high:.4f} to {-found.low:.4f})."
     )
-
-
-def _draw(
-    folder: Path,
-    found: Sequence[BudgetOutcome],
-    arms: Sequence[str],
-    along: pd.DataFrame | None,
-    curves: pd.DataFrame | None,
-    measured: pd.DataFrame | None,
-) -> Iterable[Path]:
-    from analysis.figures.dynamics import along_the_run, spectra
-    from analysis.figures.same_budget import final_losses, gap_curves
-    from analysis.figures.style import save
-
-    for rung in dict.fromkeys(outcome.rung for outcome in found):
-        figures = {"losses": final_losses(found, rung)}
-        if along is not None and rung in set(along["rung"]):
-            figures["gap"] = gap_curves(along, arms, arms[0], rung)
-        if curves is not None and measured is not None and rung in set(measured["rung"]):
-            figures["dynamics"] = along_the_run(curves, measured, arms, rung)
-            figures["spectra"] = spectra(measured, arms, rung)
-        for name, figure in figures.items():
-            yield save(figure, folder, f"{name}-{rung}")

@@ -1,4 +1,4 @@
-"""The verb that comes before spending: what a campaign would find out, and what would find out more for less."""
+"""The verb `design`: the expected precision of a campaign before it runs, and of changed plans."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ class Design(OnCampaign):
     studies: int = 1000
     """Synthetic studies of the plan and of each changed plan."""
     seed: int = 0
-    """Of their noise."""
+    """Seed of their noise."""
     json: bool = False
     """Print everything with full precision."""
 
     def run(self) -> None:
         """Print the forecast; draw width against cost where the results of this campaign are."""
+        from analysis.figures.registry import FigureInputs, save_figures
         from analysis.power.forecast import forecast
         from scaling.run.progress import ProgressReporter
-        from sweeps.planning import designs as designs
+        from sweeps.planning import designs
         from sweeps.planning.cost import plan_costs
 
         self._check()
@@ -74,12 +75,13 @@ class Design(OnCampaign):
                 seed=self.seed,
                 progress=reporter.update,
             )
-        figure = _draw(answer, plan.results / "figures")
+        drawn = list(save_figures(FigureInputs(forecast=answer), plan.results / "figures"))
         if self.json:
             print_json(answer)
             return
         show(answer, unit="GPU-hours" if plan.placements[plan.runs[0].rung].accelerator != "cpu" else "hours of runs")
-        print(f"Wrote {figure}")
+        for figure in drawn:
+            print(f"Wrote {figure.file}")
 
     def _check(self) -> None:
         from analysis.fitting.families import LAW_FAMILIES
@@ -134,13 +136,6 @@ def _noise(text: str | None, middle: float) -> Noise:
     if min(cell, difference) < 0.0 or difference == 0.0:
         raise UserError(f"--noise: found {text}; the first must not be negative, the second must be above 0.")
     return Noise(cell=cell, difference=difference, source="given on the command line")
-
-
-def _draw(answer: DesignForecast, folder: Path) -> Path:
-    from analysis.figures.design import width_against_cost
-    from analysis.figures.style import save
-
-    return save(width_against_cost(answer), folder, "design")
 
 
 def show(answer: DesignForecast, *, unit: str) -> None:

@@ -1,4 +1,4 @@
-"""Verbs about a table of runs, whoever made it: fit, audit, report."""
+"""Verbs about a table of runs: fit, audit, report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ from tyro.conf import Positional
 
 from scaling.cli.common import TableName, default_root, next_step, print_json, under
 from scaling.errors import UserError, plain
+from scaling.io import read_json
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.data.tuning import TuningTables
     from analysis.fitting.fit import Objective
     from analysis.ratio.study import Study
+    from sweeps.config.campaign import Campaign
 
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -40,8 +43,7 @@ class OnTable:
     challenger: str | None = None
     """Arm that is compared; every other one by default."""
     convention: str = "any"
-    """What the column flops is held to: "6nd" to 6ND within 1 %, "any" to one count throughout an arm, "none" to
-    nothing."""
+    """Check of the column flops: "6nd" (equal to 6ND within 1 %), "any" (one count throughout an arm), or "none"."""
     family: str | None = None
     """Laws that the arms share: lines, parallel-lines, shared-floor, ...; without it the one that predicts rungs left
     out best."""
@@ -52,14 +54,14 @@ class OnTable:
 
     @property
     def is_file(self) -> bool:
-        """Whether the table is named by its path, and not by a campaign, whose name may have a dot in it."""
+        """True where the table is named by its path; the name of a campaign may have a dot in it too."""
         path = Path(self.table)
         if self.table.endswith(".toml") or (self.root / "results" / self.table / "runs.csv").exists():
             return False
         return bool(path.suffix) and (path.suffix in TABLE_SUFFIXES or path.is_file() or len(path.parts) > 1)
 
     def results(self) -> Path:
-        """Where fits, figures and report of this table go: its folder, the campaign's, or one named after the file."""
+        """The folder of fits, figures and report: the table's, the campaign's, or one named after the file."""
         if (Path(self.table) / "runs.csv").exists():
             return Path(self.table)
         if self.is_file:
@@ -80,8 +82,8 @@ class OnTable:
             return None
         return file
 
-    def chosen(self) -> list[str]:
-        """Options that ask for another answer than the table's own, as they are written."""
+    def chosen_options(self) -> list[str]:
+        """Options that change the answer from the table's default, as they are written."""
         named = [("--baseline", self.baseline), ("--challenger", self.challenger), ("--family", self.family)]
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
@@ -112,7 +114,6 @@ class OnTable:
 
         from analysis.data.table import read_table
         from analysis.data.tuning import TuningTables
-        from scaling.io import read_json
         from sweeps.config.tuning_results import Tuning
         from sweeps.reporting.tuning_table import notes
 
@@ -127,7 +128,7 @@ class OnTable:
         )
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
-        """The table's fits and ratios, and the table."""
+        """The table's fits and ratios, and the table. `fit`, `audit` and `report` all read their study here."""
         from analysis.ratio.study import fit_table
 
         table = self.read()
@@ -179,7 +180,7 @@ class Fit(OnTable):
     """Print everything with full precision."""
 
     def run(self) -> None:
-        """Print the fits; for a campaign, write fits.json too, unless options ask for something else than its own answer."""
+        """Print the fits; for a campaign, write fits.json too, unless options change its default answer."""
         if self.delta is not None and self.law is None:
             raise UserError("--delta belongs to --law, which is not given. Add --law power, or leave --delta out.")
         if self.arm is not None and self.law is None and not self.allocation:
@@ -204,13 +205,15 @@ class Fit(OnTable):
             print_json(study)
         else:
             terminal.show(study)
-        if self.collected() is not None and not self.chosen():  # after the answer, for the folder may be read-only
+        if (
+            self.collected() is not None and not self.chosen_options()
+        ):  # after the answer, for the folder may be read-only
             write_study(study, self.results() / "fits.json")
             if not self.json:
                 print(f"Wrote {self.results() / 'fits.json'}")
         if self.json:
             return
-        next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
+        next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen_options()]))
 
     def _one_law(self, law: str) -> None:
         from analysis.reporting import terminal
@@ -268,12 +271,12 @@ class Report(OnTable):
     """Write the report: one HTML page that needs no network, and the figures as SVG, PDF and PNG."""
 
     def run(self) -> None:
-        """Write the page and say where it is."""
+        """Write the page and print its path."""
         page, _ = self.write()
         print(f"Report: {page}")
 
     def write(self) -> tuple[Path, Study]:
-        """Fit, draw, write; the page and what it shows."""
+        """Fit, draw and write; the page and its study."""
         import pandas as pd
 
         from analysis.reporting.html import write_report
@@ -282,5 +285,57 @@ class Report(OnTable):
         folder = self.results()
         curves = folder / "curves.parquet"
         steps = pd.read_parquet(curves) if curves.exists() else None
-        page = write_report(study, frame, folder, curves=steps, search=self.search(), title=Path(self.table).stem)
+        campaign = self.campaign(frame)
+        title = (campaign.title or campaign.name) if campaign is not None else None
+        facts = provenance(frame, self.root, Path(self.table) if self.is_file else None, campaign)
+        page = write_report(study, frame, folder, curves=steps, search=self.search(), title=title, facts=facts)
         return page, study
+
+    def campaign(self, frame: pd.DataFrame) -> Campaign | None:
+        """The campaign that a table was collected from, where its file is still there."""
+        from sweeps.config.campaign import IDENTITY, Collected, built_in, load_campaign
+
+        identity, named = self.results() / IDENTITY, set(frame.get("campaign", ()))
+        names = [read_json(identity, Collected).file] if identity.exists() else []
+        names += [self.table] if self.table.endswith(".toml") else []
+        names += [name for name in (self.table, *named) if name in built_in()]
+        for name in names:
+            with contextlib.suppress(UserError):
+                campaign = load_campaign(name)
+                if not named or campaign.name in named:
+                    return campaign
+        return None
+
+
+def provenance(
+    frame: pd.DataFrame, root: Path, file: Path | None = None, campaign: Campaign | None = None
+) -> dict[str, str]:
+    """Date, commit and data of a table's runs, from their records where these are under the root.
+
+    Args:
+        frame: The checked table; columns `run`, `code` and `manifest` are read where there are.
+        root: Folder that holds runs/.
+        file: The table's file, whose date is given where no run has a record.
+        campaign: The campaign, which names the source of the data.
+    """
+    from scaling.run.directory import RunDirectory
+
+    runs = frame["run"].dropna().astype(str).unique() if "run" in frame else ()
+    folders = [root / "runs" / run for run in runs if (root / "runs" / run / "record.json").exists()]
+    records = [record for folder in folders if (record := RunDirectory(folder).record()) is not None]
+    ends = sorted(record.finished_at for record in records) or ([file.stat().st_mtime] if file is not None else [])
+    days = sorted({datetime.fromtimestamp(end, UTC).date().isoformat() for end in ends})
+    commits = {
+        (record.code.commit or "unknown")[:12] + (" with uncommitted changes" if record.code.dirty else "")
+        for record in records
+    }
+    sources = {record.spec.data.source for record in records} | (
+        {campaign.data.source} if campaign is not None else set()
+    )
+    manifests = set(frame["manifest"].dropna().astype(str)) if "manifest" in frame else set()
+    data = [*sorted(sources), *(f"manifest {manifest[:12]}" for manifest in sorted(manifests))]
+    return {
+        "Date": " to ".join(days[:: len(days) - 1 or 1]) or "not recorded",
+        "Commit": ", ".join(sorted(commits)) or "not recorded",
+        "Data": ", ".join(data) or "not recorded",
+    }

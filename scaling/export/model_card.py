@@ -1,4 +1,4 @@
-"""A model card written from a run's record: what the weights are, and nothing that the record does not say."""
+"""Model card written from a run's record. It states nothing that the record does not hold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
-        record: Of a finished run.
-        run: Its id.
-        has_tokenizer: Whether a tokenizer lies beside the card.
+        record: Record of a finished run.
+        run: Id of the run.
+        has_tokenizer: Whether a tokenizer is exported beside the card.
     """
+    import jinja2
+
     spec, shape = record.spec, record.spec.model
     options = ", ".join(f"{name} = {value}" for name, value in sorted(spec.optimizer.options.items()))
-    matrices = human(record.parameters["blocks"])
     rows = {
         "Run": f"`{run}`",
         "Model": f"{shape.family}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
@@ -39,40 +40,19 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         "Code": f"commit {record.code.commit or 'unknown'}{' with uncommitted changes' if record.code.dirty else ''}; "
         + ", ".join(f"{name} {version}" for name, version in record.code.versions.items()),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    loading = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    if has_tokenizer:
-        loading += 'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-    tokenizer = (
-        ""
-        if has_tokenizer
-        else "\nThere is no tokenizer in this folder: the data that the run was trained on were not at hand when it was "
-        "exported. Export again with the data folder named.\n"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("scaling.export"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- scaling-laws
-- {spec.optimizer.name}
----
-
-# {matrices} {shape.family}, {spec.optimizer.name}, {human(record.tokens)} tokens
-
-One run of a scaling-law experiment that compares ways of training at equal loss. It is a measuring point and not an
-assistant: it was trained on few tokens, to predict the next one, and was not tuned to follow instructions or checked for
-what it may say. No licence is stated here; the text it was trained on keeps its own.
-
-| | |
-|---|---|
-{table}
-
-Bits per byte do not depend on the tokenizer; the loss per token does.
-{tokenizer}
-```python
-{loading}model = AutoModelForCausalLM.from_pretrained("PATH")
-```
-"""
+    return environment.get_template("model_card.md.j2").render(
+        optimizer=spec.optimizer.name,
+        title=f"{human(record.parameters['blocks'])} {shape.family}, {spec.optimizer.name}, {human(record.tokens)} tokens",
+        rows=rows,
+        has_tokenizer=has_tokenizer,
+    )
 
 
 def _loss(record: RunRecord) -> str:

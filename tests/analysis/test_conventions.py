@@ -6,7 +6,7 @@ from synthetic import ADAMW, MUON, ladder
 
 from analysis.data.table import check_table
 from analysis.ratio.study import fit_table
-from analysis.reporting.terminal import explanation
+from analysis.reporting.sentences import explanation
 
 
 def test_charging_the_optimizer_raises_the_ratio_by_its_share() -> None:

@@ -69,11 +69,11 @@ def test_markdown_and_latex_hold_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("small", [True, False])
 def test_small_runs_are_not_sold_as_the_paper(small: bool) -> None:
-    from analysis.reporting.terminal import beside_the_paper
+    from analysis.reporting.sentences import beside_the_paper
 
     size = 1e-6 if small else 1.0
     laws = {"adamw": ADAMW, "muon": ADAMW.__class__(scale=ADAMW.scale * 0.2**0.054, exponent=0.054)}
     frame = ladder(laws, smallest=3e17 * size, largest=4e20 * size, shared=0.002, own=0.001)
     text = beside_the_paper(fit_table(frame).comparisons[0])
     assert len(text) == 1
-    assert ("says nothing about the scale" in text[0]) == small
+    assert ("does not carry over to the scale" in text[0]) == small
