@@ -97,14 +97,14 @@ def evaluate(
         there = max(manifest.validation.tokens - 1, 0)
         held = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
         counts = held.documents, held.bytes_per_token
-        parts: Iterable[npt.NDArray[np.int64]] = [held.windows]
-        whole = held.windows.shape[0] == there // shape.context
+        parts: Iterable[npt.NDArray[np.int64]] = [held.sequences]
+        whole = held.sequences.shape[0] == there // shape.context
         where = f"{'whole' if whole else 'sample of the'} validation split of {folder.name}"
     else:
         stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
     model = _model(directory, record).to(torch.device(device))
-    known = held.windows.size - len(held.windows) if text is None else tokens
+    known = held.sequences.size - len(held.sequences) if text is None else tokens
     with ProgressReporter(f"{where}: scoring", total=known, unit="tokens", bar=progress) as reporter:
         total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), reporter)
     if text is not None:

@@ -118,7 +118,7 @@ def _train(
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).windows
+    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).sequences
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
@@ -227,7 +227,7 @@ def _open_data(spec: RunSpec, placement: Placement) -> Batches:
     return Batches(
         Path(placement.data),
         context=spec.model.context,
-        windows=spec.batch_tokens // spec.model.context,
+        sequences=spec.batch_tokens // spec.model.context,
         seed=spec.seed,
         repeat=spec.data.repeat,
         steps=spec.steps,

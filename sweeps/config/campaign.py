@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from scaling.data.sources.registry import DataConfig, beside
+from scaling.data.sources.registry import DataConfig, resolve_path
 from scaling.errors import ConfigError, unknown_name
 from scaling.io import (
     BatchTokens,
@@ -287,7 +287,7 @@ def _beside(arm: ArmConfig, folder: Path) -> ArmConfig:
     """The arm, its rule file looked for beside the campaign's."""
     if arm.rule is None or not arm.rule.endswith(".toml"):
         return arm
-    return msgspec.structs.replace(arm, rule=str(beside(folder, arm.rule)))
+    return msgspec.structs.replace(arm, rule=str(resolve_path(folder, arm.rule)))
 
 
 def _check(campaign: Campaign) -> None:

@@ -89,7 +89,7 @@ def plain(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, co
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = Batches(data, context=spec.model.context, windows=windows, repeat=True)
+    batches = Batches(data, context=spec.model.context, sequences=windows, repeat=True)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     every = max(1, spec.steps // 200)
     rates, since = [], time.perf_counter()

@@ -214,7 +214,7 @@ def test_both_arms_see_the_same_start(tiny_shards: Path) -> None:
 
 
 def test_a_run_may_use_the_stream_to_its_last_window(tiny_shards: Path, tmp_path: Path) -> None:
-    per_epoch = Batches(tiny_shards, context=TINY.context, windows=1).steps
+    per_epoch = Batches(tiny_shards, context=TINY.context, sequences=1).steps
     windows = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
     spec = make_spec(steps=per_epoch // windows, windows=windows, manifest=manifest_hash(read_manifest(tiny_shards)))
     directory = place(spec, tmp_path / "all", tiny_shards)

@@ -145,7 +145,7 @@ def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
     planned = with_data(campaigns.plan(), progress=False)
     manifest = planned.data / "manifest.json"
     content = manifest.read_bytes()
-    manifest.write_bytes(content.replace(b'"wish"', b'"wash"'))
+    manifest.write_bytes(content.replace(b'"config_hash"', b'"hash"'))
     failing = run_local(planned, workers=2, progress=False)
     assert len(failing.failed) == 4
     assert "prepare the data again" in next(iter(failing.failed.values()))
