@@ -78,7 +78,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Loss and bits per byte of a finished run on its held-out text, or on any other."""
+    """Loss and bits per byte of a finished run on its held-out text or on any other, or its scores on tasks."""
 
     run_dir: Positional[RunDir]
     """Directory of a finished run."""
@@ -88,13 +88,22 @@ class Evaluate:
     """The run's data folder, where it was moved."""
     tokens: int | None = None
     """Score no more than so many."""
+    tasks: tuple[str, ...] = ()
+    """Score these tasks instead, with lm-evaluation-harness (extra eval): rows of scaling.evaluation.tasks.TASKS."""
+    limit: int | None = None
+    """With tasks: score at most this many questions of each."""
+    allow_code: bool = False
+    """With tasks: let them execute the programs that the model writes, on this machine and with your rights."""
     device: str = "cpu"
-    """Where to compute, in torch's words."""
+    """Device to compute on, as torch names it."""
     json: bool = False
     """Print all digits."""
 
     def run(self) -> None:
         """Score and print."""
+        if self.tasks:
+            self._score_tasks()
+            return
         from scaling.data.sources.registry import DataConfig
         from scaling.evaluation.loss import evaluate
 
@@ -107,6 +116,25 @@ class Evaluate:
                 f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
                 f"over {found.tokens:,} tokens of {found.documents:,} documents"
             )
+
+    def _score_tasks(self) -> None:
+        from scaling.evaluation.tasks import downloads, score_tasks
+
+        for download in downloads(self.tasks):
+            print(f"Downloads {download}.", file=sys.stderr)
+        scores = score_tasks(
+            self.run_dir,
+            self.tasks,
+            data=self.data,
+            limit=self.limit,
+            device=self.device,
+            allow_code=self.allow_code,
+        )
+        if self.json:
+            print_json(scores)
+            return
+        for task, metrics in scores.items():
+            print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 @dataclass(frozen=True)

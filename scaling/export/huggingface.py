@@ -50,7 +50,7 @@ def export_hf(
             counterpart, or the folder holds something else.
     """
     directory, folder = RunDirectory(run_dir), Path(folder)
-    record = _finished(directory)
+    record = finished_record(directory)
     shape = record.spec.model
     hub = FAMILIES.row(shape.family).hub
     if hub is None:
@@ -77,16 +77,21 @@ def export_hf(
     return written
 
 
-def _finished(directory: RunDirectory) -> RunRecord:
+def finished_record(directory: RunDirectory) -> RunRecord:
+    """The record of a finished run whose weights are there.
+
+    Raises:
+        UserError: There is no such directory, the run is not finished or has diverged, or its weights are gone.
+    """
     if not directory.path.is_dir():
         raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
     record = directory.record()
     if record is None:
-        raise UserError(f"run {directory.path}: {directory.state()}, not finished. Train it to its end, then export.")
+        raise UserError(f"run {directory.path}: it is {directory.state()}, not finished. Train it to its end first.")
     if record.status != "finished":
         raise UserError(
-            f"run {directory.path}: it {record.status} ({record.reason}), so there are no weights worth exporting. "
-            "Export a finished run."
+            f"run {directory.path}: it {record.status} ({record.reason}), so its weights are of no use. "
+            "Give a finished run."
         )
     if not directory.weights_file.exists():
         raise UserError(
