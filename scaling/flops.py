@@ -11,15 +11,17 @@ import functools
 import math
 from collections.abc import Callable
 
+import msgspec
+
 from scaling.errors import UserError, unknown_name
 from scaling.io import Strict
 from scaling.model_config import ModelConfig
-from scaling.models.registry import check_family
+from scaling.models.registry import FAMILIES, check_family
 from scaling.models.weights import Weights
 
 
 class ParamCount(Strict, frozen=True):
-    """Weights by part. What a paper calls N is `blocks`, `without_embedding` or `total`: it must say which."""
+    """Parameters by part. What a paper calls N is `blocks`, `without_embedding` or `total`: it must say which."""
 
     embedding: int
     """Rows that are looked up and never multiplied."""
@@ -30,7 +32,7 @@ class ParamCount(Strict, frozen=True):
     norms: int
     tied: bool
     idle: int = 0
-    """Weights of the routed experts that a token does not meet."""
+    """Parameters of the routed experts that a token does not meet."""
 
     @property
     def activated(self) -> int:
@@ -39,7 +41,7 @@ class ParamCount(Strict, frozen=True):
 
     @property
     def matmul(self) -> int:
-        """Weights that multiply a token: activated blocks and head."""
+        """Parameters that multiply a token: activated blocks and head."""
         return self.activated + self.head
 
     @property
@@ -49,7 +51,7 @@ class ParamCount(Strict, frozen=True):
 
     @property
     def total(self) -> int:
-        """Weights that are stored."""
+        """Parameters that are stored."""
         return self.without_embedding + self.embedding
 
 
@@ -64,6 +66,24 @@ def count_parameters(shape: ModelConfig) -> ParamCount:
         UserError: As `scaling.models.registry.check_family`.
     """
     return _count(check_family(shape).weights, shape)
+
+
+def count_blocks(shape: ModelConfig, layers: int) -> int:
+    """Matrix parameters of the blocks at another depth, from the two shallowest depths that the shape can have.
+
+    Layers after the first ``dense_layers`` are alike, so the count is a line in `layers`. A search over depths and
+    widths need not sum over every layer of every candidate.
+
+    Raises:
+        UserError: As `count_parameters`; or `layers` is not more than ``dense_layers``.
+    """
+    first = 1 + (shape.moe.dense_layers if shape.moe else 0)
+    if layers < first:
+        raise UserError(f"{layers} layers leave none after the {first - 1} dense ones. Use more layers.")
+    shallowest, next_one = (
+        count_parameters(msgspec.structs.replace(shape, layers=depth)).blocks for depth in (first, first + 1)
+    )
+    return shallowest + (layers - first) * (next_one - shallowest)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,10 +107,7 @@ def _count(declare: Callable[[ModelConfig], Weights], shape: ModelConfig) -> Par
 
 
 def _attention_channels(shape: ModelConfig) -> int:
-    """Channels of all heads that scores and mixing multiply: queries' and values'."""
-    if shape.mla is None:
-        return 2 * shape.width
-    return shape.heads * (shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim + shape.mla.v_head_dim)
+    return FAMILIES.row(shape.family).attention_channels(shape)
 
 
 def _six_nd(shape: ModelConfig) -> int:

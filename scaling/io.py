@@ -9,13 +9,13 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from scaling.errors import UserError
+from scaling.errors import UserError, unknown_name
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -47,6 +47,25 @@ TAIL_BYTES = 4096
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The base of every value that is written to a file."""
+
+
+def typed_options(values: Mapping[str, Any], kind: type[T], *, owner: str) -> T:
+    """Options of an optimizer or a model family as the type of its row, defaults filled in.
+
+    Raises:
+        UserError: An option is not known, or a value has the wrong type or range.
+    """
+    known = {field.name: field for field in msgspec.structs.fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(unknown_name(f"option of {owner}", name, known))
+        try:
+            msgspec.convert(value, type=known[name].type)
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"option {name} of {owner} is {value!r}: {error}. Its default is {known[name].default!r}."
+            ) from None
+    return msgspec.convert(dict(values), type=kind)
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:

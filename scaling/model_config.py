@@ -100,6 +100,12 @@ class ModelConfig(Strict, frozen=True):
     """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    family_options: dict[str, float | int | bool | str] | None = None
+    """Options that only this family has, as its row of ``scaling.models.registry.FAMILIES`` types them."""
+
+    def __hash__(self) -> int:
+        """Equal shapes have equal hashes; the generated one cannot take the dictionary of options."""
+        return hash(msgspec.json.encode(self, order="sorted"))
 
     def __post_init__(self) -> None:
         """Refuse a shape that no model can have."""

@@ -224,7 +224,7 @@ class Placement(ExecutionConfig, frozen=True, kw_only=True):
         return self.devices * self.nodes
 
 
-ADDED_LATER = frozenset({"ffn", "moe", "mla", "warm_start", "branch_of", "dynamics"})
+ADDED_LATER = frozenset({"ffn", "moe", "mla", "family_options", "warm_start", "branch_of", "dynamics"})
 """Fields that came after the first runs. Where they are None an id does not see them, so those runs keep theirs."""
 
 

@@ -75,7 +75,7 @@ class Train(OnRun):
 
 @dataclass(frozen=True)
 class Evaluate(OnRun):
-    """Loss and bits per byte of a finished run on its validation split, or on any other text."""
+    """Loss and bits per byte of a finished run on its validation split or on any other text, or its scores on tasks."""
 
     text: str | None = None
     """A file, folder or glob of text; without it the run's validation split."""
@@ -83,13 +83,22 @@ class Evaluate(OnRun):
     """The run's data folder, where it was moved."""
     tokens: int | None = None
     """Score no more than so many: of the validation split a sample, of another text its beginning."""
+    tasks: tuple[str, ...] = ()
+    """Score these tasks instead, with lm-evaluation-harness (extra eval): rows of scaling.evaluation.tasks.TASKS."""
+    limit: int | None = None
+    """With tasks: score at most this many questions of each."""
+    allow_code: bool = False
+    """With tasks: let them execute the programs that the model writes, on this machine and with your rights."""
     device: str = "cpu"
-    """Where to compute, in torch's words."""
+    """Device to compute on, as torch names it."""
     json: bool = False
     """Print all digits."""
 
     def run(self) -> None:
         """Score and print."""
+        if self.tasks:
+            self._score_tasks()
+            return
         from scaling.data.sources.registry import DataConfig
         from scaling.evaluation.loss import evaluate
 
@@ -107,6 +116,25 @@ class Evaluate(OnRun):
                 f"{found.text}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte "
                 f"over {found.tokens:,} tokens (documents: {found.documents:,})"
             )
+
+    def _score_tasks(self) -> None:
+        from scaling.evaluation.tasks import downloads, score_tasks
+
+        for download in downloads(self.tasks):
+            print(f"Downloads {download}.", file=sys.stderr)
+        scores = score_tasks(
+            self.run_dir,
+            self.tasks,
+            data=self.data,
+            limit=self.limit,
+            device=self.device,
+            allow_code=self.allow_code,
+        )
+        if self.json:
+            print_json(scores)
+            return
+        for task, metrics in scores.items():
+            print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 @dataclass(frozen=True)

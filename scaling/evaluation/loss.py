@@ -22,6 +22,7 @@ from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from scaling.errors import UserError
+from scaling.export.huggingface import finished_record
 from scaling.io import Strict
 from scaling.run.directory import RunDirectory
 from scaling.run.progress import ProgressReporter
@@ -88,7 +89,7 @@ def evaluate(
     import torch
 
     directory = RunDirectory(run_dir)
-    record = _finished(directory)
+    record = finished_record(directory)
     folder = Path(data) if data is not None else Path(directory.placement().data)
     manifest = _manifest(folder, record)
     shape = record.spec.model
@@ -201,18 +202,6 @@ def _score(
         if waiting:
             forward(np.concatenate(waiting))
     return total, scored
-
-
-def _finished(directory: RunDirectory) -> RunRecord:
-    if not directory.path.is_dir():
-        raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
-    record = directory.record()
-    if record is None or record.status != "finished" or not directory.weights_file.exists():
-        raise UserError(
-            f"run {directory.path}: it is {directory.state()}, and only a finished run with its weights can be evaluated. "
-            "Train it to its end."
-        )
-    return record
 
 
 def _manifest(folder: Path, record: RunRecord) -> Manifest:

@@ -6,8 +6,7 @@ larger than memory can be exported, and no pickle is read or written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,17 @@ import msgspec
 
 from scaling.data.shards import MANIFEST, Manifest, manifest_hash, read_manifest
 from scaling.errors import UserError
-from scaling.export.architectures import (
-    HubWeight,
-    deepseek_config,
-    deepseek_weights,
-    mixtral_config,
-    mixtral_weights,
-    outside_blocks,
-)
 from scaling.export.model_card import model_card
 from scaling.export.tokenizer import tokenizer_files
 from scaling.io import write_atomic
 from scaling.model_config import ModelConfig
+from scaling.models.hub import HubWeight
+from scaling.models.registry import FAMILIES, build_model_on_meta
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
 
 SHARD_BYTES = 5_000_000_000
 """Largest weights file, as model hubs cut them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubFamily:
-    """How one family of ours is called on the other side."""
-
-    weights: Callable[[ModelConfig], list[HubWeight]]
-    """Their weights, in the order of the model."""
-    shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
-    """Shape of each weight by our name."""
-    config: Callable[[ModelConfig], dict[str, Any]]
-    """Their config.json, without the ids of special tokens and the dtype. Refuses what that side cannot say."""
 
 
 def export_hf(
@@ -68,23 +49,23 @@ def export_hf(
             counterpart, or the folder holds something else.
     """
     directory, folder = RunDirectory(run_dir), Path(folder)
-    record = _finished(directory)
+    record = finished_record(directory)
     shape = record.spec.model
-    family = HUB_FAMILIES.get(shape.family)
-    if family is None:
+    hub = FAMILIES.row(shape.family).hub
+    if hub is None:
         raise UserError(
-            f"run {directory.path}: no export is written for the family {shape.family!r}; "
-            f"there is one for {', '.join(HUB_FAMILIES)}."
+            f"run {directory.path}: the model family {shape.family} has no format on the Hugging Face Hub; these have one: "
+            f"{', '.join(name for name, row in FAMILIES.items() if row.hub is not None)}. Add hub to its row."
         )
-    config = family.config(shape)
+    config = hub.config(shape)
     manifest, data_folder = _data(directory, record, data)
-    weights = _Weights(directory.intact_weights(record), family.shapes(shape))
+    weights = _Weights(directory.intact_weights(record), _shapes(shape))
     files = {} if manifest is None else tokenizer_files(data_folder, manifest, context=shape.context)
     _clear(folder, directory.path)
 
     separator = None if manifest is None else manifest.tokenizer.separator
     special = {"bos_token_id": separator, "eos_token_id": separator}
-    written = list(weights.write(folder, family.weights(shape), shard_bytes))
+    written = list(weights.write(folder, hub.weights(shape), shard_bytes))
     files["generation_config.json"] = _json({**special, "pad_token_id": separator})
     files["README.md"] = model_card(record, directory.path.name, has_tokenizer=manifest is not None).encode()
     # Last, since it is what makes a folder a model.
@@ -95,16 +76,21 @@ def export_hf(
     return written
 
 
-def _finished(directory: RunDirectory) -> RunRecord:
+def finished_record(directory: RunDirectory) -> RunRecord:
+    """The record of a finished run whose weights are there.
+
+    Raises:
+        UserError: There is no such directory, the run is not finished or has diverged, or its weights are gone.
+    """
     if not directory.path.is_dir():
         raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
     record = directory.record()
     if record is None:
-        raise UserError(f"run {directory.path}: {directory.state()}, not finished. Train it to its end, then export.")
+        raise UserError(f"run {directory.path}: it is {directory.state()}, not finished. Train it to its end first.")
     if record.status != "finished":
         raise UserError(
-            f"run {directory.path}: it {record.status} ({record.reason}), so there are no weights worth exporting. "
-            "Export a finished run."
+            f"run {directory.path}: it {record.status} ({record.reason}), so its weights are of no use. "
+            "Give a finished run."
         )
     if not directory.weights_file.exists():
         raise UserError(
@@ -230,71 +216,9 @@ def _json(content: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
-def _llama_weights(shape: ModelConfig) -> list[HubWeight]:
-    return [
-        *outside_blocks(shape),
-        *(
-            HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
-            for layer in range(shape.layers)
-            for ours, theirs in LLAMA_BLOCK.items()
-        ),
-    ]
-
-
 def _shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight in the run's file: parameters, and buffers that are part of the state."""
-    import torch
-
-    from scaling.models.registry import build_model
-
-    with torch.device("meta"):
-        model = build_model(shape)
+    model = build_model_on_meta(shape)
     state = model.state_dict()
     named = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in state]
     return {name: tuple(state[name].shape) for name in named}
-
-
-def _llama_config(shape: ModelConfig) -> dict[str, Any]:
-    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
-
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn_width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
-        "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": NORM_EPSILON,
-        # The first is read by version 4 of the library, the second by 5.
-        "rope_theta": ROPE_BASE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": shape.tied,
-        "use_cache": True,
-    }
-
-
-LLAMA_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-"""Modules of a block by our name; rotary halves lie alike on both sides, so no weight is permuted."""
-
-HUB_FAMILIES: dict[str, HubFamily] = {
-    "decoder": HubFamily(weights=_llama_weights, shapes=_shapes, config=_llama_config),
-    "moonlight-moe": HubFamily(weights=deepseek_weights, shapes=_shapes, config=deepseek_config),
-    "mixtral-moe": HubFamily(weights=mixtral_weights, shapes=_shapes, config=mixtral_config),
-}

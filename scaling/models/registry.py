@@ -1,14 +1,23 @@
-"""Models that a run can train: one family a file, one row each in `FAMILIES`."""
+"""The model families a run can train, one row each in `FAMILIES`. Imports no torch until a model is built.
+
+A family is one file and one row: a subclass of `scaling.models.decoder.Decoder` that overrides `make_attention` or
+`make_feed_forward`, the shapes of its parameters, and, if it has any, options of its own (``family_options``). Counts
+of parameters and FLOPs, ladders, the optimizer's FLOPs and the export follow from the row. An installed package adds
+one by the entry point group ``scaling_harness.models``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from scaling.errors import UserError, unknown_name
+from scaling.errors import UserError
+from scaling.io import Strict, typed_options
 from scaling.model_config import ModelConfig
-from scaling.models.weights import Weights, decoder_weights
+from scaling.models.hub import DEEPSEEK_V3, LLAMA, MIXTRAL, HubFormat
+from scaling.models.weights import Weights, attention_channels, decoder_weights
+from scaling.registry import Registry
 
 if TYPE_CHECKING:
     from scaling.models.decoder import Decoder
@@ -20,32 +29,46 @@ def _decoder(shape: ModelConfig) -> Decoder:
     return Decoder(shape)
 
 
-def _mixture(shape: ModelConfig) -> Decoder:
+def _moe_decoder(shape: ModelConfig) -> Decoder:
     from scaling.models.moe import MoEDecoder
 
     return MoEDecoder(shape)
 
 
-@dataclass(frozen=True)
+class NoOptions(Strict, frozen=True):
+    """A family without options of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """One kind of model."""
+    """One row of `FAMILIES`."""
 
     build: Callable[[ModelConfig], Decoder]
-    """Builds it on torch's current default device."""
+    """Builds the model on torch's current default device."""
     weights: Callable[[ModelConfig], Weights]
-    """Declares the shape of each parameter: parameters and FLOPs are counted from it. Vectors count as norms, stacks of
-    three dimensions as routed experts."""
-    moe: bool = False
-    """Whether its shape has a table ``mixture``."""
-    mla: bool = False
-    """Whether its shape has a table ``latent``."""
+    """Shape of each parameter by its name: parameters and FLOPs are counted from it. Vectors count as norms, stacks of
+    three dimensions as routed experts. Layers after the first ``dense_layers`` must be alike (`count_blocks`)."""
+    attention_channels: Callable[[ModelConfig], int] = attention_channels
+    """Channels of all heads of a layer that scores and mixing multiply: those of queries and those of values."""
+    requires: tuple[Literal["moe", "mla"], ...] = ()
+    """Tables that its shape must have; it must not have the other."""
+    options: type[Strict] = NoOptions
+    """Type of its ``family_options``."""
+    hub: HubFormat | None = None
+    """Its format on the Hugging Face Hub; None if it has none, and then it cannot be exported."""
 
 
-FAMILIES: dict[str, ModelFamily] = {
-    "decoder": ModelFamily(_decoder, decoder_weights),
-    "mixtral-moe": ModelFamily(_mixture, decoder_weights, moe=True),
-    "moonlight-moe": ModelFamily(_mixture, decoder_weights, moe=True, mla=True),
-}
+FAMILIES: Registry[ModelFamily] = Registry(
+    "model family",
+    "models",
+    {
+        "decoder": ModelFamily(build=_decoder, weights=decoder_weights, hub=LLAMA),
+        "mixtral-moe": ModelFamily(build=_moe_decoder, weights=decoder_weights, requires=("moe",), hub=MIXTRAL),
+        "moonlight-moe": ModelFamily(
+            build=_moe_decoder, weights=decoder_weights, requires=("moe", "mla"), hub=DEEPSEEK_V3
+        ),
+    },
+)
 """Families by the name that a shape writes."""
 
 
@@ -53,19 +76,18 @@ def check_family(shape: ModelConfig) -> ModelFamily:
     """The row of a shape's family.
 
     Raises:
-        UserError: There is none, or the shape lacks a part of it or has one that it does not.
+        UserError: There is none, the shape lacks a table or has one too many, or an option of the family is wrong.
     """
-    if shape.family not in FAMILIES:
-        raise UserError(unknown_name("model family", shape.family, FAMILIES))
-    family = FAMILIES[shape.family]
+    family = FAMILIES.row(shape.family)
     for part in ("moe", "mla"):
-        wanted, found = getattr(family, part), getattr(shape, part) is not None
-        if wanted != found:
-            fitting = [name for name, row in FAMILIES.items() if getattr(row, part) == found]
+        required, found = part in family.requires, getattr(shape, part) is not None
+        if required != found:
+            fitting = [name for name, row in FAMILIES.items() if (part in row.requires) == found]
             raise UserError(
-                f'the family "{shape.family}" {"needs" if wanted else "does not take"} a table {part}. '
-                f"{'Add one' if wanted else 'Remove it'}, or use the family {' or '.join(fitting)}."
+                f'the family "{shape.family}" {"needs" if required else "does not take"} a table {part}. '
+                f"{'Add one' if required else 'Remove it'}, or use the family {' or '.join(fitting)}."
             )
+    typed_options(shape.family_options or {}, family.options, owner=f"the family {shape.family}")
     return family
 
 
@@ -88,21 +110,30 @@ def build_model(shape: ModelConfig) -> Decoder:
     return model
 
 
+def build_model_on_meta(shape: ModelConfig) -> Decoder:
+    """A model of a shape without memory for its parameters."""
+    import torch
+
+    with torch.device("meta"):
+        return build_model(shape)
+
+
 def _size(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else f"the shape {'x'.join(map(str, shape))}"
 
 
 def check_upcycled(shape: ModelConfig) -> None:
-    """Refuse a shape whose experts are not the size of the feed-forward, or that has more than copies of it.
+    """Refuse a shape that upcycling cannot make: each expert must be a copy of the whole feed-forward.
 
     Raises:
-        UserError: As said.
+        UserError: The shape has no experts, shared experts, or experts of another size than the feed-forward.
     """
     mixture = shape.moe
     if mixture is None:
         raise UserError("upcycling makes experts, and this shape has none. Give the arm a table moe.")
     if mixture.num_shared_experts or mixture.granularity != 1:
         raise UserError(
-            f"upcycling copies the whole feed-forward into every routed expert, and this mixture has num_shared_experts = "
-            f"{mixture.num_shared_experts} and granularity = {mixture.granularity}. Set num_shared_experts = 0 and granularity = 1."
+            "upcycling copies the whole feed-forward into every routed expert, and this shape has num_shared_experts = "
+            f"{mixture.num_shared_experts} and granularity = {mixture.granularity}. "
+            "Set num_shared_experts = 0 and granularity = 1."
         )

@@ -9,7 +9,6 @@ softmax. Then the weights of a token sum to one and the first forward pass is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scaling.errors import UserError
-from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import check_upcycled
 
@@ -50,23 +48,6 @@ def load_weights(model: Decoder, file: Path, *, method: Literal["copy", "upcycle
                 _fill(tensor, weights.get_slice(name), shapes[name])
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}). Train that run again.") from None
-
-
-def upcycled(dense: Mapping[str, Tensor], shape: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """The state of an upcycled model from the state of a dense one, both in memory.
-
-    Raises:
-        UserError: The shape has parts that no dense model can fill.
-    """
-    from scaling.models.registry import build_model
-
-    check_upcycled(shape)
-    model = build_model(shape)
-    model.initialise(seed)
-    with torch.no_grad():
-        for tensor, name in _sources(model, "upcycle").values():
-            tensor.copy_(dense[name].expand_as(tensor))
-    return model.state_dict()
 
 
 def _sources(model: Decoder, method: str) -> dict[str, tuple[Tensor, str]]:

@@ -1,4 +1,4 @@
-"""Declared shapes of a model's parameters, by name, known without torch.
+"""Shapes of a model's parameters by name, declared without torch.
 
 Parameter counts, FLOPs and the optimizer's share of them are computed from these shapes before any model is built;
 `scaling.models.registry.build_model` compares them with the model.
@@ -32,6 +32,16 @@ def decoder_weights(shape: ModelConfig) -> Weights:
             shared = _gated(width, mixture.num_shared_experts * shape.expert_width)
             found |= {f"{place}shared.{name}.weight": size for name, size in shared.items()}
     return found
+
+
+def attention_channels(shape: ModelConfig) -> int:
+    """Channels of all heads of one layer that scores and mixing multiply: queries' and values'.
+
+    Shared key and value heads change nothing here: each query head meets a key and a value of its own size.
+    """
+    if shape.mla is None:
+        return 2 * shape.width
+    return shape.heads * (shape.mla.qk_nope_head_dim + shape.mla.qk_rope_head_dim + shape.mla.v_head_dim)
 
 
 def _gated(width: int, hidden: int) -> Weights:

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from scaling.errors import UserError, unknown_name
-from scaling.io import Strict
+from scaling.errors import UserError
+from scaling.io import Strict, typed_options
 from scaling.optim.newton_schulz.coefficients import newton_schulz_flops
 from scaling.optim.newton_schulz.views import matrices
 from scaling.optim.options import AdamWOptions, MatrixOptions, MuonOptions, NorMuonOptions
@@ -247,18 +247,7 @@ def options_of(spec: OptimizerSpec) -> Strict:
     Raises:
         UserError: The optimizer or an option is not known, or a value has the wrong type or range.
     """
-    options = OPTIMIZERS.row(spec.name).options
-    known = {field.name: field for field in msgspec.structs.fields(options)}
-    for name, value in spec.options.items():
-        if name not in known:
-            raise UserError(unknown_name(f"option of {spec.name}", name, known))
-        try:
-            msgspec.convert(value, type=known[name].type)
-        except msgspec.ValidationError as error:
-            raise UserError(
-                f"option {name} of {spec.name} is {value!r}: {error}. Its default is {known[name].default!r}."
-            ) from None
-    return msgspec.convert(spec.options, type=options)
+    return typed_options(spec.options, OPTIMIZERS.row(spec.name).options, owner=spec.name)
 
 
 def complete(spec: OptimizerSpec) -> OptimizerSpec:

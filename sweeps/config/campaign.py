@@ -55,6 +55,8 @@ class SharedModelConfig(Strict, frozen=True, kw_only=True):
     """Row of ``scaling.models.registry.FAMILIES``; an arm may have another."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    family_options: dict[str, float | int | bool | str] | None = None
+    """Options that only this family has."""
 
 
 class TrainingConfig(Strict, frozen=True, kw_only=True):
@@ -133,16 +135,19 @@ class ArmConfig(Strict, frozen=True, kw_only=True):
     reuse: Word | None = None
     """Or the tuned arm whose hyper-parameters it takes over."""
     family: str | None = None
-    """Row of FAMILIES, where the arm's models are of another than ``[model]`` says; then the next two count alone."""
+    """Row of FAMILIES, where the arm's models are of another than ``[model]`` says; then the next three count alone."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    family_options: dict[str, float | int | bool | str] | None = None
     warm_start: WarmStartConfig | None = None
 
     def shape_of(self, shape: ModelConfig) -> ModelConfig:
         """A rung's shape as this arm has it."""
         if self.family is None:
             return shape
-        return msgspec.structs.replace(shape, family=self.family, moe=self.moe, mla=self.mla)
+        return msgspec.structs.replace(
+            shape, family=self.family, moe=self.moe, mla=self.mla, family_options=self.family_options
+        )
 
 
 class ScheduleConfig(Strict, frozen=True, kw_only=True):

@@ -5,15 +5,18 @@ Everything here is a pure function of the campaign.
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
 
 import msgspec
 
-from scaling.errors import ConfigError
-from scaling.flops import count_parameters, train_flops_per_token
-from scaling.model_config import ModelConfig, ffn_width
+from scaling.errors import ConfigError, UserError
+from scaling.flops import count_blocks, count_parameters, train_flops_per_token
+from scaling.model_config import ModelConfig
 from scaling.units import human
-from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig
+from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig, SharedModelConfig
 from sweeps.config.hyperparameter_rules import RuleSet, rule_set
 from sweeps.config.toml import located
 
@@ -95,19 +98,7 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
     where = f'{campaign.file}, rung "{table.name}"'
     model, training = campaign.model, campaign.training
     with located(where):
-        shape = ModelConfig(
-            layers=table.layers,
-            width=table.width,
-            heads=table.heads,
-            vocabulary=model.vocabulary,
-            context=model.context,
-            ffn_multiple=model.ffn_multiple,
-            tied=model.tied,
-            family=model.family,
-            ffn=table.ffn,
-            moe=model.moe,
-            mla=model.mla,
-        )
+        shape = _shape(model, layers=table.layers, width=table.width, heads=table.heads, ffn=table.ffn)
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
     parameters = count_parameters(shape).blocks
@@ -219,36 +210,61 @@ def _made(
     )
 
 
-def shape_near(parameters: float, campaign: Campaign, table: LadderConfig) -> ModelConfig:
-    """The model whose blocks come nearest to a size, among those near the ladder's proportion.
-
-    Widths are whole heads. A tenth off in proportion weighs as much as a hundredth off in size.
-    """
-    model = campaign.model
-
-    def size(layers: int, width: int) -> int:
-        return layers * (4 * width**2 + 3 * width * ffn_width(width, model.ffn_multiple))
-
-    def misfit(candidate: tuple[int, int]) -> float:
-        layers, width = candidate
-        proportion = math.log(width / layers / table.width_per_layer)
-        return abs(math.log(size(layers, width) / parameters)) + 0.1 * abs(proportion)
-
-    # 12 * layers * width**2 is the usual estimate, and it brackets the width for every depth.
-    candidates = []
-    for layers in range(1, 201):
-        heads = math.sqrt(parameters / (12 * layers)) / table.head_size
-        candidates += [(layers, table.head_size * n) for n in {max(1, math.floor(heads)), max(1, math.ceil(heads))}]
-    layers, width = min(candidates, key=misfit)
+def _shape(model: SharedModelConfig, *, layers: int, width: int, heads: int, ffn: int | None = None) -> ModelConfig:
     return ModelConfig(
         layers=layers,
         width=width,
-        heads=width // table.head_size,
+        heads=heads,
         vocabulary=model.vocabulary,
         context=model.context,
         ffn_multiple=model.ffn_multiple,
         tied=model.tied,
         family=model.family,
+        ffn=ffn,
         moe=model.moe,
         mla=model.mla,
+        family_options=model.family_options,
     )
+
+
+MAX_LAYERS = 200
+
+
+def shape_near(parameters: float, campaign: Campaign, table: LadderConfig) -> ModelConfig:
+    """The model whose blocks come nearest to a size, among those near the ladder's proportion.
+
+    Widths are whole heads; a width that the family cannot have is passed over. A tenth off in proportion weighs as much
+    as a hundredth off in size.
+
+    Raises:
+        ConfigError: No model of the family is small enough.
+    """
+    model = campaign.model
+    depths = range(1 + (model.moe.dense_layers if model.moe else 0), MAX_LAYERS + 1)
+
+    # The shallowest model of each width, up to the first that is larger than wanted.
+    shallowest: list[ModelConfig] = []
+    for heads in itertools.count(1):
+        try:
+            shape = _shape(model, layers=depths[0], width=table.head_size * heads, heads=heads)
+            size = count_blocks(shape, depths[0])
+        except UserError as error:  # the family refuses this number of heads, or every one
+            if heads == MAX_LAYERS and not shallowest:
+                raise ConfigError(f"[ladder]: no width up to {heads} heads makes a model: {error}") from None
+            continue
+        shallowest.append(shape)
+        if size > parameters:
+            break
+
+    def misfit(candidate: tuple[int, ModelConfig]) -> float:
+        layers, shape = candidate
+        proportion = math.log(shape.width / layers / table.width_per_layer)
+        return abs(math.log(count_blocks(shape, layers) / parameters)) + 0.1 * abs(proportion)
+
+    # For every depth the widest model that is not too large, and the next wider one.
+    candidates = []
+    for layers in depths:
+        wider = bisect.bisect_right(shallowest, parameters, key=functools.partial(count_blocks, layers=layers))
+        candidates += [(layers, shape) for shape in shallowest[max(0, wider - 1) : wider + 1]]
+    layers, shape = min(candidates, key=misfit)
+    return msgspec.structs.replace(shape, layers=layers)

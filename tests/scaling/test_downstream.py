@@ -1,4 +1,4 @@
-"""What reaches the evaluation harness: the exported run, the usual shots, and no code without leave."""
+"""Tasks: the harness gets the exported run with the usual shots, and runs code only where that is allowed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from running import finish, place
 from tiny import make_spec
 
+from scaling.cli.runs import Evaluate
 from scaling.data.shards import manifest_hash
 from scaling.errors import UserError
 from scaling.evaluation.tasks import TASKS, downloads, score_tasks
@@ -73,3 +74,12 @@ def test_a_missing_package_is_one_sentence(run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'scaling-harness\[eval\]'"):
         score_tasks(run, ["mmlu"])
+
+
+def test_the_verb_prints_downloads_and_scores(
+    run: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture
+) -> None:
+    Evaluate(run_dir=run, tasks=("mmlu",), limit=3).run()
+    printed = capsys.readouterr()
+    assert "Downloads mmlu: the data set cais/mmlu" in printed.err
+    assert "mmlu: acc,none 0.2500" in printed.out

@@ -108,7 +108,7 @@ def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path
     with pytest.raises(UserError, match="there is no such directory"):
         evaluate(tmp_path / "nowhere")
     unfinished = place(make_spec(seed=5, manifest=manifest_hash(read_manifest(tiny_shards))), tmp_path, tiny_shards)
-    with pytest.raises(UserError, match="it is planned, and only a finished run"):
+    with pytest.raises(UserError, match="it is planned, not finished"):
         evaluate(unfinished)
     with pytest.raises(UserError, match="holds no manifest"):
         evaluate(run, data=tmp_path)

@@ -11,9 +11,18 @@ from scaling.errors import UserError
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
 from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
-from scaling.models.presets import PUBLISHED
 from scaling.models.registry import FAMILIES, ModelFamily, build_model
 from scaling.models.weights import decoder_weights
+
+MOONLIGHT_16B = ModelConfig(
+    layers=27, width=2048, heads=16, vocabulary=163_840, context=8_192, ffn=11_264, family="moonlight-moe",
+    moe=MoEConfig(
+        num_experts=64, top_k=6, num_shared_experts=2, dense_layers=1, granularity=8, routed_scaling_factor=2.446,
+        sequence_loss=1e-3,
+    ),
+    mla=MLAConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+)  # fmt: skip
+"""arXiv:2502.16982, Section 3.3; widths and ranks from the configuration file published with the weights."""
 
 MIXTURE = MoEConfig(num_experts=8, top_k=2, num_shared_experts=1, dense_layers=1, granularity=2)
 LATENT = MLAConfig(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)
@@ -27,7 +36,7 @@ SHAPES = {
         )
         for layers in (12, 14, 16, 18, 20)
     },
-    **PUBLISHED,
+    "moonlight-16b-a3b": MOONLIGHT_16B,
     "experts": ModelConfig(
         layers=2, width=32, heads=2, vocabulary=256, context=64, ffn=64, family="mixtral-moe",
         moe=MoEConfig(num_experts=4, top_k=3, score="topk-softmax"),
@@ -100,7 +109,7 @@ def test_unknown_convention_is_refused_with_the_near_name() -> None:
 
 
 def test_the_published_mixture_counts_what_its_paper_says() -> None:
-    shape = PUBLISHED["moonlight-16b-a3b"]
+    shape = MOONLIGHT_16B
     with torch.device("meta"):
         model = build_model(shape)
     parameters = count_parameters(shape)
@@ -131,11 +140,11 @@ def test_a_family_is_counted_by_its_own_parameters_and_refused_where_it_declares
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = msgspec.structs.replace(SHAPES["tiny"], family="without-gate")
-    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(_WithoutGate, decoder_weights))
+    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(build=_WithoutGate, weights=decoder_weights))
     with pytest.raises(UserError, match=r"declares the shape \d+x32 for the parameter blocks\.0\.feed_forward\.gate"):
         build_model(shape)
     own = lambda shape: {n: size for n, size in decoder_weights(shape).items() if ".gate." not in n}  # noqa: E731
-    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(_WithoutGate, own))
+    monkeypatch.setitem(FAMILIES, "without-gate", ModelFamily(build=_WithoutGate, weights=own))
     sizes = {name: p.numel() for name, p in build_model(shape).named_parameters() if p.ndim > 1 and "blocks" in name}
     assert count_parameters(shape).blocks == sum(sizes.values())
     assert counted_flops(shape) == train_flops(shape, 2 * shape.context, "attention-full")

@@ -7,7 +7,6 @@ near to one the large ones settle; the bands are held by tests/scaling/optim/tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 Step = tuple[float, float, float]
@@ -80,10 +79,3 @@ def gram_runs(steps: int) -> tuple[int, ...]:
     while sum(runs) < steps:
         runs.append(min(steps - sum(runs), GRAM_RESTART + 1))
     return tuple(runs)
-
-
-def singular_value_after(value: float, steps: Sequence[Step]) -> float:
-    """What exact arithmetic makes of a singular value."""
-    for a, b, c in steps:
-        value = a * value + b * value**3 + c * value**5
-    return value

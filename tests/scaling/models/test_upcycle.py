@@ -19,7 +19,7 @@ from scaling.flops import CONVENTIONS, train_flops
 from scaling.io import file_sha256, write_json
 from scaling.model_config import ModelConfig, MoEConfig
 from scaling.models.registry import build_model
-from scaling.models.upcycle import load_weights, upcycled
+from scaling.models.upcycle import load_weights
 from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec, WarmStart
 from scaling.training.launch import shard
@@ -37,6 +37,18 @@ def dense_model(seed: int = 0) -> torch.nn.Module:
     model = build_model(DENSE)
     model.initialise(seed)
     return model
+
+
+def upcycled(dense: dict[str, torch.Tensor], shape: ModelConfig, *, seed: int) -> dict[str, torch.Tensor]:
+    """Every expert a copy of the feed-forward, all else but the routers the dense model's."""
+    model = build_model(shape)
+    model.initialise(seed)
+    state = model.state_dict()
+    for name, value in state.items():
+        if ".router." not in name:
+            source = f"{name.replace('.experts.', '.')}.weight" if ".experts." in name else name
+            value.copy_(dense[source].expand_as(value))
+    return state
 
 
 @pytest.mark.parametrize(("experts", "active"), [(8, 2), (4, 4), (3, 1)])

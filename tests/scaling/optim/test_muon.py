@@ -15,11 +15,12 @@ from scaling.errors import UserError
 from scaling.model_config import ModelConfig
 from scaling.models.decoder import Decoder
 from scaling.optim.muon import accumulate_in_few_launches, accumulate_in_few_passes
-from scaling.optim.newton_schulz.coefficients import polynomials, singular_value_after
+from scaling.optim.newton_schulz.coefficients import polynomials
 from scaling.optim.optimizer import GroupedOptimizer
 from scaling.optim.registry import OPTIMIZERS, assign, build
 from scaling.spec import OptimizerSpec
 from scaling.training.shutdown import ShutdownRequest
+from tests.scaling.optim.oracle import singular_value_after
 
 SHAPE = ModelConfig(layers=2, width=32, heads=2, vocabulary=64, context=16, ffn_multiple=8)
 

@@ -13,12 +13,12 @@ from scaling.optim.newton_schulz.coefficients import (
     COEFFICIENTS,
     newton_schulz_flops,
     polynomials,
-    singular_value_after,
 )
 from scaling.optim.newton_schulz.gram_form import iterate_gram
 from scaling.optim.newton_schulz.iteration import CHUNK_BYTES, Workspace, normalise, orthogonalise, resolve_dtype
 from scaling.optim.registry import build
 from scaling.spec import OptimizerSpec
+from tests.scaling.optim.oracle import singular_value_after
 
 STEPS = {"keller": 5, "polar-express": 5, "deepseek": 10}
 

@@ -1,4 +1,8 @@
-"""One weight of an exported model: what of ours it is made of, read from the file when it is written."""
+"""The formats in which Hugging Face's ``transformers`` knows our model families: names of weights, and config.json.
+
+A format lists its weights in the order of the model, each with ours that it is made of; a tensor is read from the run's
+file only when it is written. Imports torch only then.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,16 @@ class HubWeight:
     def elements(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Numbers in it."""
         return sum(math.prod(shapes[name][0 if self.expert is None else 1 :]) for name in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFormat:
+    """One model family as ``transformers`` knows it."""
+
+    weights: Callable[[ModelConfig], list[HubWeight]]
+    """Its weights, in the order of the model."""
+    config: Callable[[ModelConfig], dict[str, Any]]
+    """Its config.json, without the ids of special tokens and the dtype. Refuses a shape that the format cannot express."""
 
 
 def outside_blocks(shape: ModelConfig) -> list[HubWeight]:
@@ -269,3 +283,61 @@ def _experts(ours: str, theirs: str, experts: int, names: dict[str, str]) -> lis
         for expert in range(experts)
         for here, there in names.items()
     ]
+
+
+LLAMA_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+"""Modules of a block by our name; rotary halves lie alike on both sides, so no weight is permuted."""
+
+
+def llama_weights(shape: ModelConfig) -> list[HubWeight]:
+    """Weights of a ``decoder`` model."""
+    return [
+        *outside_blocks(shape),
+        *(
+            HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
+            for layer in range(shape.layers)
+            for ours, theirs in LLAMA_BLOCK.items()
+        ),
+    ]
+
+
+def llama_config(shape: ModelConfig) -> dict[str, Any]:
+    """Llama's config.json."""
+    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
+
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": NORM_EPSILON,
+        # The first is read by version 4 of the library, the second by 5.
+        "rope_theta": ROPE_BASE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+    }
+
+
+LLAMA = HubFormat(weights=llama_weights, config=llama_config)
+MIXTRAL = HubFormat(weights=mixtral_weights, config=mixtral_config)
+DEEPSEEK_V3 = HubFormat(weights=deepseek_weights, config=deepseek_config)
