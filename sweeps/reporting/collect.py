@@ -18,7 +18,7 @@ from scaling.io import read_json, write_atomic, write_json
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.record import RunRecord
 from scaling.training.warm_start import charged_parents
-from sweeps.config.campaign import IDENTITY, Collected
+from sweeps.config.campaign import COLLECTED_FILE, Collected
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.planning.run_state import status_and_record
 from sweeps.planning.tuned_settings import refuse_untuned
@@ -60,7 +60,7 @@ def _refuse_loss(folder: Path, plan: CampaignPlan) -> None:
     """
     import pandas as pd
 
-    table, file = folder / "runs.csv", folder / IDENTITY
+    table, file = folder / "runs.csv", folder / COLLECTED_FILE
     if not table.exists():
         return
     of = read_json(file, Collected) if file.exists() else None
@@ -109,7 +109,9 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
     whole = ["seed", "step", "tokens", "flops"]
     floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
     curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
-    (folder / IDENTITY).unlink(missing_ok=True)  # written last: whoever is killed here leaves no wrong owner behind
+    (folder / COLLECTED_FILE).unlink(
+        missing_ok=True
+    )  # written last: whoever is killed here leaves no wrong owner behind
     write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
     buffer = io.BytesIO()
     curves.to_parquet(buffer, index=False)
@@ -119,7 +121,7 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
         buffer = io.BytesIO()
         pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
         write_atomic(folder / "dynamics.parquet", buffer.getvalue())
-    write_json(folder / IDENTITY, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
+    write_json(folder / COLLECTED_FILE, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
     return runs
 
 

@@ -61,7 +61,7 @@ def test_a_built_in_campaign_can_be_planned(name: str, tmp_path: Path) -> None:
         (("peak_lr = 1e-2", 'rule = "moonlite"'), ["moonlite", 'did you mean "moonlight"']),
         (("batch_tokens = 128", "batch_tokens = 100"), ["batch_tokens 100", "context 16", "use 96"]),
         (("batch_tokens = 128", ""), ['rung "small"', "no batch_tokens"]),
-        (("tokens_per_parameter = 2", ""), ['rung "small"', "how many tokens"]),
+        (("tokens_per_parameter = 2", ""), ['rung "small"', "training tokens is missing"]),
         (('path = "text"', 'path = "txt"'), ["txt", "[data]"]),
         (("tokens = 512", "tokens = 700"), ["[evaluation]", "700", "will hold at most 603"]),
         (("tokens = 512", "tokens = 8"), ["[evaluation]", "tokens is 8", "one sequence of context 16"]),

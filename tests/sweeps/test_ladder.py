@@ -1,4 +1,4 @@
-"""Rungs: the paper's table to the digit, and ladders that keep the compute and the optimum they were asked for."""
+"""Rungs: the paper's table to the digit, and ladders at the requested compute and optimum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sweeps.planning.plan import plan
 from sweeps.reporting.plan_table import plan_rows
 
 TABLE_2 = [
-    # name, N in millions, heads, layers, width, tokens, peak LR, batch in windows of 8192; arXiv:2502.16982, Table 2
+    # name, N in millions, heads, layers, width, tokens, peak LR, batch in sequences of 8192; arXiv:2502.16982, Table 2
     ("399M", 339.7, 12, 12, 1536, "8.92B", "9.503e-4", "96"),
     ("545M", 545.9, 14, 14, 1792, "14.04B", "9.143e-4", "128"),
     ("822M", 822.1, 16, 16, 2048, "20.76B", "8.825e-4", "160"),
@@ -79,6 +79,11 @@ def test_an_isoflop_profile_is_sizes_around_the_optimum_at_one_compute() -> None
     assert [6 * rung.parameters * rung.tokens for rung in rungs] == pytest.approx([1e16] * 5, rel=1e-4)
 
 
+def test_an_unknown_kind_of_ladder_is_refused() -> None:
+    with pytest.raises(UserError, match=r'\[ladder\]: kind of ladder "isoflops" is not known; did you mean "isoflop"'):
+        rungs_of(ladder(kind="isoflops", computes=(1e16,)))
+
+
 def test_rungs_that_round_to_the_same_model_are_refused() -> None:
     with pytest.raises(UserError, match="further apart"):
         rungs_of(ladder(sizes=(1_000_000, 1_001_000)))
@@ -101,7 +106,7 @@ def test_published_rules_give_their_published_examples() -> None:
     # DeepSeek LLM, section 3.1, trains 7B on 2T tokens at a rate of 4.2e-4.
     deepseek = RULES["deepseek-llm"]
     assert at(deepseek.peak_lr, 6 * 7e9 * 2e12) == pytest.approx(4.2e-4, rel=0.02)
-    # Moonlight, at the compute of its largest run (true N): 8.37e-4 and 258 windows of 8192.
+    # Moonlight, at the compute of its largest run (true N): 8.37e-4 and 258 sequences of 8192.
     moonlight = RULES["moonlight"]
     compute = 6 * 1585.97e6 * 38.91e9
     assert at(moonlight.peak_lr, compute) == pytest.approx(8.37e-4, rel=1e-3)
