@@ -224,7 +224,7 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     law: str | None = None
     """Row of ``sweeps.config.hyperparameter_rules``."""
     placement: dict[str, Any] = msgspec.field(default_factory=dict)
-    """Where and how runs execute. Kept as tables, because a rung replaces single fields: `sweeps.config.placement`."""
+    """Execution of runs, read by `sweeps.config.placement`; rungs may replace single fields."""
     tune: TuneConfig | None = None
     """Hyper-parameter search of the tuned arms."""
 

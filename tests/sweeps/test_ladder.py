@@ -28,7 +28,7 @@ TABLE_2 = [
 
 
 @pytest.mark.parametrize("arm", ["adamw", "muon"])
-def test_moonlight_is_the_papers_table_to_every_printed_digit(arm: str, tmp_path: Path) -> None:
+def test_moonlight_equals_the_papers_table(arm: str, tmp_path: Path) -> None:
     rows = [row for row in plan_rows(plan(load_campaign("moonlight"), tmp_path)) if row["arm"] == arm]
     assert len(rows) == len(TABLE_2)
     for row, (name, millions, heads, layers, width, tokens, peak_lr, batch) in zip(rows, TABLE_2, strict=True):
@@ -42,7 +42,7 @@ def test_moonlight_is_the_papers_table_to_every_printed_digit(arm: str, tmp_path
         assert row["batch_tokens"] == int(batch) * 8192
 
 
-def test_moonlight_by_law_has_the_papers_tokens_and_its_laws_batch_and_rate() -> None:
+def test_moonlight_by_law_has_the_papers_tokens() -> None:
     # Tokens agree with Table 2 to its printed digits; batch and rate of Table 9 differ from the runs', as published.
     rungs = rungs_of(load_campaign("moonlight", hyperparameters="law"))
     assert [f"{rung.tokens / 1e9:.2f}B" for rung in rungs] == [row[5] for row in TABLE_2]
@@ -62,7 +62,7 @@ def ladder(**fields: object) -> Campaign:
 
 
 @given(st.floats(13, 20))
-def test_a_compute_optimal_rung_spends_its_compute_near_the_rules_size(log_compute: float) -> None:
+def test_a_compute_optimal_rung_spends_its_compute(log_compute: float) -> None:
     compute = 10**log_compute
     (rung,) = rungs_of(ladder(computes=(compute,)))
     assert 6 * rung.parameters * rung.tokens == pytest.approx(compute, rel=1e-4)
@@ -70,7 +70,7 @@ def test_a_compute_optimal_rung_spends_its_compute_near_the_rules_size(log_compu
     assert rung.parameters == pytest.approx(RULES["chinchilla"].optimal_parameters(compute), rel=0.25)
 
 
-def test_an_isoflop_profile_is_sizes_around_the_optimum_at_one_compute() -> None:
+def test_an_isoflop_profile_surrounds_the_optimum() -> None:
     rungs = rungs_of(ladder(kind="isoflop", computes=(1e16,), points=5, spread=4.0))
     centre = RULES["chinchilla"].optimal_parameters(1e16)
     sizes = [rung.parameters / centre for rung in rungs]
@@ -84,13 +84,13 @@ def test_an_unknown_kind_of_ladder_is_refused() -> None:
         rungs_of(ladder(kind="isoflops", computes=(1e16,)))
 
 
-def test_rungs_that_round_to_the_same_model_are_refused() -> None:
+def test_rungs_of_the_same_model_are_refused() -> None:
     with pytest.raises(UserError, match="further apart"):
         rungs_of(ladder(sizes=(1_000_000, 1_001_000)))
 
 
 @pytest.mark.parametrize("name", [name for name, row in RULES.items() if row.parameters and row.tokens])
-def test_a_rule_that_splits_compute_spends_all_of_it_and_inverts(name: str) -> None:
+def test_a_splitting_rule_spends_all_compute(name: str) -> None:
     row = RULES[name]
     for compute in (1e17, 1e20, 1e23):
         spent = 6 * row.optimal_parameters(compute) * row.optimal_tokens(compute)
