@@ -189,12 +189,14 @@ class ExecutionConfig(Strict, frozen=True):
     """How a run executes; the fields that a campaign's ``[placement]`` and a run's placement.json share."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device; ``auto`` takes a GPU if there is one."""
     threads: Small = 1
     """CPU threads of one run; on small models two runs with one thread are faster than one run with two."""
     micro_batch: Sequences | None = None
     """Most sequences of one forward pass; unset: the whole batch. A plan takes the largest divisor of the batch, and
     gradients are accumulated up to `batch_tokens`."""
     compile: bool = False
+    """Compile the model with ``torch.compile``."""
     graphs: bool = False
     """With `compile`: CUDA graphs for the forward and backward pass of models whose steps are bound by kernel launches."""
     devices: Small = 1

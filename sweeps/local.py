@@ -58,7 +58,7 @@ class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def complete(self) -> bool:
-        """Whether every run of the plan is done."""
+        """True if every run of the plan is done."""
         return not self.failed and not self.stopped
 
 
@@ -235,7 +235,7 @@ class _LocalExecutor:
         return None
 
     def _must_wait(self, run: PlannedRun) -> bool:
-        """Whether a run that this one starts from, by its weights or as a branch, is not done yet."""
+        """True while a run that this one starts from, by its weights or as a branch, is not done."""
         return any(before in self.active for before in run.starts_from) or any(
             other.id in run.starts_from for other in self.waiting
         )

@@ -293,9 +293,9 @@ class Report(OnTable):
 
     def campaign(self, frame: pd.DataFrame) -> Campaign | None:
         """The campaign that a table was collected from, where its file is still there."""
-        from sweeps.config.campaign import IDENTITY, Collected, built_in, load_campaign
+        from sweeps.config.campaign import COLLECTED_FILE, Collected, built_in, load_campaign
 
-        identity, named = self.results() / IDENTITY, set(frame.get("campaign", ()))
+        identity, named = self.results() / COLLECTED_FILE, set(frame.get("campaign", ()))
         names = [read_json(identity, Collected).file] if identity.exists() else []
         names += [self.table] if self.table.endswith(".toml") else []
         names += [name for name in (self.table, *named) if name in built_in()]

@@ -1,7 +1,7 @@
-"""A campaign file: the requested runs as a researcher writes them, read strictly.
+"""Campaign files: what to compare (``[[arms]]``) at which sizes (``[[rungs]]``, or a ``[ladder]`` that makes them).
 
-The file says what to compare (``[[arms]]``) at which sizes (``[[rungs]]`` one by one, or a ``[ladder]`` that makes
-them); `sweeps.planning.plan` turns it into runs. The built-in campaigns are examples of every table.
+`load_campaign` reads a file strictly; `sweeps.planning.plan` turns a campaign into runs. The docstrings of the Structs
+are the reference of the file format (`sweeps.config.reference`).
 """
 
 from __future__ import annotations
@@ -44,105 +44,138 @@ Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(max_length=1000)]
 
 
 class SharedModelConfig(Strict, frozen=True, kw_only=True):
-    """``[model]``: what all rungs share."""
+    """``[model]``: the part of the model's configuration that all rungs share."""
 
     vocabulary: Size
+    """Tokens of the vocabulary; at least those of the tokenizer."""
     context: Size
+    """Tokens of one training sequence."""
     ffn_multiple: Size = 256
-    """The hidden width of SwiGLU is 8/3 of the width, rounded up to a multiple of this."""
+    """Hidden units of SwiGLU are 8/3 of the width, rounded up to a multiple of this."""
     tied: bool = False
+    """Use the embedding matrix as the output head too."""
     family: str = "decoder"
-    """Row of ``scaling.models.registry.FAMILIES``; an arm may have another."""
+    """Model family, a row of ``scaling.models.registry.FAMILIES``; an arm may have another."""
     moe: MoEConfig | None = None
+    """Experts in place of the feed-forward, for a family that has them."""
     mla: MLAConfig | None = None
+    """Latent attention, for a family that has it."""
     family_options: dict[str, float | int | bool | str] | None = None
     """Options that only this family has."""
 
 
 class TrainingConfig(Strict, frozen=True, kw_only=True):
-    """``[training]``: what every rung has unless it says otherwise."""
+    """``[training]``: defaults of every rung."""
 
     tokens_per_parameter: PositiveFloat | None = None
-    """Budget in tokens for each parameter of the blocks."""
+    """Training tokens for each parameter of the blocks."""
     batch_tokens: BatchTokens | None = None
+    """Tokens of one optimizer step, a multiple of `context`."""
     peak_lr: PositiveFloat | None = None
+    """Peak learning rate; a rate of the rung or of the arm takes precedence."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward and backward pass."""
     clip_norm: NonNegativeFloat = 1.0
-    """Global norm that gradients are clipped to; 0 clips nothing."""
+    """Global norm that gradients are clipped to; 0 turns clipping off."""
 
 
 class RungConfig(Strict, frozen=True, kw_only=True):
     """One ``[[rungs]]``: a model size with its budget."""
 
     name: Word
+    """Name of the rung in tables and figures."""
     layers: Layers
+    """Transformer blocks."""
     width: Size
+    """Channels of the residual stream, a multiple of `heads`."""
     heads: Size
+    """Attention heads."""
     ffn: Size | None = None
-    """Hidden units of the feed-forward, where they are not what `ffn_multiple` gives."""
+    """Hidden units of the feed-forward, instead of those that `ffn_multiple` gives."""
     tokens: Positive | None = None
+    """Training tokens; give this or `tokens_per_parameter`, here or in ``[training]``."""
     tokens_per_parameter: PositiveFloat | None = None
+    """Training tokens for each parameter of the blocks."""
     batch_tokens: BatchTokens | None = None
+    """Tokens of one optimizer step."""
     peak_lr: PositiveFloat | None = None
+    """Peak learning rate of the arms that have none of their own."""
     seeds: Seeds | None = None
-    """Seeds of this rung, where it is to be repeated more or less often than the others."""
+    """Seeds of this rung, instead of the campaign's."""
     printed: dict[str, Line] = msgspec.field(default_factory=dict)
-    """Values as a paper prints them, carried along beside the true ones and never computed with."""
+    """Values as a paper prints them, shown by the plan; nothing is computed from them."""
 
 
 class LadderConfig(Strict, frozen=True, kw_only=True):
     """``[ladder]``: rungs made by a rule instead of listed."""
 
-    kind: Literal["compute-optimal", "isoflop"] = "compute-optimal"
+    kind: str = "compute-optimal"
+    """Kind of ladder, a row of ``sweeps.planning.ladder.LADDERS``: ``compute-optimal`` or ``isoflop``."""
     rule: str
-    """Row of ``sweeps.config.hyperparameter_rules.RULES`` that says how to split compute into size and tokens."""
+    """Rule that splits compute into size and tokens, a row of ``sweeps.config.hyperparameter_rules``."""
     computes: Annotated[tuple[PositiveFloat, ...], msgspec.Meta(max_length=100)] = ()
     """Training FLOPs (6ND), one rung each; for ``isoflop`` one profile each."""
     sizes: Annotated[tuple[Positive, ...], msgspec.Meta(max_length=100)] = ()
-    """Or parameters of the blocks, one rung each; each is rounded to the nearest model."""
+    """Instead of `computes`: parameters of the blocks, one rung each, rounded to the nearest model."""
     points: Annotated[int, msgspec.Meta(ge=3, le=25)] = 5
     """isoflop: sizes in one profile."""
     spread: Annotated[float, msgspec.Meta(gt=1.0, le=1e6)] = 3.0
-    """isoflop: the profile reaches from the rule's size / spread to its size * spread."""
+    """isoflop: a profile reaches from the rule's size / spread to its size * spread."""
     head_size: Size = 64
+    """Channels of an attention head."""
     width_per_layer: PositiveFloat = 128.0
-    """Proportion that models are made to; Moonlight's is 128."""
+    """Ratio of width to layers that models are made to; Moonlight's is 128."""
 
 
 class WarmStartConfig(Strict, frozen=True, kw_only=True):
-    """``initial`` of an arm: its runs start from the weights of another arm's runs of the same rung and seed."""
+    """``[arms.warm_start]``: the arm's runs start from the weights of another arm's runs of the same rung and seed."""
 
     arm: Word
+    """The other arm, listed before this one."""
     method: Literal["copy", "upcycle"] = "copy"
+    """``copy`` takes the weights over; ``upcycle`` makes every expert a copy of the feed-forward."""
     count_flops: bool
-    """Whether the FLOPs of those runs are part of this arm's compute. Without a default: it decides the answer."""
+    """Count the FLOPs of those runs as compute of this arm. Required, because it decides the answer."""
 
 
 class ArmConfig(Strict, frozen=True, kw_only=True):
-    """One ``[[arms]]``: a way of training. `peak_lr` is one rate, or a table of rates by rung."""
+    """One ``[[arms]]``: a way of training."""
 
     name: Word
+    """Name of the arm in tables and figures."""
     optimizer: str
+    """Optimizer, a row of ``scaling.optim.registry.OPTIMIZERS``."""
     peak_lr: PositiveFloat | dict[str, PositiveFloat] | None = None
+    """Peak learning rate, or a table of rates by rung."""
     rule: str | None = None
-    """Or the row of RULES that its learning rate follows."""
+    """Instead of `peak_lr`: the rule, or rule file, that gives its learning rate."""
     weight_decay: NonNegativeFloat | None = None
+    """Decoupled weight decay, instead of the campaign's."""
     options: dict[str, float | int | bool | str] = msgspec.field(default_factory=dict)
-    """Options of the optimizer, as ``scaling.optim.registry`` names them."""
+    """Options of the optimizer."""
     tuned: bool = False
-    """Whether the studies of ``[tune]`` decide its hyper-parameters."""
+    """Take its hyper-parameters from the studies of ``[tune]``."""
     reuse: Word | None = None
-    """Or the tuned arm whose hyper-parameters it takes over."""
+    """Take over the hyper-parameters of this tuned arm."""
     family: str | None = None
-    """Row of FAMILIES, where the arm's models are of another than ``[model]`` says; then the next three count alone."""
+    """Model family of the arm, instead of the campaign's; the next three tables then replace those of ``[model]``."""
     moe: MoEConfig | None = None
+    """Experts of the arm's models."""
     mla: MLAConfig | None = None
+    """Latent attention of the arm's models."""
     family_options: dict[str, float | int | bool | str] | None = None
+    """Options that only the family of the arm has."""
     warm_start: WarmStartConfig | None = None
+    """Start from the weights of another arm's runs."""
 
     def shape_of(self, shape: ModelConfig) -> ModelConfig:
-        """A rung's shape as this arm has it."""
+        """The model of this arm at a rung.
+
+        Args:
+            shape: The rung's model.
+        """
         if self.family is None:
             return shape
         return msgspec.structs.replace(
@@ -151,54 +184,69 @@ class ArmConfig(Strict, frozen=True, kw_only=True):
 
 
 class ScheduleConfig(Strict, frozen=True, kw_only=True):
-    """``[schedule]``: the learning rate's course, its lengths as shares of the run's tokens."""
+    """``[schedule]``: the learning-rate schedule, with lengths as shares of a run's tokens."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Form of the decay; ``wsd`` is warm-up, stable, decay."""
     warmup: Fraction = 0.01
+    """Share of the linear warm-up."""
     decay: Fraction | None = None
-    """Share of the final decay; only wsd has it."""
+    """wsd: share of the final decay."""
     final_fraction: Fraction = 0.1
-    """Share of the peak that is left at the last token."""
+    """Learning rate at the last token, as a share of the peak."""
     branches: bool = False
-    """wsd: rungs of one model with several budgets are branches of the longest (`sweeps.planning.branches`)."""
+    """wsd: train rungs that differ in budget alone as branches of the longest run (`sweeps.planning.branches`)."""
 
 
 class CampaignFile(Strict, frozen=True, kw_only=True):
-    """Everything that a campaign file may say."""
+    """The whole campaign file. Keys of this table stand at the top of the file, above the first ``[table]``."""
 
     name: Word
+    """Name of the campaign and of its folder of results."""
     title: Line = ""
     """A sentence for tables and reports."""
     data: DataConfig
+    """Text to train on."""
     model: SharedModelConfig
+    """The part of the model's configuration that all rungs share."""
     arms: Annotated[tuple[ArmConfig, ...], msgspec.Meta(max_length=1000)]
+    """Ways of training, at least one; a ratio needs two."""
     rungs: Annotated[tuple[RungConfig, ...], msgspec.Meta(max_length=1000)] = ()
+    """Model sizes with their budgets; or use ``[ladder]``."""
     ladder: LadderConfig | None = None
+    """Rule that makes the rungs."""
     training: TrainingConfig = TrainingConfig()
+    """Defaults of every rung."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
     evaluation: Evaluation = Evaluation()
+    """Held-out evaluation."""
     seeds: Seeds = (0,)
+    """Seeds of every rung: initial parameters and order of the data."""
     hyperparameters: Literal["listed", "law"] = "listed"
-    """``law`` takes tokens, batch and learning rate from the row of RULES that `law` names."""
+    """``law``: take tokens, batch and learning rate from the rule that `law` names."""
     law: str | None = None
+    """Row of ``sweeps.config.hyperparameter_rules``."""
     placement: dict[str, Any] = msgspec.field(default_factory=dict)
-    """``[placement]``, read field by field in `sweeps.config.placement`."""
+    """Execution of runs, read by `sweeps.config.placement`; rungs may replace single fields."""
     tune: TuneConfig | None = None
+    """Hyper-parameter search of the tuned arms."""
 
 
 class Campaign(CampaignFile, frozen=True, kw_only=True):
-    """A campaign file and where it was read from."""
+    """The content of a campaign file, with values that planning adds."""
 
     file: str
+    """Name of the file, for errors."""
     identity: str = ""
-    """Hash of what the file and ``--set`` ask for, titles and placement left out (`campaign_identity`)."""
+    """`campaign_identity`."""
     settings: dict[str, dict[str, Values]] = msgspec.field(default_factory=dict)
-    """Hyper-parameters of the tuned arms by arm and rung: what tuning found (`sweeps.planning.tuned_settings`)."""
+    """Hyper-parameters by arm and rung, found by tuning or given by rule files (`sweeps.planning.tuned_settings`)."""
     untuned: bool = False
-    """Whether the settings are only the middles of what tuning would search."""
+    """True if `settings` are the middles of the ranges that tuning would search."""
 
     def placement_of(self, rungs: list[str]) -> dict[str, PlacementConfig]:
-        """``[placement]`` for every rung, overrides applied."""
+        """Placement of every rung by name, overrides applied."""
         return placements(self.placement, rungs, where=self.file, file=CampaignFile)
 
 
@@ -217,12 +265,12 @@ def load_campaign(
 
     Args:
         name_or_path: ``quick``, ``moonlight``, ..., or the path of a TOML file.
-        hyperparameters: ``listed`` or ``law``, in place of what the file says.
-        settings: ``table.key=value`` in place of what the file says, as in ``placement.slurm.partition=short``.
+        hyperparameters: ``listed`` or ``law``, instead of the file's value.
+        settings: ``table.key=value`` instead of the file's values, such as ``placement.slurm.partition=short``.
 
     Raises:
-        ConfigError: There is no such campaign, or the file says something that cannot be; the sentence names file, table,
-            field and remedy.
+        ConfigError: There is no such campaign, or the file has a wrong value; the sentence names file, table, field and
+            remedy.
     """
     text = str(name_or_path)
     path = Path(text)
@@ -250,20 +298,20 @@ def load_campaign(
 
 
 def campaign_identity(tables: Mapping[str, Any]) -> str:
-    """Hash of a campaign's tables as they are written, ``--set`` applied.
+    """Hash of the tables of a campaign, ``--set`` applied.
 
-    Equal for files that differ only in comments, layout, order of keys, title or ``[placement]``: those change no
-    number. The folder of the file does not count either, so results that were copied elsewhere still belong to it.
+    Equal for files that differ only in comments, layout, order of keys, title or ``[placement]``, which change no number.
+    The folder of the file does not count, so results that were copied elsewhere still belong to the campaign.
     """
     content = {key: value for key, value in tables.items() if key not in ("title", "placement")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-IDENTITY = "campaign.json"
+COLLECTED_FILE = "campaign.json"
 
 
 class Collected(Strict, frozen=True):
-    """campaign.json: the campaign whose tables lie in a folder of results."""
+    """campaign.json: the campaign that a folder of results was collected from."""
 
     file: str
     identity: str
@@ -271,35 +319,41 @@ class Collected(Strict, frozen=True):
 
 
 def refuse_other(folder: Path, campaign: Campaign) -> None:
-    """Refuse to read tables that another campaign, or an earlier version of this one, left in a folder.
+    """Refuse tables that were collected from another campaign, or from an earlier version of this one.
 
-    Tables without a campaign.json are accepted: nothing says whose they are.
+    Tables without a campaign.json are accepted.
 
     Raises:
         ConfigError: campaign.json names another campaign.
     """
-    file = folder / IDENTITY
+    file = folder / COLLECTED_FILE
     if (folder / "runs.csv").exists() and file.exists():
         found = read_json(file, Collected)
         if found.identity != campaign.identity:
             raise ConfigError(
                 f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
-                f"Collect again (scaling collect), or name the folder instead of the file to read what is there: {folder}"
+                f"Collect again (scaling collect), or give the folder instead of the file to read those tables: {folder}"
             )
 
 
 def _beside(arm: ArmConfig, folder: Path) -> ArmConfig:
-    """The arm, its rule file looked for beside the campaign's."""
+    """The arm, with the path of its rule file relative to the campaign's folder."""
     if arm.rule is None or not arm.rule.endswith(".toml"):
         return arm
     return msgspec.structs.replace(arm, rule=str(resolve_path(folder, arm.rule)))
 
 
 def _check(campaign: Campaign) -> None:
-    """Refuse what each field alone could not know."""
+    """Check rules that involve several fields.
+
+    Raises:
+        ConfigError: Two values contradict each other, or a name is unknown.
+    """
     where = campaign.file
     if not campaign.arms:
-        raise ConfigError(f"{where}: there are no arms, so nothing to train. Add [[arms]] with name and optimizer.")
+        raise ConfigError(
+            f"{where}: there are no arms, so there is nothing to train. Add [[arms]] with name and optimizer."
+        )
     if bool(campaign.rungs) == (campaign.ladder is not None):
         found = "both [[rungs]] and [ladder]" if campaign.rungs else "neither [[rungs]] nor [ladder]"
         raise ConfigError(f"{where}: {found}. List the rungs one by one, or let one [ladder] make them.")
@@ -308,7 +362,7 @@ def _check(campaign: Campaign) -> None:
     _refuse_twice([arm.name for arm in campaign.arms], f"{where}, [[arms]]: name")
     _refuse_twice([rung.name for rung in campaign.rungs], f"{where}, [[rungs]]: name")
     if campaign.hyperparameters == "law" and campaign.law is None:
-        raise ConfigError(f'{where}: hyperparameters = "law" needs to know which law. Add: law = "moonlight".')
+        raise ConfigError(f'{where}: hyperparameters = "law" needs the name of a rule. Add: law = "moonlight".')
     for place, name in [
         ("", campaign.law),
         (", [ladder]", campaign.ladder.rule if campaign.ladder else None),
@@ -343,5 +397,5 @@ def _refuse_twice(names: Iterable[str], what: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ConfigError(f'{what} "{name}" stands there twice. Give each its own name.')
+            raise ConfigError(f'{what} "{name}" is defined twice. Give each its own name.')
         seen.add(name)

@@ -1,7 +1,7 @@
-"""The ``[placement]`` table of a campaign: where and how its runs execute, and what one expects of the device.
+"""The ``[placement]`` table of a campaign: where and how its runs execute, and the expected speed of the device.
 
 Nothing in it changes a run's numbers or its id. Every value that reaches SLURM is checked here, so that no text of a
-campaign file can become a shell command or a line of its own in a batch script.
+campaign file can become a shell command or an extra line of a batch script.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scaling.spec import ExecutionConfig
 from sweeps.config.toml import QUOTED, as_value, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
-"""A name that may become a folder, a job name or an option: it cannot leave the root or end a line."""
+"""A name that is safe as a folder, a job name or an option: it cannot leave the root or end a line."""
 
 PEAKS: dict[str, float] = {
     # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
@@ -27,10 +27,10 @@ PEAKS: dict[str, float] = {
     "H200": 989.4e12,
     "B200": 2250e12,
     "MI300X": 1307.4e12,
-    # One core in fp32: on a Zen 4 core large matrix products reach 100 GFLOP/s, which is taken as 0.8 of its peak.
+    # One core in fp32: on a Zen 4 core large matrix products reach 100 GFLOP/s, assumed to be 0.8 of its peak.
     "cpu": 125e9,
 }
-"""What `accelerator` can name."""
+"""Peaks by `accelerator`."""
 
 
 SlurmWord = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.@:+-]*[A-Za-z0-9_]\Z", max_length=100)]
@@ -45,50 +45,55 @@ SBATCH_OPTIONS = frozenset({
     "network", "nice", "nodelist", "ntasks_per_core", "ntasks_per_socket", "oversubscribe", "power", "prefer",
     "reservation", "sockets_per_node", "switches", "threads_per_core", "tmp", "wckey",
 })  # fmt: skip
-"""Options of sbatch that ``[placement.slurm.sbatch]`` may set. Those that the harness sets itself, or that would name
-files or commands to run, are not among them."""
+"""Options of sbatch that ``[placement.slurm.sbatch]`` may set. Options that the harness sets, and options that name files
+or commands, are left out."""
 
 
 class SlurmConfig(Strict, frozen=True):
-    """``[placement.slurm]``: what a job asks SLURM for. Your own profile file supplies what a campaign leaves out.
+    """``[placement.slurm]``: resources of a job. Your own profile file supplies the fields that a campaign leaves out.
 
     Raises:
-        ConfigError: An option of sbatch is not among `SBATCH_OPTIONS`, or a value has a line break.
+        ConfigError: An option of sbatch is not in `SBATCH_OPTIONS`, or a value has a line break.
     """
 
     partition: SlurmWord | None = None
+    """Partition, as for sbatch."""
     account: SlurmWord | None = None
+    """Account, as for sbatch."""
     qos: SlurmWord | None = None
+    """Quality of service, as for sbatch."""
     constraint: SlurmText | None = None
+    """Required node features, as for sbatch."""
     nodes: Small = 1
+    """Nodes of one job."""
     tasks_per_node: Small = 1
     """Processes on each node; they train one run together."""
     gpus_per_node: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
-    """Of each node; unless given, one for each process of a run on GPUs."""
+    """GPUs on each node; by default one for each process of a run on GPUs."""
     cpus_per_task: Annotated[int, msgspec.Meta(gt=0, le=MAX_CPUS)] = 1
-    """Of each task; unless given, `threads` for each run or process in it."""
+    """CPUs of each task; by default `threads` for each run or process in it."""
     memory: Memory | None = None
-    """Of each node, as SLURM writes it: ``16G``."""
+    """Memory of each node, such as ``16G``."""
     time_minutes: Annotated[int, msgspec.Meta(gt=0, le=1_000_000)] = 60
-    """Time limit of one attempt; a longer run continues in the next."""
+    """Time limit of one job, in minutes; a longer run continues in the next job."""
     signal_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 120
-    """How long before the limit the run is asked to save. SLURM may ask up to a minute early."""
+    """Time before the limit at which the run gets the signal to save. SLURM may send it up to a minute early."""
     max_parallel: Annotated[int, msgspec.Meta(gt=0, le=1_000_000)] | None = None
     """Most tasks of an array at the same time."""
     max_kills: Small = 3
-    """Attempts without progress, each ended by a kill, before a run counts as failed."""
+    """Killed attempts without progress before a run counts as failed."""
     stall_seconds: Annotated[int, msgspec.Meta(gt=0, le=10_000_000)] = 1800
-    """Without a trace of a step (a row of metrics, a checkpoint, a line in the log), after which the run's processes
-    are taken to hang: they are killed, and the run continues from its last checkpoint."""
+    """Time without a new row of metrics, checkpoint or line of the log after which a run's processes are killed as
+    stalled; the run continues from its last checkpoint."""
     environment: tuple[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")], ...] = ()
-    """Names of further variables that jobs inherit from you."""
+    """Names of further environment variables that jobs inherit."""
     setup: tuple[str, ...] = ()
-    """Shell lines before training, as ``module load cuda``. Accepted from your own profile only."""
+    """Shell lines before training, such as ``module load cuda``. Accepted from your own profile only."""
     sbatch: dict[str, SlurmText | int | bool] = msgspec.field(default_factory=dict)
-    """Further options, by their names without dashes."""
+    """Further options of sbatch, by their names without dashes."""
 
     def __post_init__(self) -> None:
-        """Refuse options that are not known to be harmless."""
+        """Refuse options outside `SBATCH_OPTIONS`."""
         for option in self.sbatch:
             if option.replace("-", "_") not in SBATCH_OPTIONS:
                 raise ConfigError(f"[placement.slurm.sbatch] {unknown_name('option', option, SBATCH_OPTIONS)}")
@@ -100,7 +105,7 @@ class SlurmConfig(Strict, frozen=True):
 
     @property
     def devices(self) -> int:
-        """GPUs of one run; 0 where it runs on processors."""
+        """GPUs of one job; 0 for runs on processors."""
         return self.nodes * self.gpus_per_node
 
     @property
@@ -110,29 +115,30 @@ class SlurmConfig(Strict, frozen=True):
 
 
 class PlacementConfig(ExecutionConfig, frozen=True):
-    """Where and how runs execute; ``[placement.rungs."NAME"]`` replaces single fields for one rung.
+    """``[placement]``: where and how runs execute; ``[placement.rungs."NAME"]`` replaces single fields for one rung.
 
     Raises:
         ConfigError: The accelerator has no row in `PEAKS`.
     """
 
     data: str | None = None
-    """Folder of prepared token shards; by default the one under the run root that belongs to ``[data]``."""
+    """Folder of prepared token shards; by default the folder under the root that belongs to ``[data]``."""
     runs_per_gpu: Small = 1
     """Single-device runs that share a GPU at the same time; small models do not fill one. A SLURM job then has this many
     runs for each of its GPUs, or in total if it has none."""
     accelerator: str = "cpu"
-    """Row of `PEAKS`, for predicting hours before any run was measured."""
+    """Device whose peak is assumed before any run was measured, a row of `PEAKS`."""
     utilisation: Annotated[float, msgspec.Meta(ge=1e-6, le=1.0)] = 0.4
-    """Share of that peak you expect to reach."""
+    """Share of that peak that you expect to reach."""
     price: NonNegativeFloat | None = None
-    """Of one GPU-hour (without GPUs: of an hour of a run), in whatever money you count."""
+    """Price of one GPU-hour (without GPUs: of one hour of a run), in any currency."""
     watts: NonNegativeFloat | None = None
-    """Drawn by one GPU (without GPUs: by one run) while it trains, with its share of the machine."""
+    """Power of one GPU (without GPUs: of one run) in training, with its share of the machine."""
     slurm: SlurmConfig = SlurmConfig()
+    """Resources of a SLURM job."""
 
     def __post_init__(self) -> None:
-        """Refuse an accelerator nobody knows the peak of."""
+        """Refuse an accelerator without a row in `PEAKS`."""
         if self.accelerator not in PEAKS:
             raise ConfigError(f"[placement] {unknown_name('accelerator', self.accelerator, PEAKS)}")
 
@@ -143,12 +149,12 @@ class PlacementConfig(ExecutionConfig, frozen=True):
 
     @property
     def on_cuda(self) -> bool:
-        """Whether runs train on GPUs, as far as the campaign says."""
+        """True if runs train on GPUs, according to the campaign."""
         return self.device == "cuda" or (self.device == "auto" and self.accelerator != "cpu")
 
     @property
     def processes(self) -> int:
-        """Processes of one run, each with a device of its own."""
+        """Processes of one run, one for each device."""
         return max(self.slurm.processes, self.devices)
 
     @property
@@ -158,24 +164,24 @@ class PlacementConfig(ExecutionConfig, frozen=True):
 
     @property
     def gpus(self) -> float:
-        """GPUs that one run occupies, idle ones counted: a share of one where runs share it, 0 where it has none."""
+        """GPUs that one run occupies, idle ones included: a fraction if runs share a GPU, 0 without GPUs."""
         return (self.slurm.devices or (self.processes if self.on_cuda else 0)) / self.runs_per_task
 
 
 def placements(
     table: dict[str, Any], rungs: list[str], *, where: str, file: type[msgspec.Struct] | None = None
 ) -> dict[str, PlacementConfig]:
-    """The placement of every rung, complete: the user's SLURM profile, ``[placement]``, the rung's own fields.
+    """The complete placement of every rung: the user's SLURM profile, then ``[placement]``, then the rung's own fields.
 
     Args:
-        table: ``[placement]`` as it was read, its sub-table ``rungs`` included.
+        table: ``[placement]`` of the file, its sub-table ``rungs`` included.
         rungs: Names of all rungs.
-        where: The campaign file, for refusals.
-        file: The Struct of the whole campaign file, for refusals.
+        where: Name of the campaign file, for errors.
+        file: The Struct of the whole campaign file, for errors.
 
     Raises:
-        ConfigError: A value cannot be used, an override names a rung that is not there, the campaign brings shell lines of
-            its own, or the profile cannot be used.
+        ConfigError: A value is not accepted, an override names an unknown rung, the campaign has shell lines, or the
+            profile cannot be used.
     """
     shared = {name: value for name, value in table.items() if name != "rungs"}
     base = as_value(shared, PlacementConfig, where=f"{where}, [placement]", file=file)
@@ -204,22 +210,20 @@ def placements(
     return found
 
 
-def _complete(table: PlacementConfig, slurm: dict[str, Any]) -> PlacementConfig:
-    """The placement with what it asks SLURM for: processors and GPUs that fit its runs where nothing names them."""
-    asked = as_value(slurm, SlurmConfig, where=str(profile_file()))
-    if "gpus_per_node" not in slurm and "gres" not in asked.sbatch and table.on_cuda:
-        asked = msgspec.structs.replace(asked, gpus_per_node=max(table.devices, asked.tasks_per_node))
-    table = msgspec.structs.replace(table, slurm=asked)
+def _complete(placement: PlacementConfig, slurm: dict[str, Any]) -> PlacementConfig:
+    """The placement with its SLURM resources; GPUs and CPUs that no table names are derived from its runs."""
+    job = as_value(slurm, SlurmConfig, where=str(profile_file()))
+    if "gpus_per_node" not in slurm and "gres" not in job.sbatch and placement.on_cuda:
+        job = msgspec.structs.replace(job, gpus_per_node=max(placement.devices, job.tasks_per_node))
+    placement = msgspec.structs.replace(placement, slurm=job)
     if "cpus_per_task" not in slurm:
-        side_by_side = table.runs_per_task if asked.tasks_per_node > 1 else table.runs_per_task * table.devices
-        table = msgspec.structs.replace(
-            table, slurm=msgspec.structs.replace(asked, cpus_per_task=min(table.threads * side_by_side, MAX_CPUS))
-        )
-    return table
+        processes = placement.runs_per_task * (1 if job.tasks_per_node > 1 else placement.devices)
+        job = msgspec.structs.replace(job, cpus_per_task=min(placement.threads * processes, MAX_CPUS))
+    return msgspec.structs.replace(placement, slurm=job)
 
 
 def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `override` in place of the table's, its sub-tables field by field."""
+    """The table with the fields of `override`; sub-tables are merged field by field."""
     both = dict(table)
     for name, value in override.items():
         mine = both.get(name)
@@ -228,7 +232,7 @@ def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 PROFILE = "SCALING_SLURM_PROFILE"
-"""Environment variable that names another profile file."""
+"""Environment variable with the path of another profile file."""
 
 
 def profile_file() -> Path:

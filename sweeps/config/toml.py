@@ -1,4 +1,4 @@
-"""A TOML file as a strict value, or a sentence that says where it is wrong and what would be right."""
+"""TOML files as strict values; an error names the table and field, the value found, and the values accepted."""
 
 from __future__ import annotations
 
@@ -19,25 +19,55 @@ from scaling.errors import CONTROL, ConfigError, UserError, plain, shortened
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-LARGEST_FILE = 1 << 20
-"""Bytes; a campaign is written by a person."""
+MAX_FILE_BYTES = 1 << 20
+"""Size limit of a file that a person writes."""
 
-LONGEST_TEXT = 1000
+MAX_TEXT_LENGTH = 1000
 """Characters of a key or a string."""
 
-DEEPEST = 20
-"""Tables inside tables. `tomllib` takes time quadratic in the parts of a dotted key, so those are counted before."""
+MAX_TABLE_DEPTH = 20
+"""Depth of nested tables. `tomllib` takes time quadratic in the parts of a dotted key, so they are counted first."""
 
-DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{DEEPEST},}}""")
+DEEP_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{MAX_TABLE_DEPTH},}}""")
 
-MOST_PROBLEMS = 10
-"""Problems of one file that are reported together."""
+MAX_PROBLEMS = 10
+"""Problems of one file that one error reports."""
 
-MOST_TRIED = 100
+MAX_KEYS_TRIED = 100
 """Keys of a free table that are tried one by one to find the wrong one."""
 
-COUNT = re.compile(r"Expected `int(?: \| null)?`, got `float`")
-STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+|\.\.\.)\]")
+RENAMED: dict[str, dict[str, str]] = {
+    "SlurmConfig": {
+        "minutes": "time_minutes",
+        "gpus": "gpus_per_node",
+        "cpus": "cpus_per_task",
+        "tasks": "tasks_per_node",
+        "parallel": "max_parallel",
+        "tries": "max_kills",
+    },
+    "SharedModelConfig": {"mixture": "moe", "latent": "mla"},
+    "ArmConfig": {"mixture": "moe", "latent": "mla", "initial": "warm_start"},
+    "MoEConfig": {
+        "active": "top_k",
+        "gate_scale": "routed_scaling_factor",
+        "experts": "num_experts",
+        "shared": "num_shared_experts",
+        "bias_rate": "bias_update_rate",
+    },
+    "MLAConfig": {
+        "kv_rank": "kv_lora_rank",
+        "q_rank": "q_lora_rank",
+        "plain": "qk_nope_head_dim",
+        "rotary": "qk_rope_head_dim",
+        "value": "v_head_dim",
+        "rope_base": "rope_theta",
+    },
+    "WarmStartConfig": {"how": "method", "charged": "count_flops"},
+}
+"""Former names of keys and their present names, by the Struct of their table."""
+
+FLOAT_FOR_COUNT = re.compile(r"Expected `int(?: \| null)?`, got `float`")
+PATH_STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+|\.\.\.)\]")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -48,53 +78,59 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
+            content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"{shortened(str(path))}: cannot be read ({why}). Give the path of a TOML file.") from None
-    if len(content) > LARGEST_FILE:
-        raise ConfigError(f"{path}: the file is larger than {LARGEST_FILE:,} bytes. Give the path of a campaign file.")
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path}: the file is larger than {MAX_FILE_BYTES:,} bytes. Give the path of a campaign file."
+        )
     try:
         tables = _parsed(content.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not valid TOML: {shortened(str(error), 200)}. "
-            "Correct that place; strings need quotes, tables [brackets]."
+            "Correct the syntax there: quote strings, and put table names in brackets."
         ) from None
     _check_scalars(tables, path.name)
     return tables
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """TOML as tables.
+    """The tables of TOML text.
 
     Raises:
-        ValueError: It is not TOML, or a key has too many parts.
+        ValueError: The text is not TOML, or a key has too many parts.
         RecursionError: Lists or inline tables are nested too deeply.
     """
-    if found := DOTTED.search(text):
+    if found := DEEP_KEY.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise ValueError(f"a key of more than {DEEPEST} parts (line {line})")
+        raise ValueError(f"a key of more than {MAX_TABLE_DEPTH} parts (line {line})")
     return tomllib.loads(text)
 
 
 def override(tables: dict[str, Any], setting: str) -> None:
-    """Put ``table.key=value`` in place of what the tables say; the value is TOML, or a word that stands for itself.
+    """Set ``table.key=value`` in the tables; the value is TOML, or else a string without quotes.
 
     Raises:
-        ConfigError: It is not of that form, or leads through a value that is no table.
+        ConfigError: The setting has another form, or its path leads through a value that is no table.
     """
     key, equals, text = (part.strip() for part in setting.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
-        raise ConfigError(f'"{shortened(setting)}" sets nothing. Write TABLE.KEY=VALUE, such as placement.threads=2.')
+        raise ConfigError(
+            f'"{shortened(setting)}" is not a setting. Write TABLE.KEY=VALUE, such as placement.threads=2.'
+        )
     try:
         value = _parsed(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
     _check_scalars(value, f"--set {shortened(setting)}", key)
     *path, last = key.split(".")
-    if len(path) >= DEEPEST:
-        raise ConfigError(f'"{shortened(setting)}" leads through more than {DEEPEST} tables. Write TABLE.KEY=VALUE.')
+    if len(path) >= MAX_TABLE_DEPTH:
+        raise ConfigError(
+            f'"{shortened(setting)}" leads through more than {MAX_TABLE_DEPTH} tables. Write TABLE.KEY=VALUE.'
+        )
     here = tables
     for step in path:
         here = here.setdefault(step, {})
@@ -109,33 +145,33 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
     """Tables as a strict value.
 
     Args:
-        tables: What `read_toml` gave, or a part of it.
+        tables: The tables from `read_toml`, or a part of them.
         kind: The Struct to make.
-        where: File, and table where `tables` is a part, for the sentence.
-        file: The Struct of the whole file, where `kind` is of a part of it.
+        where: Name of the file, and of the table if `tables` is a part, for errors.
+        file: The Struct of the whole file, if `kind` is the Struct of a part.
 
     Raises:
-        ConfigError: Unknown keys (each with its nearest neighbour), missing ones, wrong types and impossible values: a
-            line for each, up to `MOST_PROBLEMS`.
+        ConfigError: Unknown keys (each with the nearest known one), missing keys, wrong types and impossible values: one
+            line each, up to `MAX_PROBLEMS`.
     """
     left = copy.deepcopy(tables)
     problems: list[str] = []
     replaced: list[tuple[list[str | int], str | int]] = []
-    while len(problems) < MOST_PROBLEMS:
+    while len(problems) < MAX_PROBLEMS:
         try:
             with located(where):
                 value = msgspec.convert(left, type=kind)
         except msgspec.ValidationError as error:
             problem, _, at = str(error).partition(" - at `$")
-            steps = _named(_steps(at.rstrip("`")), left, kind, str(error))
-            found = _culprit(problem, steps)
+            steps = _with_free_keys(_steps(at.rstrip("`")), left, kind, str(error))
+            found = _location(problem, steps)
             if found not in replaced:
                 problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}")
-            if not _mended(left, *found, problem=problem, again=found in replaced):
+            if not _repair(left, *found, kind=kind, problem=problem, again=found in replaced):
                 break
             replaced.append(found)
         except UserError as error:
-            problems += [] if problems else [str(error)]  # after the first it may come from what replaces a value
+            problems += [] if problems else [str(error)]  # a later one may come from a placeholder
             break
         else:
             if not problems:
@@ -144,17 +180,17 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
     raise ConfigError("\n".join(problems))
 
 
-STAND_INS: dict[str, object] = {"int": 1, "float": 1.0, "str": "x", "bool": True, "array": [], "object": {}}
-"""Values in place of wrong ones, by what msgspec expected, so that the next problem of a file is found."""
+PLACEHOLDERS: dict[str, object] = {"int": 1, "float": 1.0, "str": "x", "bool": True, "array": [], "object": {}}
+"""Values that replace wrong ones, by the type that msgspec expected, so that the next problem of a file is found."""
 
 
-def _named(steps: list[str | int], tables: Any, kind: type[msgspec.Struct], message: str) -> list[str | int]:
-    """The path with the keys of free tables, which msgspec writes as ``[...]``: each key is tried alone."""
+def _with_free_keys(steps: list[str | int], tables: Any, kind: type[msgspec.Struct], message: str) -> list[str | int]:
+    """The path with the keys of free tables, which msgspec reports as ``[...]``: each key is tried alone."""
     if "..." not in steps:
         return steps
     at = steps.index("...")
-    keys = _found(tables, steps[:at])
-    for key in keys if len(keys) <= MOST_TRIED else []:
+    keys = _keys(tables, steps[:at])
+    for key in keys if len(keys) <= MAX_KEYS_TRIED else []:
         alone = copy.deepcopy(tables)
         table = _walk(alone, steps[:at])
         for other in keys:
@@ -164,30 +200,46 @@ def _named(steps: list[str | int], tables: Any, kind: type[msgspec.Struct], mess
             msgspec.convert(alone, type=kind)
         except (msgspec.ValidationError, ConfigError) as error:
             if str(error) == message:
-                return _named([*steps[:at], key, *steps[at + 1 :]], tables, kind, message)
+                return _with_free_keys([*steps[:at], key, *steps[at + 1 :]], tables, kind, message)
     return steps
 
 
-def _culprit(problem: str, steps: list[str | int]) -> tuple[list[str | int], str | int]:
-    """The path of the table that a sentence of msgspec is about, and the key in it."""
+def _location(problem: str, steps: list[str | int]) -> tuple[list[str | int], str | int]:
+    """The table and the key that a message of msgspec is about."""
     if named := re.search(r"(?:unknown|missing required) field `(.*)`", problem):
         return steps, named[1]
     return steps[:-1], steps[-1] if steps else ""
 
 
-def _mended(tables: Any, steps: list[str | int], key: str | int, *, problem: str, again: bool) -> bool:
-    """Whether a wrong value could be replaced, or left out where that was tried before."""
+def _repair(
+    tables: Any, steps: list[str | int], key: str | int, *, kind: type[msgspec.Struct], problem: str, again: bool
+) -> bool:
+    """Rename, replace or remove a wrong entry so that the next problem is found; False if nothing was changed.
+
+    An entry that was replaced before (`again`) is removed.
+    """
     table: Any = _walk(tables, steps)
     expected = re.match(r"Expected `(\w+)", problem)
     if expected and not again:
         with contextlib.suppress(LookupError, TypeError):
-            table[key] = STAND_INS[expected[1]]
+            table[key] = PLACEHOLDERS[expected[1]]
             return True
-    return isinstance(table, dict) and table.pop(key, None) is not None
+    if not isinstance(table, dict) or key not in table:
+        return False
+    value = table.pop(key)
+    if (new := _renamed(kind, steps, str(key))) is not None:
+        table.setdefault(new, value)
+    return True
+
+
+def _renamed(kind: type[msgspec.Struct], steps: list[str | int], key: str) -> str | None:
+    """The present name of a former key; None if the key never had another name."""
+    struct = _struct(_type_at(kind, steps))
+    return RENAMED.get(struct.cls.__name__, {}).get(key) if struct is not None else None
 
 
 def _check_scalars(value: Any, where: str, path: str = "") -> None:
-    """Refuse numbers and texts that no field of any table takes.
+    """Refuse numbers and strings that no field of any table accepts.
 
     Raises:
         ConfigError: inf, nan, an integer of more than 64 bits, a long text, or one with control characters.
@@ -209,9 +261,9 @@ def _check_scalars(value: Any, where: str, path: str = "") -> None:
 
 
 def _check_text(text: str, what: str) -> None:
-    if len(text) > LONGEST_TEXT:
+    if len(text) > MAX_TEXT_LENGTH:
         raise ConfigError(
-            f"{what} has {len(text):,} characters ({plain(text[:20])!r}...). Use at most {LONGEST_TEXT:,}."
+            f"{what} has {len(text):,} characters ({plain(text[:20])!r}...). Use at most {MAX_TEXT_LENGTH:,}."
         )
     if CONTROL.search(text):
         raise ConfigError(f"{what} has a control character in {plain(shortened(text))!r}. Remove it.")
@@ -219,7 +271,7 @@ def _check_text(text: str, what: str) -> None:
 
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
-    """Put the place in front of a error that does not know it."""
+    """Context that puts a place in front of the sentence of an error."""
     try:
         yield
     except UserError as error:
@@ -235,6 +287,8 @@ def _explain(
         known = _fields(kind, steps)
         place = _place(tables, steps)
         if unknown:
+            if (new := _renamed(kind, steps, unknown[1])) is not None:
+                return f'{place}: field "{unknown[1]}" is now called "{new}". Write {new} = ... instead.'
             name = shortened(unknown[1])
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f'did you mean "{near[0]}"? ' if near else ""
@@ -243,7 +297,7 @@ def _explain(
                 hint = "it belongs at the top of the file, above the first [table]. "
             return f'{place}: field "{name}" is not known; {hint}Known: {", ".join(known)}.'
         assert missing is not None
-        near = difflib.get_close_matches(missing[1], [k for k in _found(tables, steps) if k not in known], n=1)
+        near = difflib.get_close_matches(missing[1], [k for k in _keys(tables, steps) if k not in known], n=1)
         hint = f' ("{shortened(near[0])}" is there, and is not known)' if near else ""
         return f'{place}: field "{missing[1]}" is missing{hint}. Add it: {missing[1]} = ...'
     value = _walk(tables, steps)
@@ -251,37 +305,36 @@ def _explain(
     field = str(steps[-1]) if steps and isinstance(steps[-1], str) else "value"
     if steps and isinstance(steps[-1], int):
         place, field = _place(tables, steps[:-2]), f"{steps[-2]}, entry {steps[-1] + 1}"
-    if COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+    if FLOAT_FOR_COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return (
-            f"{place}: {field} is {value!r}, which TOML reads as a fraction, and a count is wanted. "
+            f"{place}: {field} is {value!r}, a floating-point number, and the field is an integer. "
             f"Write it in full: {int(value):_}."
         )
-    return f"{place}: {shortened(field)} is {QUOTED.repr(value)}. {_wanted(problem, _words(kind, steps))}"
+    return f"{place}: {shortened(field)} is {QUOTED.repr(value)}. {_accepted(problem, _literals(kind, steps))}"
 
 
-def _wanted(problem: str, words: list[str]) -> str:
-    """What would be accepted, from msgspec's sentence and the words that the field may hold."""
-    said = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
-    if "matching regex" in said and "x00-" in said:
+def _accepted(problem: str, words: list[str]) -> str:
+    """A sentence on the accepted values, from msgspec's message and the literals of the field."""
+    text = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
+    if "matching regex" in text and "x00-" in text:
         return "Write one line without control characters."
-    if "matching regex '^[A-Za-z0-9][" not in said and "matching regex" in said:
-        return f"Write text that matches the regular expression {said.partition('matching regex ')[2]}."
-    if "matching regex" in said:
+    if "matching regex '^[A-Za-z0-9][" not in text and "matching regex" in text:
+        return f"Write text that matches the regular expression {text.partition('matching regex ')[2]}."
+    if "matching regex" in text:
         return "Use letters, digits, dot, underscore and hyphen, and begin with a letter or digit."
-    if "Invalid enum value" in said:
+    if "Invalid enum value" in text:
         return f"Write one of {', '.join(words)}."
-    return f"{said.removesuffix('.')}. Change the value."
+    return f"{text.removesuffix('.')}. Change the value."
 
 
 QUOTED = reprlib.Repr()
-"""`repr` of a value of a file, cut where it is long."""
+"""`repr` for values of a file, shortened."""
 QUOTED.maxstring = QUOTED.maxother = 80
 
 
 def _steps(path: str) -> list[str | int]:
-    return [
-        name or (int(number) if number.isdigit() else "...") for name, number in STEP.findall(path)
-    ]  # a key of a free table reads [...]
+    # msgspec writes a key of a free table as [...].
+    return [name or (int(number) if number.isdigit() else "...") for name, number in PATH_STEP.findall(path)]
 
 
 def _walk(tables: Any, steps: list[str | int]) -> Any:
@@ -293,13 +346,13 @@ def _walk(tables: Any, steps: list[str | int]) -> Any:
     return tables
 
 
-def _found(tables: Any, steps: list[str | int]) -> list[str]:
+def _keys(tables: Any, steps: list[str | int]) -> list[str]:
     table = _walk(tables, steps)
     return list(table) if isinstance(table, dict) else []
 
 
 def _place(tables: Any, steps: list[str | int]) -> str:
-    """The table as it is written in the file: ``, [[rungs]] number 2 ("83k")``."""
+    """The table as the file writes it: ``, [[rungs]] number 2 ("83k")``."""
     if not steps:
         return ""
     rows = [number for number, step in enumerate(steps) if isinstance(step, int)]
@@ -319,8 +372,8 @@ def _fields(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
     return sorted(field.encode_name for field in struct.fields) if struct else []
 
 
-def _words(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
-    """Words that the field at the end of a path may hold."""
+def _literals(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
+    """Literal values of the field at the end of a path."""
     found = _type_at(kind, steps)
     parts = found.types if isinstance(found, inspect.UnionType) else (found,)
     return [f'"{word}"' for part in parts if isinstance(part, inspect.LiteralType) for word in part.values]

@@ -1,1 +1,1 @@
-"""From a campaign to its runs, their settings and their cost. Imports no torch and no Optuna."""
+"""From a campaign to its runs: specs, settings, cost and state. Imports no torch and no Optuna."""

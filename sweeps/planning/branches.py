@@ -1,4 +1,4 @@
-"""Several token budgets from one trunk: which runs of a plan are branches of which, and what that saves."""
+"""Several token budgets from one trunk: the branches of a plan and the FLOPs that they save."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
-    """The runs, those that differ in nothing but their length made branches of the longest.
+    """The runs, with those that differ only in length turned into branches of the longest.
 
-    The share of warm-up that the campaign states is one of the shortest run's tokens, and all take as many, since they
-    share their first steps. A run whose decay would start before the warm-up is over, or after the trunk's, stays whole.
+    The warm-up is the campaign's share of the shortest run's tokens for all of them, because they share their first
+    steps. A run whose decay would start before the end of the warm-up, or after that of the trunk, stays whole.
 
     Args:
-        runs: As the campaign requests them, schedule ``wsd``.
+        runs: Runs with the schedule ``wsd``, as the campaign requests them.
 
     Returns:
-        The same runs in the same order, ids anew; trunks keep checkpoints for their branches.
+        The same runs in the same order, with new ids; trunks keep checkpoints for their branches.
     """
     families: dict[bytes, list[int]] = {}
     for number, run in enumerate(runs):
         spec = run.spec
-        likeness = (spec.model, spec.batch_tokens, spec.optimizer, spec.data, spec.seed, spec.precision, spec.clip_norm)
-        families.setdefault(msgspec.json.encode((run.arm, likeness)), []).append(number)
+        shared = (spec.model, spec.batch_tokens, spec.optimizer, spec.data, spec.seed, spec.precision, spec.clip_norm)
+        families.setdefault(msgspec.json.encode((run.arm, shared)), []).append(number)
     made = list(runs)
     for members in families.values():
         if len(members) < 2:
@@ -40,7 +40,7 @@ def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
             schedule = msgspec.structs.replace(runs[number].spec.schedule, warmup_tokens=warmup)
             made[number] = _with_spec(runs[number], schedule=schedule)
         longest = max(members, key=lambda number: made[number].spec.budget.tokens)
-        kept = set()
+        kept_tokens = set()
         for number in members:
             if number == longest:
                 continue
@@ -50,8 +50,8 @@ def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
             except UserError:
                 continue
             made[number] = branch
-            kept.add(branch.spec.branch_tokens)
-        placement = msgspec.structs.replace(made[longest].placement, keep_tokens=tuple(sorted(kept)))
+            kept_tokens.add(branch.spec.branch_tokens)
+        placement = msgspec.structs.replace(made[longest].placement, keep_tokens=tuple(sorted(kept_tokens)))
         made[longest] = msgspec.structs.replace(made[longest], placement=placement)
     return made
 
@@ -62,7 +62,7 @@ def _with_spec(run: PlannedRun, **changes: Any) -> PlannedRun:
 
 
 def saved_flops(plan: CampaignPlan) -> int:
-    """FLOPs (6ND) that branches take from their trunks and need not train."""
+    """FLOPs (6ND) of the steps that branches share with their trunks."""
     return sum(
         train_flops(run.spec.model, run.spec.branch_tokens) for run in plan.distinct() if run.spec.branch_of is not None
     )

@@ -1,7 +1,7 @@
-"""Predicted cost of a campaign: hours of each run, from measured runs like it where there are any, else assumed.
+"""Predicted cost of a campaign: hours of each run, from measured runs if there are any, else from an assumed speed.
 
-Speeds are FLOP/s under the convention ``attention`` (head and causal attention counted), since 6ND leaves out work that
-takes a third of the time of a small model. A prediction says what it rests on.
+Speeds are FLOP/s under the convention ``attention`` (head and causal attention counted), because 6ND leaves out work that
+takes a third of the time of a small model. Each prediction names its basis.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     hours: float
     """Wall-clock hours of training."""
     basis: Basis
-    """Measured: this run; runs of its shape and optimizer; runs of other shapes or optimizers; none."""
+    """Measured runs behind the prediction: this run, runs of its shape and optimizer, other runs, or none."""
     explanation: str
     devices: float = 1.0
-    """GPUs that the run occupies, idle ones counted, a share of one where several runs share it; without GPUs 1."""
+    """GPUs that the run occupies, idle ones included; a fraction if runs share a GPU; 1 without GPUs."""
 
     @property
     def gpu_hours(self) -> float:
@@ -48,18 +48,18 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(NamedTuple):
-    """Speed of one run, finished or under way."""
+    """Speed of a run that is finished or under way."""
 
     spec: RunSpec
     cuda: bool
     tokens_per_second: float
-    """Of one device."""
+    """Speed of one device."""
     seconds: float | None = None
-    """Training time of a finished run; None while it is under way."""
+    """Training time of a finished run; None for one under way."""
 
 
 class Measurements:
-    """Measured speeds by run id, grouped once by what makes runs comparable, so that a prediction looks only at its group."""
+    """Measured speeds by run id, in groups of comparable runs, so that a prediction is linear in its group."""
 
     def __init__(self, runs: Mapping[str, Measured]) -> None:
         self.runs = runs
@@ -73,7 +73,7 @@ class Measurements:
                 self._groups.setdefault(key, []).append(run)
 
     def rate(self, spec: RunSpec, *, cuda: bool) -> float | None:
-        """Median FLOP/s of one device over runs of the same shape, optimizer and precision; None where there is none."""
+        """Median FLOP/s of one device over runs of the same shape, optimizer and precision; None without such runs."""
         key = (spec.precision, cuda, spec.optimizer.name, spec.model)
         if key not in self._groups:
             return None
@@ -83,10 +83,10 @@ class Measurements:
         return self._rates[key]
 
     def speed(self, spec: RunSpec, peak: float, *, cuda: bool) -> tuple[Speed, str] | None:
-        """`fit_speed` over comparable runs of other sizes, and which runs those are; None where there is none.
+        """`fit_speed` over comparable runs of other sizes, and a description of those runs; None without such runs.
 
-        Runs of another optimizer stand in where its own were not measured: the optimizer's matrix products are part of
-        the `Work`, and arms whose times rest on different assumptions cannot be compared.
+        Without runs of the same optimizer those of another one are used: the optimizer's matrix products are part of
+        the `Work`, and times of arms are only comparable if they rest on the same assumptions.
         """
         device = (spec.precision, cuda)
         key = next((k for k in ((*device, spec.optimizer.name), device) if k in self._groups), None)
@@ -103,7 +103,7 @@ class Measurements:
 
 
 def records_under(root: Path) -> dict[str, RunRecord]:
-    """Records of runs under a root by id, of whichever campaign; unreadable ones are left out."""
+    """Readable records of all runs under a root, by id."""
     found = {}
     for file in sorted((root / "runs").glob("*/record.json")):
         with contextlib.suppress(UserError):
@@ -114,7 +114,7 @@ def records_under(root: Path) -> dict[str, RunRecord]:
 
 
 def measured_runs(records: Mapping[str, RunRecord]) -> dict[str, Measured]:
-    """Speeds of those runs that are finished, by id."""
+    """Speeds of the finished runs, by id."""
     return {
         run: Measured(
             spec=record.spec,
@@ -132,8 +132,8 @@ def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> 
 
     Args:
         run: The planned run.
-        table: Its rung's placement, for the assumption.
-        measured: What is known of other runs; without any the time is assumed.
+        table: Its rung's placement, for the assumed speed.
+        measured: Speeds of other runs; if there are none, the speed is assumed.
     """
     work = train_flops(run.spec.model, run.spec.budget.tokens, CONVENTION)
     cuda, devices = table.on_cuda, table.processes
@@ -157,60 +157,66 @@ def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> 
 
 
 class Work(NamedTuple):
-    """What a token of a run asks of a device."""
+    """Work of a device for one token."""
 
     layers: float
-    """Layers over tokens of a batch: a step's fixed work is shared by them."""
+    """Layers over tokens of a batch, which share a step's fixed work."""
     activations: float
-    """Layers times width: what is read and written beside matrix products grows with it."""
+    """Layers times width, which element-wise work grows with."""
     flops: float
-    """Of matrix products, the optimizer's among them."""
+    """FLOPs of matrix products, the optimizer's included."""
 
 
 def work_of(spec: RunSpec) -> Work:
-    """What a token of a run asks for."""
+    """The `Work` for one token of a run."""
     shape = spec.model
     products = train_flops_per_token(shape, CONVENTION) + run_optimizer_flops(spec) / spec.budget.tokens
     return Work(layers=shape.layers / spec.batch_tokens, activations=shape.layers * shape.width, flops=products)
 
 
 class Speed(NamedTuple):
-    """How long each kind of `Work` takes on one device."""
+    """Time of each kind of `Work` on one device."""
 
     layer: float
-    """Seconds of a layer and step: launches, Python, the optimizer's own passes."""
+    """Seconds per layer and step: kernel launches, Python, the optimizer's element-wise passes."""
     activation: float
-    """Seconds of a token, layer and unit of width: norms, softmax, gates, residual sums, forward and backward."""
+    """Seconds per token, layer and unit of width: norms, softmax, gates, residual sums, forward and backward."""
     rate: float
     """FLOP/s of matrix products."""
 
     def seconds_per_token(self, work: Work) -> float:
-        """The three one after another."""
+        """``layer * layers + activation * activations + flops / rate``: the three do not overlap."""
         return self.layer * work.layers + self.activation * work.activations + work.flops / self.rate
 
     def __str__(self) -> str:
-        """The three, for the explanation of a prediction."""
+        """The three times, for the explanation of a prediction."""
         return (
             f"{self.layer * 1e6:.3g} us a layer and step, {self.activation * 1e9:.3g} ns a token, layer and unit of width,"
             f" {self.rate:.3g} FLOP/s"
         )
 
 
-LIKE_RUNS = 0.05
-"""Spread of ln speed between runs of one shape."""
-LAYER = (1e-3, 1.0)
-"""Seconds of a layer and step before anything is measured, and the spread of their logarithm: some hundred launches."""
-BALANCE = (128.0, 0.7)
-"""Width at which a layer's element-wise work takes as long as its products, and the spread of its logarithm."""
-PRODUCTS = (0.8, 0.5)
-"""Share of the peak that large matrix products reach, and the spread of its logarithm."""
+SAME_SHAPE_SPREAD = 0.05
+"""Standard deviation of ln speed between runs of one shape."""
+LAYER_PRIOR = (1e-3, 1.0)
+"""Seconds per layer and step before anything is measured (some hundred launches), and the deviation of its logarithm."""
+BALANCE_PRIOR = (128.0, 0.7)
+"""Width at which a layer's element-wise work takes as long as its products, and the deviation of its logarithm."""
+PRODUCTS_PRIOR = (0.8, 0.5)
+"""Share of the peak that large matrix products reach, and the deviation of its logarithm."""
+PARAMETERS_PER_SQUARED_WIDTH = 12.0
+"""Parameters of a Llama-like block over its squared width, approximately."""
 
 
 def fit_speed(points: tuple[tuple[float, float, float, float], ...], peak: float) -> Speed:
-    """The likeliest `Speed` under measured runs, with what is assumed of a device as what is known beforehand.
+    """The most probable `Speed` given measured runs and the priors above.
 
-    One measured size says how fast all is together and hardly how the time divides, which is what other sizes hang on;
-    `LAYER`, `BALANCE` and `PRODUCTS` then decide. Further sizes outvote them.
+    It minimises, over the logarithms x of the three times::
+
+        sum_i w_i^2 ln(predicted_i(x) / seconds_i)^2  +  sum_j ((x_j - prior_j) / spread_j)^2
+
+    One measured size tells the total time but hardly its division into three parts, which decides the times of other
+    sizes; there the priors decide. Further sizes outweigh them.
 
     Args:
         points: The `Work` of a token and its seconds on one device.
@@ -221,28 +227,25 @@ def fit_speed(points: tuple[tuple[float, float, float, float], ...], peak: float
     from scipy.optimize import least_squares
 
     *work, seconds = np.array(points).T
-    # Runs of one size are one observation with many repeats: their systematic error is shared.
+    # Runs of one size share their systematic error, so n of them weigh as much as one run: each gets 1 / sqrt(n).
     _, size, counts = np.unique(work[2], return_inverse=True, return_counts=True)
-    weight = 1.0 / np.sqrt(counts[size]) / LIKE_RUNS
-    rate = peak * PRODUCTS[0]
-    known = np.log([LAYER[0], _WEIGHTS_OF_A_LAYER * BALANCE[0] * 6.0 / rate, rate])
-    spread = np.array([LAYER[1], BALANCE[1], PRODUCTS[1]])
+    weight = 1.0 / np.sqrt(counts[size]) / SAME_SHAPE_SPREAD
+    rate = peak * PRODUCTS_PRIOR[0]
+    # At the balance width W: activation * W = 6 * 12 W^2 / rate per layer and token, hence activation = 72 W / rate.
+    prior = np.log([LAYER_PRIOR[0], PARAMETERS_PER_SQUARED_WIDTH * BALANCE_PRIOR[0] * 6.0 / rate, rate])
+    spread = np.array([LAYER_PRIOR[1], BALANCE_PRIOR[1], PRODUCTS_PRIOR[1]])
 
-    def misfit(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+    def residuals(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
         layer, activation, rate = np.exp(logarithms)
         predicted = layer * work[0] + activation * work[1] + work[2] / rate
-        return np.concatenate([weight * np.log(predicted / seconds), (logarithms - known) / spread])
+        return np.concatenate([weight * np.log(predicted / seconds), (logarithms - prior) / spread])
 
-    layer, activation, rate = np.exp(least_squares(misfit, known).x).tolist()
+    layer, activation, rate = np.exp(least_squares(residuals, prior).x).tolist()
     return Speed(layer=layer, activation=activation, rate=rate)
 
 
-_WEIGHTS_OF_A_LAYER = 12.0
-"""Of a Llama-like block over its width squared, near enough for what is known beforehand."""
-
-
 def wall_hours(hours: Iterable[float], slots: int) -> float:
-    """Hours until the last run ends where `slots` run at once, each free slot taking the next of the list."""
+    """Hours until the last run ends if `slots` run at the same time and each free slot takes the next of the list."""
     free = [0.0] * max(slots, 1)
     for each in hours:
         heapq.heapreplace(free, free[0] + each)
@@ -250,7 +253,7 @@ def wall_hours(hours: Iterable[float], slots: int) -> float:
 
 
 def slots(table: PlacementConfig) -> int:
-    """Runs at the same time: the array's limit, else what this machine holds."""
+    """Runs at the same time: the limit of the SLURM array, else the capacity of this machine."""
     if table.slurm.max_parallel is not None:
         return table.slurm.max_parallel
     if table.on_cuda:
@@ -276,7 +279,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def outlook(plan: CampaignPlan) -> Outlook:
-    """States, costs and code of every run; each record under the root is read once."""
+    """States, costs and code of every run; reads each record under the root once."""
     records = records_under(plan.root)
     runs = plan.distinct()
     done = {run.id: records[run.id] for run in runs if run.id in records}
@@ -319,7 +322,7 @@ def tuning_hours(plan: CampaignPlan, costs: Mapping[str, Cost]) -> list[tuple[fl
 
 
 def hours_text(hours: float) -> str:
-    """A length of time in the unit that a person would use."""
+    """A duration in a readable unit: seconds, minutes or hours."""
     seconds = hours * 3600
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,8 +1,8 @@
-"""Designs near a campaign: which rungs, how many seeds, and what each would cost.
+"""Experiment designs near a campaign: rungs, seeds and cost of each.
 
-A design is a choice of points (a size with its budget, both arms trained there) and of seeds at each. The campaign's own
-rungs are points, and so are two smaller and one larger one by the ladder's own step, whose hours are carried over from
-the neighbours. What a design would find out is not known here: that is `analysis.power.simulate`.
+A design chooses points (a size with its budget, trained by both arms) and the seeds at each. Points are the campaign's
+rungs, and two smaller and one larger size at the ladder's own step, whose hours are extrapolated. The precision of a
+design is predicted by `analysis.power.simulate`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sweeps.planning.cost import Cost
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 
 SEEDS = (1, 2, 3, 5, 8)
-"""Seeds at a rung that the search tries."""
+"""Numbers of seeds at a rung that the search tries."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,22 +33,22 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     hours: float
     """GPU-hours (on a CPU: hours of a run) of one seed, both arms."""
     planned: bool
-    """Whether the campaign has it; else it was made up by the ladder's step."""
+    """True for a rung of the campaign; False for an extrapolated one."""
 
 
 class CampaignDesign(msgspec.Struct, frozen=True, kw_only=True):
-    """Points with their seeds, and why it is looked at."""
+    """Seeds at each point, and a name."""
 
     name: str
     seeds: tuple[int, ...]
-    """At each point of the list that it belongs to; 0 leaves the point out."""
+    """Number of seeds at each point of its list; 0 leaves the point out."""
 
     def hours(self, points: list[Point]) -> float:
         """GPU-hours of all its runs."""
         return sum(point.hours * seeds for point, seeds in zip(points, self.seeds, strict=True))
 
     def describe(self, points: list[Point]) -> str:
-        """Its rungs, and how many seeds where there are several."""
+        """The rungs, with the number of seeds where it is more than one."""
         parts = [
             point.name + (f" x{seeds}" if seeds > 1 else "")
             for point, seeds in zip(points, self.seeds, strict=True)
@@ -58,10 +58,10 @@ class CampaignDesign(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def two_arms(plan: CampaignPlan, baseline: str | None, challenger: str | None) -> tuple[str, str]:
-    """The arms that are compared: the baseline is ``adamw`` or the first, the challenger the next one.
+    """The compared arms: by default the baseline is ``adamw`` or the first arm, the challenger the next one.
 
     Raises:
-        ConfigError: An arm is unknown, or there are not two.
+        ConfigError: An arm is unknown, or there are fewer than two.
     """
     arms = [arm.name for arm in plan.campaign.arms]
     for what, arm in (("baseline", baseline), ("challenger", challenger)):
@@ -79,10 +79,10 @@ def two_arms(plan: CampaignPlan, baseline: str | None, challenger: str | None) -
 def points_of(
     plan: CampaignPlan, costs: Mapping[str, Cost], arms: tuple[str, str]
 ) -> tuple[list[Point], CampaignDesign]:
-    """All points by rising compute, and the campaign as planned.
+    """All points by rising compute, and the campaign's own design.
 
     Raises:
-        ConfigError: Two rungs have one compute: an isoFLOP profile, where loss is no law of compute.
+        ConfigError: Two rungs have the same compute, as in an isoFLOP profile, or there is one rung only.
     """
     runs: dict[str, dict[tuple[str, int], PlannedRun]] = {}
     for run in plan.runs:
@@ -112,7 +112,9 @@ def points_of(
                 "profile. Designs are simulated for ladders, where each compute is spent one way; keep one of the two."
             )
     if len(points) < 2:
-        raise ConfigError(f"{plan.campaign.file}: one rung is no ladder. CampaignPlan three rungs or more.")
+        raise ConfigError(
+            f"{plan.campaign.file}: a design needs several rungs, and the campaign has one. Add rungs: three or more."
+        )
     smaller, larger = _beyond(points, down=True, count=2), _beyond(points, down=False, count=1)
     everything = [*reversed(smaller), *points, *larger]
     own = (0,) * len(smaller) + tuple(seeds) + (0,) * len(larger)
@@ -120,11 +122,11 @@ def points_of(
 
 
 def _beyond(points: list[Point], *, down: bool, count: int) -> list[Point]:
-    """Points past an end, by the ladder's mean step and the slope of its hours there."""
+    """Points beyond an end, at the ladder's mean step and with the slope of its hours at that end."""
     end, inner = (points[0], points[1]) if down else (points[-1], points[-2])
     step = (points[-1].flops / points[0].flops) ** (1.0 / (len(points) - 1))
     share = math.log(points[-1].params / points[0].params) / math.log(points[-1].flops / points[0].flops)
-    # Hours grow with compute, less than with it where small models leave the device idle.
+    # Hours grow with compute; the slope is below 1 where small models leave the device idle.
     slope = math.log(end.hours / inner.hours) / math.log(end.flops / inner.flops)
     slope = min(max(slope, 0.3), 1.5)
     found = []
@@ -145,7 +147,7 @@ def _beyond(points: list[Point], *, down: bool, count: int) -> list[Point]:
 
 
 def variants(points: list[Point], planned: CampaignDesign) -> list[CampaignDesign]:
-    """The plan with one thing changed: a rung dropped or added, a seed more or less."""
+    """The planned design with one change: a rung dropped or added, a seed more or less."""
     found = []
     for at, point in enumerate(points):
         seeds = planned.seeds[at]
@@ -169,11 +171,11 @@ def _changed(design: CampaignDesign, at: int, seeds: int, name: str) -> Campaign
 
 
 def candidates(points: list[Point]) -> list[CampaignDesign]:
-    """Designs worth a simulation: three rungs or more, small ones with at least as many seeds as large ones.
+    """Designs to simulate: three or more consecutive rungs, small ones with at least as many seeds as large ones.
 
-    They reach the largest planned rung at least. A shorter ladder that extrapolates to it looks cheap in any simulation,
-    because the synthetic runs follow the very law that is fitted to them; real ones need not. Every rung between the
-    smallest and the largest one chosen is taken; leaving out the middle saves little and hides curvature.
+    They reach at least the largest planned rung. A shorter ladder that extrapolates to it looks cheap in a simulation,
+    because synthetic runs follow the fitted law exactly; real runs may not. Leaving out a middle rung saves little and
+    hides curvature.
     """
     top = max(at for at, point in enumerate(points) if point.planned)
     kept = [CampaignDesign(name="", seeds=seeds) for seeds in set(_patterns(len(points), top))]

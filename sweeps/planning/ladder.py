@@ -1,6 +1,7 @@
-"""The rungs of a campaign: model sizes with their budgets, as listed, by a compute-optimal rule, or as isoFLOP profiles.
+"""The rungs of a campaign: model sizes with their budgets, listed in the file or made by a ladder.
 
-Everything here is a pure function of the campaign.
+Everything here is a pure function of the campaign. To add a kind of ladder, write a function like `isoflop` and add it to
+`LADDERS`; further fields go into `sweeps.config.campaign.LadderConfig`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import bisect
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
-from scaling.errors import ConfigError, UserError
+from scaling.errors import ConfigError, UserError, unknown_name
 from scaling.flops import count_blocks, count_parameters, train_flops_per_token
 from scaling.model_config import ModelConfig
 from scaling.units import human
@@ -22,22 +25,22 @@ from sweeps.config.toml import located
 
 
 class Rung(msgspec.Struct, frozen=True, kw_only=True):
-    """One model size with its budget, every number decided."""
+    """One model size with its budget, all numbers final."""
 
     name: str
     shape: ModelConfig
     tokens: int
     batch_tokens: int
     peak_lr: float | None
-    """Shared by the arms that state none of their own."""
+    """Rate of the arms that have none of their own."""
     seeds: tuple[int, ...]
     compute: float
-    """Training FLOPs (6ND) that laws are asked about: a law's own where the law sets the tokens."""
+    """Training FLOPs (6ND) at which rules are evaluated; a rule's own value where the rule sets the tokens."""
     printed: dict[str, str] = {}
 
     @property
     def parameters(self) -> int:
-        """Weights of the blocks: the papers' N."""
+        """Parameters of the blocks: the papers' N."""
         return count_parameters(self.shape).blocks
 
 
@@ -45,23 +48,23 @@ def rungs_of(campaign: Campaign) -> list[Rung]:
     """All rungs, in the order of the file or of rising compute.
 
     Raises:
-        ConfigError: A shape is impossible, or tokens or batch are said nowhere; the sentence names the rung.
+        ConfigError: A shape is impossible, or tokens or batch are missing; the sentence names the rung.
     """
     if campaign.ladder is not None:
         return _laddered(campaign, campaign.ladder)
     return [_listed(campaign, table) for table in campaign.rungs]
 
 
-WIDENED = 1.25
-"""Hidden units of a feed-forward over 8/3 of the width from which the plan mentions the rounding."""
+MAX_FFN_ROUNDING = 1.25
+"""Ratio of a feed-forward's hidden units to 8/3 of the width above which the plan warns of the rounding."""
 
 
 def widened(rungs: list[Rung]) -> str | None:
-    """A sentence on the rungs whose feed-forward `ffn_multiple` makes much wider than 8/3 of the width."""
+    """A sentence on the rungs whose feed-forward is much wider than 8/3 of the width because of `ffn_multiple`."""
     found = {
         f"{rung.name} ({8 * rung.shape.width / 3:.0f} to {rung.shape.ffn_width:,})": rung.shape
         for rung in rungs
-        if rung.shape.ffn is None and rung.shape.ffn_width > WIDENED * 8 * rung.shape.width / 3
+        if rung.shape.ffn is None and rung.shape.ffn_width > MAX_FFN_ROUNDING * 8 * rung.shape.width / 3
     }
     if not found:
         return None
@@ -111,7 +114,7 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
         tokens = round(rules.value("tokens", compute=compute))
     if tokens is None:
         raise ConfigError(
-            f"{where}: it is not said how many tokens to train on. "
+            f"{where}: the number of training tokens is missing. "
             "Give the rung tokens or tokens_per_parameter, or give [training] tokens_per_parameter."
         )
     compute = compute or float(train_flops_per_token(shape) * tokens)
@@ -139,6 +142,56 @@ def _batch(
     return listed
 
 
+class LadderPoint(NamedTuple):
+    """One rung that a ladder makes."""
+
+    shape: ModelConfig
+    compute: float
+    """Training FLOPs (6ND)."""
+    tokens: int | None = None
+    """Training tokens; None spends `compute`."""
+    prefix: str = ""
+    """Start of the rung's name, where sizes repeat."""
+
+
+def compute_optimal(campaign: Campaign, table: LadderConfig, split: RuleSet) -> list[LadderPoint]:
+    """One rung for each of `computes` or `sizes`, at the size and tokens of the rule."""
+    points = []
+    for compute in sorted(table.computes):
+        points.append(LadderPoint(shape_near(split.value("parameters", compute=compute), campaign, table), compute))
+    for size in sorted(table.sizes):
+        shape = shape_near(size, campaign, table)
+        compute = split.compute_for(_blocks(shape))
+        points.append(LadderPoint(shape, compute, tokens=round(split.value("tokens", compute=compute))))
+    return points
+
+
+def isoflop(campaign: Campaign, table: LadderConfig, split: RuleSet) -> list[LadderPoint]:
+    """For each of `computes` a profile: sizes around the rule's, all trained with that compute."""
+    if table.sizes:
+        raise ConfigError("an isoFLOP profile is made at a compute. Replace sizes by computes, in FLOPs.")
+    points = []
+    for compute in sorted(table.computes):
+        centre = split.value("parameters", compute=compute)
+        steps = [2 * point / (table.points - 1) - 1 for point in range(table.points)]
+        shapes = {shape_near(centre * table.spread**step, campaign, table) for step in steps}
+        if len(shapes) < 3:
+            raise ConfigError(
+                f"the profile at {compute:g} FLOPs has only {len(shapes)} different models around {human(centre)} "
+                "parameters. Use a wider spread, a smaller head_size, or more compute."
+            )
+        prefix = f"{compute:.1e}-".replace("+", "")
+        points += [LadderPoint(shape, compute, prefix=prefix) for shape in sorted(shapes, key=_blocks)]
+    return points
+
+
+LADDERS: dict[str, Callable[[Campaign, LadderConfig, RuleSet], list[LadderPoint]]] = {
+    "compute-optimal": compute_optimal,
+    "isoflop": isoflop,
+}
+"""Kinds of ``[ladder]``."""
+
+
 def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
     where = f"{campaign.file}, [ladder]"
     if bool(table.computes) == bool(table.sizes):
@@ -146,41 +199,12 @@ def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
         raise ConfigError(f"{where}: {found}. Give one of them: computes in FLOPs, or sizes in parameters.")
     split = rule_set(table.rule)
     rules = rule_set(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
-    made: list[Rung] = []
     with located(where):
-        if table.kind == "isoflop":
-            if table.sizes:
-                raise ConfigError("an isoFLOP profile is made at a compute. Replace sizes by computes, in FLOPs.")
-            for compute in sorted(table.computes):
-                centre = split.value("parameters", compute=compute)
-                steps = [2 * point / (table.points - 1) - 1 for point in range(table.points)]
-                shapes = {shape_near(centre * table.spread**step, campaign, table) for step in steps}
-                if len(shapes) < 3:
-                    raise ConfigError(
-                        f"the profile at {compute:g} FLOPs has only {len(shapes)} different models around "
-                        f"{human(centre)} parameters. Use a wider spread, a smaller head_size, or more compute."
-                    )
-                made += [_made(campaign, rules, shape, compute) for shape in sorted(shapes, key=_blocks)]
-        elif table.computes:
-            for compute in sorted(table.computes):
-                made.append(
-                    _made(
-                        campaign,
-                        rules,
-                        shape_near(split.value("parameters", compute=compute), campaign, table),
-                        compute,
-                    )
-                )
-        else:
-            for size in sorted(table.sizes):
-                shape = shape_near(size, campaign, table)
-                compute = split.compute_for(_blocks(shape))
-                made.append(
-                    _made(campaign, rules, shape, compute, tokens=round(split.value("tokens", compute=compute)))
-                )
+        if table.kind not in LADDERS:
+            raise ConfigError(unknown_name("kind of ladder", table.kind, LADDERS))
+        made = [_made(campaign, rules, point) for point in LADDERS[table.kind](campaign, table, split)]
         names = [rung.name for rung in made]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"two rungs become the same model, {', '.join(twice)}. "
                 "Put the sizes further apart, or make head_size smaller."
@@ -192,13 +216,10 @@ def _blocks(shape: ModelConfig) -> int:
     return count_parameters(shape).blocks
 
 
-def _made(
-    campaign: Campaign, rules: RuleSet | None, shape: ModelConfig, compute: float, *, tokens: int | None = None
-) -> Rung:
-    name = human(_blocks(shape))
-    if campaign.ladder is not None and campaign.ladder.kind == "isoflop":
-        name = f"{compute:.1e}-{name}".replace("+", "")
-    tokens = tokens or max(1, round(compute / train_flops_per_token(shape)))
+def _made(campaign: Campaign, rules: RuleSet | None, point: LadderPoint) -> Rung:
+    shape, compute = point.shape, point.compute
+    name = point.prefix + human(_blocks(shape))
+    tokens = point.tokens or max(1, round(compute / train_flops_per_token(shape)))
     return Rung(
         name=name,
         shape=shape,

@@ -17,12 +17,12 @@ Retry = Literal["none", "failed", "diverged", "cancelled", "all"]
 
 
 def retries(retry: Retry, what: Literal["failed", "diverged", "cancelled"]) -> bool:
-    """Whether runs of one kind are tried again."""
+    """True if runs of one kind are tried again."""
     return retry in (what, "all")
 
 
 def placement_changed(directory: RunDirectory, placement: Placement) -> bool:
-    """Whether a run's placement differs from that of its last attempt, so that a failure may not repeat."""
+    """True if a run's placement differs from that of its last attempt, so that a failure may not repeat."""
     try:
         return directory.placement() != placement
     except UserError:

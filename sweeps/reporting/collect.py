@@ -1,7 +1,7 @@
-"""Tables of a campaign's runs: runs.csv with a row a run, curves.parquet with a row a logged step, dynamics.parquet.
+"""Tables of a campaign's runs: runs.csv (one row per run), curves.parquet (per logged step) and dynamics.parquet.
 
-The last has a row for every number that a run measured of its updates and weights, where a campaign asks for them.
-campaign.json beside them says which campaign they are of.
+dynamics.parquet has one row for every number that a run measured of its updates and parameters, if the campaign asks for
+them. campaign.json in the same folder names the campaign.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scaling.io import read_json, write_atomic, write_json
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.record import RunRecord
 from scaling.training.warm_start import charged_parents
-from sweeps.config.campaign import IDENTITY, Collected
+from sweeps.config.campaign import COLLECTED_FILE, Collected
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.planning.run_state import status_and_record
 from sweeps.planning.tuned_settings import refuse_untuned
@@ -34,37 +34,37 @@ RUN_COLUMNS = (
     "flops_attention", "flops_attention_full", "flops_with_optimizer", "flops_attention_with_optimizer", "loss", "train_loss", "seconds", "cpu_seconds",
     "tokens_per_second", "peak_lr", "batch_tokens", "manifest", "code", "reason",
 )  # fmt: skip
-"""Of runs.csv. `params` are the weights of the blocks, `flops` is 6ND and the others name their convention, with what
-the optimizer's matrix products cost where they say so (`scaling.optim.optimizer_flops`), `loss` is the held-out loss at the last
-token in nats per token, `seconds` is training time and `cpu_seconds` what it cost the processors, of runs on a CPU. FLOPs
-and times of a run include those of the runs that it started from and is charged for. `code` is a hash of the source that
-trained the run (`scaling.run.record.Code.digest`)."""
+"""Columns of runs.csv. `params` are the parameters of the blocks. `flops` is 6ND; the other counts name their convention,
+and include the optimizer's matrix products if they say so (`scaling.optim.optimizer_flops`). `loss` is the held-out loss at
+the last token in nats per token. `seconds` is training time and `cpu_seconds` the processor time of runs on a CPU. FLOPs
+and times include those of the runs that a run started from and is charged for. `code` is a hash of the source that trained
+the run (`scaling.run.record.Code.digest`)."""
 
 CURVE_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
     "learning_rate", "grad_norm", "tokens_per_second",
 )  # fmt: skip
-"""Of curves.parquet."""
+"""Columns of curves.parquet."""
 
 DYNAMICS_COLUMNS = (
     "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "quantity", "part", "value",
 )  # fmt: skip
-"""Of dynamics.parquet: `quantity` is a field of `scaling.run.record.DynamicsRow`, `part` what it was measured of."""
+"""Columns of dynamics.parquet: `quantity` is a field of `scaling.run.record.DynamicsRow`, `part` the measured part."""
 
 
 def _refuse_loss(folder: Path, plan: CampaignPlan) -> None:
-    """Refuse to replace tables by others in which finished runs of another campaign would be missing.
+    """Refuse to replace tables of another campaign whose finished runs the new tables would lack.
 
-    Tables belong to the campaign whose content (`campaign_identity`) was collected. A campaign that only grew, by rungs,
-    arms or seeds, still has every finished run of the old table and replaces it.
+    Tables belong to the campaign whose content (`campaign_identity`) was collected. A campaign that grew by rungs, arms
+    or seeds has every finished run of the old table and may replace it.
     """
     import pandas as pd
 
-    table, file = folder / "runs.csv", folder / IDENTITY
+    table, file = folder / "runs.csv", folder / COLLECTED_FILE
     if not table.exists():
         return
-    of = read_json(file, Collected) if file.exists() else None
-    if of is not None and of.identity == plan.campaign.identity:
+    source = read_json(file, Collected) if file.exists() else None
+    if source is not None and source.identity == plan.campaign.identity:
         return
     old = pd.read_csv(table, dtype={"run": str})
     if not {"run", "status"} <= set(old.columns):
@@ -73,8 +73,8 @@ def _refuse_loss(folder: Path, plan: CampaignPlan) -> None:
     lost = done - {run.id for run in plan.runs}
     if lost:
         raise UserError(
-            f"{table}: holds {len(done)} runs that ended{f', collected from {of.file}' if of is not None else ''}, and "
-            f"{len(lost)} of them are no runs of {plan.campaign.file} as it is now. Give this campaign another name "
+            f"{table}: has {len(done)} finished runs{f', collected from {source.file}' if source else ''}, and "
+            f"{len(lost)} of them are not runs of {plan.campaign.file} as it is now. Give this campaign another name "
             f"(--set name={plan.campaign.name}-2, for every verb), or collect with --overwrite; runs/ keeps all runs."
         )
 
@@ -82,19 +82,19 @@ def _refuse_loss(folder: Path, plan: CampaignPlan) -> None:
 def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: bool = False) -> pd.DataFrame:
     """The table of all runs of the plan, in the plan's order; written to `folder` together with the curves.
 
-    A run that is not finished is there with its state, its budget and an empty loss, so that nobody mistakes a missing
-    row for a finished campaign. Numbers are written with all their digits.
+    A run that is not finished has a row with its state, its budget and an empty loss, so that an unfinished campaign is
+    recognised. Numbers are written with all their digits.
 
     Args:
         plan: The campaign's plan.
-        folder: Where runs.csv and curves.parquet go; ``results/<campaign>`` under the root when not given.
+        folder: Folder for the tables; by default ``results/<campaign>`` under the root.
         overwrite: Replace the tables of another campaign.
 
     Returns:
         The content of runs.csv, columns `RUN_COLUMNS`.
 
     Raises:
-        UserError: The folder holds finished runs that this campaign does not have, or its tuning is not done.
+        UserError: The folder has finished runs that this campaign does not have, or its tuning is not complete.
     """
     import io
 
@@ -109,7 +109,9 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
     whole = ["seed", "step", "tokens", "flops"]
     floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
     curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
-    (folder / IDENTITY).unlink(missing_ok=True)  # written last: whoever is killed here leaves no wrong owner behind
+    (folder / COLLECTED_FILE).unlink(
+        missing_ok=True
+    )  # written last: after a kill in between, no file names a wrong campaign
     write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
     buffer = io.BytesIO()
     curves.to_parquet(buffer, index=False)
@@ -119,23 +121,25 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
         buffer = io.BytesIO()
         pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
         write_atomic(folder / "dynamics.parquet", buffer.getvalue())
-    write_json(folder / IDENTITY, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
+    write_json(folder / COLLECTED_FILE, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
     return runs
 
 
 def _run_row(plan: CampaignPlan, run: PlannedRun) -> dict[str, Any]:
     now, record = status_and_record(plan, run)
     status, reason = now.state, now.reason
-    before: list[RunRecord] = []
+    parents: list[RunRecord] = []
     if record is not None:
         try:
-            before = charged_parents(plan.directory(run), run.spec.warm_start)
-        except UserError as error:  # what the run cost is not known, so it must not enter a fit
+            parents = charged_parents(plan.directory(run), run.spec.warm_start)
+        except UserError as error:  # the run's cost is unknown, so it must not enter a fit
             record, status, reason = None, "failed", str(error)
     tokens = record.tokens if record else run.spec.budget.tokens
     flops = record.flops if record else {name: train_flops(run.spec.model, tokens, name) for name in CONVENTIONS}
-    optimizer = run_optimizer_flops(run.spec, tokens) + sum(run_optimizer_flops(one.spec, one.tokens) for one in before)
-    paid = [record, *before] if record else []
+    optimizer = run_optimizer_flops(run.spec, tokens) + sum(
+        run_optimizer_flops(one.spec, one.tokens) for one in parents
+    )
+    paid = [record, *parents] if record else []
     processors = [one.cpu_seconds for one in paid if one.device.kind == "cpu" and one.cpu_seconds is not None]
     return run.identity | {
         "status": status,
@@ -161,7 +165,7 @@ def _run_row(plan: CampaignPlan, run: PlannedRun) -> dict[str, Any]:
 
 
 def _readable(read: Callable[[], list[T]]) -> list[T]:
-    """The rows of one run's log; none, with a sentence, where it cannot be read: the other runs go on."""
+    """The rows of one run's log; empty, with a sentence on stderr, if it cannot be read."""
     try:
         return read()
     except UserError as error:
@@ -170,7 +174,7 @@ def _readable(read: Callable[[], list[T]]) -> list[T]:
 
 
 def _curve(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
-    # A run that continued logs the steps after its checkpoint again; the last line of a step is the one that counts.
+    # A continued run logs the steps after its checkpoint again; the last line of a step counts.
     rows = {row.step: row for row in _readable(plan.directory(run).metrics)}
     return [
         run.identity

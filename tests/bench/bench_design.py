@@ -1,7 +1,7 @@
-"""Does a design's forecast hold? 1000 studies of Moonlight's design in batch against 1000 analysed one by one.
+"""Accuracy of a design's forecast: 1000 studies of Moonlight's design in batch against 1000 analysed one by one.
 
 python tests/bench/bench_design.py            # each by the fit of the family that the forecast assumes
-python tests/bench/bench_design.py --whole 100   # by the whole of `fit_table`, which chooses its family by itself
+python tests/bench/bench_design.py --whole 100   # by `fit_table`, which chooses its own family
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def main() -> None:
         print(f"  {rung:>5}: predicted {one:.4f}, direct {two:.4f}, quotient {one / two:.3f}")
     if options.whole:
         widths, chosen = whole(loss[: options.whole], cells)
-        told = ", ".join(f"{name} {count}" for name, count in sorted(chosen.items()))
-        print(f"whole fit_table, {options.whole} studies: median width {np.nanmedian(widths):.4f}; families: {told}")
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(chosen.items()))
+        print(f"whole fit_table, {options.whole} studies: median width {np.nanmedian(widths):.4f}; families: {counts}")
 
 
 if __name__ == "__main__":

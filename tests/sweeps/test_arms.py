@@ -40,7 +40,7 @@ def planned(folder: Path, text: Path, *, parent: str = "dense", charged: str = "
     return plan(load_campaign(file), folder)
 
 
-def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text: Path, tmp_path: Path) -> None:
+def test_an_upcycled_arm_waits_and_is_charged(tiny_text: Path, tmp_path: Path) -> None:
     # Dearest first, two at a time: without the wait the upcycled run would start before the dense one is done.
     outcome = run_local(planned(tmp_path, tiny_text), workers=2, order="expensive", progress=False)
     assert outcome.complete
@@ -60,17 +60,17 @@ def test_an_upcycled_arm_waits_for_its_parents_and_is_charged_for_them(tiny_text
     assert upcycled.flops_with_optimizer - upcycled.flops == own > dense.flops_with_optimizer - dense.flops > 0
 
 
-def test_whether_the_parent_is_charged_is_another_run(tiny_text: Path, tmp_path: Path) -> None:
+def test_charging_the_parent_changes_the_run_id(tiny_text: Path, tmp_path: Path) -> None:
     charged, free = (planned(tmp_path, tiny_text, charged=word).runs[1].id for word in ("true", "false"))
     assert charged != free
 
 
-def test_an_arm_that_starts_from_no_arm_before_it_is_refused(tiny_text: Path, tmp_path: Path) -> None:
+def test_an_arm_must_start_from_an_earlier_arm(tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'starts from arm "upcycled", and the arms before it are dense'):
         planned(tmp_path, tiny_text, parent="upcycled")
 
 
-def test_trials_of_an_upcycled_arm_train_what_they_start_from_first(tiny_text: Path, tmp_path: Path) -> None:
+def test_trials_of_an_upcycled_arm_train_parents_first(tiny_text: Path, tmp_path: Path) -> None:
     file = tmp_path / "arms.toml"
     tables = CAMPAIGN.format(text=tiny_text, parent="dense", charged="true").replace("peak_lr = 1e-3", "tuned = true")
     search = (
@@ -96,7 +96,7 @@ def test_arms_of_a_mixture_campaign_see_the_same_tokens(name: str, tmp_path: Pat
         assert len({run.spec.model.family for run in runs}) == 2
 
 
-def test_runs_go_to_the_emptiest_gpu(tiny_text: Path, tmp_path: Path) -> None:
+def test_runs_use_the_emptiest_gpu(tiny_text: Path, tmp_path: Path) -> None:
     made = planned(tmp_path, tiny_text)
     campaign = _LocalExecutor(made, [], "none")
     campaign.slots = ["0", "1", "0", "1"]

@@ -1,4 +1,4 @@
-"""A campaign of trunk and branches: the plan says who branches off where, and what is saved."""
+"""Campaigns of trunk and branches: branch points in the plan, and saved FLOPs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def planned(
     return plan(load_campaign(file), folder / "root")
 
 
-def test_shorter_budgets_of_one_model_branch_off_the_longest(tiny_text: Path, tmp_path: Path) -> None:
+def test_shorter_budgets_branch_off_the_longest(tiny_text: Path, tmp_path: Path) -> None:
     made = planned(tiny_text, tmp_path)
     runs = {(run.arm, run.rung): run for run in made.runs}
     for arm in ("adamw", "muon"):
@@ -51,7 +51,7 @@ def test_shorter_budgets_of_one_model_branch_off_the_longest(tiny_text: Path, tm
     assert saved_flops(made) == 2 * train_flops(shape, (16 + 32) * 128)
 
 
-def test_a_branched_campaign_trains_only_the_decays_of_its_branches(tiny_text: Path, tmp_path: Path) -> None:
+def test_branches_train_only_their_decays(tiny_text: Path, tmp_path: Path) -> None:
     made = planned(tiny_text, tmp_path)
     made = run_local(made, workers=2, progress=False).plan
     for run in made.runs:

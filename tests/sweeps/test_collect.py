@@ -1,4 +1,4 @@
-"""What collecting writes beside the losses: FLOPs with the optimizer's own, and the measured dynamics, one number a row."""
+"""Collected tables: FLOPs with the optimizer's own, measured dynamics, and protection of other campaigns' results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sweeps.reporting.collect import DYNAMICS_COLUMNS, collect
 from tests.sweeps.conftest import Campaigns
 
 
-def test_the_optimizers_flops_are_charged_in_columns_of_their_own(campaigns: Campaigns, tmp_path: Path) -> None:
+def test_optimizer_flops_have_their_own_columns(campaigns: Campaigns, tmp_path: Path) -> None:
     plan = campaigns.plan()
     write_record(plan.directory(plan.runs[-1]), plan.runs[-1].spec, 3.0)
     runs = collect(plan, tmp_path / "results").set_index("run")
@@ -29,7 +29,7 @@ def test_the_optimizers_flops_are_charged_in_columns_of_their_own(campaigns: Cam
     assert not (tmp_path / "results" / "dynamics.parquet").exists()
 
 
-def test_measured_dynamics_become_a_table_with_a_number_a_row(campaigns: Campaigns, tmp_path: Path) -> None:
+def test_dynamics_have_one_row_per_number(campaigns: Campaigns, tmp_path: Path) -> None:
     plan = campaigns.plan()
     run = plan.runs[1]
     file = plan.directory(run).dynamics_file
@@ -55,12 +55,12 @@ def finish(plan: CampaignPlan) -> CampaignPlan:
     return plan
 
 
-def test_results_of_another_campaign_of_the_name_are_not_replaced(campaigns: Campaigns) -> None:
+def test_results_of_another_campaign_are_not_replaced(campaigns: Campaigns) -> None:
     first = finish(campaigns.plan())
     collect(first)
     kept = (first.results / "runs.csv").read_bytes()
     other = finish(campaigns.plan(peak_lr=2e-2))
-    with pytest.raises(UserError, match=r"2 of them are no runs of tiny.toml.*--set name=tiny-2.*--overwrite"):
+    with pytest.raises(UserError, match=r"2 of them are not runs of tiny.toml.*--set name=tiny-2.*--overwrite"):
         collect(other)
     with pytest.raises(UserError, match=r"collected from tiny\.toml with another content"):
         refuse_other(other.results, other.campaign)
@@ -70,7 +70,7 @@ def test_results_of_another_campaign_of_the_name_are_not_replaced(campaigns: Cam
     refuse_other(other.results, other.campaign)
 
 
-def test_a_campaign_that_grew_is_collected_again(campaigns: Campaigns) -> None:
+def test_an_extended_campaign_replaces_its_tables(campaigns: Campaigns) -> None:
     first = finish(campaigns.plan())
     collect(first)
     file = campaigns.folder / "tiny.toml"
@@ -78,5 +78,5 @@ def test_a_campaign_that_grew_is_collected_again(campaigns: Campaigns) -> None:
     assert len(collect(grown)) == 8
     placed = plan(load_campaign(file, settings=("seeds=[0, 1]", "placement.threads=2", "title=another")), first.root)
     assert placed.campaign.identity == grown.campaign.identity
-    with pytest.raises(UserError, match="no runs of"):
+    with pytest.raises(UserError, match="not runs of"):
         collect(finish(first) and plan(load_campaign(file, settings=("seeds=[1]",)), first.root))

@@ -1,4 +1,4 @@
-"""Predicted hours: what one measured size says of the others, how runs fill a machine, what they cost."""
+"""Predicted hours: speeds fitted to measured sizes, runs in parallel, price and energy."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def points(truth: Speed, *which: int) -> tuple[tuple[float, float, float, float]
     return tuple((*WORKS[k], truth.seconds_per_token(WORKS[k])) for k in which)
 
 
-def test_measured_sizes_outvote_what_is_assumed() -> None:
+def test_measured_sizes_outweigh_priors() -> None:
     truth = Speed(layer=5e-3, activation=30e-9, rate=30e9)
     one, two = fit_speed(points(truth, 0), PEAK), fit_speed(points(truth, 0, 2, 4), PEAK)
     known = truth.seconds_per_token(WORKS[5])
@@ -42,8 +42,8 @@ def test_repeats_of_one_size_are_one_observation() -> None:
 
 @pytest.mark.parametrize("arm", ["adamw", "muon"])
 @pytest.mark.parametrize("known", [1, 2, 3, 4])
-def test_the_first_rungs_measurement_predicts_the_others_within_a_quarter(arm: str, known: int, tmp_path: Path) -> None:
-    """The kept campaign's own clocks: trials of its first rungs, then every later rung's runs."""
+def test_first_rungs_predict_later_ones_within_a_quarter(arm: str, known: int, tmp_path: Path) -> None:
+    """Clocks of a kept campaign: trials of its first rungs against the runs of later rungs."""
     folder = RESULTS / "cpu-hour"
     frame = pd.concat([pd.read_csv(folder / name) for name in ("trials.csv", "runs.csv")])
     campaign = msgspec.structs.replace(load_campaign("cpu-hour"), untuned=False)
@@ -57,13 +57,13 @@ def test_the_first_rungs_measurement_predicts_the_others_within_a_quarter(arm: s
         assert speed.seconds_per_token(works[rung]) == pytest.approx(seconds[frame["rung"] == rung].median(), rel=0.25)
 
 
-def test_runs_fill_the_slots_that_fall_free() -> None:
+def test_free_slots_take_the_next_run() -> None:
     assert wall_hours([3.0, 1.0, 1.0, 1.0], 2) == 3.0
     assert wall_hours([1.0, 1.0, 1.0], 1) == 3.0
     assert wall_hours([], 4) == 0.0
 
 
-def test_money_and_energy_follow_the_hours_of_what_is_planned(tmp_path: Path) -> None:
+def test_price_and_energy_follow_hours(tmp_path: Path) -> None:
     free = plan_totals(plan(load_campaign("quick"), tmp_path))
     assert free["price"] is None
     assert free["kilowatt_hours"] is None
@@ -79,7 +79,7 @@ def test_tuning_is_counted(tmp_path: Path) -> None:
     assert 0.0 < totals["tuning_gpu_hours"] < totals["gpu_hours"]
 
 
-def test_status_says_what_is_left_and_what_it_costs(tmp_path: Path) -> None:
+def test_status_shows_time_left_and_price(tmp_path: Path) -> None:
     planned = plan(load_campaign("quick", settings=("placement.price=2.5",)), tmp_path)
     states = outlook(planned).states
     left = remaining_cost(planned, states, shares={}, speeds={})
@@ -91,7 +91,7 @@ def test_status_says_what_is_left_and_what_it_costs(tmp_path: Path) -> None:
     assert done == []
 
 
-def test_an_arm_that_was_not_measured_takes_the_speed_of_the_other(tmp_path: Path) -> None:
+def test_an_unmeasured_arm_uses_the_others_speed(tmp_path: Path) -> None:
     planned = plan(load_campaign("quick"), tmp_path)
     muon = next(run for run in planned.runs if run.arm == "muon")
     write_record(planned.directory(muon), muon.spec, 3.0)
@@ -103,7 +103,7 @@ def test_an_arm_that_was_not_measured_takes_the_speed_of_the_other(tmp_path: Pat
     assert "another optimizer" in costs[other.id].explanation
 
 
-def test_the_basis_of_each_arms_times_is_named(tmp_path: Path) -> None:
+def test_the_basis_of_times_is_named(tmp_path: Path) -> None:
     planned = plan(load_campaign("quick", settings=("seeds=[0, 1]",)), tmp_path)
     muon = next(run for run in planned.runs if run.arm == "muon")
     write_record(planned.directory(muon), muon.spec, 3.0)

@@ -1,4 +1,4 @@
-"""Designs: the batched analysis is the real one, widths come back as a direct simulation has them, and a budget is kept."""
+"""Designs: the batched analysis equals the single one, widths equal those of a direct simulation, budgets are kept."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ MOONLIGHT = LAWS_ASSUMED["moonlight"]
 
 
 def moonlight_cells() -> PlannedCells:
-    """Of the paper's own five sizes."""
+    """Cells of the paper's five sizes."""
     own = moonlight_table().frame.query("arm == 'adamw'")
     return PlannedCells(*(own[name].to_numpy(dtype=np.float64) for name in ("params", "tokens", "flops")))
 
@@ -58,7 +58,7 @@ def real(loss: Array, kept: np.ndarray, cells: PlannedCells, family: str, at: Ar
 
 
 @pytest.mark.parametrize("family", ["lines", "parallel-lines", "shared-floor"])
-def test_the_batched_analysis_gives_the_intervals_of_the_real_one(family: str) -> None:
+def test_batched_intervals_equal_single_ones(family: str) -> None:
     floor = family == "shared-floor"
     # Five sizes cannot place a floor, and then minima lie along a valley; nine over two and a half decades can.
     cells = wide_cells() if floor else moonlight_cells()
@@ -74,7 +74,7 @@ def test_the_batched_analysis_gives_the_intervals_of_the_real_one(family: str) -
         assert np.allclose(high, want[1], rtol=0, atol=1e-5)
 
 
-def test_predicted_widths_are_those_of_a_direct_simulation() -> None:
+def test_predicted_widths_equal_a_direct_simulation() -> None:
     cells = moonlight_cells()
     truth = Truth(MOONLIGHT, cells)
     at = truth.loss(cells.flops, 1)
@@ -91,7 +91,7 @@ def test_predicted_widths_are_those_of_a_direct_simulation() -> None:
     assert predicted == pytest.approx(np.median(direct, axis=0), rel=0.15)
 
 
-def test_moonlights_own_design_predicts_the_interval_that_its_runs_give() -> None:
+def test_moonlights_design_predicts_its_interval() -> None:
     table = moonlight_table()
     study = fit_table(table, family="lines", resamples=20).comparisons[0]
     cells = moonlight_cells()
@@ -111,7 +111,7 @@ def test_moonlights_own_design_predicts_the_interval_that_its_runs_give() -> Non
     assert np.quantile(laws, 0.1) < largest.high - largest.low < np.quantile(laws, 0.9)
 
 
-def test_the_noise_row_is_what_moonlights_residuals_say() -> None:
+def test_noise_row_matches_moonlights_residuals() -> None:
     cells = select(moonlight_table(), ("adamw", "muon"))
     line = difference(cells)
     assert line is not None
@@ -121,7 +121,7 @@ def test_the_noise_row_is_what_moonlights_residuals_say() -> None:
     assert NOISES["moonlight"].cell == pytest.approx(shared, rel=0.15)
 
 
-def test_intervals_cover_the_assumed_ratio_and_lose_it_when_the_law_has_another_form() -> None:
+def test_intervals_cover_the_ratio_unless_the_law_has_another_form() -> None:
     cells = wide_cells()
     noise = Noise(cell=0.002, difference=0.0005, source="test")
 
@@ -136,13 +136,13 @@ def test_intervals_cover_the_assumed_ratio_and_lose_it_when_the_law_has_another_
     right, unbiased = at_the_end(MOONLIGHT)
     assert 0.92 < right < 0.98
     assert unbiased < 0.003
-    # Straight lines through a curve with a floor: the bias of the method is what the forecast is there to show.
+    # Straight lines through a curve with a floor: the forecast must show this bias of the method.
     wrong, biased = at_the_end(LAWS_ASSUMED["chinchilla"])
     assert biased > 10 * unbiased
     assert wrong < 0.9
 
 
-def test_a_lost_run_takes_its_cell_out_of_the_pairing() -> None:
+def test_a_lost_run_removes_its_cell_from_the_pairing() -> None:
     cells = moonlight_cells()
     truth = Truth(MOONLIGHT, cells)
     at = truth.loss(cells.flops[-1:], 1)
@@ -160,7 +160,7 @@ def design(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     return capsys.readouterr().out
 
 
-def test_the_command_names_the_cheapest_design_or_says_what_would_do(
+def test_command_names_the_cheapest_design(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ["quick", "--root", str(tmp_path), "--studies", "60", "--noise", "0.004,0.001", "--json"]
@@ -177,7 +177,7 @@ def test_the_command_names_the_cheapest_design_or_says_what_would_do(
     assert any(line.startswith("What would:") for line in poor["verdict"])
 
 
-def test_dropping_a_rung_costs_width_and_a_seed_buys_it() -> None:
+def test_a_dropped_rung_widens_and_a_seed_narrows() -> None:
     points = [
         (str(k), float(n), float(t), float(f), 1.0, True)
         for k, (n, t, f) in enumerate(zip(*moonlight_cells(), strict=True))
@@ -198,7 +198,7 @@ def test_dropping_a_rung_costs_width_and_a_seed_buys_it() -> None:
     assert (without.hours, answer.plan.hours, more.hours) == (4.0, 5.0, 10.0)
 
 
-def test_fits_start_anywhere_near_and_end_at_one_minimum() -> None:
+def test_fits_end_at_one_minimum() -> None:
     cells = moonlight_cells()
     truth = Truth(MOONLIGHT, cells)
     at = truth.loss(cells.flops, 1)

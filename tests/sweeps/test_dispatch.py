@@ -1,4 +1,4 @@
-"""The local executor under what happens to processes: each run is trained once, with an undisturbed run's numbers."""
+"""The local executor under kills and stops: each run is trained once, with the numbers of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def submit(tmp_path: Path) -> Iterator[Callable[[CampaignPlan], subprocess.Popen
 
 
 def under_way(planned: CampaignPlan, run: PlannedRun) -> bool:
-    """Whether a run has got somewhere and is not done."""
+    """True for a run that has trained some steps and is not done."""
     now = run_status(planned, run)
     return now.state == "running" and 0 < now.step < now.steps
 
 
 def numbers(planned: CampaignPlan) -> list[tuple[object, ...]]:
-    """What has to be equal, digit for digit, whatever happened."""
+    """Values that must be equal in every digit after any disturbance."""
     table = collect(planned)
     assert set(table["status"]) == {"finished"}
     return [tuple(row) for row in table[["arm", "cell", "run", "tokens", "flops", "loss", "train_loss"]].to_numpy()]
@@ -94,7 +94,7 @@ def test_finished_runs_are_never_trained_again(campaigns: Any, tmp_path: Path) -
     assert (len(changed.trained), len(changed.present)) == (2, 2)
 
 
-def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any) -> None:
+def test_a_killed_run_continues_without_effect_on_others(campaigns: Any) -> None:
     whole = run_local(campaigns.plan("whole", tokens=LONG), workers=2, progress=False)
     planned = with_data(campaigns.plan("killed", tokens=LONG), progress=False)
     victim, neighbour = (run for run in planned.runs if run.rung == "b")
@@ -116,7 +116,7 @@ def test_a_killed_run_continues_and_its_neighbours_do_not_notice(campaigns: Any)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
+def test_a_stopped_submitter_is_continued_by_the_next(
     campaigns: Any, submit: Callable[[CampaignPlan], subprocess.Popen[bytes]], signum: int
 ) -> None:
     planned = with_data(campaigns.plan(tokens=LONG), progress=False)
@@ -125,13 +125,13 @@ def test_a_stopped_submitter_leaves_nobody_training_and_the_next_one_continues(
     until(lambda: under_way(planned, long[0]), "it did not start", every=0.02)
     process.send_signal(signum)
     assert status_of(process) == (3 if signum == signal.SIGINT else -signum)
-    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), "somebody still trains")
+    until(lambda: not any(planned.directory(run).is_locked() for run in planned.runs), "a run still trains")
     assert not all(planned.state(run) == "finished" for run in long)
     assert run_local(planned, workers=2, progress=False).complete
     assert starts(planned.directory(long[0]))[-1].step > 0  # it went on from a checkpoint
 
 
-def test_two_submitters_at_once_train_each_run_once(
+def test_two_submitters_train_each_run_once(
     campaigns: Any, submit: Callable[[CampaignPlan], subprocess.Popen[bytes]]
 ) -> None:
     planned = with_data(campaigns.plan(), progress=False)
@@ -141,7 +141,7 @@ def test_two_submitters_at_once_train_each_run_once(
     assert [len(starts(planned.directory(run))) for run in planned.runs] == [1] * 4
 
 
-def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
+def test_failed_runs_need_retry_or_another_placement(campaigns: Any) -> None:
     planned = with_data(campaigns.plan(), progress=False)
     manifest = planned.data / "manifest.json"
     content = manifest.read_bytes()
@@ -154,7 +154,7 @@ def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
     first, *others = planned.runs
     alone = msgspec.structs.replace(planned, runs=(first,))
     assert run_local(alone, workers=1, retry="failed", progress=False).complete
-    # Under another placement it is another attempt, and nobody has to ask for it.
+    # A failed run is tried again under another placement without a request.
     placed = [
         msgspec.structs.replace(run, placement=msgspec.structs.replace(run.placement, micro_batch=4)) for run in others
     ]
@@ -162,7 +162,7 @@ def test_a_failed_run_waits_until_it_is_asked_for(campaigns: Any) -> None:
     assert run_local(corrected, workers=2, progress=False).complete
 
 
-def test_runs_of_other_code_are_trained_again_and_kept(campaigns: Any) -> None:
+def test_runs_of_other_code_are_replaced_and_kept(campaigns: Any) -> None:
     plan = run_local(campaigns.plan(), workers=2, progress=False).plan
     assert changed_code(plan) == []
     old = plan.directory(plan.runs[0])
@@ -178,7 +178,7 @@ def test_runs_of_other_code_are_trained_again_and_kept(campaigns: Any) -> None:
     assert changed_code(plan) == []
 
 
-def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(campaigns: Any) -> None:
+def test_a_diverged_run_is_a_result(campaigns: Any) -> None:
     outcome = run_local(campaigns.plan(peak_lr=1e20), workers=2, progress=False)
     table = collect(outcome.plan)
     assert dict(table.groupby("arm")["status"].first()) == {"adamw": "diverged", "muon": "finished"}
@@ -189,7 +189,7 @@ def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(campaigns: Any)
     assert len(list((outcome.plan.root / "runs").glob("*/diverged-1.json"))) == 2
 
 
-def test_an_unfinished_run_is_in_the_table_with_its_state_and_no_loss(campaigns: Any) -> None:
+def test_unfinished_runs_have_a_row_without_loss(campaigns: Any) -> None:
     planned = with_data(campaigns.plan(), progress=False)
     table = collect(planned)
     assert list(table["status"]) == ["planned"] * 4
@@ -225,7 +225,7 @@ def test_an_edited_plan_is_refused(campaigns: Any) -> None:
     assert "no header" in recorded_plan(planned.campaign, planned.root)[1]
 
 
-def test_a_campaign_whose_folder_was_moved_goes_on_where_it_was(campaigns: Any, tmp_path: Path) -> None:
+def test_a_moved_root_continues(campaigns: Any, tmp_path: Path) -> None:
     first = run_local(campaigns.plan(), workers=2, progress=False)
     unfinished = first.plan.runs[0]
     first.plan.directory(unfinished).record_file.unlink()
@@ -236,7 +236,7 @@ def test_a_campaign_whose_folder_was_moved_goes_on_where_it_was(campaigns: Any, 
     assert not (tmp_path / "root").exists()
 
 
-def test_steps_that_were_taken_again_are_counted() -> None:
+def test_redone_steps_are_counted() -> None:
     def attempt(event: Literal["start", "end"], step: int) -> Attempt:
         return Attempt(event=event, time=0.0, host="h", pid=1, step=step)
 
@@ -245,9 +245,7 @@ def test_steps_that_were_taken_again_are_counted() -> None:
     assert redone_steps([attempt("start", 0), attempt("end", 20), attempt("start", 20), attempt("end", 40)]) == 0
 
 
-def test_a_run_whose_process_ends_before_it_can_say_why_has_failed(
-    campaigns: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_ends_without_a_reason_has_failed(campaigns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sweeps.local.train_in_process", os.chmod)  # called with other arguments, it raises
     planned = campaigns.plan()
     outcome = run_local(planned, workers=2, progress=False)

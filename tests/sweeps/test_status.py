@@ -33,7 +33,7 @@ def fail_all(plan: CampaignPlan, reason: str = "no GPU") -> None:
         directory.note("end", step=0, outcome="failed", reason=reason)
 
 
-def test_totals_stand_above_a_table_that_fits_its_terminal(campaigns: Campaigns) -> None:
+def test_totals_precede_a_table_that_fits_the_terminal(campaigns: Campaigns) -> None:
     plan = campaigns.plan()
     write_record(plan.directory(plan.runs[0]), plan.runs[0].spec, 3.0)
     lines = text(status_table(plan, totals_first=True, height=9))
@@ -52,7 +52,7 @@ def test_equal_reasons_are_one_line(campaigns: Campaigns) -> None:
 
 
 @pytest.mark.parametrize("reported", [False, True])
-def test_time_left_rests_on_the_speed_of_runs_under_way(campaigns: Campaigns, reported: bool) -> None:
+def test_time_left_uses_speeds_of_active_runs(campaigns: Campaigns, reported: bool) -> None:
     plan = campaigns.plan()
     directory = plan.directory(plan.runs[0])
     directory.create(plan.runs[0].spec, plan.runs[0].placement)
@@ -66,7 +66,7 @@ def test_time_left_rests_on_the_speed_of_runs_under_way(campaigns: Campaigns, re
     assert ("at assumed speed" in left) != reported
 
 
-def test_runs_of_other_code_are_named_in_plan_and_status(campaigns: Campaigns) -> None:
+def test_plan_and_status_name_runs_of_other_code(campaigns: Campaigns) -> None:
     plan = campaigns.plan()
     here = describe_code()
     for run, files in zip(plan.runs, (here.files, {}, *[here.files | {"scaling/flops.py": "0"}] * 2), strict=True):
