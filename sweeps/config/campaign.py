@@ -175,9 +175,9 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: Evaluation = Evaluation()
     seeds: Seeds = (0,)
-    hyperparameters: Literal["listed", "law"] = "listed"
-    """``law`` takes tokens, batch and learning rate from the row of RULES that `law` names."""
-    law: str | None = None
+    hyperparameters: Literal["listed", "rule"] = "listed"
+    """``rule`` takes tokens, batch and learning rate from the row of RULES that `rule` names."""
+    rule: str | None = None
     placement: dict[str, Any] = msgspec.field(default_factory=dict)
     """``[placement]``, read field by field in `sweeps.config.placement`."""
     tune: TuneConfig | None = None
@@ -214,7 +214,7 @@ def load_campaign(
 
     Args:
         name_or_path: ``quick``, ``moonlight``, ..., or the path of a TOML file.
-        hyperparameters: ``listed`` or ``law``, in place of what the file says.
+        hyperparameters: ``listed`` or ``rule``, in place of what the file says.
         settings: ``table.key=value`` in place of what the file says, as in ``placement.slurm.partition=short``.
 
     Raises:
@@ -304,10 +304,10 @@ def _check(campaign: Campaign) -> None:
         raise ConfigError(f"{where}: a list of seeds is empty, so nothing would be trained. Write seeds = [0].")
     _refuse_twice([arm.name for arm in campaign.arms], f"{where}, [[arms]]: name")
     _refuse_twice([rung.name for rung in campaign.rungs], f"{where}, [[rungs]]: name")
-    if campaign.hyperparameters == "law" and campaign.law is None:
-        raise ConfigError(f'{where}: hyperparameters = "law" needs to know which law. Add: law = "moonlight".')
+    if campaign.hyperparameters == "rule" and campaign.rule is None:
+        raise ConfigError(f'{where}: hyperparameters = "rule" needs the name of a rule. Add: rule = "moonlight".')
     for place, name in [
-        ("", campaign.law),
+        ("", campaign.rule),
         (", [ladder]", campaign.ladder.rule if campaign.ladder else None),
         *((f', [[arms]] "{arm.name}"', arm.rule) for arm in campaign.arms),
     ]:
