@@ -41,8 +41,8 @@ class Campaigns:
 class Plan(OnCampaign):
     """Show a campaign's runs and what they will cost; train nothing."""
 
-    hyperparameters: Literal["listed", "law"] | None = None
-    """Take tokens, batch and learning rate as the file lists them, or from the law that it names."""
+    hyperparameters: Literal["listed", "rule"] | None = None
+    """Take tokens, batch and learning rate as the file lists them, or from the rule that it names."""
     groups: bool = False
     """Show which parameters each arm's optimizer gets, and by which rule."""
     json: bool = False

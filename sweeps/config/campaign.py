@@ -223,9 +223,9 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     """Held-out evaluation."""
     seeds: Seeds = (0,)
     """Seeds of every rung: initial parameters and order of the data."""
-    hyperparameters: Literal["listed", "law"] = "listed"
-    """``law``: take tokens, batch and learning rate from the rule that `law` names."""
-    law: str | None = None
+    hyperparameters: Literal["listed", "rule"] = "listed"
+    """``rule``: take tokens, batch and learning rate from the rule that `rule` names."""
+    rule: str | None = None
     """Row of ``sweeps.config.hyperparameter_rules``."""
     placement: dict[str, Any] = msgspec.field(default_factory=dict)
     """Execution of runs, read by `sweeps.config.placement`; rungs may replace single fields."""
@@ -265,7 +265,7 @@ def load_campaign(
 
     Args:
         name_or_path: ``quick``, ``moonlight``, ..., or the path of a TOML file.
-        hyperparameters: ``listed`` or ``law``, instead of the file's value.
+        hyperparameters: ``listed`` or ``rule``, instead of the file's value.
         settings: ``table.key=value`` instead of the file's values, such as ``placement.slurm.partition=short``.
 
     Raises:
@@ -361,10 +361,10 @@ def _check(campaign: Campaign) -> None:
         raise ConfigError(f"{where}: a list of seeds is empty, so nothing would be trained. Write seeds = [0].")
     _refuse_twice([arm.name for arm in campaign.arms], f"{where}, [[arms]]: name")
     _refuse_twice([rung.name for rung in campaign.rungs], f"{where}, [[rungs]]: name")
-    if campaign.hyperparameters == "law" and campaign.law is None:
-        raise ConfigError(f'{where}: hyperparameters = "law" needs the name of a rule. Add: law = "moonlight".')
+    if campaign.hyperparameters == "rule" and campaign.rule is None:
+        raise ConfigError(f'{where}: hyperparameters = "rule" needs the name of a rule. Add: rule = "moonlight".')
     for place, name in [
-        ("", campaign.law),
+        ("", campaign.rule),
         (", [ladder]", campaign.ladder.rule if campaign.ladder else None),
         *((f', [[arms]] "{arm.name}"', arm.rule) for arm in campaign.arms),
     ]:

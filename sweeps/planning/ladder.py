@@ -87,7 +87,7 @@ def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
     settled = campaign.settings.get(arm.reuse or arm.name, {}).get(rung.name, {}).get("peak_lr")
     if settled is not None:
         return settled
-    name = arm.rule or (campaign.law if campaign.hyperparameters == "law" else None)
+    name = arm.rule or (campaign.rule if campaign.hyperparameters == "rule" else None)
     if name is not None:
         return rule_set(name).value("peak_lr", compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens)
     own = arm.peak_lr.get(rung.name) if isinstance(arm.peak_lr, dict) else arm.peak_lr
@@ -105,7 +105,7 @@ def _listed(campaign: Campaign, table: RungConfig) -> Rung:
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
     parameters = count_parameters(shape).blocks
-    rules = rule_set(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
+    rules = rule_set(campaign.rule) if campaign.hyperparameters == "rule" and campaign.rule else None
     ratio = table.tokens_per_parameter or (training.tokens_per_parameter if table.tokens is None else None)
     tokens = table.tokens if ratio is None else round(ratio * parameters)
     compute = None
@@ -198,7 +198,7 @@ def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
         found = "both computes and sizes" if table.sizes else "neither computes nor sizes"
         raise ConfigError(f"{where}: {found}. Give one of them: computes in FLOPs, or sizes in parameters.")
     split = rule_set(table.rule)
-    rules = rule_set(campaign.law) if campaign.hyperparameters == "law" and campaign.law else None
+    rules = rule_set(campaign.rule) if campaign.hyperparameters == "rule" and campaign.rule else None
     with located(where):
         if table.kind not in LADDERS:
             raise ConfigError(unknown_name("kind of ladder", table.kind, LADDERS))

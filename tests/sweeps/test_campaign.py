@@ -75,7 +75,7 @@ def test_a_built_in_campaign_can_be_planned(name: str, tmp_path: Path) -> None:
         (("peak_lr = 1e-2", "peak_lr = { small = 'x' }"), ["adamw", "peak_lr", "small is 'x'"]),
         (("[[rungs]]", '[placement]\ndata = "nowhere"\n[[rungs]]'), ["data", "nowhere", "prepared token shards"]),
         (("[evaluation]", '[schedule]\nkind = "wsd"\n[evaluation]'), ["wsd", "decay"]),
-        (('name = "good"', 'name = "good"\nhyperparameters = "law"'), ["law", 'law = "moonlight"']),
+        (('name = "good"', 'name = "good"\nhyperparameters = "rule"'), ["rule", 'rule = "moonlight"']),
         (('name = "good"', 'name = "good"\nseeds = []'), ["seeds"]),
         (('name = "good"', "name = good"), ["not valid TOML", "line 2"]),
     ],
@@ -122,7 +122,7 @@ def test_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("table", ["[placement]", "[[rungs]]"])
 def test_a_misplaced_top_level_key_is_located(table: str, tmp_path: Path) -> None:
-    text = GOOD + ("[placement]\nseeds = [0]\n" if table == "[placement]" else "seeds = [0]\nlaw = 'chinchilla'\n")
+    text = GOOD + ("[placement]\nseeds = [0]\n" if table == "[placement]" else "seeds = [0]\nrule = 'chinchilla'\n")
     with pytest.raises(UserError, match="belongs at the top of the file"):
         plan(load_campaign(write(tmp_path, text)), tmp_path / "root")
 
