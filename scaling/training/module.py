@@ -15,10 +15,10 @@ from scaling.flops import count_parameters
 from scaling.models.decoder import Decoder
 from scaling.models.registry import build_model
 from scaling.optim import registry
-from scaling.schedule import lr_fraction
 from scaling.spec import Placement, RunSpec
 from scaling.training.launch import full_tensor, shard
 from scaling.training.metrics import OptimizerStepTimer
+from scaling.training.schedule import lr_fraction
 
 EVALUATION_TOKENS = 16_384
 """Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""

@@ -60,7 +60,7 @@ def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) ->
     load_weights(model, found.intact_weights(record), how=initial.how)
 
 
-def trunk_point(directory: RunDirectory) -> Path | None:
+def trunk_checkpoint(directory: RunDirectory) -> Path | None:
     """The checkpoint that a run may start from in its trunk's directory, beside its own.
 
     Returns:
@@ -77,9 +77,9 @@ def trunk_point(directory: RunDirectory) -> Path | None:
         return None
     refuse_foreign(spec, trunk.spec())
     # Torch lives behind this import, and planning reads `refuse_foreign` without it.
-    from scaling.training.checkpoint import branch_point
+    from scaling.training.checkpoint import branch_checkpoint
 
-    return branch_point(trunk.checkpoints, spec.branch_tokens // spec.batch_tokens)
+    return branch_checkpoint(trunk.checkpoints, spec.branch_tokens // spec.batch_tokens)
 
 
 def refuse_foreign(branch: RunSpec, trunk: RunSpec) -> None:

@@ -69,7 +69,7 @@ def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path
 def test_processes_that_are_stopped_together_continue_together(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
-    from scaling.training.checkpoint import newest_resume_point
+    from scaling.training.checkpoint import newest_checkpoint
 
     whole = directory_for(spec, tmp_path / "whole", tiny_shards, devices=2, strategy=strategy, checkpoint_seconds=0.0)
     stopped = directory_for(
@@ -81,7 +81,7 @@ def test_processes_that_are_stopped_together_continue_together(
     with pytest.raises(UserError, match=r"process \d of 2 ended with code -9|process \d"):
         finish(stopped)
     killer.join()
-    assert newest_resume_point(RunDirectory(stopped).checkpoints) is not None
+    assert newest_checkpoint(RunDirectory(stopped).checkpoints) is not None
     assert RunDirectory(stopped).state() == "failed"
     record = finish(stopped)
     assert record.attempts == 2
@@ -147,9 +147,9 @@ def _kill_a_worker(path: Path) -> None:
     import os
     import signal
 
-    from scaling.training.checkpoint import resume_points
+    from scaling.training.checkpoint import checkpoint_files
 
-    while len(resume_points(RunDirectory(path).checkpoints)) < 2:
+    while len(checkpoint_files(RunDirectory(path).checkpoints)) < 2:
         time.sleep(0.005)
     pid = multiprocessing.active_children()[0].pid
     assert pid is not None
