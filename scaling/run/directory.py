@@ -41,7 +41,7 @@ from typing import Any, Literal
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
-from scaling.io import TAIL_BYTES, _read_bytes, append_line, file_sha256, read_json, read_lines, write_json
+from scaling.io import TAIL_BYTES, append_line, file_sha256, read_bytes, read_json, read_lines, write_json
 from scaling.run.record import Attempt, DynamicsRow, MetricsRow, RunRecord, RunState
 from scaling.spec import Placement, RunSpec
 
@@ -141,7 +141,7 @@ class RunDirectory:
 
     def last_row(self) -> MetricsRow | None:
         """The last readable line of the metrics, found without reading the others; None if there is none."""
-        for line in reversed(_read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
+        for line in reversed(read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 return msgspec.json.decode(line, type=MetricsRow)
         return None

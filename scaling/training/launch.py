@@ -169,10 +169,10 @@ def _train_rank(path: str, rank: int, processes: int, port: int, reason: Connect
     }
     import torch.distributed
 
-    from scaling.training.loop import train_one_process
+    from scaling.training.loop import train_rank
 
     try:
-        train_one_process(path)
+        train_rank(path)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:

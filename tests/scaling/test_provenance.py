@@ -1,4 +1,4 @@
-"""Code of a run: its hashes follow what decides numbers, and nothing else."""
+"""Hashes of the code of a run: they change with what decides its numbers, and with nothing else."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ MUON, REGISTRY = "scaling/optim/muon.py", "scaling/models/registry.py"
     ],
     ids=["docstring", "comment", "message", "number"],
 )
-def test_hashes_change_with_what_decides_numbers_alone(
-    file: str, old: str, new: str, changed: list[str], tmp_path: Path
-) -> None:
+def test_hashes_change_only_with_numbers(file: str, old: str, new: str, changed: list[str], tmp_path: Path) -> None:
     shutil.copytree(CODE_ROOT / "scaling", tmp_path / "scaling", ignore=shutil.ignore_patterns("__pycache__"))
     text = (tmp_path / file).read_text()
     assert old in text
@@ -34,7 +32,7 @@ def test_hashes_change_with_what_decides_numbers_alone(
     assert [name for name in here if hashes[name] != here[name]] == changed
 
 
-def test_the_files_that_differ_are_named() -> None:
+def test_changed_files_are_named() -> None:
     code = describe_code()
     assert changed_files(code) == ()
     assert changed_files(Code(commit=None, dirty=None, versions={})) is None
