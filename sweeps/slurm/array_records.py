@@ -4,16 +4,7 @@
 tasks and, once SLURM has answered, its job id. A record without a job id is left by an interrupted submitter; `reconcile`
 looks for a job of its name and adopts it, or drops the record.
 
-Four marks in a run's directory keep two processes from training it, each against another fault:
-
-    claim       token of the array that owns the run, created exclusively: two arrays never hold one run
-    began       token of the array whose job last started for the run: tells a job that was cancelled while it waited,
-                or that failed before it could write anything, from one that did work
-    lease.json  renewed every few seconds by the training process (`sweeps.slurm.lease`): two jobs of one array, on
-                nodes that do not see each other's locks
-    lock        held (flock) by the training process (`RunDirectory.claim`): vanishes with it, on one machine
-
-A fifth, ``cancelled``, is an empty file: a person cancelled the run, which SLURM forgets after a while.
+docs/slurm.md describes the marks in a run's directory, of which this module writes ``claim`` and ``began``.
 """
 
 from __future__ import annotations
@@ -58,10 +49,10 @@ class ArrayRecord(Strict, frozen=True):
     """Run ids; the first `per_task` of them are those of task 0, and so on."""
     code: str
     """Digest of the code that its jobs run."""
-    host: str
-    pid: int
+    host: str = msgspec.field(default_factory=lambda: os.uname().nodename)
+    pid: int = msgspec.field(default_factory=os.getpid)
     """The submitter's."""
-    time: float
+    time: float = msgspec.field(default_factory=time.time)
     """When it was written, seconds since the epoch."""
     job: str | None = None
     """SLURM's id; None until it has answered."""
@@ -98,31 +89,6 @@ def job_name(campaign: str, token: str) -> str:
     return f"{JOB_PREFIX}-{campaign}-{token}"
 
 
-def new_array(
-    root: Path,
-    *,
-    token: str,
-    campaign: str,
-    runs: Iterable[str],
-    code: str,
-    per_task: int = 1,
-    after: Iterable[str] = (),
-) -> ArrayRecord:
-    """A record on disk for an array that is about to be submitted."""
-    array = ArrayRecord(
-        token=token,
-        name=job_name(campaign, token),
-        runs=tuple(runs),
-        code=code,
-        host=os.uname().nodename,
-        pid=os.getpid(),
-        time=time.time(),
-        per_task=per_task,
-        after=tuple(after),
-    )
-    return save(root, array)
-
-
 def path_of(root: Path, token: str) -> Path:
     """The record's file."""
     return root / FOLDER / f"{token}.json"
@@ -133,11 +99,6 @@ def save(root: Path, array: ArrayRecord) -> ArrayRecord:
     (root / FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(path_of(root, array.token), array)
     return array
-
-
-def with_job(root: Path, array: ArrayRecord, job: str) -> ArrayRecord:
-    """The record with SLURM's answer, saved."""
-    return save(root, msgspec.structs.replace(array, job=job))
 
 
 def drop(root: Path, array: ArrayRecord) -> None:
@@ -235,25 +196,35 @@ def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) ->
     return True
 
 
+def adopt(root: Path, array: ArrayRecord) -> str | None:
+    """The job that SLURM took for an array although its submitter got no answer, saved in the record; None without one.
+
+    Raises:
+        UserError: SLURM was not reached, so it is not known whether it has a job.
+    """
+    try:
+        job = find_job(array.name)
+    except CommandError as error:
+        raise UserError(
+            f"a submission was interrupted, and it is not known whether SLURM has its job {array.name}: {error}. "
+            "Submit again when SLURM answers; nothing will be submitted twice."
+        ) from None
+    if job is not None:
+        save(root, msgspec.structs.replace(array, job=job))
+    return job
+
+
 def reconcile(root: Path) -> None:
     """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job.
 
     Raises:
-        UserError: SLURM was not reached, so it is not known whether it has a job.
+        UserError: SLURM was not reached.
     """
     for array in all_arrays(root):
         if array.job is not None or _submitter_works(array):
             continue
         while True:
-            try:
-                job = find_job(array.name)
-            except CommandError as error:
-                raise UserError(
-                    f"an earlier submission was interrupted, and it is not known whether SLURM has its job {array.name}: "
-                    f"{error}. Submit again when SLURM answers."
-                ) from None
-            if job is not None:
-                with_job(root, array, job)
+            if adopt(root, array) is not None:
                 break
             if time.time() - array.time > SBATCH_SECONDS or array.time > time.time():
                 drop(root, array)

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from scaling.errors import UserError
-
 Verdict = Literal["pending", "running", "ended", "cancelled", "unknown"]
 
 STATES: dict[Verdict, str] = {
@@ -57,7 +55,6 @@ Resources, only need waiting."""
 LOST = "lost"
 """State of a task that the controller has forgotten without a cancellation: it crashed before it saved the job."""
 
-KEPT_VARIABLES = ("SLURM_CONF",)
 DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_", "SUBMITIT_")
 
 TIMEOUT_SECONDS = 30.0
@@ -69,11 +66,8 @@ class CommandError(Exception):
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without the variables of a surrounding job, which would bind a new job to it."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in KEPT_VARIABLES or not name.startswith(DROPPED_PREFIXES)
-    }
+    names = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith(DROPPED_PREFIXES)]
+    return {name: os.environ[name] for name in names}
 
 
 def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
@@ -106,9 +100,8 @@ class SlurmTask:
     verdict: Verdict
     reason: str = ""
     """SLURM's reason for a pending job."""
-    seconds: float = 0.0
-    """Elapsed in all its attempts; 0 without accounting."""
     gpu_seconds: float = 0.0
+    """Of all its attempts; 0 without accounting."""
     node: str | None = None
     """Node of its last attempt, if that was a single one."""
     exit_status: int | None = None
@@ -175,8 +168,7 @@ def job_states(jobs: Mapping[str, str], *, task_counts: Mapping[str, int] | None
         notes.append(f"SLURM's queue was not reached ({error}): states are from the runs' own files.")
     tasks = dict(accounted)
     for job, task in queued.items():
-        spent = accounted.get(job)
-        tasks[job] = replace(task, seconds=spent.seconds, gpu_seconds=spent.gpu_seconds) if spent else task
+        tasks[job] = replace(task, gpu_seconds=accounted[job].gpu_seconds) if job in accounted else task
     if queue_reached:
         _resolve_missing(jobs, tasks, queued, task_counts or {})
     return JobStates(tasks, tuple(notes), queue_reached, accounting_reached)
@@ -220,20 +212,20 @@ def _resolve_missing(
 def _controller_states(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
     """States by task from ``scontrol -o show job``; `jobs` as for `job_states`."""
     states: dict[str, str] = {}
-    for line in text.splitlines():
-        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+    for fields in parse_rows(text):
         array, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
         if array and index and state and jobs.get(array) == fields.get("JobName"):
             states.update((task, state) for task in expand_array_ids(f"{array}_[{index}]"))
     return states
 
 
-def _queued(jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
-    """Tasks in the queue, by job.
+def parse_rows(text: str) -> list[dict[str, str]]:
+    """Fields of each line that ``scontrol -o show`` prints, by name."""
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
 
-    Raises:
-        CommandError: The queue was not reached.
-    """
+
+def _queued(jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
+    """Tasks in the queue, by job."""
     # All jobs of the user: a query for an id that SLURM has forgotten is an error in some versions.
     text = run_slurm("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r")
     found = {}
@@ -290,7 +282,6 @@ def parse_accounting(text: str, jobs: Mapping[str, str]) -> dict[str, SlurmTask]
                 job=job,
                 state=LOST if lost else state,
                 verdict="ended" if lost else verdict(state),
-                seconds=seconds + (before.seconds if before else 0.0),
                 gpu_seconds=seconds * int(gpus[1] if gpus else 0) + (before.gpu_seconds if before else 0.0),
                 exit_status=int(code[1]) if (code := re.match(r"(\d+):", exit_code)) else None,
                 node=node if re.fullmatch(r"[A-Za-z0-9_.-]+", node) else None,
@@ -312,15 +303,15 @@ def expand_array_ids(job: str) -> list[str]:
     return tasks
 
 
-def max_array_size() -> int:
-    """Tasks that one array may have.
+def configuration() -> dict[str, str]:
+    """SLURM's configuration, values by name.
 
     Raises:
-        UserError: The controller was not reached.
+        CommandError: The controller was not reached.
     """
-    try:
-        text = run_slurm("scontrol", "show", "config")
-    except CommandError as error:
-        raise UserError(f"SLURM was not reached: {error}. Submit from a login node, or use --executor local.") from None
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else 1001
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*)$", run_slurm("scontrol", "show", "config"), re.MULTILINE))
+
+
+def max_array_size(config: Mapping[str, str]) -> int:
+    """Tasks that one array may have."""
+    return int(config.get("MaxArraySize", "1001"))

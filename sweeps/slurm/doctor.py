@@ -14,17 +14,16 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from scaling.console import console
-from scaling.io import Strict
 from sweeps.config.placement import SlurmConfig, profile_file
 from sweeps.planning.plan import CampaignPlan
 from sweeps.slurm.array_records import FOLDER, JOB_PREFIX
-from sweeps.slurm.client import CommandError, run_slurm
+from sweeps.slurm.client import CommandError, configuration, max_array_size, parse_rows, run_slurm
 from sweeps.slurm.sbatch import code_root, exposed, sbatch_options
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
@@ -37,27 +36,12 @@ PROBE = (
 )
 
 
-class ClusterCheck(Strict, frozen=True):
+class ClusterCheck(NamedTuple):
     """One check with its result."""
 
     name: str
     verdict: Literal["pass", "warn", "fail"]
     finding: str
-
-
-def passed(name: str, finding: str) -> ClusterCheck:
-    """A check that found nothing wrong."""
-    return ClusterCheck(name=name, verdict="pass", finding=finding)
-
-
-def warned(name: str, finding: str) -> ClusterCheck:
-    """A check that found a limitation."""
-    return ClusterCheck(name=name, verdict="warn", finding=finding)
-
-
-def failed(name: str, finding: str) -> ClusterCheck:
-    """A check that found a reason why jobs would not run."""
-    return ClusterCheck(name=name, verdict="fail", finding=finding)
 
 
 def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
@@ -95,43 +79,44 @@ def show(checks: list[ClusterCheck]) -> None:
 def _commands() -> Iterator[ClusterCheck]:
     absent = [command for command in COMMANDS if shutil.which(command) is None]
     if absent:
-        yield failed(
-            "commands", f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
+        yield ClusterCheck(
+            "commands", "fail", f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
         )
         return
     try:
         run_slurm("scontrol", "ping")
     except CommandError as error:
-        yield failed("controller", f"{error}. Ask your administrators, or try later.")
+        yield ClusterCheck("controller", "fail", f"{error}. Ask your administrators, or try later.")
         return
-    yield passed("controller", run_slurm("scontrol", "--version").strip())
+    yield ClusterCheck("controller", "pass", run_slurm("scontrol", "--version").strip())
     try:
         run_slurm("sacct", "-n", "-X", "-S", "now")
-        yield passed("accounting", "sacct answers: hours spent will be known")
+        yield ClusterCheck("accounting", "pass", "sacct answers: hours spent will be known")
     except CommandError as error:
         finding = f"{error}. Campaigns work; hours spent and cancelled jobs will not be known."
-        yield warned("accounting", finding)
+        yield ClusterCheck("accounting", "warn", finding)
 
 
 def _root(root: Path) -> ClusterCheck:
     name = "run root"
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
-        return failed(name, f"{existing} is not writable. Choose another with --root.")
+        return ClusterCheck(name, "fail", f"{existing} is not writable. Choose another with --root.")
     if (folder := exposed(root)) is not None:
         finding = f"other users may write {folder}, and could replace the code of your jobs. Run chmod go-w, or move."
-        return failed(name, finding)
+        return ClusterCheck(name, "fail", finding)
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
-        return failed(name, f"{existing} has {free / 1e9:.2f} GB left. Make room, or move.")
+        return ClusterCheck(name, "fail", f"{existing} has {free / 1e9:.2f} GB left. Make room, or move.")
     kind = _file_system(existing)
     if kind in ("tmpfs", "ramfs") or existing.is_relative_to("/tmp"):
-        return warned(
+        return ClusterCheck(
             name,
+            "warn",
             f"{root} is on {kind or 'a local disk'}, which other nodes do not see. Use a shared file system, or check "
             "with --probe.",
         )
-    return passed(name, f"{root}, {kind}, {free / 1e9:,.0f} GB free")
+    return ClusterCheck(name, "pass", f"{root}, {kind}, {free / 1e9:,.0f} GB free")
 
 
 def _file_system(path: Path) -> str:
@@ -147,20 +132,23 @@ def _file_system(path: Path) -> str:
 
 
 def _configuration(runs: int) -> Iterator[ClusterCheck]:
-    config = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", run_slurm("scontrol", "show", "config"), re.MULTILINE))
-    largest = int(config.get("MaxArraySize", "1001"))
-    yield passed("array size", f"at most {largest:,} tasks; {runs:,} runs are {-(-runs // largest)} of them")
+    config = configuration()
+    largest = max_array_size(config)
+    yield ClusterCheck(
+        "array size", "pass", f"at most {largest:,} tasks; {runs:,} runs are {-(-runs // largest)} of them"
+    )
     if config.get("JobRequeue", "1").strip() == "0":
-        yield warned(
+        yield ClusterCheck(
             "requeue",
+            "warn",
             "the cluster does not requeue by default. Jobs request it; if that is refused, submit again to continue.",
         )
     wait = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
-    yield passed("requeue delay", f"a requeued job waits {wait[1] if wait else 120} s at least")
+    yield ClusterCheck("requeue delay", "pass", f"a requeued job waits {wait[1] if wait else 120} s at least")
     limit = _submit_limit()
     if limit is not None and limit < runs:
         finding = f"your account may have {limit:,} jobs; of {runs:,} runs the rest goes in when you submit again"
-        yield warned("submit limit", finding)
+        yield ClusterCheck("submit limit", "warn", finding)
 
 
 def _submit_limit() -> int | None:
@@ -178,22 +166,22 @@ def _placement(rung: str, slurm: SlurmConfig) -> ClusterCheck:
     try:
         text = run_slurm("scontrol", "-o", "show", "partition")
     except CommandError as error:
-        return failed(name, f"{error}. Try again later.")
-    partitions = {
-        found["PartitionName"]: found for line in text.splitlines() if (found := dict(re.findall(r"(\w+)=(\S*)", line)))
-    }
+        return ClusterCheck(name, "fail", f"{error}. Try again later.")
+    partitions = {fields["PartitionName"]: fields for fields in parse_rows(text)}
     default = next((partition for partition, found in partitions.items() if found.get("Default") == "YES"), None)
     partition = slurm.partition or default
     if partition not in partitions:
         missing = f'there is no partition "{partition}"' if partition else "there is no default partition"
-        return failed(
+        return ClusterCheck(
             name,
+            "fail",
             f"{missing}. Set partition in [placement.slurm] or in {profile_file()}; known: {', '.join(partitions)}.",
         )
     limit = _minutes(partitions[partition].get("MaxTime", "UNLIMITED"))
     if limit is not None and slurm.time_minutes > limit:
-        return failed(
+        return ClusterCheck(
             name,
+            "fail",
             f"time_minutes is {slurm.time_minutes:,}, and partition {partition} allows {limit:,}; the job would never "
             f"start. Set time_minutes = {limit} or less: a longer run continues in the next job.",
         )
@@ -201,16 +189,16 @@ def _placement(rung: str, slurm: SlurmConfig) -> ClusterCheck:
         finding = (
             f"signal_seconds is {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes."
         )
-        return failed(name, finding)
+        return ClusterCheck(name, "fail", finding)
     try:
         run_slurm("sbatch", "--test-only", *_arguments(slurm), "--wrap", "true")
     except CommandError as error:
         message = str(error).removeprefix("sbatch failed: ")
-        return failed(name, f"SLURM would refuse: {message}. Change [placement.slurm].")
+        return ClusterCheck(name, "fail", f"SLURM would refuse: {message}. Change [placement.slurm].")
     if (exceeded := _exceeded_limit(slurm)) is not None:
         finding = f"{exceeded}; the job would never start. Request less in [placement.slurm], or have the limit raised."
-        return failed(name, finding)
-    return passed(name, f"partition {partition} would take it")
+        return ClusterCheck(name, "fail", finding)
+    return ClusterCheck(name, "pass", f"partition {partition} would take it")
 
 
 def _exceeded_limit(slurm: SlurmConfig) -> str | None:
@@ -272,12 +260,12 @@ def _probe(root: Path, rung: str, slurm: SlurmConfig) -> ClusterCheck:
         gpus = answer.read_text()
         if int(gpus) < slurm.gpus_per_node:
             finding = f"torch sees {gpus} GPUs on the node, and {slurm.gpus_per_node} were requested. Check CUDA there."
-            return warned(name, finding)
-        return passed(name, f"the environment imports there; torch sees {gpus} GPUs")
+            return ClusterCheck(name, "warn", finding)
+        return ClusterCheck(name, "pass", f"the environment imports there; torch sees {gpus} GPUs")
     except (CommandError, OSError) as error:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
         finding = f"the job did not write into {root}: {last[0] if last else error}. Is the folder, with its environment, shared?"
-        return failed(name, finding)
+        return ClusterCheck(name, "fail", finding)
     finally:
         answer.unlink(missing_ok=True)
         log.unlink(missing_ok=True)

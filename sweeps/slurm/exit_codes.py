@@ -5,26 +5,13 @@
 
 from __future__ import annotations
 
-DONE = 0
-"""The run finished, or stopped at a checkpoint on request."""
-
-ERROR = 1
-"""An exception ended the training program."""
-
-INVALID_RUN = 2
-"""The run cannot be trained as it is (`UserError`); another attempt would not help."""
-
-NOT_RECORDED = 74
-"""The job's exit could not be recorded, because the disk is full for example; not a fault of the node."""
-
-LEFT_EARLY = 75
-"""The job was asked to stop before training began; nothing is lost, and another attempt may start."""
-
-LEASE_LOST = 76
-"""Another process trains the run, and this one left it alone."""
-
-KILLED = 137
-"""SIGKILL ended the process: 128 + 9."""
+DONE = 0  # the run finished, or stopped at a checkpoint on request
+ERROR = 1  # an exception ended the training program
+INVALID_RUN = 2  # the run cannot be trained as it is (UserError); another attempt would not help
+NOT_RECORDED = 74  # the job's exit could not be recorded, because the disk is full perhaps; not a fault of the node
+LEFT_EARLY = 75  # the job was signalled before training began; nothing is lost, and another attempt may start
+LEASE_LOST = 76  # another process trains the run
+KILLED = 137  # SIGKILL ended the process: 128 + 9
 
 OF_SLURM_STATE = {
     "TIMEOUT": KILLED,

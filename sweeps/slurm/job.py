@@ -23,7 +23,7 @@ from scaling.training.pool import device_slots, note_kill, own_log, side_by_side
 from sweeps.slurm.array_records import CANCELLED, ArrayRecord, note_began, owner_of
 from sweeps.slurm.exit_codes import DONE, ERROR, INVALID_RUN, LEASE_LOST, LEFT_EARLY
 from sweeps.slurm.lease import hold
-from sweeps.slurm.requeue import exit_of, job_of_environment, reason_abandoned
+from sweeps.slurm.requeue import exit_of, reason_abandoned
 from sweeps.slurm.sbatch import code_digest
 
 UNLOCK_SECONDS = 20.0
@@ -64,7 +64,11 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"job {job}, restart {restart}, on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}", flush=True)
     try:
-        _check_code(array)
+        if (found := code_digest()) != array.code:
+            raise UserError(
+                f"the code's digest is {found}, and this run was submitted with {array.code}. "
+                "Cancel its job and submit again, or restore the code."
+            )
         if not leader:
             return _train(directory)
         with hold(directory.path, job=job) as held:
@@ -101,15 +105,6 @@ def _train(directory: RunDirectory) -> int:
         traceback.print_exc()
         return ERROR
     return DONE
-
-
-def _check_code(array: ArrayRecord) -> None:
-    found = code_digest()
-    if found != array.code:
-        raise UserError(
-            f"the code's digest is {found}, and this run was submitted with {array.code}. "
-            "Cancel its job and submit again, or restore the code."
-        )
 
 
 def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:
@@ -168,7 +163,7 @@ def _record_exit(directory: RunDirectory, exit_code: int) -> None:
         note_kill(directory, exit_code)
     if not directory.record_file.exists():
         status = 128 - exit_code if exit_code < 0 else exit_code
-        append_line(directory.attempts_file, exit_of(directory, job_of_environment(), status))
+        append_line(directory.attempts_file, exit_of(directory, status))
 
 
 def _train_member(path: str, *, record_file: str, gpus: dict[str, str]) -> None:

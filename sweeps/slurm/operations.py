@@ -16,7 +16,7 @@ from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.slurm.array_records import CANCELLED
 from sweeps.slurm.client import CommandError, run_slurm
 from sweeps.slurm.queue_state import queue_snapshot
-from sweeps.slurm.requeue import reason_abandoned
+from sweeps.slurm.requeue import is_over, reason_abandoned
 
 FOLLOW_SECONDS = 1.0
 MAX_SCANCEL_IDS = 200
@@ -63,7 +63,11 @@ def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
         (plan.root / "runs" / run / CANCELLED).touch()
     # A run that shares its job with others leaves by its mark; the job ends when all of them are cancelled.
     jobs = sorted(set(active.values()))
-    whole = [job for job in jobs if all(_needs_no_job(plan.root, run) for run in snapshot.runs_of(job))]
+    whole = []
+    for job in jobs:
+        members = [RunDirectory(plan.root / "runs" / run) for run in snapshot.runs_of(job)]
+        if all(is_over(member) or reason_abandoned(member) is not None for member in members):
+            whole.append(job)
     try:
         for start in range(0, len(whole), MAX_SCANCEL_IDS):
             run_slurm("scancel", *whole[start : start + MAX_SCANCEL_IDS])
@@ -72,15 +76,6 @@ def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
             f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
         ) from None
     return jobs
-
-
-def _needs_no_job(root: Path, run: str) -> bool:
-    directory = RunDirectory(root / "runs" / run)
-    return (
-        (directory.path / CANCELLED).exists()
-        or directory.record_file.exists()
-        or reason_abandoned(directory) is not None
-    )
 
 
 def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -35,39 +35,17 @@ EXITS_PER_KILL = 5
 before it can take a step wastes an allocation as surely as one that is killed."""
 
 
-class Job(NamedTuple):
-    """A job that has ended its work."""
-
-    id: str
-    """``<array job>_<index>``."""
-    restart: int
-    node: str | None
-    """None if it had several: it is not known which of them failed."""
-    processes: int = 1
-    """Processes of its run."""
-
-
-def job_of_environment() -> Job:
-    """The job that this process belongs to."""
-    return Job(
-        id=f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
-        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        node=os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
-        processes=int(os.environ.get("SLURM_NTASKS", "1")),
-    )
-
-
 def main(record_file: str, status: int, max_kills: int) -> int:
     """Record the exits of the job's runs and requeue the job if one of them can continue; the job's exit status."""
     file = Path(record_file)
     array, root = read_json(file, ArrayRecord), file.parent.parent
-    job = job_of_environment()
+    job = _job_of_environment()["job"]
     requeue, recorded, reasons, avoided = False, True, [], set[str]()
     bad_before = bad_nodes.excluded_nodes(root)
     for run in array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"])):
         directory = RunDirectory(root / "runs" / run)
         try:
-            found = _record_exit_of(directory, job, status, max_kills)
+            found = _record_exit_of(directory, status, max_kills)
         except (OSError, UserError) as error:  # a run whose exit cannot be recorded must not restart again and again
             recorded = False
             text = f"{directory.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -79,18 +57,18 @@ def main(record_file: str, status: int, max_kills: int) -> int:
             reasons.append(str(found.reason))
         else:
             requeue = True
-        if job.node is not None and failed_at_start(directory, found):
-            avoided.add(job.node)
-            failure = NodeFailure(node=job.node, run=run, job=job.id, restart=job.restart, time=time.time())
+        if found.node is not None and failed_at_start(directory, found):
+            avoided.add(found.node)
+            failure = NodeFailure(node=found.node, run=run, job=job, restart=found.restart, time=found.time)
             bad_nodes.note_failures(root, [failure])
     bad = bad_nodes.excluded_nodes(root)
     for reason in reasons:
         with contextlib.suppress(OSError):  # the job's log may be on the same full disk, and a buffer would fail again
             os.write(2, f"{reason}\n".encode())
-    requeue_status = _requeue(job.id) if requeue else exit_codes.DONE
+    requeue_status = _requeue(job) if requeue else exit_codes.DONE
     # The job itself is pending from here on, like the others that must avoid the node.
     if requeue and avoided:
-        bad_nodes.exclude_from_pending([job.id], sorted(avoided | set(bad)))
+        bad_nodes.exclude_from_pending([job], sorted(avoided | set(bad)))
     if set(bad) - set(bad_before):
         others = [other.job for other in array_records.all_arrays(root) if other.job is not None]
         bad_nodes.exclude_from_pending(others, bad)
@@ -116,33 +94,40 @@ def reason_abandoned(directory: RunDirectory) -> str | None:
     return last[0].reason if last and last[0].outcome == "failed" else None
 
 
-def exit_of(directory: RunDirectory, job: Job, status: int, *, slurm_state: str | None = None) -> Attempt:
-    """The exit of a run's processes from a job, to be appended to the run's history."""
+def exit_of(directory: RunDirectory, status: int, **fields: Any) -> Attempt:
+    """The exit of a run's processes from this process's job, or from the one that the fields name; not recorded yet."""
     return Attempt(
         event="exit", time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=checkpoint_step(directory),
-        job=job.id, restart=job.restart, node=job.node, exit_status=status, slurm_state=slurm_state,
+        exit_status=status, **(fields or _job_of_environment()),
     )  # fmt: skip
 
 
-def _is_over(directory: RunDirectory) -> bool:
+def _job_of_environment() -> dict[str, Any]:
+    """Fields of an exit from the job that this process belongs to; no node if it has several, of which any may be bad."""
+    return {
+        "job": f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "node": os.environ.get("SLURMD_NODENAME") if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1" else None,
+    }
+
+
+def is_over(directory: RunDirectory) -> bool:
     """Whether the run needs no further job: it is done, or a person cancelled it."""
     return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
 
 
-def _record_exit_of(directory: RunDirectory, job: Job, status: int, max_kills: int) -> Attempt | None:
+def _record_exit_of(directory: RunDirectory, status: int, max_kills: int) -> Attempt | None:
     """The run's exit from the job, recorded; None if the run had no part in this attempt of it, or needs no other."""
-    if _is_over(directory):
+    if is_over(directory):
         return None
-    before = exits(directory)
-    if before and (before[-1].job, before[-1].restart) == (job.id, job.restart):
+    before, found = exits(directory), exit_of(directory, status)
+    if before and (before[-1].job, before[-1].restart) == (found.job, found.restart):
         *before, found = before  # a job of several runs has recorded each exit itself
     elif before and before[-1].outcome == "failed":
         return None
-    else:
-        found = exit_of(directory, job, status)
     if found.exit_status == exit_codes.LEASE_LOST:
         return None
-    return _conclude(directory, before, found, job, max_kills)
+    return _conclude(directory, before, found, max_kills, processes=int(os.environ.get("SLURM_NTASKS", "1")))
 
 
 def record_slurm_exit(directory: RunDirectory, job: str, state: str, max_kills: int) -> None:
@@ -154,19 +139,21 @@ def record_slurm_exit(directory: RunDirectory, job: str, state: str, max_kills: 
         state: SLURM's state of the job, one of `exit_codes.OF_SLURM_STATE`.
         max_kills: As in the run's placement.
     """
-    if _is_over(directory) or directory.is_locked():
+    if is_over(directory) or directory.is_locked():
         return
     before = exits(directory)
     if before and before[-1].job == job and _starts_until(directory, before[-1]) == _starts_until(directory, None):
         return  # recorded already
-    ended = Job(id=job, restart=sum(line.job == job for line in before), node=None)
-    found = exit_of(directory, ended, exit_codes.OF_SLURM_STATE[state], slurm_state=state)
-    _conclude(directory, before, found, ended, max_kills)
+    restart = sum(line.job == job for line in before)
+    found = exit_of(directory, exit_codes.OF_SLURM_STATE[state], job=job, restart=restart, slurm_state=state)
+    _conclude(directory, before, found, max_kills)
 
 
-def _conclude(directory: RunDirectory, before: list[Attempt], found: Attempt, job: Job, max_kills: int) -> Attempt:
+def _conclude(
+    directory: RunDirectory, before: list[Attempt], found: Attempt, max_kills: int, *, processes: int = 1
+) -> Attempt:
     """Decide after an exit, which followed others, whether the run is abandoned, and record it."""
-    reason = _reason_to_abandon(directory, before, found, max_kills, processes=job.processes)
+    reason = _reason_to_abandon(directory, before, found, max_kills, processes=processes)
     if reason is not None:
         found = msgspec.structs.replace(found, outcome="failed", reason=reason)
     if found not in directory.history():
@@ -174,12 +161,12 @@ def _conclude(directory: RunDirectory, before: list[Attempt], found: Attempt, jo
     row, attempts = directory.last_row(), directory.attempts()
     step = row.step if row else found.step
     if reason is not None and directory.state() != "failed":
-        directory.note("end", step=step, outcome="failed", reason=reason, job=job.id)
+        directory.note("end", step=step, outcome="failed", reason=reason, job=found.job)
     elif reason is None and attempts and attempts[-1].event == "start":  # the process had no time to record its end
         cause = f"its processes ended with status {found.exit_status}"
         if found.slurm_state is not None:
             cause = f"SLURM ended its job as {found.slurm_state}"
-        directory.note("end", step=step, outcome="preempted", reason=cause, job=job.id)
+        directory.note("end", step=step, outcome="preempted", reason=cause, job=found.job)
     return found
 
 

@@ -30,7 +30,7 @@ from scaling.errors import UserError
 from scaling.io import temporary_name, write_json
 from scaling.run.provenance import describe_code
 from sweeps.slurm import array_records
-from sweeps.slurm.client import clean_environment
+from sweeps.slurm.client import CommandError, clean_environment
 from sweeps.slurm.exit_codes import NOT_RECORDED
 
 if TYPE_CHECKING:
@@ -74,17 +74,13 @@ def sbatch_options(slurm: SlurmConfig) -> dict[str, str | int | bool]:
     return {option: value for option, value in values.items() if value} | further
 
 
-class SubmissionError(Exception):
-    """sbatch is missing, refused, or gave no job id; the message is its output."""
-
-
 def launch(file: Path, script: str) -> str:
     """Submit a batch script, which is kept in `file`; the job id of its array.
 
     A queue that is full is reported at once: a smaller array may have room.
 
     Raises:
-        SubmissionError: There is no job id. SLURM can have taken the job all the same.
+        CommandError: There is no job id. SLURM can have taken the job all the same.
     """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     file.write_text(script)
@@ -94,7 +90,7 @@ def launch(file: Path, script: str) -> str:
             stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError:
-        raise SubmissionError("there is no command sbatch on this machine") from None
+        raise CommandError("there is no command sbatch on this machine") from None
     errors, is_full = [], False
     with process:
         assert process.stdout is not None
@@ -109,7 +105,7 @@ def launch(file: Path, script: str) -> str:
     ids = re.findall(r"^Submitted batch job (\d+)", printed, re.MULTILINE)
     if process.returncode or not ids:
         output = " ".join(word for line in errors for word in line.split()) or f"sbatch printed {printed.strip()!r}"
-        raise SubmissionError(output[:500])
+        raise CommandError(output[:500])
     return str(ids[-1])
 
 
@@ -123,16 +119,10 @@ def batch_script(
     after: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> str:
-    """The script of an array; every value is checked or quoted.
+    """The script of an array of so many tasks; every value is checked or quoted.
 
-    Args:
-        plan: The runs' plan.
-        slurm: Request of the jobs.
-        token: Token of the array's record, which the jobs read.
-        tasks: Tasks of the array.
-        code: Folder that the jobs import from; the snapshot of the present code by default.
-        after: Jobs that have to succeed before these start.
-        exclude: Nodes to exclude, besides those that the placement does.
+    Jobs read the record of that token and import from `code`, by default the snapshot of the present code. They start
+    after the jobs `after` have succeeded, on other nodes than `exclude` and those that the placement excludes.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 

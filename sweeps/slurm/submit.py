@@ -16,6 +16,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,23 +26,21 @@ from scaling.errors import UserError
 from sweeps.config.placement import SlurmConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.planning.retry import Retry, forget_divergence, retries
-from sweeps.slurm import array_records, bad_nodes, exit_codes, requeue
-from sweeps.slurm.client import CommandError, find_job, max_array_size
+from sweeps.slurm import array_records, bad_nodes, exit_codes, requeue, sbatch
+from sweeps.slurm.array_records import ArrayRecord
+from sweeps.slurm.client import CommandError, configuration, max_array_size
 from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
-from sweeps.slurm.sbatch import (
-    QUEUE_IS_FULL,
-    SubmissionError,
-    batch_script,
-    code_digest,
-    code_root,
-    exposed,
-    job_placement,
-    launch,
-    take_snapshot,
-)
 from sweeps.slurm.select_runs import JobGroup, Submission, classify_runs
 
-LIMIT_MESSAGES = ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
+LIMIT_MESSAGES = (
+    "SubmitLimit",
+    "MaxSubmit",
+    "job limit",
+    "max jobs",
+    "MaxJobCount",
+    "array index",
+    *sbatch.QUEUE_IS_FULL,
+)
 """Parts of sbatch's message when SLURM takes no more jobs; a smaller array may have room."""
 
 
@@ -71,9 +70,12 @@ def submit_slurm(
         submission = classify_runs(plan, queue_snapshot(plan.root), retry=retry, order=order)
         _check_cost(submission, max_gpu_hours)
         return submission
-    limit = max_array_size()
+    try:
+        limit = max_array_size(configuration())
+    except CommandError as error:
+        raise UserError(f"SLURM was not reached: {error}. Submit from a login node, or use --executor local.") from None
     plan = with_data(plan)
-    with _disk_errors(plan.root), _private(plan.root), _one_submitter(plan.root):
+    with _exclusive(plan.root):
         plan.write()
         array_records.reconcile(plan.root)
         queue = queue_snapshot(plan.root)
@@ -85,8 +87,8 @@ def submit_slurm(
         _check_cost(submission, max_gpu_hours)
         if submission.missing:
             arrays = _Arrays(
-                submission,
-                code=take_snapshot(plan.root / "code") if snapshot else code_root(),
+                submission=submission,
+                code=sbatch.take_snapshot(plan.root / "code") if snapshot else sbatch.code_root(),
                 owners={run: location.array.token for run, location in queue.locations.items()},
                 retry=retry,
                 exclude=bad_nodes.excluded_nodes(plan.root),
@@ -137,61 +139,46 @@ def _check_cost(submission: Submission, limit: float | None) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """Turn a full disk into a `UserError`: jobs that SLURM has taken by then are on record, the rest goes in later."""
+def _exclusive(root: Path) -> Iterator[None]:
+    """One submitter at a time, whose files are private because jobs execute them; a full disk is a `UserError`."""
+    if (exposed := sbatch.exposed(root)) is not None:
+        raise UserError(
+            f"{exposed}: other users may write this folder, and could replace the code that your jobs execute under {root}. "
+            f"Run: chmod go-w {shlex.quote(str(exposed))}; if it belongs to another user, choose another --root."
+        )
+    before = os.umask(0o077)
     try:
-        yield
+        for folder in ("runs", array_records.FOLDER):
+            (root / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (root / array_records.FOLDER / ".lock").open("a") as lock:
+            # Some shared file systems have no locks. Claims alone then separate two submitters.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{root}: {error.strerror}. Make room and submit again; submitted runs are not submitted twice."
         ) from None
-
-
-@contextlib.contextmanager
-def _private(root: Path) -> Iterator[None]:
-    """Create files for the user alone, because jobs execute them; refuse a root that others can write."""
-    if (folder := exposed(root)) is not None:
-        raise UserError(
-            f"{folder}: other users may write this folder, and could replace the code that your jobs execute under {root}. "
-            f"Run: chmod go-w {shlex.quote(str(folder))}; if it belongs to another user, choose another --root."
-        )
-    before = os.umask(0o077)
-    try:
-        yield
     finally:
         os.umask(before)
 
 
-@contextlib.contextmanager
-def _one_submitter(root: Path) -> Iterator[None]:
-    folder = root / array_records.FOLDER
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (root / "runs").mkdir(exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        # Some shared file systems have no locks. Claims alone then separate two submitters.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
+@dataclass(kw_only=True)
 class _Arrays:
     """Submits the arrays of one submission, and enters the results into it."""
 
-    def __init__(
-        self, submission: Submission, *, code: Path, owners: dict[str, str], retry: Retry, exclude: list[str]
-    ) -> None:
-        self.submission = submission
-        self.plan = submission.plan
-        self.code = code
-        self.digest = code_digest(code)
-        self.owners = owners
-        self.retry = retry
-        self.exclude = exclude
+    submission: Submission
+    code: Path
+    owners: dict[str, str]
+    """Tokens of the arrays whose jobs for a run have ended, by run id."""
+    retry: Retry
+    exclude: list[str]
+
+    def __post_init__(self) -> None:
+        self.plan = self.submission.plan
+        self.digest = sbatch.code_digest(self.code)
 
     def submit(self, group: JobGroup, runs: list[PlannedRun], *, after: list[str]) -> None:
         """Submit one array, or halves of it if SLURM has no room for the whole."""
@@ -199,15 +186,11 @@ class _Arrays:
         ids = [run.id for run in runs]
         seed = f"{os.uname().nodename} {os.getpid()} {time.time_ns()} {' '.join(ids)}"
         token = hashlib.sha256(seed.encode()).hexdigest()[:12]
-        array = array_records.new_array(
-            plan.root,
-            token=token,
-            campaign=plan.campaign.name,
-            runs=ids,
-            code=self.digest,
-            per_task=group.per_task,
-            after=after,
+        name = array_records.job_name(plan.campaign.name, token)
+        array = ArrayRecord(
+            token=token, name=name, runs=tuple(ids), code=self.digest, per_task=group.per_task, after=tuple(after)
         )
+        array_records.save(plan.root, array)
         present = {path.name for path in (plan.root / "runs").iterdir()}
         mine = [run for run in runs if self._own(run, group.slurm, token=token, present=present)]
         owned = [run.id for run in mine]
@@ -217,34 +200,36 @@ class _Arrays:
         if not mine:
             array_records.drop(plan.root, array)
             return
-        script = batch_script(
+        script = sbatch.batch_script(
             plan, group.slurm, token=token, tasks=array.tasks, code=self.code, after=after, exclude=self.exclude
         )
         try:
-            job = launch(plan.root / array_records.FOLDER / "slurm" / f"{token}.sh", script)
-        except SubmissionError as error:
-            message = str(error)
-            adopted = _job_after_error(array.name)
+            job = sbatch.launch(plan.root / array_records.FOLDER / "slurm" / f"{token}.sh", script)
+            array_records.save(plan.root, msgspec.structs.replace(array, job=job))
+        except CommandError as error:
+            adopted = array_records.adopt(plan.root, array)  # a lost answer is not an error
             if adopted is None:
                 array_records.drop(plan.root, array)
-                if _has_no_room(message) and array.tasks > 1:
+                has_no_room = any(part in str(error) for part in LIMIT_MESSAGES)
+                if has_no_room and array.tasks > 1:
                     half = array.tasks // 2 * group.per_task
                     for part in (mine[:half], mine[half:]):
                         self.submit(group, part, after=after)
                     return
+                note = f"SLURM refused: {error}. See scaling doctor; the same command tries again."
+                if has_no_room:
+                    note = f"SLURM takes no more jobs now ({error}); the same command submits the rest later."
                 submission.rejected += owned
-                if (note := _rejection_note(message)) not in submission.notes:
-                    submission.notes.append(note)
+                submission.notes += [] if note in submission.notes else [note]
                 return
             job = adopted
-        array_records.with_job(plan.root, array, job)
         submission.jobs.append(job)
         submission.queued += owned
 
     def _own(self, run: PlannedRun, slurm: SlurmConfig, *, token: str, present: set[str]) -> bool:
         """Claim a run for the array and make its directory ready; whether the array now owns it."""
         plan = self.plan
-        placement = job_placement(plan, run, slurm)
+        placement = sbatch.job_placement(plan, run, slurm)
         if run.id not in present and array_records.create_and_claim(plan.root, run.id, token, run.spec, placement):
             return True
         if not array_records.claim(plan.root, run.id, token, instead_of=self.owners.get(run.id)):
@@ -260,28 +245,3 @@ class _Arrays:
                 if requeue.exits(directory):
                     directory.note("retry", step=requeue.checkpoint_step(directory))
         return True
-
-
-def _job_after_error(name: str) -> str | None:
-    """The job that SLURM took although sbatch failed: a lost answer is not an error. None if it took none.
-
-    Raises:
-        UserError: SLURM was not reached.
-    """
-    try:
-        return find_job(name)
-    except CommandError as error:
-        raise UserError(
-            f"sbatch failed, and it is not known whether SLURM took the job {name}: {error}. "
-            "Submit again when SLURM answers; nothing will be submitted twice."
-        ) from None
-
-
-def _has_no_room(message: str) -> bool:
-    return any(part in message for part in LIMIT_MESSAGES)
-
-
-def _rejection_note(message: str) -> str:
-    if _has_no_room(message):
-        return f"SLURM takes no more jobs now ({message}); the same command submits the rest later."
-    return f"SLURM refused: {message}. See scaling doctor; the same command tries again."

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from scaling.run.directory import RunDirectory
 from sweeps.slurm import array_records
+from sweeps.slurm.array_records import ArrayRecord
 
 
 def test_a_claim_moves_from_its_owner_or_a_dropped_array(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "runs" / "r").path.mkdir(parents=True)
-    first = array_records.new_array(tmp_path, token="first", campaign="n", runs=["r"], code="c")
-    array_records.new_array(tmp_path, token="third", campaign="n", runs=["r"], code="c")
+    first, _ = (
+        array_records.save(tmp_path, ArrayRecord(token=token, name="n", runs=("r",), code="c"))
+        for token in ("first", "third")
+    )
     assert array_records.claim(tmp_path, "r", "first")
     assert not array_records.claim(tmp_path, "r", "second")
     assert not array_records.claim(tmp_path, "r", "second", instead_of="another")

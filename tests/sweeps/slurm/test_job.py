@@ -10,12 +10,14 @@ import pytest
 
 from sweeps.planning.plan import CampaignPlan
 from sweeps.slurm import array_records, exit_codes
+from sweeps.slurm.array_records import ArrayRecord
 
 
 def test_changed_code_is_not_run(ready: CampaignPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ready.runs[0]
     ready.directory(run).create(run.spec, run.placement)
-    array = array_records.new_array(ready.root, token="0" * 12, campaign="tiny", runs=[run.id], code="another code")
+    array = ArrayRecord(token="0" * 12, name="tiny-0", runs=(run.id,), code="another code")
+    array_records.save(ready.root, array)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "1"}
     command = [sys.executable, "-m", "sweeps.slurm.job", str(array_records.path_of(ready.root, array.token))]
     done = subprocess.run(command, env=environment, check=False)

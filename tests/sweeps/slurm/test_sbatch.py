@@ -18,7 +18,8 @@ from sweeps.config.campaign import load_campaign
 from sweeps.config.placement import SlurmConfig
 from sweeps.planning.plan import plan
 from sweeps.slurm import exit_codes
-from sweeps.slurm.sbatch import SubmissionError, batch_script, code_digest, launch, take_snapshot
+from sweeps.slurm.client import CommandError
+from sweeps.slurm.sbatch import batch_script, code_digest, launch, take_snapshot
 from sweeps.slurm.submit import submit_slurm
 
 HOSTILE = [
@@ -141,7 +142,7 @@ def test_a_changed_snapshot_starts_nothing(
 def test_the_job_id_is_read_from_sbatchs_own_line(commands: Any, tmp_path: Path, printed: str, job: str | None) -> None:
     commands(sbatch=f"printf '{printed}\n'")
     if job is None:
-        with pytest.raises(SubmissionError, match="thanks for job 41"):
+        with pytest.raises(CommandError, match="thanks for job 41"):
             launch(tmp_path / "script", "")
     else:
         assert launch(tmp_path / "script", "") == job
