@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.fitting.laws import Law, LossSurface
+from analysis.fitting.laws import Law
 from analysis.ratio.formatting import compute_unit, interval_text, ratio_text
 from analysis.ratio.study import Study
 from analysis.reporting.terminal import point_cells, point_header
@@ -74,10 +74,7 @@ def tables(study: Study) -> list[Table]:
 
 
 def _law(law: Law) -> Formula:
-    if isinstance(law, LossSurface):
-        return Formula(f"${law.E:.4g} + {law.A:.5g}\\,N^{{-{law.alpha:.4f}}} + {law.B:.5g}\\,D^{{-{law.beta:.4f}}}$")
-    power = f"{law.scale:.5g}\\,C^{{-{law.exponent:.5f}}}"
-    return Formula(f"${law.floor:.4g} + {power}$" if law.floor else f"${power}$")
+    return Formula(f"${law.math()}$")
 
 
 def markdown(study: Study) -> str:
