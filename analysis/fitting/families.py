@@ -1,25 +1,27 @@
-"""Laws over several arms at once, from one multiplier for everything to nothing in common.
+"""Law families: one form fitted to several arms at once, with some parameters shared, from one multiplier to none.
 
 Separate laws for each optimizer are ill-conditioned (Volkova et al. 2026, arXiv:2602.07712): floor and exponents trade
-against each other, and where two frontiers cross far outside the data is noise. The floor belongs to data, tokenizer
-and evaluation set, so arms share it first, exponents second.
+against each other, and the point where two frontiers cross far outside the data is noise. The floor is a property of data,
+tokenizer and evaluation set, so arms share it first, exponents second.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from analysis.data.cells import Array, Cells, Rows
-from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, Objective, form_named, solve, some_of
+from analysis.fitting.fit import Minimum, sample_rows, solve
+from analysis.fitting.laws import LAWS
+from analysis.fitting.objective import Objective
 from analysis.fitting.parameterization import Sharing
 from analysis.fitting.solver import minimise, predict
 from scaling.io import Strict
-from scaling.units import FLOPS_PER_PFLOPS_DAY
+from scaling.registry import Registry
 
 MAX_LEFT_OUT_WORK = 200_000
-"""Rows times rungs on which the error at rungs left out is measured; of larger tables some rows at random."""
+"""Rows times rungs for which the error at rungs left out is measured on all rows; larger tables are sampled."""
 
 
 class LawFamily(NamedTuple):
@@ -29,57 +31,71 @@ class LawFamily(NamedTuple):
     form: str
     """Row of ``analysis.fitting.laws.LAWS``."""
     sharing: Sharing
-    design: str
-    """``ladder`` for laws of compute, ``grid`` for surfaces over parameters and tokens."""
+
+    @property
+    def design(self) -> Literal["ladder", "grid"]:
+        """The runs that the family needs, as its form does."""
+        return LAWS.row(self.form).design
 
     @property
     def objective(self) -> Objective:
-        """What the family minimises unless told otherwise."""
-        return HUBER if self.form == "surface" else LEAST_SQUARES
+        """The objective of its form."""
+        return LAWS.row(self.form).objective
 
     @property
     def has_floor(self) -> bool:
-        """Whether a constant term is fitted."""
-        return () in form_named(self.form).terms
+        """True if a constant term is fitted."""
+        return LAWS.row(self.form).has_floor
+
+    @property
+    def separate_floors(self) -> bool:
+        """True if each arm has a floor of its own."""
+        return self.has_floor and not self.sharing.constants[LAWS.row(self.form).terms.index(())]
+
+    @property
+    def has_factors(self) -> bool:
+        """True if arms differ by factors of parameters and of tokens: one term each, with shared exponents."""
+        return {("params",), ("tokens",)} <= set(LAWS.row(self.form).terms) and all(self.sharing.exponents)
 
     def size(self, arms: int) -> int:
-        """Number of free parameters over so many arms."""
+        """Number of free parameters over this number of arms."""
         shared = [*self.sharing.constants, *self.sharing.exponents]
         return sum(1 if common else arms for common in shared)
 
 
-LAW_FAMILIES: dict[str, LawFamily] = {
-    "lines": LawFamily("a_arm C^-b_arm", "power", Sharing((False,), (False,)), "ladder"),
-    "parallel-lines": LawFamily("a_arm C^-b", "power", Sharing((False,), (True,)), "ladder"),
-    "shared-floor": LawFamily("E + a_arm C^-b_arm", "power-floor", Sharing((True, False), (False,)), "ladder"),
-    "one-multiplier": LawFamily("E + a_arm C^-b", "power-floor", Sharing((True, False), (True,)), "ladder"),
-    "separate-floors": LawFamily("E_arm + a_arm C^-b_arm", "power-floor", Sharing((False, False), (False,)), "ladder"),
-    "factors": LawFamily(
-        "E + A (f_arm N)^-alpha + B (g_arm D)^-beta",
-        "surface",
-        Sharing((True, False, False), (True, True)),
-        "grid",
-    ),
-    "token-factor": LawFamily(
-        "E + A N^-alpha + B (g_arm D)^-beta", "surface", Sharing((True, True, False), (True, True)), "grid"
-    ),
-    "shared-floor-surfaces": LawFamily(
-        "E + A_arm N^-alpha_arm + B_arm D^-beta_arm",
-        "surface",
-        Sharing((True, False, False), (False, False)),
-        "grid",
-    ),
-    "separate-surfaces": LawFamily(
-        "E_arm + A_arm N^-alpha_arm + B_arm D^-beta_arm",
-        "surface",
-        Sharing((False, False, False), (False, False)),
-        "grid",
-    ),
-}
-"""Ways for arms to share a law, by the name that results carry."""
+LAW_FAMILIES: Registry[LawFamily] = Registry(
+    "law family",
+    "law_families",
+    {
+        "lines": LawFamily("a_arm C^-b_arm", "power", Sharing((False,), (False,))),
+        "parallel-lines": LawFamily("a_arm C^-b", "power", Sharing((False,), (True,))),
+        "shared-floor": LawFamily("E + a_arm C^-b_arm", "power-floor", Sharing((True, False), (False,))),
+        "one-multiplier": LawFamily("E + a_arm C^-b", "power-floor", Sharing((True, False), (True,))),
+        "separate-floors": LawFamily("E_arm + a_arm C^-b_arm", "power-floor", Sharing((False, False), (False,))),
+        "factors": LawFamily(
+            "E + A (f_arm N)^-alpha + B (g_arm D)^-beta",
+            "surface",
+            Sharing((True, False, False), (True, True)),
+        ),
+        "token-factor": LawFamily(
+            "E + A N^-alpha + B (g_arm D)^-beta", "surface", Sharing((True, True, False), (True, True))
+        ),
+        "shared-floor-surfaces": LawFamily(
+            "E + A_arm N^-alpha_arm + B_arm D^-beta_arm",
+            "surface",
+            Sharing((True, False, False), (False, False)),
+        ),
+        "separate-surfaces": LawFamily(
+            "E_arm + A_arm N^-alpha_arm + B_arm D^-beta_arm",
+            "surface",
+            Sharing((False, False, False), (False, False)),
+        ),
+    },
+)
+"""Law families by the name in results, for each design the simplest first."""
 
 
-class Worth(Strict, frozen=True):
+class Factor(Strict, frozen=True):
     """A factor with its 95 % interval over resamples."""
 
     value: float
@@ -88,45 +104,44 @@ class Worth(Strict, frozen=True):
 
 
 class Factors(Strict, frozen=True):
-    """What an arm's parameters and tokens are worth under shared exponents, relative to the first arm's."""
+    """Efficiency of an arm's parameters and tokens relative to the first arm, under shared exponents."""
 
     arm: str
-    params: Worth
-    """One parameter of this arm counts as so many of the first arm's."""
-    tokens: Worth
-    """One token of this arm counts as so many of the first arm's."""
+    params: Factor
+    """Parameters of the first arm that one parameter of this arm replaces."""
+    tokens: Factor
+    """Tokens of the first arm that one token of this arm replaces."""
 
 
-def fit_family(family: LawFamily, rows: Rows, arms: int, *, best_of: int | None = None) -> Fitted:
+def fit_family(family: LawFamily, rows: Rows, arms: int, *, best_of: int | None = None) -> Minimum:
     """The family's global minimum over the rows of `arms` arms."""
-    return solve(form_named(family.form), rows, family.objective, arms=arms, sharing=family.sharing, best_of=best_of)
+    return solve(LAWS.row(family.form), rows, family.objective, arms=arms, sharing=family.sharing, best_of=best_of)
 
 
-def frontiers(fitted: Fitted, theta: Array, arm: int) -> tuple[Array, Array, Array]:
-    """Log scale (PFLOP/s-days), exponent and floor of an arm's law of compute, one for each vector of parameters.
+def frontiers(fitted: Minimum, theta: Array, arm: int) -> tuple[Array, Array, Array]:
+    """Law of compute ``floor + exp(log_scale) * C^-exponent`` of an arm for each vector of parameters.
 
-    NaN where there is no such law: an exponent that is not positive.
+    Args:
+        fitted: The family.
+        theta: Shape ``(parameters,)`` or ``(draws, parameters)``.
+        arm: Number of the arm.
+
+    Returns:
+        Log scale (C in PFLOP/s-days), exponent and floor, each of shape ``(draws,)``. Log scale and exponent are NaN
+        where an exponent of the law is not positive.
     """
-    constants, exponents = fitted.design.parameters(np.atleast_2d(theta), arm)
-    days = np.log(FLOPS_PER_PFLOPS_DAY)
+    constants, exponents = fitted.layout.parameters(np.atleast_2d(theta), arm)
     with np.errstate(all="ignore"):
-        if exponents.shape[1] == 1:
-            floor = constants[:, 0] if constants.shape[1] == 2 else np.zeros(len(constants))
-            power = exponents[:, 0]
-            log_scale = np.log(constants[:, -1]) - power * days
-        else:
-            # The best split of C = 6 N D under E + A N^-alpha + B D^-beta is a power law of C with floor E.
-            floor, alpha, beta = constants[:, 0], exponents[:, 0], exponents[:, 1]
-            power = alpha * beta / (alpha + beta)
-            lean = (np.log(alpha * constants[:, 1]) - np.log(beta * constants[:, 2])) / (alpha + beta)
-            shortage = np.logaddexp(np.log(constants[:, 1]) - alpha * lean, np.log(constants[:, 2]) + beta * lean)
-            log_scale = shortage - power * (days - np.log(6.0))
-        bad = (exponents <= 0.0).any(axis=1)
-        return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
+        log_scale, power, floor = fitted.layout.form.frontier(constants, exponents, fitted.layout.ladders[arm])
+    bad = (exponents <= 0.0).any(axis=1)
+    return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
 
 
-def ratio_of(fitted: Fitted, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
-    """Log match ratio of two arms at each loss; NaN where undefined.
+def ratio_of(fitted: Minimum, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
+    """Log match ratio ``ln C_challenger(L) - ln C_baseline(L)`` at each loss; NaN where a law does not reach it.
+
+    The compute at a loss solves ``L = floor + exp(log_scale) * C^-exponent``, so
+    ``ln C = (log_scale - ln(L - floor)) / exponent``.
 
     Args:
         fitted: The family.
@@ -138,7 +153,7 @@ def ratio_of(fitted: Fitted, theta: Array, losses: Array, baseline: int = 0, cha
     Returns:
         Shape ``(losses,)`` or ``(draws, losses)``.
     """
-    logs = []
+    logs = []  # ln C of each arm, shape (draws, losses)
     for arm in (challenger, baseline):
         log_scale, power, floor = frontiers(fitted, theta, arm)
         above = losses - floor[:, None]
@@ -147,7 +162,7 @@ def ratio_of(fitted: Fitted, theta: Array, losses: Array, baseline: int = 0, cha
     return (logs[0] - logs[1]).reshape(*theta.shape[:-1], len(losses))
 
 
-def log_loss_of(fitted: Fitted, theta: Array, compute: Array, arm: int) -> Array:
+def log_loss_of(fitted: Minimum, theta: Array, compute: Array, arm: int) -> Array:
     """Log loss of an arm's law at each compute in PFLOP/s-days, shaped as in `ratio_of`."""
     log_scale, power, floor = frontiers(fitted, theta, arm)
     with np.errstate(all="ignore"):
@@ -155,8 +170,10 @@ def log_loss_of(fitted: Fitted, theta: Array, compute: Array, arm: int) -> Array
     return values.reshape(*theta.shape[:-1], len(compute))
 
 
-def factors(fitted: Fitted, draws: Array, arm: int, name: str) -> Factors:
-    """The worth of one parameter and of one token of an arm, relative to the first arm's, under shared exponents.
+def factors(fitted: Minimum, draws: Array, arm: int, name: str) -> Factors:
+    """Factors of one parameter and of one token of an arm relative to the first arm, under shared exponents.
+
+    The terms are ``A_arm N^-alpha`` with one alpha: ``A_arm N^-alpha = A_0 (f N)^-alpha`` for ``f = (A_0 / A_arm)^(1/alpha)``.
 
     Args:
         fitted: A family over surfaces that shares its exponents.
@@ -164,30 +181,33 @@ def factors(fitted: Fitted, draws: Array, arm: int, name: str) -> Factors:
         arm: Number of the arm.
         name: Its name.
     """
-    plan = fitted.design
-    found = []
-    for term, column in ((1, "params"), (2, "tokens")):
-        places = [plan.position(term, who, None) for who in (0, arm)], plan.position(term, 0, column)
+    layout, terms = fitted.layout, fitted.layout.form.terms
 
-        def worth(theta: Array, places: tuple[list[int], int] = places) -> Array:
-            (first, own), exponent = places
+    def factor(column: str) -> Factor:
+        term = terms.index((column,))
+        first, own = (layout.position(term, number, None) for number in (0, arm))
+        exponent = layout.position(term, 0, column)
+
+        def values(theta: Array) -> Array:
             with np.errstate(all="ignore"):
                 return np.asarray(np.exp((theta[..., first] - theta[..., own]) / theta[..., exponent]))
 
-        low, high = np.nanquantile(worth(draws), [0.025, 0.975])
-        found.append(Worth(value=float(worth(fitted.theta)), low=float(low), high=float(high)))
-    return Factors(arm=name, params=found[0], tokens=found[1])
+        low, high = np.nanquantile(values(draws), [0.025, 0.975])
+        return Factor(value=float(values(fitted.theta)), low=float(low), high=float(high))
+
+    return Factors(arm=name, params=factor("params"), tokens=factor("tokens"))
 
 
-def left_out_error(family: LawFamily, cells: Cells, fitted: Fitted) -> float | None:
-    """Root mean square of the log errors at rungs that the fit has not seen, each rung left out in turn.
+def left_out_error(family: LawFamily, cells: Cells, fitted: Minimum) -> float | None:
+    """Root mean square of the log errors at rungs left out of the fit, one rung at a time.
 
     None where a rung cannot be left out: too few runs would remain.
     """
     rungs = np.unique(cells.rung)
-    which = some_of(len(cells.rung), MAX_LEFT_OUT_WORK // len(rungs))
+    which = sample_rows(len(cells.rung), MAX_LEFT_OUT_WORK // len(rungs))
     loss, arm_of, rung_of = cells.rows.loss[which], cells.rows.arm[which], cells.rung[which]
     problem = fitted.problem._replace(z=fitted.problem.z[which], loss=loss)
+    # One refit a rung, all side by side; a row of weights is zero on its own rung: (rungs, rows).
     weights = (rung_of != rungs[:, None]).astype(np.float64)
     arms = len(cells.arms)
     for arm in range(arms):

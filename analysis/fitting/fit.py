@@ -1,69 +1,46 @@
-"""A law fitted to runs: the value, what it was fitted to, and a certificate that it is the minimum.
+"""Fits of a law to runs: many starts, the minimum, its certificate, and its status.
 
-Peers report success on answers that are not minima (the residual error of default tolerances, one start, a mean in
-place of a sum). A fit here says how it was made, how many starts agree, and how far from stationary the answer is.
+Other fitting code reports success at points that are no minima, because of default tolerances, a single start, or a mean
+in place of a sum. A `Fit` therefore holds its objective, the share of starts that agree, and the distance from a
+stationary point.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Array, LeftOut, Rows
+from analysis.data.cells import Array, Rows
 from analysis.fitting.laws import LAWS, Law, LawForm
+from analysis.fitting.objective import HUBER, HUBER_DELTA, Objective
 from analysis.fitting.parameterization import Parameterization, Sharing, parameterize
-from analysis.fitting.solver import Problem, Solution, Space, minimise, objective, predict, residuals
-from scaling.errors import UserError, unknown_name
+from analysis.fitting.solver import Problem, Solution, minimise, objective, predict
+from scaling.errors import UserError
 from scaling.io import Strict
 
 Status = Literal["converged", "at_bound", "not_identified", "failed"]
-LossFunction = Literal["least-squares", "huber", "absolute"]
 
-HUBER_DELTA = 1e-3
-"""On log loss: the field's convention for surfaces (Hoffmann et al. 2022, sec. D.2)."""
+SEARCH_STEPS = 50
+"""Newton steps of each start; starts that creep along a flat floor end here, and only the best one is continued."""
 
+MAX_SEARCH_ROWS = 2000
+"""Rows of the search over starts; larger tables are sampled for it."""
 
-SEARCH = 50
-"""Newton steps that every start gets; starts that creep along a flat floor end here, the best one is followed on."""
+EFFICIENT_DELTA = 1.345
+"""Huber's threshold in standard deviations that is 95 % efficient for normal errors (Huber 1964)."""
 
+SD_OF_MEDIAN_DEVIATION = 0.6745
+"""Median absolute deviation of a standard normal distribution."""
 
-SEARCH_ROWS = 2000
-"""Rows that the search over starts looks at; more are thinned for it."""
+MAX_COLLINEAR_SHARE = 1e-4
+"""Share of the spread of one log column that another leaves unexplained, up to which the two are collinear: about 1 % of
+scatter."""
 
-
-class Objective(Strict, frozen=True):
-    """What a fit minimises, summed over rows."""
-
-    function: LossFunction = "least-squares"
-    space: Space = "log"
-    """Residuals of ln loss, or of the loss itself in nats."""
-    delta: float | None = None
-    """Huber's threshold in units of the residual."""
-
-    def __post_init__(self) -> None:
-        """Refuse a threshold without Huber and Huber without a threshold."""
-        if (self.function == "huber") != (self.delta is not None):
-            raise UserError(
-                f'the loss function "{self.function}" {"needs" if self.function == "huber" else "does not take"} a '
-                f"delta; give one with huber alone, {HUBER_DELTA:g} on log loss being the field's."
-            )
-
-    def describe(self) -> str:
-        """The words a caption uses."""
-        names = {"least-squares": "least squares", "absolute": "least absolute deviations"}
-        name = names.get(self.function, f"Huber, delta {self.delta:g}," if self.delta else "")
-        return f"{name} on {'log loss' if self.space == 'log' else 'loss'}"
-
-
-LEAST_SQUARES = Objective(function="least-squares", space="loss")
-"""Unweighted, in loss space: what Moonlight's drawn lines are."""
-HUBER = Objective(function="huber", space="log", delta=HUBER_DELTA)
-
-
-EFFICIENT = 1.345
-"""Huber's threshold in standard deviations: 95 % efficient where errors are normal (Huber 1964)."""
+PROFILE_STEPS = 25
+"""Floors at which the profile likelihood is evaluated, between 0 and the smallest loss."""
 
 
 def tied_to_scale(form: LawForm, rows: Rows) -> Objective:
@@ -72,19 +49,19 @@ def tied_to_scale(form: LawForm, rows: Rows) -> Objective:
     The scale is the median absolute deviation of the residuals of the conventional fit, as a standard deviation.
     """
     r = solve(form, rows, HUBER, best_of=4).log_residuals()
-    scale = float(np.median(np.abs(r - np.median(r)))) / 0.6745
-    return Objective(function="huber", delta=max(EFFICIENT * scale, 1e-12))
+    scale = float(np.median(np.abs(r - np.median(r)))) / SD_OF_MEDIAN_DEVIATION
+    return Objective(function="huber", delta=max(EFFICIENT_DELTA * scale, 1e-12))
 
 
 class Certificate(Strict, frozen=True):
-    """Evidence that an answer is the minimum."""
+    """Evidence that a point is the minimum."""
 
     objective: float
     """Sum over rows."""
     gradient: float
     """Largest component in centred parameters, per row and relative to the root of the objective."""
     gap: float
-    """What one more Newton step promises to gain, relative to the objective."""
+    """Predicted decrease of one more Newton step, relative to the objective."""
     starts: int
     agreeing: float
     """Share of the starts that ended within 1e-6 of the lowest objective."""
@@ -101,7 +78,7 @@ class Fit(Strict, frozen=True):
     objective: Objective
     status: Status
     remark: str
-    """Why the status is what it is, in a sentence; empty where it converged."""
+    """Sentence with the reason of the status; empty if converged."""
     certificate: Certificate
     points: int
     rows: list[int]
@@ -118,36 +95,26 @@ class Fit(Strict, frozen=True):
         return float(np.sqrt(np.mean(np.square(self.residuals))))
 
 
-class Fitted(NamedTuple):
-    """The inside of a fit, for intervals: design, problem, minimum."""
+class Minimum(NamedTuple):
+    """The minimum of a problem, from which laws and intervals are derived."""
 
-    design: Parameterization
+    layout: Parameterization
     problem: Problem
     theta: Array
+    """Shape ``(parameters,)``."""
     certificate: Certificate
 
     def law(self, arm: int = 0, theta: Array | None = None) -> Law:
         """The law of one arm."""
-        return self.design.law(self.theta if theta is None else theta, arm)
+        return self.layout.law(self.theta if theta is None else theta, arm)
 
     def log_residuals(self) -> Array:
         """ln(observed / fitted) of every row."""
         return np.asarray(np.log(self.problem.loss) - predict(self.problem, self.theta[None])[0][0])
 
 
-def form_named(name: str) -> LawForm:
-    """The row of `LAWS`.
-
-    Raises:
-        UserError: There is none.
-    """
-    if name not in LAWS:
-        raise UserError(unknown_name("law", name, LAWS))
-    return LAWS[name]
-
-
-def some_of(rows: int, most: int) -> NDArray[np.intp]:
-    """Row numbers: all of fewer than twice `most`, else `most` at random. Every n-th row could be one arm alone."""
+def sample_rows(rows: int, most: int) -> NDArray[np.intp]:
+    """All row numbers up to twice `most`, else `most` at random; every n-th row could belong to one arm."""
     if rows < 2 * most:
         return np.arange(rows)
     return np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
@@ -161,27 +128,27 @@ def solve(
     arms: int = 1,
     sharing: Sharing | None = None,
     best_of: int | None = None,
-) -> Fitted:
-    """The global minimum of a form, or of a family over arms.
+) -> Minimum:
+    """The global minimum of a form over one or several arms.
 
     Args:
         form: Terms of the law.
-        rows: What is fitted.
+        rows: The data.
         objective_: Loss function and space.
-        arms: How many arms the rows number.
-        sharing: What the arms share; nothing when not given.
-        best_of: Follow only so many of the starts, the lowest; all when not given.
+        arms: Number of arms among the rows.
+        sharing: Parameters that the arms share; none when not given.
+        best_of: Continue only this many starts, those with the lowest objective; all when not given.
     """
-    plan = parameterize(form, rows, arms=arms, sharing=sharing)
+    layout = parameterize(form, rows, arms=arms, sharing=sharing)
     delta = {"huber": objective_.delta, "least-squares": None, "absolute": HUBER_DELTA}[objective_.function]
-    problem = plan.problem(rows, space=objective_.space, delta=delta)
-    thin = some_of(len(rows.loss), SEARCH_ROWS)
-    starts = plan.starts(rows.take(thin))
-    # Among many rows the right valley shows in a part of them; the last descent uses all.
+    problem = layout.problem(rows, space=objective_.space, delta=delta)
+    thin = sample_rows(len(rows.loss), MAX_SEARCH_ROWS)
+    starts = layout.starts(rows.take(thin))
+    # A sample of many rows is enough to choose the basin; the last descent uses all rows.
     searched = problem if len(thin) == len(rows.loss) else problem._replace(z=problem.z[thin], loss=problem.loss[thin])
     if best_of is not None and best_of < len(starts):
         starts = starts[np.argsort(objective(searched, starts), kind="stable")[:best_of]]
-    found = minimise(searched, starts, limit=SEARCH)
+    found = minimise(searched, starts, limit=SEARCH_STEPS)
     best = int(np.nanargmin(found.objective))
     last = minimise(problem, found.theta[best]) if found.gap[best] > 1e-9 or searched is not problem else None
     theta = found.theta[best] if last is None else last.theta[0]
@@ -190,7 +157,7 @@ def solve(
         from analysis.fitting.least_absolute import least_absolute
 
         theta, certificate = least_absolute(problem, theta, certificate)
-    return Fitted(plan, problem, theta, certificate)
+    return Minimum(layout, problem, theta, certificate)
 
 
 def _certificate(found: Solution, best: int, last: Solution | None) -> Certificate:
@@ -221,28 +188,28 @@ def fit_law(
     Args:
         name: Row of `LAWS`.
         rows: Runs of one arm.
-        arm: Its name, for the answer.
+        arm: Its name.
         numbers: Row numbers in the table; 1, 2, ... when not given.
-        objective: Least squares in loss space for laws of compute, Huber on log loss for the surface.
-        best_of: Follow only so many starts.
+        objective: The form's own when not given.
+        best_of: As in `solve`.
 
     Raises:
         UserError: There is no such form, or there are fewer runs than parameters.
     """
-    form = form_named(name)
+    form = LAWS.row(name)
     rows = rows._replace(arm=np.zeros(len(rows.loss), dtype=np.intp))
     if len(rows.loss) < form.size:
         raise UserError(
             f"{arm}: {len(rows.loss)} runs, and {form.label} has {form.size} parameters. Fit a law with fewer "
             "(power has 2), or finish more runs."
         )
-    objective = objective or (HUBER if name == "surface" else LEAST_SQUARES)
+    objective = objective or form.objective
     fitted = solve(form, rows, objective, best_of=best_of)
     return describe(fitted, name, rows, arm=arm, numbers=numbers, objective=objective)
 
 
 def describe(
-    fitted: Fitted,
+    fitted: Minimum,
     name: str,
     rows: Rows,
     *,
@@ -251,12 +218,12 @@ def describe(
     numbers: list[int] | None = None,
     objective: Objective,
 ) -> Fit:
-    """The public value of one arm of a fitted design."""
+    """The `Fit` of one arm of a minimum over several."""
     from scaling.units import pflops_days
 
     own = np.flatnonzero(rows.arm == number)
     numbers = numbers if numbers is not None else [int(row) + 1 for row in own]
-    status, remark = judge(fitted, name)
+    status, remark = judge(fitted)
     flops, loss = rows.columns["flops"][own], rows.loss[own]
     return Fit(
         arm=arm,
@@ -274,28 +241,29 @@ def describe(
     )
 
 
-def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
-    """Whether an answer is one, and a sentence where it is not."""
-    plan, problem, theta = fitted.design, fitted.problem, fitted.theta
-    exponents = np.array([value for slot, value in zip(plan.slots, theta, strict=True) if slot.column])
+def judge(fitted: Minimum) -> tuple[Status, str]:
+    """The status of a minimum, and the sentence with its reason."""
+    layout, problem, theta = fitted.layout, fitted.problem, fitted.theta
+    form = layout.form
+    exponents = np.array([value for slot, value in zip(layout.slots, theta, strict=True) if slot.column])
     if not np.all(np.isfinite(theta)):
-        return "failed", "the search left the numbers that can be represented; no law of this form fits."
+        return "failed", "the search left the range of floating-point numbers; no law of this form fits."
     if np.any(exponents <= 0.0):
         worst = float(exponents.min())
         return "at_bound", f"an exponent is {worst:.3g}: loss does not fall with it, so the law predicts nothing."
-    floor = [j for j, slot in enumerate(plan.slots) if slot.column is None and not plan.form.terms[slot.term]]
+    floor = [j for j, slot in enumerate(layout.slots) if slot.column is None and not form.terms[slot.term]]
     if any(np.exp(theta[j]) < 1e-4 * problem.loss.min() for j in floor):
-        return "at_bound", "the floor ends at 0: these runs ask for none. Use the law without a floor."
-    if not fitted.certificate.gap <= 1e-6:  # a gap that is no number is no minimum either
+        return "at_bound", "the floor ends at 0: these runs need none. Use the law without a floor."
+    if not fitted.certificate.gap <= 1e-6:  # NaN fails too
         return "failed", f"the search stopped {fitted.certificate.gap:.1g} of the objective above a minimum."
-    if name == "surface" and _moves_together(fitted):
+    if form.design == "grid" and _collinear(fitted):
         return "not_identified", (
-            "parameters and tokens move together in these runs, so nothing tells what either does alone. Use a law of "
+            "parameters and tokens move together in these runs, which cannot separate their effects. Use a law of "
             "compute, or add runs that split the same compute otherwise."
         )
     if floor:
-        low, high = floor_range(fitted, floor[0])
-        if low <= 0.0 and name == "power-floor":
+        low, high = profile_floor(fitted, floor[0])
+        if low <= 0.0 and form.design == "ladder":
             return "not_identified", (
                 f"floors from 0 to {high:.2f} nats fit these {len(problem.loss)} runs equally well "
                 "(95 %); neither floor nor exponent is identified."
@@ -303,45 +271,31 @@ def judge(fitted: Fitted, name: str) -> tuple[Status, str]:
     return "converged", ""
 
 
-TOGETHER = 1e-4
-"""Share of the spread of ln D that ln N leaves unexplained, up to which the two count as one: about 1 % of scatter."""
+def _collinear(fitted: Minimum) -> bool:
+    """True if two columns of the form rise together over the rows, so that their exponents cannot be separated."""
+    slots = enumerate(fitted.layout.slots)
+    columns: dict[str, Array] = {}  # minus the centred log of each column, shape (rows,)
+    for j, slot in slots:
+        if slot.column:
+            # Slots of single arms are zero on the rows of the others, so they add up to the column.
+            columns[slot.column] = columns.get(slot.column, 0.0) + np.asarray(fitted.problem.z[:, j])
+    for one, other in itertools.combinations([column - column.mean() for column in columns.values()], 2):
+        # Products and no quotient: sizes that are all equal have no spread, and leave nothing unexplained either.
+        spread = float(one @ one) * float(other @ other)
+        if spread - float(one @ other) ** 2 <= max(MAX_COLLINEAR_SHARE * spread, 1e-20):
+            return True
+    return False
 
 
-def _moves_together(fitted: Fitted) -> bool:
-    params, tokens = (np.asarray(fitted.problem.z[:, j]) for j, slot in enumerate(fitted.design.slots) if slot.column)
-    params, tokens = params - params.mean(), tokens - tokens.mean()
-    # Products and no quotient: sizes that are all the same have no spread, and leave nothing unexplained either.
-    spread = float(params @ params) * float(tokens @ tokens)
-    return spread - float(params @ tokens) ** 2 <= max(TOGETHER * spread, 1e-20)
+def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the floor by profile likelihood, in nats.
 
-
-__all__ = [
-    "HUBER",
-    "LEAST_SQUARES",
-    "Certificate",
-    "Fit",
-    "Fitted",
-    "LeftOut",
-    "Objective",
-    "Status",
-    "describe",
-    "fit_law",
-    "form_named",
-    "judge",
-    "residuals",
-    "solve",
-    "tied_to_scale",
-]
-
-STEPS = 25
-
-
-def floor_range(fitted: Fitted, position: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Floors whose best fit is not rejected against the best of all (F test on the profile), in nats.
+    With ``S(E)`` the objective minimised over all other parameters at a fixed floor E, and S its minimum, E is kept if
+    ``S(E) <= S * (1 + F(1, n - p; level) / (n - p))`` for n rows and p parameters.
 
     Args:
-        fitted: A fit with a floor.
-        position: Where the floor's logarithm stands among the parameters.
+        fitted: A minimum of a law with a floor.
+        position: Position of the floor's logarithm among the parameters.
         level: Confidence.
 
     Returns:
@@ -355,7 +309,8 @@ def floor_range(fitted: Fitted, position: int, *, level: float = 0.95) -> tuple[
     if freedom < 1:
         return 0.0, top
     allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, level)) / freedom)
-    shares = np.concatenate([[1e-9], np.linspace(0.0, 1.0, STEPS + 1)[1:-1], [0.999]])
+    # From hardly any floor to nearly the smallest loss; all floors are minimised side by side.
+    shares = np.concatenate([[1e-9], np.linspace(0.0, 1.0, PROFILE_STEPS + 1)[1:-1], [0.999]])
     start = np.repeat(theta[None], len(shares), axis=0)
     start[:, position] = np.log(shares * top)
     free = np.arange(len(theta)) != position

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.data.cells import Array
 from analysis.fitting.families import frontiers
-from analysis.fitting.fit import Fitted
+from analysis.fitting.fit import Minimum
 from analysis.fitting.solver import FLOOR_SHARE, predict
 from analysis.uncertainty.intervals import t_quantile
 from scaling.units import pflops_days
@@ -40,7 +40,7 @@ class Intervals(NamedTuple):
         return np.exp(self.high) - np.exp(self.low)
 
 
-def fit_studies(fitted: Fitted, loss: Array, kept: Flags) -> Array:
+def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
     """Parameters of least squares in loss space, shape ``(studies, parameters)``.
 
     Args:
@@ -88,7 +88,7 @@ def fit_studies(fitted: Fitted, loss: Array, kept: Flags) -> Array:
 
 
 def law_intervals(
-    fitted: Fitted, theta: Array, loss: Array, kept: Flags, at: Array, *, level: float = 0.95
+    fitted: Minimum, theta: Array, loss: Array, kept: Flags, at: Array, *, level: float = 0.95
 ) -> Intervals:
     """The t interval of `analysis.uncertainty.intervals.t_interval` in every study: laws' exponents included, paired within cells.
 
@@ -152,7 +152,7 @@ def _usable(held: Flags) -> Flags:
     return np.asarray((held.sum(axis=2) >= 3).all(axis=1))
 
 
-def log_ratios(fitted: Fitted, theta: Array, at: Array) -> Array:
+def log_ratios(fitted: Minimum, theta: Array, at: Array) -> Array:
     """Log match ratio of every study at each loss, shape ``(studies, losses)``; NaN where a law never gets there."""
     logs = []
     for arm in (1, 0):
@@ -163,7 +163,7 @@ def log_ratios(fitted: Fitted, theta: Array, at: Array) -> Array:
     return np.asarray(logs[0] - logs[1])
 
 
-def _slopes(fitted: Fitted, theta: Array, at: Array) -> Array:
+def _slopes(fitted: Minimum, theta: Array, at: Array) -> Array:
     columns = []
     for j in range(theta.shape[1]):
         step = np.zeros_like(theta)
@@ -174,7 +174,7 @@ def _slopes(fitted: Fitted, theta: Array, at: Array) -> Array:
 
 
 def difference_intervals(
-    fitted: Fitted, theta: Array, loss: Array, kept: Flags, flops: Array, at: Array, *, level: float = 0.95
+    fitted: Minimum, theta: Array, loss: Array, kept: Flags, flops: Array, at: Array, *, level: float = 0.95
 ) -> Intervals:
     """The interval of the paired difference line (`analysis.uncertainty.paired`): the baseline's exponent taken as fitted.
 

@@ -14,20 +14,19 @@ from numpy.typing import NDArray
 
 from analysis.data.cells import Array, Rows
 from analysis.fitting.families import LAW_FAMILIES, fit_family
-from analysis.fitting.fit import Fitted
-from analysis.fitting.laws import LossSurface, PowerLaw
+from analysis.fitting.fit import Minimum
+from analysis.fitting.laws import Law, LossSurface, PowerLaw
 from analysis.power.batched_fit import Flags, Intervals, difference_intervals, fit_studies, law_intervals
 from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL
 from scaling.errors import UserError
 from scaling.io import Strict
-from scaling.units import pflops_days
 
 
 class Laws(Strict, frozen=True):
     """Assumed laws of both arms. A row of `LAWS_ASSUMED`, or the user's own fit."""
 
-    baseline: PowerLaw | LossSurface
-    challenger: PowerLaw | LossSurface
+    baseline: Law
+    challenger: Law
     source: str
     around: float
     """Training FLOPs at the middle of what they were fitted to."""
@@ -36,8 +35,8 @@ class Laws(Strict, frozen=True):
 
     @property
     def has_floor(self) -> bool:
-        """Whether loss ends somewhere above zero."""
-        return any(isinstance(law, LossSurface) or law.floor > 0.0 for law in (self.baseline, self.challenger))
+        """True if the loss of an arm has a limit above zero."""
+        return any(law.floor > 0.0 for law in (self.baseline, self.challenger))
 
 
 class Noise(Strict, frozen=True):
@@ -137,7 +136,12 @@ class Truth:
         self.grid = np.linspace(x[0] - 6.0, x[-1] + 9.0, 6001)
         split = np.interp(self.grid, x, n)
         split += slope * (np.minimum(self.grid - x[0], 0.0) + np.maximum(self.grid - x[-1], 0.0))
-        self.losses = [_losses(law, self.grid, split) for law in (laws.baseline, laws.challenger)]
+        columns = {
+            "params": np.exp(split),
+            "tokens": np.exp(self.grid - split) / 6.0,
+            "flops": np.exp(self.grid),
+        }
+        self.losses = [law.evaluate(columns) for law in (laws.baseline, laws.challenger)]
 
     def loss(self, flops: Array, arm: int) -> Array:
         """Loss of an arm at a compute."""
@@ -146,12 +150,6 @@ class Truth:
     def flops(self, loss: Array, arm: int) -> Array:
         """Compute at which an arm reaches a loss; NaN where it never does within three decades of the plan."""
         return np.exp(np.interp(-loss, -self.losses[arm], self.grid, left=np.nan, right=np.nan))
-
-
-def _losses(law: PowerLaw | LossSurface, log_flops: Array, log_params: Array) -> Array:
-    if isinstance(law, LossSurface):
-        return np.asarray(law.loss(np.exp(log_params), np.exp(log_flops - log_params) / 6.0))
-    return np.asarray(law.loss(np.exp(log_flops) * pflops_days(1.0)))
 
 
 class Forecast(Strict, frozen=True):
@@ -184,7 +182,7 @@ class Forecast(Strict, frozen=True):
 class Simulated(NamedTuple):
     """Studies, before they are summed up."""
 
-    fitted: Fitted
+    fitted: Minimum
     loss: Array
     kept: Flags
     laws: Intervals

@@ -1,4 +1,4 @@
-"""One challenger against the baseline: which laws, which ratio, how sure, and what other laws would say."""
+"""Comparison of one challenger with the baseline: choice of the law family, ratios, intervals, and other families."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from analysis.data.cells import SAME_COMPUTE, Array, Cells
 from analysis.data.table import RunsTable
 from analysis.fitting.families import LAW_FAMILIES, Factors, factors, fit_family, left_out_error, log_loss_of, ratio_of
-from analysis.fitting.fit import Fit, Fitted, describe
-from analysis.fitting.laws import Law
+from analysis.fitting.fit import Fit, Minimum, describe
+from analysis.fitting.laws import LAWS, Law
 from analysis.ratio.cost_metrics import ConventionRatio, convention_ratios
 from analysis.ratio.definitions import Definition, arrow, at_largest, from_runs
 from analysis.ratio.match import MatchRatio, at_loss, common_losses, compute_law
@@ -23,17 +23,22 @@ from analysis.uncertainty.intervals import (
     t_interval,
 )
 from analysis.uncertainty.paired import Difference, cell_means, difference
-from analysis.uncertainty.robustness import Interval, Without, intervals_by_method, jackknife
+from analysis.uncertainty.robustness import Interval, RatioWithoutRung, intervals_by_method, jackknife
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import pflops_days
 
-BEYOND = 10.0
-"""How far past the data the curve is carried, as a factor of compute; it is marked there."""
-OWN_FLOORS = ("separate-floors", "separate-surfaces")
-NO_NOISE = "none: the losses follow the laws, or each other, to rounding, so there is no noise to estimate it from"
+CURVE_EXTRAPOLATION = 10.0
+"""Factor of compute beyond the largest run up to which curves go on; they are marked there."""
+NO_NOISE_REMARK = (
+    "none: the losses follow the laws, or each other, to rounding, so there is no noise to estimate it from"
+)
 CV_IMPROVEMENT = 0.9
 """A family replaces a simpler one when its error at rungs left out is at most this share of the simpler one's."""
+SEPARATE_FLOORS_IMPROVEMENT = 0.5
+"""The same for families with a floor for each arm, against the best of the others."""
+MAX_LISTED_RUNGS = 8
+"""Rungs up to which each has its ratio; of more, seven computes between the ends have one."""
 
 
 class Band(Strict, frozen=True):
@@ -47,16 +52,16 @@ class Band(Strict, frozen=True):
 
 
 class ModelRatio(Strict, frozen=True):
-    """The ratio under one family of laws: the spread of these is the uncertainty that no resampling sees."""
+    """The ratio under one law family; the spread over families is an uncertainty that resampling does not show."""
 
     family: str
     label: str
     laws: dict[str, Law]
     parameters: int
     rms: float
-    """Of the log residuals."""
+    """Root mean square of the log residuals."""
     left_out_error: float | None
-    """Log error at rungs that the fit has not seen."""
+    """Log error at rungs left out of the fit."""
     ratio: float | None
     """At the headline's loss; None where a law of this family never gets there."""
     low: float | None
@@ -77,25 +82,25 @@ class Comparison(Strict, frozen=True):
     headline: MatchRatio
     """At the lowest loss that both arms' runs reach."""
     interval: str
-    """How the intervals were made."""
+    """Method of the intervals."""
     cells: int
     paired_cells: int
     correlation: float | None
-    """Of the arms' residuals within a cell."""
+    """Correlation of the arms' residuals within a cell."""
     rungs: list[MatchRatio]
     """At the challenger's compute of each rung."""
     curve: list[MatchRatio]
     """From the smallest run to ten times beyond the largest, in order of rising compute."""
     definitions: list[Definition]
     conventions: list[ConventionRatio]
-    """The ratio in other prices: other counts of FLOPs, wall-clock."""
+    """The ratio in other costs: other counts of FLOPs, wall-clock."""
     factors: list[Factors]
-    """On a grid with shared exponents: what a parameter and a token are worth in the challenger."""
+    """Efficiency of the challenger's parameters and tokens, for families with shared exponents on a grid."""
     models: list[ModelRatio]
     difference: Difference | None
     intervals: list[Interval]
     """The headline's interval by other methods."""
-    jackknife: list[Without]
+    jackknife: list[RatioWithoutRung]
     """The headline's ratio without each rung in turn; empty with fewer than four rungs."""
     bands: dict[str, Band]
     remarks: list[str]
@@ -169,9 +174,9 @@ def _check_losses(cells: Cells, name: str, *, extrapolate: bool) -> None:
         for own in (cells.rows.loss[cells.rows.arm == arm] for arm in range(len(cells.arms)))
     ]
     if not extrapolate and not max(r[0] for r in ranges) <= min(r[1] for r in ranges):
-        told = "; ".join(f"{arm} {r[0]:.4g} to {r[1]:.4g}" for arm, r in zip(cells.arms, ranges, strict=True))
+        ranges_text = "; ".join(f"{arm} {r[0]:.4g} to {r[1]:.4g}" for arm, r in zip(cells.arms, ranges, strict=True))
         raise UserError(
-            f"{name}, column loss: the arms have no loss in common ({told}), so every ratio would be an "
+            f"{name}, column loss: the arms have no loss in common ({ranges_text}), so every ratio would be an "
             "extrapolation. Train larger runs of the worse arm or smaller ones of the better, or pass --extrapolate to "
             "see marked values."
         )
@@ -193,10 +198,13 @@ def _bits_remark(cells: Cells) -> list[str]:
     ]
 
 
-def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Fitted, float | None]]:
-    found: dict[str, tuple[Fitted, float | None]] = {}
+def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Minimum, float | None]]:
+    found: dict[str, tuple[Minimum, float | None]] = {}
     rungs = len(np.unique(cells.rung))
     for key, family in LAW_FAMILIES.items():
+        form = LAWS.row(family.form)
+        if not form.has_frontier or not set(form.columns) <= set(cells.rows.columns):
+            continue
         if (family.design == "ladder") != ladder or family.size(2) > len(cells.rows.loss) - 2:
             continue
         if ladder and family.has_floor and rungs < 4:
@@ -211,11 +219,16 @@ def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Fitted, float 
     return found
 
 
-def _choose(candidates: dict[str, tuple[Fitted, float | None]], family: str | None, *, ladder: bool) -> tuple[str, str]:
+def _choose(
+    candidates: dict[str, tuple[Minimum, float | None]], family: str | None, *, ladder: bool
+) -> tuple[str, str]:
     if family is not None:
         if family not in candidates:
-            raise UserError(f"family {family}: these runs are too few for it. They carry {', '.join(candidates)}.")
-        return family, "as asked"
+            raise UserError(
+                f"family {family}: these runs cannot be fitted with it, or it gives no law of compute. Use one of "
+                f"{', '.join(candidates)}, or add runs."
+            )
+        return family, "as requested"
     default = next(iter(candidates))
     usable = {key: error for key, (_, error) in candidates.items() if error is not None}
     first = usable.get(default)
@@ -224,9 +237,13 @@ def _choose(candidates: dict[str, tuple[Fitted, float | None]], family: str | No
     better = {
         key: error for key, error in usable.items() if error < CV_IMPROVEMENT * first and _falls(candidates[key][0])
     }
-    # A floor of its own for each arm contradicts what a floor is; the runs must insist on it.
-    others = [error for key, error in usable.items() if key not in OWN_FLOORS]
-    better = {key: error for key, error in better.items() if key not in OWN_FLOORS or error < 0.5 * min(others)}
+    # The floor is a property of the data, so a floor of its own for each arm needs strong evidence.
+    others = [error for key, error in usable.items() if not LAW_FAMILIES[key].separate_floors]
+    better = {
+        key: error
+        for key, error in better.items()
+        if not LAW_FAMILIES[key].separate_floors or error < SEPARATE_FLOORS_IMPROVEMENT * min(others)
+    }
     if not better:
         return default, f"no other predicts rungs left out clearly better ({first:.2%} root mean square error)"
     least = min(better.values())
@@ -238,14 +255,14 @@ def _choose(candidates: dict[str, tuple[Fitted, float | None]], family: str | No
     )
 
 
-def _falls(fitted: Fitted) -> bool:
+def _falls(fitted: Minimum) -> bool:
     return all(
-        value > 0.0 for slot, value in zip(fitted.design.slots, fitted.theta, strict=True) if slot.column is not None
+        value > 0.0 for slot, value in zip(fitted.layout.slots, fitted.theta, strict=True) if slot.column is not None
     )
 
 
 def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) -> tuple[Array, int]:
-    """Losses at which the ratio is wanted: the headline's, one for each rung, the curve's; and how many rungs."""
+    """Losses at which the ratio is evaluated: the headline's, one for each rung, the curve's; and the number of rungs."""
     b, c = compute_law(baseline.law), compute_law(challenger.law)
     floor = max(b.floor, c.floor)
     try:
@@ -257,17 +274,17 @@ def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) 
     own = cells.rows.arm == 1
     flops = cells.rows.columns["flops"][own]
     steps = [float(np.exp(np.log(flops[cells.rung[own] == rung]).mean())) for rung in np.unique(cells.rung[own])]
-    if len(steps) > 8:
+    if len(steps) > MAX_LISTED_RUNGS:
         steps = list(np.geomspace(min(steps), max(steps), 7))
     rungs = [loss for loss in (c.loss(pflops_days(step)) for step in steps) if loss > floor]
     ends = [fit.compute_range for fit in (baseline, challenger)]
-    grid = np.geomspace(min(end[0] for end in ends), BEYOND * max(end[1] for end in ends), 81)
+    grid = np.geomspace(min(end[0] for end in ends), CURVE_EXTRAPOLATION * max(end[1] for end in ends), 81)
     curve = b.loss(grid)
     curve = curve[curve > floor + 1e-9]
     return np.array([headline, *rungs, *curve.tolist()]), len(rungs)
 
 
-def _intervals(fitted: Fitted, cells: Cells, losses: Array, resamples: int, seed: int) -> tuple[Array, Array, str]:
+def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, seed: int) -> tuple[Array, Array, str]:
     def quantity(theta: Array) -> Array:
         return ratio_of(fitted, theta, losses)
 
@@ -281,7 +298,7 @@ def _intervals(fitted: Fitted, cells: Cells, losses: Array, resamples: int, seed
         how = f"95 % t interval, {freedom:.0f} degrees of freedom, {paired}, exponents' errors included"
         if np.isnan(low).all():
             how = (
-                NO_NOISE
+                NO_NOISE_REMARK
                 if freedom >= 1.0
                 else "none: as many parameters as cells leave nothing to estimate the noise from"
             )
@@ -290,24 +307,24 @@ def _intervals(fitted: Fitted, cells: Cells, losses: Array, resamples: int, seed
         low, high = has_width(*percentile(draws, centre))
         how = f"95 % percentile interval of {resamples:,} case resamples of {count} cells, all laws refitted, {paired}"
         if np.isnan(low).all():
-            how = NO_NOISE
+            how = NO_NOISE_REMARK
     return np.exp(low), np.exp(high), how
 
 
 def _groups(cells: Cells) -> NDArray[np.intp]:
-    """What is resampled: whole cells where the arms share them, else each arm's own."""
+    """Groups to resample: whole cells where the arms share them, else each arm's own."""
     return cells.cell if len(cells.paired) >= 3 else cells.cell + cells.rows.arm * (cells.cell.max() + 1)
 
 
-def _factors(chosen: str, fitted: Fitted, cells: Cells, resamples: int, seed: int) -> list[Factors]:
-    if chosen not in ("factors", "token-factor"):
+def _factors(chosen: str, fitted: Minimum, cells: Cells, resamples: int, seed: int) -> list[Factors]:
+    if not LAW_FAMILIES[chosen].has_factors:
         return []
     draws = bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed)
     found = [factors(fitted, draws, number, arm) for number, arm in enumerate(cells.arms) if number]
     return [one for one in found if one.params.high - one.params.low > ROUNDING]
 
 
-def _model(key: str, fitted: Fitted, error: float | None, cells: Cells, losses: Array) -> ModelRatio:
+def _model(key: str, fitted: Minimum, error: float | None, cells: Cells, losses: Array) -> ModelRatio:
     def quantity(theta: Array) -> Array:
         return ratio_of(fitted, theta, losses)
 
@@ -329,8 +346,8 @@ def _model(key: str, fitted: Fitted, error: float | None, cells: Cells, losses: 
     )
 
 
-def _band(fitted: Fitted, cells: Cells, arm: int, fit: Fit) -> Band:
-    grid = np.geomspace(fit.compute_range[0] / 1.5, fit.compute_range[1] * BEYOND, 49)
+def _band(fitted: Minimum, cells: Cells, arm: int, fit: Fit) -> Band:
+    grid = np.geomspace(fit.compute_range[0] / 1.5, fit.compute_range[1] * CURVE_EXTRAPOLATION, 49)
 
     def quantity(theta: Array) -> Array:
         return log_loss_of(fitted, theta, grid, arm)

@@ -1,16 +1,15 @@
-"""Numbers that have been called "the ratio", each under its own name.
+"""Definitions of "the ratio" in papers, each under its own name.
 
-One set of ten runs gives 0.44 to 0.54, depending on where and how the ratio is read. A definition here says both.
+One set of ten runs gives 0.44 to 0.54, depending on the loss and on the method. A `Definition` holds both.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from analysis.data.cells import Array, Cells
+from analysis.data.cells import SAME_COMPUTE, Array, Cells
 from analysis.fitting.fit import Fit
-from analysis.fitting.laws import PowerLaw
-from analysis.ratio.match import Support, at_loss, compute_law, support
+from analysis.ratio.match import Extrapolation, at_loss, compute_law, support
 from analysis.uncertainty.intervals import ROUNDING
 from analysis.uncertainty.paired import Difference, cell_means
 from scaling.io import Strict
@@ -22,17 +21,17 @@ class Definition(Strict, frozen=True):
 
     name: str
     text: str
-    """What was done, in a sentence."""
+    """Method, in a sentence."""
     ratio: float
     low: float | None
     high: float | None
     interval: str
-    """How `low` and `high` were made; empty where there are none."""
+    """Method of `low` and `high`; empty where there are none."""
     loss: float
     baseline_compute: float
     """PFLOP/s-days."""
     challenger_compute: float
-    support: Support
+    support: Extrapolation
 
 
 ARROW = "paper's arrow"
@@ -44,15 +43,15 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
 
     One pair of runs and one fitted exponent. None where the arms share no cell or the baseline's law has a floor.
     """
-    law = baseline.law
-    if not isinstance(law, PowerLaw) or law.floor or not len(cells.paired):
+    law = compute_law(baseline.law)
+    if law.floor or not len(cells.paired):
         return None
     one, x = cell_means(cells, 0)
     two, other = cell_means(cells, 1)
-    same = np.abs(x - other) <= 0.02
+    same = np.abs(x - other) <= SAME_COMPUTE
     if not same.any():
         return None
-    top = x[same] >= x[same].max() - 0.02
+    top = x[same] >= x[same].max() - SAME_COMPUTE
     gap = float((two[same][top] - one[same][top]).mean())
     compute, loss = float(np.exp(x[same][top].mean())), float(np.exp(two[same][top].mean()))
     ratio = float(np.exp(gap / law.exponent))
@@ -79,7 +78,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
     """
     b, c = compute_law(baseline.law), compute_law(challenger.law)
     found = []
-    for who, loss in (
+    for arm, loss in (
         ("challenger", c.loss(challenger.compute_range[1])),
         ("baseline", b.loss(baseline.compute_range[1])),
     ):
@@ -87,15 +86,15 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
             continue
         point = at_loss(baseline, challenger, loss)
         low = high = None
-        if difference is not None and who == "challenger" and not b.floor and not c.floor:
+        if difference is not None and arm == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
             moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
             if half > ROUNDING and min(moved) > b.floor:
                 low, high = (point.challenger_compute / b.compute(value) for value in moved)
         found.append(
             Definition(
-                name=f"laws at the {who}'s largest run",
-                text=f"the two fitted laws at the loss that the {who}'s law has at its largest compute",
+                name=f"laws at the {arm}'s largest run",
+                text=f"the two fitted laws at the loss that the {arm}'s law has at its largest compute",
                 ratio=point.ratio,
                 low=low,
                 high=high,
@@ -112,12 +111,12 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
 
 
 def from_runs(baseline: Fit, challenger: Fit, cells: Cells) -> list[Definition]:
-    """Readings that lean on single runs, or on lines made another way."""
+    """Definitions that use single runs, or lines fitted in another way."""
     found = [_point_against_law(baseline, challenger, cells), _log_lines(baseline, challenger, cells)]
-    return [reading for reading in [*found, _between_runs(baseline, challenger, cells)] if reading is not None]
+    return [one for one in [*found, _between_runs(baseline, challenger, cells)] if one is not None]
 
 
-def _reading(
+def _definition(
     baseline: Fit,
     challenger: Fit,
     name: str,
@@ -154,7 +153,7 @@ def _point_against_law(baseline: Fit, challenger: Fit, cells: Cells) -> Definiti
     loss = float(np.exp(y[-1]))
     if loss <= law.floor:
         return None
-    return _reading(
+    return _definition(
         baseline,
         challenger,
         "run against law",
@@ -175,7 +174,7 @@ def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | Non
         return None
     at = float(np.log(challenger.compute_range[1]))
     level = float(np.polyval(lines[1], at))
-    return _reading(
+    return _definition(
         baseline,
         challenger,
         "log-log lines",
@@ -187,14 +186,14 @@ def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | Non
 
 
 def _between_runs(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
-    """No law at all: the challenger's runs joined by lines in ln C and ln L, at the baseline's lowest reachable loss."""
+    """No law: the challenger's runs joined by lines in ln C and ln L, at the lowest loss of the baseline's runs in range."""
     (bx, by), (cx, cy) = _runs(cells, 0), _runs(cells, 1)
     reached = np.flatnonzero((by >= cy.min()) & (by <= cy.max()))
     if not len(reached) or np.any(np.diff(cy) >= 0):
         return None
     at = reached[-1]
     x = float(np.interp(-by[at], -cy, cx))
-    return _reading(
+    return _definition(
         baseline,
         challenger,
         "between runs",

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from analysis.fitting.laws import Law, LossSurface, PowerLaw
+from analysis.fitting.laws import Law, PowerLaw
 from analysis.ratio.compare import Comparison
 from scaling.units import FLOPS_PER_PFLOPS_DAY
 
-if TYPE_CHECKING:
-    pass
-
-
-SMALL = 1e-2
+MAX_COMPUTE_IN_FLOPS = 1e-2
 """PFLOP/s-days below which computes are shown in FLOPs."""
 
 
 def law_text(law: Law) -> str:
     """A law as a formula with four to five digits."""
-    if isinstance(law, LossSurface):
-        return f"{law.E:.4g} + {law.A:.5g} N^{-law.alpha:.4f} + {law.B:.5g} D^{-law.beta:.4f}"
-    power = f"{law.scale:.4g} C^{-law.exponent:.5f}"
-    return f"{law.floor:.4g} + {power}" if law.floor else power
+    return law.text()
 
 
 def law_math(law: PowerLaw) -> str:
@@ -47,5 +39,5 @@ def ratio_text(value: float) -> str:
 
 def compute_unit(comparison: Comparison) -> tuple[str, float]:
     """The unit in which computes of a comparison are shown, and how many make a PFLOP/s-day: FLOPs for small runs."""
-    small = max(fit.compute_range[1] for fit in comparison.fits.values()) < SMALL
+    small = max(fit.compute_range[1] for fit in comparison.fits.values()) < MAX_COMPUTE_IN_FLOPS
     return ("FLOPs", FLOPS_PER_PFLOPS_DAY) if small else ("PFLOP/s-days", 1.0)

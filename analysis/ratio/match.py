@@ -1,7 +1,7 @@
-"""FLOPs to match: the challenger's compute over the baseline's at equal loss, as a curve and never as one number.
+"""FLOPs to match: the challenger's compute over the baseline's at equal loss.
 
-Two power laws with different exponents have a different ratio at every loss, so a value says at which loss and at
-which computes it holds, and whether the runs reach that far.
+Two power laws with different exponents have a different ratio at every loss, so a `MatchRatio` holds the loss and the two
+computes at which it is taken, and whether the runs reach that far.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Literal
 import numpy as np
 
 from analysis.fitting.fit import Fit
-from analysis.fitting.laws import LossSurface, PowerLaw, UnreachableLoss
+from analysis.fitting.laws import Law, PowerLaw, UnreachableLoss
 from scaling.errors import UserError
 from scaling.io import Strict
 
-Support = Literal["interpolated", "half-extrapolated", "extrapolated"]
+Extrapolation = Literal["interpolated", "half-extrapolated", "extrapolated"]
+"""Both laws are inside the compute of their runs, one of them is, or none."""
 
-EDGE = 1e-6
-"""Relative slack at the ends of the data: the last run itself is inside."""
+RANGE_TOLERANCE = 1e-6
+"""Relative tolerance at the ends of a compute range, so that the last run itself is inside."""
 
 
 class MatchRatio(Strict, frozen=True):
@@ -33,8 +34,7 @@ class MatchRatio(Strict, frozen=True):
     low: float | None
     """Of the interval; None where there are too few cells for one."""
     high: float | None
-    support: Support
-    """Interpolated: both laws inside their runs' compute. Half-extrapolated: one of them beyond."""
+    support: Extrapolation
 
     @property
     def multiplier(self) -> float:
@@ -42,15 +42,15 @@ class MatchRatio(Strict, frozen=True):
         return 1.0 / self.ratio
 
 
-def compute_law(law: PowerLaw | LossSurface) -> PowerLaw:
-    """A law of compute: a surface's is that of its best split."""
-    return law.frontier() if isinstance(law, LossSurface) else law
+def compute_law(law: Law) -> PowerLaw:
+    """The law of compute of any law; a surface's is that of its best split."""
+    return law.frontier()
 
 
-def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_compute: float) -> Support:
-    """Whether both laws, one or none are inside the compute of their runs."""
+def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_compute: float) -> Extrapolation:
+    """The number of laws inside the compute of their runs, by name."""
     inside = [
-        fit.compute_range[0] * (1 - EDGE) <= compute <= fit.compute_range[1] * (1 + EDGE)
+        fit.compute_range[0] * (1 - RANGE_TOLERANCE) <= compute <= fit.compute_range[1] * (1 + RANGE_TOLERANCE)
         for fit, compute in ((baseline, baseline_compute), (challenger, challenger_compute))
     ]
     return ("extrapolated", "half-extrapolated", "interpolated")[sum(inside)]
@@ -65,19 +65,19 @@ def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
     b, c = compute_law(baseline.law), compute_law(challenger.law)
     low = max(b.loss(baseline.compute_range[1]), c.loss(challenger.compute_range[1]))
     high = min(b.loss(baseline.compute_range[0]), c.loss(challenger.compute_range[0]))
-    if not low < high * (1 + EDGE):
+    if not low < high * (1 + RANGE_TOLERANCE):
         raise UserError(
             f"{baseline.arm} covers losses {b.loss(baseline.compute_range[1]):.3f} to "
             f"{b.loss(baseline.compute_range[0]):.3f} and {challenger.arm} "
             f"{c.loss(challenger.compute_range[1]):.3f} to {c.loss(challenger.compute_range[0]):.3f}: the arms have no "
             "loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm or smaller "
-            "ones of the better, or ask for extrapolated values by name."
+            "ones of the better, or request extrapolated values by name."
         )
     return low, high
 
 
 def at_loss(baseline: Fit, challenger: Fit, loss: float, interval: tuple[float, float] | None = None) -> MatchRatio:
-    """The ratio at one loss, marked by its support.
+    """The ratio at one loss.
 
     Raises:
         UnreachableLoss: The loss is at or below the floor of one of the laws.
@@ -85,7 +85,7 @@ def at_loss(baseline: Fit, challenger: Fit, loss: float, interval: tuple[float, 
     b, c = compute_law(baseline.law).compute(loss), compute_law(challenger.law).compute(loss)
     if not (0.0 < b < np.inf and 0.0 < c < np.inf):
         raise UnreachableLoss(
-            f"loss {loss:g} takes more compute than can be written down; ask for one nearer the runs."
+            f"loss {loss:g} takes more compute than a floating-point number holds; give a loss nearer the runs."
         )
     low, high = interval if interval and np.all(np.isfinite(interval)) else (None, None)
     return MatchRatio(

@@ -16,7 +16,7 @@ from analysis.data.cells import LeftOut, rungs, select
 from analysis.data.table import RunsTable, check_table
 from analysis.fitting.families import LAW_FAMILIES
 from analysis.fitting.fit import Fit, fit_law
-from analysis.fitting.laws import LossSurface
+from analysis.fitting.laws import LAWS
 from analysis.ratio.compare import Comparison, compare
 from scaling.errors import UserError, unknown_name
 from scaling.io import Strict, read_json, write_json
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-RESAMPLES = 1000
+DEFAULT_RESAMPLES = 1000
 
 MAX_ARMS = 50
 """Arms of one study: each gets a figure and a comparison of its own."""
@@ -41,7 +41,7 @@ class StudyOptions(Strict, frozen=True):
     challenger: str | None = None
     family: str | None = None
     extrapolate: bool = False
-    resamples: int = RESAMPLES
+    resamples: int = DEFAULT_RESAMPLES
     seed: int = 0
 
 
@@ -77,7 +77,7 @@ def fit_table(
     challenger: str | None = None,
     family: str | None = None,
     extrapolate: bool = False,
-    resamples: int = RESAMPLES,
+    resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
 ) -> Study:
     """The study of a table of runs.
@@ -101,10 +101,8 @@ def fit_table(
         check_computes(table, arm)
     _check_conventions(table, arms)
     ladder = is_ladder(table, arms)
-    if family is not None and family not in LAW_FAMILIES:
-        raise UserError(unknown_name("family", family, LAW_FAMILIES))
     if family is not None:
-        ladder = LAW_FAMILIES[family].design == "ladder"
+        ladder = LAW_FAMILIES.row(family).design == "ladder"
     alone = {arm: _alone(table, arm, ladder=ladder) for arm in arms}
     pairs = [select(table, (arms[0], other)) for other in arms[1:]]
     return Study(
@@ -145,7 +143,7 @@ def choose_arms(table: RunsTable, baseline: str | None, challenger: str | None) 
     """Baseline first, then the challengers in order of appearance.
 
     Raises:
-        UserError: An arm is unknown or alone, or no baseline can be told.
+        UserError: An arm is unknown or alone, or the baseline must be named.
     """
     name, known = table.name, table.arms
     for what, arm in (("baseline", baseline), ("challenger", challenger)):
@@ -167,7 +165,7 @@ def choose_arms(table: RunsTable, baseline: str | None, challenger: str | None) 
         if not near and len(rest) > 1:
             raise UserError(
                 f'{name}, column arm: none of {", ".join(known)} is called "adamw", so the baseline must be named. '
-                f"Say which arm the others are compared against, as in --baseline {known[0]}."
+                f"Name the arm that the others are compared against, as in --baseline {known[0]}."
             )
         baseline = near[0] if near and near[0] != challenger else rest[0]
     if baseline == challenger:
@@ -193,14 +191,14 @@ def check_computes(table: RunsTable, arm: str) -> None:
 
 
 def usable_text(rows: pd.DataFrame) -> str:
-    """How many rows can be used, and what became of the others: ``1 usable runs (2 diverged)``."""
+    """Number of usable rows, and of the others by reason: ``1 usable runs (2 diverged)``."""
     lost = rows.loc[rows["left_out"] != "", "left_out"].str.split(":").str[0].value_counts()
     others = f" ({', '.join(f'{count} {reason}' for reason, count in lost.items())})" if len(lost) else ""
     return f"{len(rows) - int(lost.sum())} usable runs{others}"
 
 
 def _check_conventions(table: RunsTable, arms: tuple[str, ...]) -> None:
-    """Refuse FLOPs of which the table itself says that they were counted in several ways."""
+    """Refuse a column `convention` with several counts of FLOPs."""
     name, frame = table.name, table.frame
     if "convention" not in frame:
         return
@@ -209,18 +207,18 @@ def _check_conventions(table: RunsTable, arms: tuple[str, ...]) -> None:
     used = used[words != ""].assign(convention=words)
     counts = used.groupby("convention", sort=False)["arm"].unique()
     if len(counts) > 1:
-        told = "; ".join(f"{word} in rows of {', '.join(own)}" for word, own in counts.items())
+        groups = "; ".join(f"{word} in rows of {', '.join(own)}" for word, own in counts.items())
         raise UserError(
-            f"{name}, column convention: found {told}. A ratio of FLOPs needs one count in all rows. Write the same count "
+            f"{name}, column convention: found {groups}. A ratio of FLOPs needs one count in all rows. Write the same count "
             "into the column flops of every row."
         )
 
 
 def is_ladder(table: RunsTable, arms: tuple[str, ...]) -> bool:
-    """Whether compute alone tells tokens per parameter in every arm, so that loss is a law of compute.
+    """True if tokens per parameter are a function of compute in every arm, so that loss is a law of compute.
 
     Where runs of equal compute split it differently (isoFLOP sweeps, over-training), a curve through all of them is no
-    frontier, and the surface over N and D is fitted in its place.
+    frontier, and the surface over N and D is fitted instead.
     """
     cells = select(table, arms)
     for number in range(len(arms)):
@@ -236,12 +234,15 @@ def is_ladder(table: RunsTable, arms: tuple[str, ...]) -> bool:
 
 
 def _alone(table: RunsTable, arm: str, *, ladder: bool) -> Fit:
+    """One arm under the simplest law of the design."""
+    design = "ladder" if ladder else "grid"
+    law = next(name for name, form in LAWS.items() if form.design == design)
     cells = select(table, (arm,))
-    fit = fit_law("power" if ladder else "surface", cells.rows, arm=arm, numbers=cells.numbers.tolist())
-    if isinstance(fit.law, LossSurface) or fit.law.exponent > 0.0:
+    fit = fit_law(law, cells.rows, arm=arm, numbers=cells.numbers.tolist())
+    if not ladder or (exponent := fit.law.frontier().exponent) > 0.0:
         return fit
     raise UserError(
-        f"arm {arm}: loss does not fall with compute (exponent {fit.law.exponent:.3g}), so no compute matches a lower "
+        f"arm {arm}: loss does not fall with compute (exponent {exponent:.3g}), so no compute matches a lower "
         "loss. Check that loss and flops belong together, or leave out failed runs by a column status."
     )
 
@@ -254,7 +255,7 @@ def load_or_fit(
     challenger: str | None = None,
     family: str | None = None,
     extrapolate: bool = False,
-    resamples: int = RESAMPLES,
+    resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
 ) -> Study:
     """The study in ``folder/fits.json`` if it was made from this table with these options, else a new fit.

@@ -10,7 +10,7 @@ import numpy as np
 from analysis.audit import AuditCheck
 from analysis.data.cells import rungs
 from analysis.figures.style import arm_label
-from analysis.fitting.laws import Law, LossSurface
+from analysis.fitting.laws import Law
 from analysis.ratio.compare import Comparison
 from analysis.ratio.cost_metrics import TIMES
 from analysis.ratio.formatting import compute_unit, interval_text, law_text, ratio_text
@@ -265,12 +265,7 @@ def _short(value: Any) -> str:
 
 
 def _law(law: Law) -> Formula:
-    if isinstance(law, LossSurface):
-        math = f"{law.E:.4g} + {law.A:.5g}\\,N^{{-{law.alpha:.4f}}} + {law.B:.5g}\\,D^{{-{law.beta:.4f}}}"
-    else:
-        math = f"{law.scale:.5g}\\,C^{{-{law.exponent:.5f}}}"
-        math = f"{law.floor:.4g} + {math}" if law.floor else math
-    return Formula(law_text(law), f"${math}$")
+    return Formula(law_text(law), f"${law.math()}$")
 
 
 def cell_text(cell: Cell) -> str:

@@ -1,4 +1,4 @@
-"""One arm's law alone, with what a reviewer asks beside it: errors, influence, and what the choices moved."""
+"""Law of one arm with its errors: intervals of the parameters, influence of each point, other objectives."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from numpy.typing import NDArray
 from analysis.data.cells import Array, LeftOut, Rows, run_of, select
 from analysis.data.table import RunsTable, check_table
 from analysis.fitting.fit import (
-    EFFICIENT,
-    HUBER,
-    LEAST_SQUARES,
+    EFFICIENT_DELTA,
     Fit,
-    Fitted,
-    Objective,
+    Minimum,
     describe,
-    form_named,
     solve,
     tied_to_scale,
 )
-from analysis.fitting.laws import Law, LossSurface
+from analysis.fitting.laws import LAWS, Law
+from analysis.fitting.objective import Objective
 from analysis.uncertainty.intervals import bootstrap, refit
 from scaling.errors import UserError
 from scaling.io import Strict
@@ -30,14 +27,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-MOST_SWEPT = 5000
-"""Rows beyond which the sweep over loss functions is left out."""
+MAX_ROWS_FOR_VARIANTS = 5000
+"""Rows up to which other objectives are fitted."""
 
-DELTAS = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Huber thresholds of the sweep: from nearly least squares to nearly least absolute deviations."""
+MAX_ROWS_FOR_ABSOLUTE = 500
+"""Rows up to which least absolute deviations are fitted, whose linear programs are dense."""
 
-MOST_INFLUENCE = 400
-"""Points up to which the influence of each is worked out."""
+VARIANT_DELTAS = (1e-1, 1e-2, 1e-3, 1e-4)
+"""Huber thresholds of the variants: from nearly least squares to nearly least absolute deviations."""
+
+MAX_POINTS_FOR_INFLUENCE = 400
+"""Points up to which the influence of each is computed."""
 
 
 class Parameter(Strict, frozen=True):
@@ -52,7 +52,7 @@ class Parameter(Strict, frozen=True):
 
 
 class Influence(Strict, frozen=True):
-    """What leaving one point out does."""
+    """Effect of one point on the fit."""
 
     row: int
     residual: float
@@ -75,7 +75,7 @@ class ArmFit(Strict, frozen=True):
     parameters: list[Parameter]
     resamples: int
     unit: str
-    """What was resampled: rows, cells or runs."""
+    """Unit of resampling: cells, or runs with their checkpoints."""
     units: int
     effective: float
     """Rows that would carry as much if they were independent; less than the rows where checkpoints repeat a run."""
@@ -101,20 +101,19 @@ def fit_arm(
         table: A table of runs, checked or not.
         law: ``power``, ``power-floor``, ``surface``, ...
         arm: Which; not needed where the table has one.
-        objective: Least squares in loss space for laws of compute, Huber (1e-3 on log loss) for the surface;
-            ``robust`` ties Huber's threshold to the residuals (`analysis.fitting.fit.tied_to_scale`).
-        checkpoints: Use every row of runs that stand in the table with their checkpoints; resampling then takes whole
-            runs. By default for the surface alone.
+        objective: The law's own when not given; ``robust`` ties Huber's threshold to the residuals
+            (`analysis.fitting.fit.tied_to_scale`).
+        checkpoints: Fit every checkpoint of a run, and resample whole runs. By default as the law says (the surface does).
         resamples: Of the bootstrap; 0 for none.
         seed: Of its draws.
 
     Raises:
         UserError: The arm or the law is not known, or the runs are too few.
     """
-    form = form_named(law)
+    form = LAWS.row(law)
     table = check_table(table, columns=form.columns)
     name, arm = table.name, table.only_arm(arm)
-    checkpoints = law == "surface" if checkpoints is None else checkpoints
+    checkpoints = form.uses_checkpoints if checkpoints is None else checkpoints
     cells = select(table, (arm,), ends_only=not checkpoints)
     rows = cells.rows
     if len(rows.loss) < max(form.size, 3):
@@ -124,7 +123,7 @@ def fit_arm(
         )
     if objective == "robust":
         objective = tied_to_scale(form, rows)
-    objective = objective or (HUBER if law == "surface" else LEAST_SQUARES)
+    objective = objective or form.objective
     fitted = solve(form, rows, objective)
     fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
     if fit.status == "failed":
@@ -148,53 +147,22 @@ def fit_arm(
     )
 
 
-def quantities(law: Law) -> dict[str, float]:
-    """The numbers of a law by name, and those derived from them that papers quote."""
-    if isinstance(law, LossSurface):
-        share = law.beta / (law.alpha + law.beta)
-        return {
-            "A": law.A,
-            "B": law.B,
-            "E": law.E,
-            "alpha": law.alpha,
-            "beta": law.beta,
-            "a = beta/(alpha+beta)": share,
-        }
-    found = {"scale": law.scale, "exponent": law.exponent}
-    return found | {"floor": law.floor} if law.floor else found
-
-
-def parameter_draws(fitted: Fitted, draws: Array, arm: int = 0) -> dict[str, Array]:
-    """Whole resampled laws as columns: one array for each number of the law."""
-    constants, exponents = fitted.design.parameters(draws, arm)
-    if exponents.shape[1] == 2:
-        E, A, B = constants.T
-        alpha, beta = exponents.T
-        with np.errstate(all="ignore"):
-            share = beta / (alpha + beta)
-        return {"A": A, "B": B, "E": E, "alpha": alpha, "beta": beta, "a = beta/(alpha+beta)": share}
-    from scaling.units import FLOPS_PER_PFLOPS_DAY
-
-    scale = constants[:, -1] * FLOPS_PER_PFLOPS_DAY ** -exponents[:, 0]
-    found = {"scale": scale, "exponent": exponents[:, 0]}
-    return found | {"floor": constants[:, 0]} if constants.shape[1] == 2 else found
-
-
 def resampled_laws(
     table: RunsTable | pd.DataFrame, law: str, arm: str, *, resamples: int = 4000, seed: int = 0
 ) -> tuple[dict[str, Array], dict[str, float]]:
-    """Whole resampled laws as columns, and the numbers of the fit itself: what a scatter of pairs shows."""
-    table = check_table(table)
-    cells = select(table, (arm,), ends_only=law != "surface")
-    fitted = solve(form_named(law), cells.rows, HUBER if law == "surface" else LEAST_SQUARES)
+    """Parameters of resampled laws, an array of shape ``(resamples,)`` each, and those of the fit itself."""
+    form = LAWS.row(law)
+    table = check_table(table, columns=form.columns)
+    cells = select(table, (arm,), ends_only=not form.uses_checkpoints)
+    fitted = solve(form, cells.rows, form.objective)
     run = run_of(table.frame.loc[cells.numbers - 1]).factorize()[0]
     groups = run if run.max() + 1 < len(run) else cells.cell
-    return parameter_draws(fitted, bootstrap(fitted, groups, resamples=resamples, seed=seed)), quantities(fitted.law())
+    draws = bootstrap(fitted, groups, resamples=resamples, seed=seed)
+    return fitted.layout.draws(draws), fitted.law().parameters()
 
 
-def _parameters(fitted: Fitted, draws: Array) -> list[Parameter]:
-    values = quantities(fitted.law())
-    columns = parameter_draws(fitted, draws)
+def _parameters(fitted: Minimum, draws: Array) -> list[Parameter]:
+    columns = fitted.layout.draws(draws)
     return [
         Parameter(
             name=name,
@@ -203,32 +171,31 @@ def _parameters(fitted: Fitted, draws: Array) -> list[Parameter]:
             low=float(np.quantile(columns[name], 0.025)),
             high=float(np.quantile(columns[name], 0.975)),
         )
-        for name, value in values.items()
-        if name in columns
+        for name, value in fitted.law().parameters().items()
     ]
 
 
-def _variants(fitted: Fitted, rows: Rows, used: Objective) -> list[Variant]:
-    if len(rows.loss) > MOST_SWEPT:
+def _variants(fitted: Minimum, rows: Rows, used: Objective) -> list[Variant]:
+    if len(rows.loss) > MAX_ROWS_FOR_VARIANTS:
         return []
-    form = fitted.design.form
-    tried = [Objective(function="huber", delta=delta) for delta in DELTAS]
+    form = fitted.layout.form
+    tried = [Objective(function="huber", delta=delta) for delta in VARIANT_DELTAS]
     tried += [Objective(space="log"), Objective(space="loss"), Objective(function="huber", delta=1e-3, space="loss")]
-    tried += [Objective(function="absolute")] if len(rows.loss) <= 500 else []
+    tried += [Objective(function="absolute")] if len(rows.loss) <= MAX_ROWS_FOR_ABSOLUTE else []
     named = {other.describe(): other for other in tried if other != used}
     tied = tied_to_scale(form, rows)
-    named[f"{tied.describe()}, {EFFICIENT} robust scales of the residuals"] = tied
+    named[f"{tied.describe()}, {EFFICIENT_DELTA} robust scales of the residuals"] = tied
     return [Variant(objective=name, law=solve(form, rows, other, best_of=4).law()) for name, other in named.items()]
 
 
-def _influence(fitted: Fitted, numbers: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Influence]:
+def _influence(fitted: Minimum, numbers: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Influence]:
     names, inverse = np.unique(groups, return_inverse=True)
-    if len(names) > MOST_INFLUENCE or len(names) <= fitted.design.size:
+    if len(names) > MAX_POINTS_FOR_INFLUENCE or len(names) <= fitted.layout.size:
         return []
-    columns = parameter_draws(fitted, refit(fitted, inverse, 1.0 - np.eye(len(names))))
-    whole = quantities(fitted.law())
+    columns = fitted.layout.draws(refit(fitted, inverse, 1.0 - np.eye(len(names))))
+    whole = fitted.law().parameters()
     r = fitted.log_residuals()
-    moves = {key: columns[key] - whole[key] for key in whole if key in columns}
+    moves = {key: columns[key] - whole[key] for key in whole}
     # Ordered by the parameter that moves most in units of its own spread over the points.
     size = np.max([np.abs(move) / (np.std(move) + 1e-300) for move in moves.values()], axis=0)
     order = np.argsort(-size, kind="stable")
@@ -244,7 +211,10 @@ def _influence(fitted: Fitted, numbers: NDArray[np.intp], groups: NDArray[np.int
 
 
 def effective_size(residuals: Array, groups: NDArray[np.intp]) -> float:
-    """Independent rows that would carry as much: rows over the design effect of their correlation within groups."""
+    """Number of independent rows with the same information: rows over the design effect of correlation within groups.
+
+    With intraclass correlation rho and group sizes m, the design effect is ``1 + rho * (sum(m^2) / sum(m) - 1)`` (Kish 1965).
+    """
     counts = np.bincount(groups).astype(np.float64)
     rows = len(residuals)
     if counts.max() <= 1 or len(counts) < 2:

@@ -1,7 +1,6 @@
-"""Prediction before the run: the largest rungs left out of the fit, predicted with an interval, and scored.
+"""Held-out prediction: laws fitted without the largest rungs, and the scores of their predictions there.
 
-A law that has never predicted a run it had not seen is a description. The interval here is for a run, not for the law:
-it holds the noise of one more run besides the error of the fit.
+The interval is for a run, not for the law: it adds the noise of one more run to the error of the fit.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 
 from analysis.data.cells import Array, Cells, Rows, select
 from analysis.data.table import RunsTable, check_table
-from analysis.fitting.fit import HUBER, LEAST_SQUARES, Fitted, form_named, judge, solve
-from analysis.fitting.laws import Law
+from analysis.fitting.fit import Minimum, judge, solve
+from analysis.fitting.laws import LAWS, Law, LawForm
 from analysis.fitting.solver import predict
 from analysis.ratio.study import check_computes, choose_arms, is_ladder
 from analysis.uncertainty.intervals import ROUNDING, Linear, gradient, linear, t_quantile
@@ -44,14 +43,14 @@ class Prediction(Strict, frozen=True):
     """Mean loss of the held-out runs at this point."""
     runs: int
     error: float
-    """ln(observed / predicted): negative, and the run did better than the law said."""
+    """ln(observed / predicted); negative where the run did better than predicted."""
     inside: bool | None
-    """Whether the observation fell into the interval."""
+    """True if the observation is in the interval; None without one."""
     remark: str
 
 
 class Holdout(Strict, frozen=True):
-    """What the smaller runs said about the larger ones."""
+    """Predictions of the larger runs from the smaller ones."""
 
     table: str
     rungs: int
@@ -65,9 +64,9 @@ def hold_out(
 
     Args:
         table: A table of runs, checked or not.
-        rungs: How many computes, from the largest, are held out; the same for all arms.
+        rungs: Number of computes, from the largest, that are held out in all arms.
         baseline: As in ``analysis.ratio.study.fit_table``.
-        challenger: As there.
+        challenger: As in ``fit_table``.
 
     Raises:
         UserError: Fewer than three computes would remain in an arm.
@@ -81,7 +80,7 @@ def hold_out(
     everything = select(table, arms)
     levels = np.unique(everything.rung)
     if rungs < 1:
-        raise UserError(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
+        raise UserError(f"{name}: found {rungs} rungs to hold out; at least one is needed. Give 1 or more.")
     if len(levels) - rungs < 3:
         raise UserError(
             f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {max(len(levels) - rungs, 0)}; a law needs "
@@ -98,18 +97,20 @@ def hold_out(
             )
         if not later.any():
             continue
-        for form in ("power", "power-floor") if ladder else ("surface",):
-            if kept.sum() > form_named(form).size:
-                predictions += _predict(everything, kept, later, arm, form)
+        for form, row in LAWS.items():
+            if row.design == ("ladder" if ladder else "grid") and kept.sum() > row.size:
+                predictions += _predict(everything, kept, later, arm, form, row)
     return Holdout(table=name, rungs=rungs, predictions=predictions)
 
 
-def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], arm: str, form: str) -> list[Prediction]:
+def _predict(
+    cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], arm: str, form: str, row: LawForm
+) -> list[Prediction]:
     rows = cells.rows._replace(arm=np.zeros(len(cells.rows.loss), dtype=np.intp))
-    fitted = solve(form_named(form), rows.take(kept), HUBER if form == "surface" else LEAST_SQUARES)
+    fitted = solve(row, rows.take(kept), row.objective)
     own = cells._replace(rows=rows.take(kept), cell=cells.cell[kept], rung=cells.rung[kept], arms=(arm,))
     spread = linear(fitted, own)
-    remark = judge(fitted, form)[1]
+    remark = judge(fitted)[1]
     flops, found = cells.rows.columns["flops"], []
     for rung in np.unique(cells.rung[later]):
         here = later & (cells.rung == rung)
@@ -142,8 +143,8 @@ def _predict(cells: Cells, kept: NDArray[np.bool_], later: NDArray[np.bool_], ar
     return found
 
 
-def _at(fitted: Fitted, rows: Rows, spread: Linear) -> tuple[float, float]:
-    problem = fitted.design.problem(rows, space="log", delta=None)
+def _at(fitted: Minimum, rows: Rows, spread: Linear) -> tuple[float, float]:
+    problem = fitted.layout.problem(rows, space="log", delta=None)
 
     def mean(theta: Array) -> Array:
         return np.array([predict(problem, theta[None])[0][0].mean()])
@@ -159,7 +160,7 @@ def holdout_text(holdout: Holdout) -> str:
         interval = "no interval" if p.low is None or p.high is None else f"95 % {p.low:.4f} to {p.high:.4f}"
         verdict = "" if p.inside is None else ", inside" if p.inside else ", OUTSIDE"
         lines.append(
-            f"  {p.arm}, {form_named(p.form).label}: at {p.compute * FLOPS_PER_PFLOPS_DAY:.3g} FLOPs ({p.compute / p.largest_fitted:.2g} "
+            f"  {p.arm}, {LAWS[p.form].label}: at {p.compute * FLOPS_PER_PFLOPS_DAY:.3g} FLOPs ({p.compute / p.largest_fitted:.2g} "
             f"times beyond) predicted {p.predicted:.4f} ({interval}), observed {p.observed:.4f}: "
             f"{100 * p.error:+.2f} %{verdict}." + (f" {p.remark}" if p.remark else "")
         )

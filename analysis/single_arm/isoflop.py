@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from analysis.data.cells import Rows, select
 from analysis.data.table import RunsTable, check_table
-from analysis.fitting.fit import HUBER, Status, form_named, judge, solve
-from analysis.fitting.laws import LossSurface
+from analysis.fitting.fit import Status, judge, solve
+from analysis.fitting.laws import LAWS, LossSurface
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.power_rule import PowerRule, fit_power_rule
@@ -81,13 +81,13 @@ def allocations(table: RunsTable | pd.DataFrame, arm: str | None = None) -> Allo
     table = check_table(table)
     name, arm = table.name, table.only_arm(arm)
     rows = select(table, (arm,), ends_only=False).rows
-    form = form_named("surface")
+    form = LAWS["surface"]
     if len(rows.loss) < form.size:
         raise UserError(
             f"{name}: arm {arm} has {len(rows.loss)} runs, and the surface has {form.size} parameters. Add runs."
         )
-    fitted = solve(form, rows, HUBER)
-    surface, status = fitted.law(), judge(fitted, "surface")[0]
+    fitted = solve(form, rows, form.objective)
+    surface, status = fitted.law(), judge(fitted)[0]
     if not isinstance(surface, LossSurface):
         raise TypeError(surface)
     found = valleys(rows)

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.data.cells import Array, Cells
-from analysis.fitting.fit import Fitted
+from analysis.fitting.fit import Minimum
 from analysis.fitting.solver import group_slopes, group_steps, minimise, newton_steps, predict
 
 MAX_CELLS_FOR_T_INTERVAL = 60
 """Cells up to which the t interval is used. In 1000 studies each of 18, 36 and 66 cells it covered 95.4, 95.5 and 95.8 %,
 the percentile bootstrap 92.9, 93.1 and 94.7 % (tests/bench/bench_analysis.py --coverage)."""
 
-MOST_WORK = 4e6
+MAX_REFIT_WORK = 4e6
 """Rows times resamples up to which every resample is refitted to its minimum."""
 
 MAX_RESAMPLED_GROUPS = 10_000
@@ -89,7 +89,7 @@ class Linear(NamedTuple):
         return np.sqrt(variance), self.freedom * np.clip(gain, 1.0, arms)
 
 
-def linear(fitted: Fitted, cells: Cells) -> Linear:
+def linear(fitted: Minimum, cells: Cells) -> Linear:
     """How the parameters answer to the observations, paired within cells.
 
     Exact for linear least squares, first-order for the rest; for Huber the rows beyond the threshold count as far as
@@ -145,7 +145,7 @@ def gradient(quantity: Quantity, theta: Array) -> Array:
     return np.stack(columns, axis=1)
 
 
-def t_interval(fitted: Fitted, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
+def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
     """Low and high of each derived value; NaN where nothing is left to estimate the noise from."""
     found = linear(fitted, cells)
     centre = quantity(fitted.theta)
@@ -162,18 +162,18 @@ def has_width(low: Array, high: Array) -> tuple[Array, Array]:
     return np.where(bad, np.nan, low), np.where(bad, np.nan, high)
 
 
-def bootstrap(fitted: Fitted, groups: Numbers, *, resamples: int, seed: int = 0) -> Array:
+def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0) -> Array:
     """Parameters refitted to resamples of whole groups (cells, or runs with their checkpoints).
 
     Each refit starts from the minimum of all data; resamples that end somewhere odd are kept, not dropped. Where rows
-    times resamples pass `MOST_WORK`, a refit is one Newton step from the minimum, for which the groups' sums suffice.
+    times resamples pass `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, for which the groups' sums suffice.
 
     Returns:
         Shape ``(resamples, parameters)``.
     """
     names, inverse = np.unique(groups, return_inverse=True)
     generator = np.random.default_rng(seed)
-    if len(names) > MAX_RESAMPLED_GROUPS and len(groups) * resamples > MOST_WORK:
+    if len(names) > MAX_RESAMPLED_GROUPS and len(groups) * resamples > MAX_REFIT_WORK:
         slopes, curvature = group_slopes(fitted.problem, fitted.theta, inverse)
         sums = slopes.sum(axis=0) + random_sums(slopes - slopes.mean(axis=0), resamples, generator)
         return fitted.theta - newton_steps(curvature, sums)
@@ -192,9 +192,9 @@ def random_sums(parts: Array, resamples: int, generator: np.random.Generator) ->
     return np.asarray((normal * np.sqrt(values.clip(0.0))) @ vectors.T)
 
 
-def refit(fitted: Fitted, groups: Numbers, counts: Array) -> Array:
+def refit(fitted: Minimum, groups: Numbers, counts: Array) -> Array:
     """Parameters under each row of `counts`: how often each group ``0 .. groups - 1`` is taken."""
-    if len(groups) * len(counts) > MOST_WORK:
+    if len(groups) * len(counts) > MAX_REFIT_WORK:
         return group_steps(fitted.problem, fitted.theta, groups, counts)
     return minimise(fitted.problem, fitted.theta, counts[:, groups], tolerance=1e-7, limit=60).theta
 

@@ -1,14 +1,14 @@
-"""The line through the paired differences: what two arms on the same cells say most exactly.
+"""The line through the paired differences of two arms, their most precise comparison.
 
-``d(C) = ln L_baseline - ln L_challenger`` at each shared cell, against ``ln C``. A slope of zero means the ratio does
-not move with compute under power laws of one exponent.
+``d(C) = ln L_baseline - ln L_challenger`` at each shared cell, against ``ln C``. A slope of zero means that the ratio
+is constant over compute under power laws of one exponent.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from analysis.data.cells import Array, Cells
+from analysis.data.cells import SAME_COMPUTE, Array, Cells
 from analysis.uncertainty.intervals import ROUNDING, t_quantile
 from scaling.io import Strict
 from scaling.units import pflops_days
@@ -31,12 +31,15 @@ class Difference(Strict, frozen=True):
     slope_low: float
     slope_high: float
     p: float
-    """Of a slope of zero, two-sided t test."""
+    """Two-sided t test of a slope of zero."""
     correlation: float
-    """Of the two arms' residuals about their own log-log lines."""
+    """Correlation of the two arms' residuals about their own log-log lines."""
 
     def at(self, compute: float, *, level: float = 0.95) -> tuple[float, float]:
-        """The difference at a compute in PFLOP/s-days, and the half width of its t interval."""
+        """The difference at a compute in PFLOP/s-days, and the half width of its t interval.
+
+        The standard error of a regression line at x is ``residual * sqrt(1 / n + (x - centre)^2 / spread)``.
+        """
         x = float(np.log(compute)) - self.centre
         error = self.residual * np.sqrt(1.0 / self.cells + x * x / self.spread)
         return self.level + self.slope * x, float(t_quantile(self.cells - 2, level)) * float(error)
@@ -58,15 +61,16 @@ def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
 def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Difference | None:
     """The paired difference line; None with fewer than three shared cells or two shared computes.
 
-    Cells whose arms differ in compute by more than 2 % are no pairs here.
+    With ``u = x - mean(x)``, the least-squares slope is ``sum(u d) / sum(u^2)``, with standard error
+    ``residual / sqrt(sum(u^2))``. Cells whose arms differ in compute by more than 2 % are not paired.
     """
     from scipy.special import stdtr
 
     one, x = cell_means(cells, baseline)
     two, other = cell_means(cells, challenger)
-    same = np.abs(x - other) <= 0.02
+    same = np.abs(x - other) <= SAME_COMPUTE
     one, two, x = one[same], two[same], x[same]
-    if len(x) < 3 or np.ptp(x) < 0.02:
+    if len(x) < 3 or np.ptp(x) < SAME_COMPUTE:
         return None
     centre = float(x.mean())
     u = x - centre
@@ -76,6 +80,7 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
         slope = float(np.sum(u * y) / spread)
         return float(y.mean()), slope, y - y.mean() - slope * u
 
+    # Two parameters are estimated, so n - 2 degrees of freedom are left.
     level, slope, left = line(one - two)
     freedom = len(x) - 2
     residual = float(np.sqrt(np.sum(left**2) / freedom))

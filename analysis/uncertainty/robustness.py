@@ -1,7 +1,7 @@
-"""How much the answer owes to the way its interval was made, and to each rung.
+"""Robustness of the headline's ratio: its interval by several methods, and the ratio without each rung.
 
-Five cells give intervals that differ by a factor of four with the method. All of them are shown; the headline's is the
-one whose coverage was checked (tests/bench/bench_analysis.py).
+With five cells the methods differ by a factor of four in width. All are shown; the headline uses the one whose coverage
+was measured (tests/bench/bench_analysis.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import numpy as np
 
 from analysis.data.cells import Array, Cells
 from analysis.fitting.families import ratio_of
-from analysis.fitting.fit import Fitted
-from analysis.fitting.laws import PowerLaw
+from analysis.fitting.fit import Minimum
 from analysis.fitting.solver import minimise
 from analysis.uncertainty.intervals import (
     MAX_CELLS_FOR_T_INTERVAL,
@@ -27,8 +26,11 @@ from analysis.uncertainty.paired import Difference
 from scaling.io import Strict
 from scaling.units import pflops_days
 
-WEBB = np.sqrt([0.5, 1.0, 1.5])
-"""Sizes of the six-point weights for wild resampling of few cells (Webb 2023); each with either sign."""
+WEBB_WEIGHT_SIZES = np.sqrt([0.5, 1.0, 1.5])
+"""Absolute values of the six-point weights for wild resampling of few cells (Webb 2023); each has either sign."""
+
+MAX_RUNGS_FOR_JACKKNIFE = 60
+"""Rungs up to which the ratio is refitted without each."""
 
 
 class Interval(Strict, frozen=True):
@@ -40,19 +42,19 @@ class Interval(Strict, frozen=True):
     remark: str
 
 
-class Without(Strict, frozen=True):
+class RatioWithoutRung(Strict, frozen=True):
     """The headline's ratio when one rung is left out of the fit."""
 
     compute: float
     """PFLOP/s-days of the rung."""
     ratio: float | None
-    """None where the laws that are left never reach the headline's loss."""
+    """None where the remaining laws never reach the headline's loss."""
 
 
 def intervals_by_method(
-    fitted: Fitted, cells: Cells, loss: float, line: Difference | None, *, resamples: int, seed: int
+    fitted: Minimum, cells: Cells, loss: float, line: Difference | None, *, resamples: int, seed: int
 ) -> list[Interval]:
-    """The interval at one loss by every method that the cells allow."""
+    """The interval of the ratio at one loss by every method that the cells allow."""
     losses = np.array([loss])
 
     def quantity(theta: Array) -> Array:
@@ -64,43 +66,43 @@ def intervals_by_method(
     # No paired interval at all (NaN) means that the arms' noise cancels.
     wider = not float(alone[1][0] - alone[0][0]) <= float(paired[1][0] - paired[0][0])
     found = [
-        _made("t, paired", paired, "the arms' covariance within cells"),
-        _made("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
+        _interval("t, paired", paired, "the arms' covariance within cells"),
+        _interval("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
     ]
     count = len(np.unique(cells.cell))
     sign = "one sign for both arms of a cell" + (
         "; too narrow with so few cells" if count <= MAX_CELLS_FOR_T_INTERVAL else ""
     )
     draws = quantity(wild(fitted, cells, resamples=resamples, seed=seed))
-    found.append(_made("wild bootstrap, paired", percentile(draws, centre), sign))
+    found.append(_interval("wild bootstrap, paired", percentile(draws, centre), sign))
     draws = quantity(bootstrap(fitted, cells.cell, resamples=resamples, seed=seed))
     few = (
         "under-covers with so few cells"
         if count <= MAX_CELLS_FOR_T_INTERVAL
         else "both laws refitted in every resample"
     )
-    found.append(_made("case bootstrap, paired", percentile(draws, centre), few))
+    found.append(_interval("case bootstrap, paired", percentile(draws, centre), few))
     if line is not None:
-        law = fitted.law(0)
-        at = fitted.law(1)
-        if isinstance(law, PowerLaw) and isinstance(at, PowerLaw) and not law.floor and not at.floor:
-            half = line.at(at.compute(loss))[1] / law.exponent
+        baseline, challenger = (fitted.law(arm).frontier() for arm in (0, 1))
+        if not baseline.floor and not challenger.floor:
+            half = line.at(challenger.compute(loss))[1] / baseline.exponent
             ends = (centre - half, centre + half)
-            found.append(_made("t of the paired differences", ends, "the exponent taken as fitted: too narrow"))
+            found.append(_interval("t of the paired differences", ends, "the exponent taken as fitted: too narrow"))
     return [interval for interval in found if interval is not None]
 
 
-def _made(method: str, ends: tuple[Array, Array], remark: str) -> Interval | None:
+def _interval(method: str, ends: tuple[Array, Array], remark: str) -> Interval | None:
     low, high = (float(np.exp(end[0])) for end in has_width(*ends))
     if not (np.isfinite(low) and np.isfinite(high)):
         return None
     return Interval(method=method, low=low, high=high, remark=remark)
 
 
-def wild(fitted: Fitted, cells: Cells, *, resamples: int, seed: int) -> Array:
+def wild(fitted: Minimum, cells: Cells, *, resamples: int, seed: int) -> Array:
     """Parameters under wild resampling: each cell's residuals times one random weight, to first order.
 
-    Keeps the design and lets noise differ from cell to cell; residuals are widened for the parameters they paid for.
+    With the response ``R`` of `Linear` and residuals r, resample w is ``theta + sum_c w_c (R r)_c`` over cells c. The plan of
+    sizes stays as it is, and the noise may differ from cell to cell.
 
     Returns:
         Shape ``(resamples, parameters)``.
@@ -108,29 +110,31 @@ def wild(fitted: Fitted, cells: Cells, *, resamples: int, seed: int) -> Array:
     found = linear(fitted, cells)
     names, inverse = np.unique(cells.cell, return_inverse=True)
     generator = np.random.default_rng(seed)
+    # Residuals are smaller than the noise by sqrt(freedom / rows), for the parameters fitted to them.
     rows = np.bincount(cells.rows.arm)[cells.rows.arm]
     r = fitted.log_residuals() * np.sqrt(rows / max(found.freedom, 1e-9) if found.freedom >= 1.0 else 1.0)
+    # Effect of each cell on each parameter: (cells, parameters).
     sums = [np.bincount(inverse, weights=row * r) for row in found.response]
     moves: Array = np.stack(sums, axis=1).astype(np.float64)
     if len(names) > MAX_RESAMPLED_GROUPS:
         return fitted.theta + random_sums(moves, resamples, generator)
     shape = (resamples, len(names))
-    weights = generator.choice(WEBB, shape) * generator.choice([-1.0, 1.0], shape)
+    weights = generator.choice(WEBB_WEIGHT_SIZES, shape) * generator.choice([-1.0, 1.0], shape)
     return np.asarray(fitted.theta + weights @ moves)
 
 
-def jackknife(fitted: Fitted, cells: Cells, loss: float) -> list[Without]:
-    """The ratio at one loss without each rung in turn."""
+def jackknife(fitted: Minimum, cells: Cells, loss: float) -> list[RatioWithoutRung]:
+    """The ratio at one loss without each rung in turn; empty with fewer than four rungs or very many."""
     rungs = np.unique(cells.rung)
     left = [np.unique(cells.rung[(cells.rows.arm == arm)]) for arm in range(len(cells.arms))]
-    if min(len(own) for own in left) < 4 or len(rungs) > 60:
+    if min(len(own) for own in left) < 4 or len(rungs) > MAX_RUNGS_FOR_JACKKNIFE:
         return []
     weights = cells.rung != rungs[:, None]
     theta = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150).theta
     values = ratio_of(fitted, theta, np.array([loss]))[:, 0]
     flops = cells.rows.columns["flops"]
     return [
-        Without(
+        RatioWithoutRung(
             compute=pflops_days(float(np.exp(np.log(flops[cells.rung == rung]).mean()))),
             ratio=float(np.exp(value)) if np.isfinite(value) else None,
         )

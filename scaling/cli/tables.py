@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from analysis.data.table import RunsTable
     from analysis.data.tuning import TuningTables
-    from analysis.fitting.fit import Objective
+    from analysis.fitting.objective import Objective
     from analysis.ratio.study import Study
     from sweeps.config.campaign import Campaign
 
@@ -149,7 +149,7 @@ def _nothing_finished(file: Path) -> bool:
 
 
 def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
-    from analysis.fitting.fit import Objective
+    from analysis.fitting.objective import Objective
 
     if delta is None:
         return None

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.fitting.fit import Fit, Objective
+from analysis.fitting.fit import Fit
 from analysis.fitting.laws import LossSurface
+from analysis.fitting.objective import Objective
 from analysis.single_arm.fit_arm import ArmFit, fit_arm
 
 POINTS = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "chinchilla" / "points.csv"

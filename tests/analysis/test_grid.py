@@ -10,7 +10,7 @@ from analysis.ratio.study import Study, fit_table
 from analysis.single_arm.isoflop import Valley, allocations, valley_bias
 
 BASE = LossSurface(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
-CV_IMPROVEMENT = LossSurface(
+EFFICIENT = LossSurface(
     E=BASE.E, A=BASE.A * 1.2**-BASE.alpha, B=BASE.B * 1.5**-BASE.beta, alpha=BASE.alpha, beta=BASE.beta
 )
 HOFFMANN = LossSurface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -18,7 +18,7 @@ HOFFMANN = LossSurface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return fit_table(grid({"adamw": BASE, "muon": CV_IMPROVEMENT}, noise=0.002), resamples=200)
+    return fit_table(grid({"adamw": BASE, "muon": EFFICIENT}, noise=0.002), resamples=200)
 
 
 def test_isoflop_tables_are_fitted_by_surfaces(study: Study) -> None:
@@ -30,6 +30,13 @@ def test_the_planted_factors_come_back(study: Study) -> None:
     worth = study.comparisons[0].factors[0]
     assert worth.tokens.low < 1.5 < worth.tokens.high
     assert worth.params.low < 1.2 < worth.params.high
+
+
+@pytest.mark.parametrize("family", ["shared-floor-surfaces", "separate-surfaces"])
+def test_a_family_with_exponents_for_each_arm(family: str) -> None:
+    comparison = fit_table(grid({"adamw": BASE, "muon": EFFICIENT}, noise=0.002), family=family).comparisons[0]
+    assert comparison.headline.ratio == pytest.approx(1 / 1.8, rel=0.1)
+    assert comparison.factors == []
 
 
 def test_the_planted_ratio_is_inside_the_interval(study: Study) -> None:

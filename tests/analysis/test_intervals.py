@@ -11,7 +11,7 @@ from synthetic import ADAMW, MUON, ladder
 from analysis.data.cells import Array, Cells, select
 from analysis.data.table import check_table
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
-from analysis.fitting.fit import Fitted
+from analysis.fitting.fit import Minimum
 from analysis.moonlight import MOONLIGHT_LINES
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
@@ -23,7 +23,7 @@ TRUTH = float(np.log(MOONLIGHT_LINES["muon"].compute(LOSS) / MOONLIGHT_LINES["ad
 DRAWS = 150
 
 
-def draw(seed: int, rungs: int = 5, seeds: int = 1) -> tuple[Cells, Fitted]:
+def draw(seed: int, rungs: int = 5, seeds: int = 1) -> tuple[Cells, Minimum]:
     """A study like Moonlight's: the arms of a cell share 0.45 % of noise and differ by 0.08 %."""
     frame = ladder(
         MOONLIGHT_LINES,
@@ -39,7 +39,7 @@ def draw(seed: int, rungs: int = 5, seeds: int = 1) -> tuple[Cells, Fitted]:
     return cells, fit_family(LAW_FAMILIES["lines"], cells.rows, 2, best_of=1)
 
 
-def log_ratio(fitted: Fitted, theta: Array) -> Array:
+def log_ratio(fitted: Minimum, theta: Array) -> Array:
     return ratio_of(fitted, theta, np.array([LOSS]))
 
 
@@ -105,26 +105,27 @@ def test_rows_of_checkpoints_as_independent_are_too_narrow() -> None:
 
 def test_resampling_in_one_step_is_close_to_refitting() -> None:
     from analysis.data.cells import Rows
-    from analysis.fitting.fit import HUBER, form_named, solve
+    from analysis.fitting.fit import solve
     from analysis.fitting.laws import LAWS
+    from analysis.fitting.objective import HUBER
     from analysis.uncertainty import intervals
 
     generator = np.random.default_rng(4)
     params = np.exp(generator.uniform(17, 22, 300))
     tokens = params * np.exp(generator.uniform(1, 5, 300))
     columns = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
-    form = form_named("surface")
+    form = LAWS["surface"]
     noise = np.repeat(0.004 * generator.standard_normal(60), 5) + 0.001 * generator.standard_normal(300)
-    rows = Rows(np.zeros(300, dtype=np.intp), form.loss(LAWS["surface"].example, columns) * np.exp(noise), columns)
+    rows = Rows(np.zeros(300, dtype=np.intp), form.example.evaluate(columns) * np.exp(noise), columns)
     fitted = solve(form, rows, HUBER)
     groups = np.repeat(np.arange(60), 5)
     whole = bootstrap(fitted, groups, resamples=300)
-    before = intervals.MOST_WORK
+    before = intervals.MAX_REFIT_WORK
     try:
-        intervals.MOST_WORK = 0
+        intervals.MAX_REFIT_WORK = 0
         step = bootstrap(fitted, groups, resamples=300)
     finally:
-        intervals.MOST_WORK = before
+        intervals.MAX_REFIT_WORK = before
     assert np.std(step, axis=0) == pytest.approx(np.std(whole, axis=0), rel=0.35)
 
 
@@ -171,7 +172,7 @@ def test_sums_of_many_resamples_have_the_spread_of_drawn_ones(monkeypatch: pytes
     drawn = bootstrap(fitted, cells.cell, resamples=2000), wild(fitted, cells, resamples=2000, seed=0)
     for module in ("analysis.uncertainty.intervals", "analysis.uncertainty.robustness"):
         monkeypatch.setattr(f"{module}.MAX_RESAMPLED_GROUPS", 100)
-    monkeypatch.setattr("analysis.uncertainty.intervals.MOST_WORK", 1.0)
+    monkeypatch.setattr("analysis.uncertainty.intervals.MAX_REFIT_WORK", 1.0)
     normal = bootstrap(fitted, cells.cell, resamples=2000), wild(fitted, cells, resamples=2000, seed=0)
     for one, two in zip(drawn, normal, strict=True):
         # Standard deviations over 2,000 draws are known to 1.6 %.

@@ -24,8 +24,9 @@ from synthetic import ladder
 from analysis.data.cells import Array, Rows, select
 from analysis.data.table import check_table, read_table
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
-from analysis.fitting.fit import HUBER, form_named, solve
+from analysis.fitting.fit import solve
 from analysis.fitting.laws import LAWS
+from analysis.fitting.objective import HUBER
 from analysis.moonlight import MOONLIGHT_LINES
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
@@ -55,7 +56,7 @@ def points() -> tuple[Array, Array, Array, str]:
     tokens = np.exp(generator.uniform(np.log(1e9), np.log(3e11), 240))
     columns = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
     noise = 0.005 * generator.standard_t(3, 240)
-    return params, tokens, LAWS["surface"].loss(LAWS["surface"].example, columns) * np.exp(noise), "synthetic"
+    return params, tokens, LAWS["surface"].example.evaluate(columns) * np.exp(noise), "synthetic"
 
 
 def reference_objective(theta: Array, x: Array, y: Array, target: Array, weights: Array) -> float:
@@ -72,7 +73,7 @@ def time_fits() -> None:
 
     params, tokens, loss, source = points()
     rows = Rows(np.zeros(240, dtype=np.intp), loss, {"params": params, "tokens": tokens, "flops": 6 * params * tokens})
-    form = form_named("surface")
+    form = LAWS["surface"]
     ours = solve(form, rows, HUBER)
     lowest = ours.certificate.objective
     print(f"240 points ({source}); surface, Huber {DELTA:g} on log loss, minimum {lowest:.9g}")
@@ -260,9 +261,9 @@ def coverage(studies: int = 1000) -> None:
             for at, (low, high) in enumerate(ends):
                 hits[at] += low[0] <= truth <= high[0]
                 widths[at] += high[0] - low[0]
-        told = zip(("paired t", "arms independent", "paired bootstrap"), hits / studies, widths / studies, strict=True)
+        found = zip(("paired t", "arms independent", "paired bootstrap"), hits / studies, widths / studies, strict=True)
         print(f"coverage over {studies} studies of {rungs} rungs x {seeds} seeds, at loss {loss}")
-        for label, share, width in told:
+        for label, share, width in found:
             if width:
                 print(f"  {label:<20} {share:.3f}   mean width {width:.3f} in ln ratio")
 
