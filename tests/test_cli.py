@@ -1,4 +1,4 @@
-"""The command line as a user meets it: sentences instead of tracebacks, and the road from campaign to ratio."""
+"""The command line: sentences instead of tracebacks, help, names of runs, next steps, and whole pipelines."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_faulty_table_is_one_sentence_and_status_2(
     [
         (("--law", "power", "--arm", "muon", "--delta", "nan"), "--delta nan: give a number above 0"),
         (("--law", "power", "--arm", "muon", "--delta", "-1"), "--delta -1: give a number above 0"),
-        (("--delta", "0.01"), "--delta belongs to --law"),
+        (("--delta", "0.01"), "--delta needs --law"),
         (("--holdout", "0"), "at least one rung is left out"),
         (("--law", "surface", "--arm", "muon"), "these runs carry no law surface"),
     ],
@@ -149,12 +149,15 @@ def test_the_answer_is_printed_before_a_folder_that_cannot_be_written_is_reporte
     assert run(monkeypatch, "fit", tmp_path) == 2
     said = capsys.readouterr()
     assert "FLOPs" in said.out
-    assert re.fullmatch(rf"scaling: .*{tmp_path}/fits.json: Is a directory. A folder stands .*\n", said.err)
+    assert re.fullmatch(rf"scaling: .*{tmp_path}/fits.json: Is a directory. There is a folder .*\n", said.err)
 
 
 @pytest.mark.parametrize(
     ("root", "said"),
-    [("/dev/null", "Not a directory. A file stands where"), ("/tmp/" + 300 * "a", "File name too long. Use a shorter")],
+    [
+        ("/dev/null", "Not a directory. There is a file where"),
+        ("/tmp/" + 300 * "a", "File name too long. Use a shorter"),
+    ],
 )
 def test_an_error_of_the_operating_system_is_one_sentence_and_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: str, said: str
@@ -310,9 +313,9 @@ def test_the_whole_road_twice_trains_once(
 ) -> None:
     root = ["--root", tmp_path]
     assert run(monkeypatch, "submit", campaign, "--workers", "2", *root) == 0
-    assert "6 trained, 0 were there" in capsys.readouterr().out
+    assert "6 trained, 0 were done before" in capsys.readouterr().out
     assert run(monkeypatch, "submit", campaign, *root) == 0
-    assert "0 trained, 6 were there" in capsys.readouterr().out
+    assert "0 trained, 6 were done before" in capsys.readouterr().out
     assert run(monkeypatch, "collect", campaign, *root) == 0
     table = pd.read_csv(tmp_path / "results" / "tiny" / "runs.csv")
     assert (table["status"] == "finished").all()

@@ -220,7 +220,7 @@ def test_a_damaged_root_ends_in_output_or_one_sentence(whole: Root, name: str, f
         ("record.json", "foreign", "the record of run"),
         ("attempts.jsonl", "folder", "Is a directory"),
         ("spec.json", "foreign", "not edited in place"),
-        ("spec.json", "folder", "A folder stands where a file is needed"),
+        ("spec.json", "folder", "There is a folder where a file is needed"),
     ],
 )
 def test_submit_reports_a_damaged_run_and_keeps_its_files(whole: Root, name: str, fault: str, said: str) -> None:
@@ -233,7 +233,7 @@ def test_submit_reports_a_damaged_run_and_keeps_its_files(whole: Root, name: str
         before = {file: file.read_bytes() for file in root.file(damaged, "").iterdir() if file.is_file()}
         ended = root.verb("submit")
         assert ended.status == 1
-        assert "0 trained, 3 were there, 1 failed." in ended.out
+        assert "0 trained, 3 were done before, 1 failed." in ended.out
         assert re.search(rf"{root.runs[damaged]} failed: .*{re.escape(said)}", ended.out)
         assert all(file.read_bytes() == content for file, content in before.items())
 
