@@ -1,4 +1,4 @@
-"""Errors that reach the user as a sentence instead of a traceback, and the exit statuses of the command line."""
+"""Errors that reach the user as a sentence instead of a traceback, and the text that may stand in one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 class ConfigError(UserError):
-    """A campaign file, or an option that replaces one of its fields, cannot be used."""
+    """A campaign file, or an option that stands for one of its fields, cannot be used."""
 
 
 class DataError(UserError):
@@ -54,12 +54,12 @@ class DataError(UserError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for an unknown name: ``optimizer "muonn" is not known; did you mean "muon"? Known: ...``.
+    """A sentence for a name that is in no table: ``optimizer "muonn" is not known; did you mean "muon"? Known: ...``.
 
     Args:
-        what: What the name should name, such as ``optimizer``.
-        name: The unknown name.
-        known: The accepted names.
+        what: The kind of thing, as the reader calls it.
+        name: What was found.
+        known: What would be accepted.
     """
     known, name = sorted(known), shortened(name)
     near = difflib.get_close_matches(name, known, n=1)

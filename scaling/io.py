@@ -43,7 +43,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # instead of none, or the temporary name
+            error.filename, error.filename2 = str(path), None  # write() sets no name, and replace() the temporary one
         raise
     if durable:
         _sync_folder(path.parent)

@@ -99,7 +99,7 @@ class RunDirectory:
         return spec
 
     def placement(self) -> Placement:
-        """Where and how the run executes."""
+        """The run's placement."""
         return read_json(self.placement_file, Placement, remedy=SUBMIT_AGAIN)
 
     def record(self) -> RunRecord | None:
