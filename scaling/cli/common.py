@@ -6,9 +6,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
@@ -18,6 +19,8 @@ from scaling.errors import UserError, plain
 if TYPE_CHECKING:
     from sweeps.config.campaign import Campaign
     from sweeps.planning.plan import CampaignPlan
+
+T = TypeVar("T")
 
 CampaignName = Annotated[str, arg(metavar="CAMPAIGN")]
 TableName = Annotated[str, arg(metavar="TABLE")]
@@ -122,6 +125,14 @@ def _in_campaign(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -
 def print_json(value: Any) -> None:
     """Print a value as JSON with all digits."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_result(value: T, json: bool, text: Callable[[T], str]) -> None:
+    """Print a value as JSON, or as text."""
+    if json:
+        print_json(value)
+    else:
+        print(plain(text(value)))
 
 
 def next_step(command: str) -> None:

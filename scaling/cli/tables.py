@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from scaling.cli.common import TableName, default_root, next_step, print_json, root_option
-from scaling.errors import ExitCode, UserError, plain
+from scaling.cli.common import TableName, default_root, next_step, print_json, print_result, root_option
+from scaling.errors import ExitCode, UserError
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
@@ -219,29 +219,20 @@ class Fit(OnTable):
         from analysis.reporting import terminal
         from analysis.single_arm.fit_arm import fit_arm
 
-        found = fit_arm(self.read(), law, self.arm, objective=_objective(self.delta))
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(terminal.arm_text(found)))
+        print_result(
+            fit_arm(self.read(), law, self.arm, objective=_objective(self.delta)), self.json, terminal.arm_text
+        )
 
     def _allocate(self) -> None:
         from analysis.single_arm.isoflop import allocations, allocations_text
 
-        found = allocations(self.read(), self.arm)
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(allocations_text(found)))
+        print_result(allocations(self.read(), self.arm), self.json, allocations_text)
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.single_arm.holdout import hold_out, holdout_text
 
         found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(holdout_text(found)))
+        print_result(found, self.json, holdout_text)
 
 
 @dataclass(frozen=True)
@@ -258,10 +249,7 @@ class Audit(OnTable):
         study, frame = self.fitted()
         search = self.search()
         checks = audit(frame, study, None if search is None else search.trials)
-        if self.json:
-            print_json(checks)
-        else:
-            print(plain(audit_text(checks)))
+        print_result(checks, self.json, audit_text)
         if any(check.verdict == "fail" for check in checks):
             sys.exit(ExitCode.FAILURE)
 
