@@ -57,8 +57,8 @@ class Plan(OnCampaign):
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            seen = outlook(plan)
-            print_json({"runs": plan_table.plan_rows(plan, seen), "totals": plan_table.plan_totals(plan, seen)})
+            costs = outlook(plan)
+            print_json({"runs": plan_table.plan_rows(plan, costs), "totals": plan_table.plan_totals(plan, costs)})
         elif self.groups:
             plan_table.groups(plan)
         else:
