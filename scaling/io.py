@@ -91,7 +91,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # instead of none, or the temporary name
+            error.filename, error.filename2 = str(path), None  # write() sets no name, and replace() the temporary one
         raise
     if durable:
         _sync_folder(path.parent)
@@ -124,8 +124,8 @@ def read_json(path: Path, kind: type[T], *, remedy: str = "Restore it, or name a
     Args:
         path: The file.
         kind: Type of the value.
-        remedy: Last sentence of the error, which says what to do. The caller knows what writes the file again and what
-            would be lost without it.
+        remedy: What to do, the last sentence of the error. Only the caller knows how to write the file again and what
+            is lost without it.
 
     Raises:
         UserError: The file does not exist or is not JSON, or a field is unknown, missing or invalid.

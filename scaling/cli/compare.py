@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compare(OnTable):
-    """Compare the arms at each budget: held-out losses, paired differences over seeds, figures of both."""
+    """Compare arms at equal budgets: held-out losses, paired differences over seeds, and figures."""
 
     json: bool = False
-    """Print everything with full precision."""
+    """Print JSON with all digits."""
 
     def run(self) -> None:
         """Print the table; write the figures where the results of this table are."""

@@ -98,7 +98,7 @@ class RunDirectory:
         return spec
 
     def placement(self) -> Placement:
-        """Where and how the run executes."""
+        """The run's placement."""
         return read_json(self.placement_file, Placement, remedy=SUBMIT_AGAIN)
 
     def record(self) -> RunRecord | None:
@@ -181,7 +181,7 @@ class RunDirectory:
         return last.reason if last else None
 
     def _last_attempt(self) -> Attempt | None:
-        """The last line of the attempts that tells whether the run failed: a job's exit need not."""
+        """The last line of the attempts that decides the state; the exit of a job does so only with an outcome."""
         telling = [attempt for attempt in self.attempts() if attempt.event != "exit" or attempt.outcome]
         return telling[-1] if telling else None
 

@@ -100,4 +100,4 @@ def test_a_trunk_with_other_first_steps_is_rejected(tiny_shards: Path) -> None:
 
 
 def test_branch_of_does_not_change_other_ids() -> None:
-    assert make_spec().id == "f3c7a3a84427"
+    assert make_spec().id == "40be2e997cfb"

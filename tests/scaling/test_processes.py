@@ -140,7 +140,7 @@ def test_bf16_in_several_processes_matches_one(spec: RunSpec, tiny_shards: Path,
 
 
 def _kill_a_worker(path: Path) -> None:
-    """As soon as there is a checkpoint, kill one of the processes that train."""
+    """Kill one of the ranks once there are two checkpoints."""
     import multiprocessing
     import os
     import signal
@@ -174,10 +174,10 @@ def test_out_of_memory_names_a_smaller_micro_batch(
 ) -> None:
     loss = Decoder.loss
 
-    def hungry(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
-        if len(windows) > 2 and torch.is_grad_enabled():
+    def hungry(self: Decoder, sequences: torch.Tensor) -> torch.Tensor:
+        if len(sequences) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return loss(self, windows)
+        return loss(self, sequences)
 
     monkeypatch.setattr(Decoder, "loss", hungry)
     path = directory_for(spec, tmp_path, tiny_shards)

@@ -142,9 +142,9 @@ def test_a_loss_that_is_not_finite_is_recorded_as_divergence(
     calls: list[int] = []
     loss = Decoder.loss
 
-    def poisoned(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: Decoder, sequences: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return loss(self, windows) * (float("nan") if len(calls) == 10 else 1.0)
+        return loss(self, sequences) * (float("nan") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(Decoder, "loss", poisoned)
     record = finish(path)
@@ -211,8 +211,10 @@ def test_arms_start_from_the_same_weights(tiny_shards: Path) -> None:
 
 def test_a_run_can_use_the_whole_stream(tiny_shards: Path, tmp_path: Path) -> None:
     per_epoch = Batches(tiny_shards, context=TINY.context, sequences=1).steps
-    windows = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
-    spec = make_spec(steps=per_epoch // windows, windows=windows, manifest=manifest_hash(read_manifest(tiny_shards)))
+    sequences = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
+    spec = make_spec(
+        steps=per_epoch // sequences, windows=sequences, manifest=manifest_hash(read_manifest(tiny_shards))
+    )
     directory = place(spec, tmp_path / "all", tiny_shards)
     assert finish(directory).tokens == per_epoch * TINY.context
 
@@ -273,7 +275,10 @@ def test_measurements_are_spread_over_the_steps(count: int) -> None:
     assert max(steps) == STEPS
 
 
-def test_too_many_threads_are_rejected(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_too_many_threads_are_rejected(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     directory = RunDirectory(place(spec, tmp_path, tiny_shards))
     write_json(directory.placement_file, msgspec.structs.replace(directory.placement(), threads=1000))
     with pytest.raises(UserError, match="threads = 1,000, and this machine has"):
