@@ -1,8 +1,8 @@
 """Parameters by part and training FLOPs per token, under conventions with names.
 
-Papers count differently, and the count moves the match ratio (Moonlight's 0.519 becomes 0.51 to 0.55), so a number of
-FLOPs never travels without the name of its convention. The formulas are held exactly to torch's FlopCounterMode on
-the meta device by tests/scaling/test_flops.py. No torch is imported here.
+Papers count differently, and the count moves the match ratio (Moonlight's 0.519 becomes 0.51 to 0.55), so every number
+of FLOPs has the name of its convention beside it. tests/scaling/test_flops.py checks that the formulas give exactly the
+count of torch's FlopCounterMode on the meta device. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class ParamCount(Strict, frozen=True):
     """Parameters by part. What a paper calls N is `blocks`, `without_embedding` or `total`: it must say which."""
 
     embedding: int
-    """Rows that are looked up and never multiplied."""
+    """The input embedding, which is looked up and never multiplied."""
     blocks: int
-    """Matrices of attention and feed-forward, all experts among them: Moonlight's N."""
+    """Matrices of attention and feed-forward with all experts: Moonlight's N."""
     head: int
-    """The output matrix as it multiplies; the embedding once more where the two are tied."""
+    """The output matrix; the embedding once more where the two are tied."""
     norms: int
     tied: bool
     idle: int = 0
-    """Parameters of the routed experts that a token does not meet."""
+    """Parameters of the routed experts that do not process a token."""
 
     @property
     def activated(self) -> int:
-        """Matrices of the blocks that one token meets: all of them in a dense model."""
+        """Matrices of the blocks that process one token: all of them in a dense model."""
         return self.blocks - self.idle
 
     @property
@@ -46,7 +46,7 @@ class ParamCount(Strict, frozen=True):
 
     @property
     def without_embedding(self) -> int:
-        """Everything but the input embedding; a tied head counts as the embedding and stays out."""
+        """All parameters except the input embedding; a tied head counts as the embedding."""
         return self.blocks + self.norms + (0 if self.tied else self.head)
 
     @property
@@ -128,13 +128,13 @@ def _attention(shape: ModelConfig) -> int:
 
 CONVENTIONS: dict[str, Callable[[ModelConfig], int]] = {
     # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B); with
-    # experts, the N that a token meets.
+    # experts, the N that processes a token.
     "6nd": _six_nd,
     # Every weight that multiplies: the head counts, the look-up does not.
     "matmul": _matmul,
-    # And scores and mixing of causal attention, half of the full square.
+    # Also scores and mixing of causal attention, half of the full square.
     "attention": _attention,
-    # And the full square, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
+    # Also the other half, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
     # queries and values are as wide as the model.
     "attention-full": _attention_full,
 }

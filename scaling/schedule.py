@@ -1,7 +1,7 @@
 """Learning-rate schedules in tokens, as pure functions.
 
-A schedule is a share of the peak at a number of tokens seen. Nothing is remembered, so a resumed run has the rates it
-would have had, and a run on twice the devices has the same rates per token.
+A schedule is a share of the peak, a function of tokens trained on. It has no state, so a resumed run has the rates of an
+uninterrupted one, and a run on twice the devices has the same rates per token.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from scaling.optim.registry import OPTIMIZERS
 from scaling.run.record import RunRecord
 from scaling.units import human
 
@@ -14,12 +15,13 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
-        record: Of a finished run.
-        run: Its id.
-        has_tokenizer: Whether a tokenizer lies beside the card.
+        record: Record of a finished run.
+        run: Id of the run.
+        has_tokenizer: True if the folder has a tokenizer.
     """
     spec, shape = record.spec, record.spec.model
     options = ", ".join(f"{name} = {value}" for name, value in sorted(spec.optimizer.options.items()))
+    optimizer = OPTIMIZERS.row(spec.optimizer.name).label
     matrices = human(record.parameters["blocks"])
     rows = {
         "Run": f"`{run}`",
@@ -29,7 +31,7 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         "Parameters": f"{record.parameters['total']:,}, of which {record.parameters['blocks']:,} in the blocks' matrices",
         "Training tokens": f"{record.tokens:,} in batches of {spec.batch_tokens:,}",
         "Training FLOPs": ", ".join(f"{flops:.4g} (`{name}`)" for name, flops in record.flops.items()),
-        "Optimizer": f"{spec.optimizer.name}, peak learning rate {spec.optimizer.peak_lr:g}, "
+        "Optimizer": f"{optimizer}, peak learning rate {spec.optimizer.peak_lr:g}, "
         f"weight decay {spec.optimizer.weight_decay:g}{', ' if options else ''}{options}",
         "Schedule": ", ".join(f"{name} {value}" for name, value in msgspec.to_builtins(spec.schedule).items() if value),
         "Seed, precision": f"{spec.seed}, {spec.precision}",
@@ -57,11 +59,11 @@ tags:
 - {spec.optimizer.name}
 ---
 
-# {matrices} {shape.family}, {spec.optimizer.name}, {human(record.tokens)} tokens
+# {matrices} {shape.family}, {optimizer}, {human(record.tokens)} tokens
 
 One run of a scaling-law experiment that compares ways of training at equal loss. It is a measuring point and not an
-assistant: it was trained on few tokens, to predict the next one, and was not tuned to follow instructions or checked for
-what it may say. No licence is stated here; the text it was trained on keeps its own.
+assistant: it was trained on few tokens, to predict the next one, and was neither tuned to follow instructions nor checked
+for harmful output. No licence is stated here; the text it was trained on keeps its own.
 
 | | |
 |---|---|

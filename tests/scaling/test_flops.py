@@ -57,11 +57,11 @@ def grouped_flops(rows: tuple[int, ...], stack: tuple[int, ...], *_: object, **_
     return 2 * rows[0] * rows[1] * stack[-1]
 
 
-def counted_flops(shape: ModelConfig, windows: int = 2) -> int:
+def counted_flops(shape: ModelConfig, sequences: int = 2) -> int:
     """What FlopCounterMode sees in one forward and backward pass."""
     with torch.device("meta"):
         model = build_model(shape)
-        tokens = torch.zeros(windows, shape.context + 1, dtype=torch.int64)
+        tokens = torch.zeros(sequences, shape.context + 1, dtype=torch.int64)
     # The fused kernels' rule charges a recomputed forward pass; the plain one is the mathematics.
     grouped = {torch.ops.aten._grouped_mm: grouped_flops}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
