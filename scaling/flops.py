@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -68,22 +69,35 @@ def count_parameters(shape: ModelConfig) -> ParamCount:
     return _count(check_family(shape).weights, shape)
 
 
-def count_blocks(shape: ModelConfig, layers: int) -> int:
-    """Matrix parameters of the blocks at another depth, from the two shallowest depths that the shape can have.
+class DepthLine(NamedTuple):
+    """Matrix parameters of the blocks as a line in the number of layers."""
 
-    Layers after the first ``dense_layers`` are alike, so the count is a line in `layers`. A search over depths and
-    widths need not sum over every layer of every candidate.
+    first: int
+    """Fewest layers that the shape can have."""
+    shallowest: int
+    """Parameters of the blocks at that depth."""
+    per_layer: int
+    """Parameters of each further layer."""
+
+    def blocks(self, layers: int) -> int:
+        """Parameters of the blocks at a depth of at least `first`."""
+        return self.shallowest + (layers - self.first) * self.per_layer
+
+
+def depth_line(shape: ModelConfig) -> DepthLine:
+    """Parameters of the blocks at any depth, counted in the second shallowest model that the shape can have.
+
+    Layers after the first ``dense_layers`` are alike, so the count is a line. A search over depths and widths need not
+    sum over every layer of every candidate.
 
     Raises:
-        UserError: As `count_parameters`; or `layers` is not more than ``dense_layers``.
+        UserError: As `count_parameters`.
     """
     first = 1 + (shape.moe.dense_layers if shape.moe else 0)
-    if layers < first:
-        raise UserError(f"{layers} layers leave none after the {first - 1} dense ones. Use more layers.")
-    shallowest, next_one = (
-        count_parameters(msgspec.structs.replace(shape, layers=depth)).blocks for depth in (first, first + 1)
-    )
-    return shallowest + (layers - first) * (next_one - shallowest)
+    weights = check_family(shape).weights(msgspec.structs.replace(shape, layers=first + 1))
+    sizes = {name: math.prod(size) for name, size in weights.items() if name.startswith("blocks.") and len(size) > 1}
+    last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{first}."))
+    return DepthLine(first, sum(sizes.values()) - last, last)
 
 
 @functools.lru_cache(maxsize=4096)
