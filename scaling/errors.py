@@ -31,7 +31,7 @@ class UserError(Exception):
     """An input that cannot be used. The command line prints it and exits with status 2.
 
     The message says where (file, table, field), what was found, what would be accepted, and what to do.
-    Modules subclass it where a caller may want to catch one kind, as in ``analysis.fitting.laws.UnreachableLoss``.
+    Modules subclass it where a caller may want to catch one kind.
     """
 
 
@@ -46,7 +46,7 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 class ConfigError(UserError):
-    """A campaign file, or an option that stands for one of its fields, cannot be used."""
+    """A campaign file, or an option that sets one of its fields, cannot be used."""
 
 
 class DataError(UserError):
@@ -54,12 +54,12 @@ class DataError(UserError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that is in no table: ``optimizer "muonn" is not known; did you mean "muon"? Known: ...``.
+    """A sentence for an unknown name: ``optimizer "muonn" is not known; did you mean "muon"? Known: ...``.
 
     Args:
-        what: The kind of thing, as the reader calls it.
-        name: What was found.
-        known: What would be accepted.
+        what: The kind of thing: ``optimizer``.
+        name: The name that was found.
+        known: The names that would be accepted.
     """
     known, name = sorted(known), shortened(name)
     near = difflib.get_close_matches(name, known, n=1)

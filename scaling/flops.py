@@ -1,8 +1,8 @@
 """Parameters by part and training FLOPs per token, under conventions with names.
 
-Papers count differently, and the count moves the match ratio (Moonlight's 0.519 becomes 0.51 to 0.55), so a number of
-FLOPs never travels without the name of its convention. The formulas are held exactly to torch's FlopCounterMode on
-the meta device by tests/scaling/test_flops.py. No torch is imported here.
+Papers count differently, and the count moves the match ratio (Moonlight's 0.519 becomes 0.51 to 0.55), so every number
+of FLOPs has the name of its convention beside it. tests/scaling/test_flops.py checks that the formulas give exactly the
+count of torch's FlopCounterMode on the meta device. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,19 +25,19 @@ class ParamCount(Strict, frozen=True):
     """Parameters by part. What a paper calls N is `blocks`, `without_embedding` or `total`: it must say which."""
 
     embedding: int
-    """Rows that are looked up and never multiplied."""
+    """The input embedding, which is looked up and never multiplied."""
     blocks: int
-    """Matrices of attention and feed-forward, all experts among them: Moonlight's N."""
+    """Matrices of attention and feed-forward with all experts: Moonlight's N."""
     head: int
-    """The output matrix as it multiplies; the embedding once more where the two are tied."""
+    """The output matrix; the embedding once more where the two are tied."""
     norms: int
     tied: bool
     idle: int = 0
-    """Parameters of the routed experts that a token does not meet."""
+    """Parameters of the routed experts that do not process a token."""
 
     @property
     def activated(self) -> int:
-        """Matrices of the blocks that one token meets: all of them in a dense model."""
+        """Matrices of the blocks that process one token: all of them in a dense model."""
         return self.blocks - self.idle
 
     @property
@@ -46,7 +47,7 @@ class ParamCount(Strict, frozen=True):
 
     @property
     def without_embedding(self) -> int:
-        """Everything but the input embedding; a tied head counts as the embedding and stays out."""
+        """All parameters except the input embedding; a tied head counts as the embedding."""
         return self.blocks + self.norms + (0 if self.tied else self.head)
 
     @property
@@ -68,22 +69,35 @@ def count_parameters(shape: ModelConfig) -> ParamCount:
     return _count(check_family(shape).weights, shape)
 
 
-def count_blocks(shape: ModelConfig, layers: int) -> int:
-    """Matrix parameters of the blocks at another depth, from the two shallowest depths that the shape can have.
+class DepthLine(NamedTuple):
+    """Matrix parameters of the blocks as a line in the number of layers."""
 
-    Layers after the first ``dense_layers`` are alike, so the count is a line in `layers`. A search over depths and
-    widths need not sum over every layer of every candidate.
+    first: int
+    """Fewest layers that the shape can have."""
+    shallowest: int
+    """Parameters of the blocks at that depth."""
+    per_layer: int
+    """Parameters of each further layer."""
+
+    def blocks(self, layers: int) -> int:
+        """Parameters of the blocks at a depth of at least `first`."""
+        return self.shallowest + (layers - self.first) * self.per_layer
+
+
+def depth_line(shape: ModelConfig) -> DepthLine:
+    """Parameters of the blocks at any depth, counted in the second shallowest model that the shape can have.
+
+    Layers after the first ``dense_layers`` are alike, so the count is a line. A search over depths and widths need not
+    sum over every layer of every candidate.
 
     Raises:
-        UserError: As `count_parameters`; or `layers` is not more than ``dense_layers``.
+        UserError: As `count_parameters`.
     """
     first = 1 + (shape.moe.dense_layers if shape.moe else 0)
-    if layers < first:
-        raise UserError(f"{layers} layers leave none after the {first - 1} dense ones. Use more layers.")
-    shallowest, next_one = (
-        count_parameters(msgspec.structs.replace(shape, layers=depth)).blocks for depth in (first, first + 1)
-    )
-    return shallowest + (layers - first) * (next_one - shallowest)
+    weights = check_family(shape).weights(msgspec.structs.replace(shape, layers=first + 1))
+    sizes = {name: math.prod(size) for name, size in weights.items() if name.startswith("blocks.") and len(size) > 1}
+    last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{first}."))
+    return DepthLine(first, sum(sizes.values()) - last, last)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,13 +142,13 @@ def _attention(shape: ModelConfig) -> int:
 
 CONVENTIONS: dict[str, Callable[[ModelConfig], int]] = {
     # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B); with
-    # experts, the N that a token meets.
+    # experts, the N that processes a token.
     "6nd": _six_nd,
     # Every weight that multiplies: the head counts, the look-up does not.
     "matmul": _matmul,
-    # And scores and mixing of causal attention, half of the full square.
+    # Also scores and mixing of causal attention, half of the full square.
     "attention": _attention,
-    # And the full square, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
+    # Also the other half, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
     # queries and values are as wide as the model.
     "attention-full": _attention_full,
 }

@@ -20,37 +20,37 @@ def ffn_width(width: int, multiple: int) -> int:
 
 
 class MoEConfig(Strict, frozen=True):
-    """Experts in place of the feed-forward: which of them a token meets, with what weight, and how load is balanced.
+    """Experts in place of the feed-forward: their number, their routing, and how their load is balanced.
 
     Raises:
-        UserError: More experts would be active than there are.
+        UserError: `top_k` is larger than the number of experts.
     """
 
     num_experts: Size
     """Routed experts of a layer."""
     top_k: Size
-    """Routed experts that a token meets."""
+    """Routed experts that process a token."""
     num_shared_experts: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
-    """Experts that every token meets beside them."""
+    """Experts that process every token, beside the routed ones."""
     dense_layers: NonNegative = 0
-    """First layers that keep one feed-forward."""
+    """Number of first layers with a dense feed-forward."""
     granularity: Size = 1
     """An expert's hidden units are the shape's `ffn_width` divided by this."""
     score: Literal["sigmoid", "topk-softmax", "softmax-topk"] = "sigmoid"
-    """``sigmoid``: DeepSeek-V3's, chosen scores made to sum to one; ``topk-softmax``: softmax over the chosen logits,
-    so that equal experts are one feed-forward; ``softmax-topk``: softmax over all, the chosen left as they are."""
+    """``sigmoid``: DeepSeek-V3's, chosen scores divided by their sum; ``topk-softmax``: softmax over the chosen logits, so
+    that equal experts act as one feed-forward; ``softmax-topk``: softmax over all logits, not normalised again."""
     routed_scaling_factor: PositiveFloat | None = None
-    """What the weights are multiplied by. None: what `scaling.models.moe.routed_scaling_factor` computes for sigmoid, else 1."""
+    """Factor of the routing weights. None: computed for sigmoid (`scaling.models.moe.routed_scaling_factor`), else 1."""
     bias_update_rate: NonNegativeFloat = 1e-3
-    """Step of the selection bias by the sign of an expert's shortage (Moonlight, Section 3.3); 0 leaves it at zero."""
+    """Step of the selection bias, by the sign of an expert's shortage (Moonlight, Section 3.3); 0 keeps it at zero."""
     sequence_loss: NonNegativeFloat = 0.0
-    """Weight of DeepSeek-V3's sequence-wise balance loss in what is minimised; never part of a reported loss."""
+    """Weight of DeepSeek-V3's sequence-wise balance loss in training; it is never part of a reported loss."""
 
     def __post_init__(self) -> None:
-        """Refuse what no router can do."""
+        """Check that a token can be routed."""
         if self.top_k > self.num_experts:
             raise UserError(
-                f"a token would meet {self.top_k} of {self.num_experts} experts. Use top_k = {self.num_experts} or fewer."
+                f"top_k = {self.top_k} is more than the {self.num_experts} experts. Use top_k = {self.num_experts} or fewer."
             )
 
 
@@ -62,30 +62,30 @@ class MLAConfig(Strict, frozen=True):
     """
 
     kv_lora_rank: Size
-    """Channels that keys and values are made from."""
+    """Channels of the latent from which keys and values are computed."""
     qk_nope_head_dim: Size
     """Channels of a query or key head without position."""
     qk_rope_head_dim: Size
-    """Channels of a query head with position; all key heads of a token share theirs."""
+    """Channels of a query head with position; all key heads of a token share one such part."""
     v_head_dim: Size
     """Channels of a value head."""
     q_lora_rank: Size | None = None
-    """Channels that queries are made from; None makes them from the whole width, as Moonlight does."""
+    """Channels of the latent from which queries are computed; None computes them from the whole width, as Moonlight."""
     rope_theta: Annotated[float, msgspec.Meta(gt=1.0, le=MAX_NUMBER)] = 50_000.0
 
     def __post_init__(self) -> None:
-        """Refuse what rotary embedding cannot turn."""
+        """Check that rotary embedding finds pairs of channels."""
         if self.qk_rope_head_dim % 2:
             raise UserError(
-                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, and rotary embedding turns pairs. Use {self.qk_rope_head_dim + 1}."
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, and rotary embedding rotates pairs. Use {self.qk_rope_head_dim + 1}."
             )
 
 
 class ModelConfig(Strict, frozen=True):
-    """A Llama-like decoder: RMSNorm, RoPE, SwiGLU, attention without biases; with experts or latent attention by choice.
+    """Shape of a model of any family; the built-in ones are Llama-like decoders, with experts or latent attention.
 
     Raises:
-        UserError: The heads do not divide the width, the head size is odd (RoPE turns pairs), or the experts do not fit.
+        UserError: The heads do not divide the width, the head size is odd (RoPE rotates pairs), or the experts do not fit.
     """
 
     layers: Layers
@@ -97,7 +97,7 @@ class ModelConfig(Strict, frozen=True):
     tied: bool = False
     family: str = "decoder"
     ffn: Size | None = None
-    """Hidden units of the SwiGLU block, where they are not 8/3 of the width."""
+    """Hidden units of the feed-forward; None takes 8/3 of the width, rounded up to a multiple of `ffn_multiple`."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     family_options: dict[str, float | int | bool | str] | None = None
@@ -108,11 +108,11 @@ class ModelConfig(Strict, frozen=True):
         return hash(msgspec.json.encode(self, order="sorted"))
 
     def __post_init__(self) -> None:
-        """Refuse a shape that no model can have."""
+        """Check that heads and experts fit."""
         if self.moe is not None:
             self._check_mixture(self.moe)
         if self.mla is not None:
-            return  # its heads have sizes of their own
+            return  # its head sizes do not depend on the width
         if self.width % self.heads:
             fitting = (n for n in range(1, self.width + 1) if self.width % n == 0 and self.width // n % 2 == 0)
             best = min(fitting, key=lambda heads: abs(heads - self.heads), default=1)
@@ -123,7 +123,7 @@ class ModelConfig(Strict, frozen=True):
         if (self.width // self.heads) % 2:
             raise UserError(
                 f"width {self.width} with {self.heads} heads gives heads of odd size {self.width // self.heads}, "
-                "and rotary embedding turns pairs. Use an even head size."
+                "and rotary embedding rotates pairs. Use an even head size."
             )
 
     @property
@@ -133,7 +133,7 @@ class ModelConfig(Strict, frozen=True):
 
     @property
     def ffn_width(self) -> int:
-        """Hidden units of the SwiGLU block."""
+        """Hidden units of the feed-forward."""
         return self.ffn or ffn_width(self.width, self.ffn_multiple)
 
     @property
@@ -149,6 +149,6 @@ class ModelConfig(Strict, frozen=True):
             )
         if mixture.dense_layers >= self.layers:
             raise UserError(
-                f"dense_layers {mixture.dense_layers} leaves none of the {self.layers} layers to the experts. "
+                f"dense_layers {mixture.dense_layers} leaves none of the {self.layers} layers for experts. "
                 "Use fewer dense layers, or the family decoder."
             )

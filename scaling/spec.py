@@ -1,9 +1,8 @@
 """The specification of one run: everything that decides its numbers, and nothing else.
 
-Values are frozen and strict: an unknown field is refused, and nonsense is refused when the value is made. A run is
-named by the hash of its canonical JSON, so that asking twice for the same run finds the same directory. Where a run
-is placed (device, threads, micro-batch, the folder that holds the data) is not part of it: `Placement` lives beside
-the spec, outside the id.
+Values are frozen and strict: unknown fields and contradictions are refused when a value is made. A run is named by the
+hash of its canonical JSON, so a second request for the same run finds the same directory. The placement of a run
+(device, threads, micro-batch, data folder) is a value of its own, `Placement`, outside the id.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ ID_LENGTH = 12
 
 
 class Budget(Strict, frozen=True):
-    """How long a run trains.
+    """Training tokens of a run, and their FLOPs.
 
-    `flops` is what `scaling.flops` counts for the shape and the tokens under the convention ``6nd``; it is written so
-    that a reader of spec.json sees it, and `RunSpec` refuses a value that the shape and the tokens do not give.
+    `flops` is the count of `scaling.flops` for shape and tokens under the convention ``6nd``. It is redundant, for
+    readers of spec.json; `RunSpec` checks it.
     """
 
     tokens: Positive
@@ -62,59 +61,59 @@ class Schedule(Strict, frozen=True):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_tokens: NonNegative = 0
     final_fraction: Fraction = 0.1
-    """Share of the peak that is left at the last token."""
+    """Learning rate at the last token, as a share of the peak."""
     decay_tokens: NonNegative | None = None
     """Tokens of the final decay of ``wsd``; no meaning for the other kinds."""
 
     def __post_init__(self) -> None:
-        """Refuse a decay that the kind does not have, and a ``wsd`` without one."""
+        """Check that ``wsd`` has a decay, and no other kind has."""
         if (self.kind == "wsd") != (self.decay_tokens is not None):
             raise UserError(
                 f'schedule "{self.kind}" {"needs" if self.kind == "wsd" else "does not take"} decay_tokens; '
-                "warm-up-stable-decay is the one kind that takes it."
+                "only warm-up-stable-decay has a length of its decay."
             )
 
 
 class DataSpec(Strict, frozen=True):
-    """Which tokens a run sees, by content: two runs with equal values see the same tokens in the same order."""
+    """The training tokens, by content: two runs with equal values see the same tokens in the same order."""
 
     source: str
     """Row of ``scaling.data.sources.registry.SOURCES`` that the shards were made from."""
     manifest: str | None = None
-    """SHA-256 of the shards' manifest; None until the data are prepared, and such a run cannot start."""
+    """SHA-256 of the shards' manifest; None until the data are prepared, and then the run cannot start."""
     repeat: bool = False
-    """Whether a run that needs more tokens than there are goes over them again, each epoch in its own order."""
+    """Repeat the tokens where a run needs more than there are, each epoch in an order of its own."""
 
 
 class Evaluation(Strict, frozen=True):
-    """When the held-out loss is measured, besides once at the end. The windows are the same for every run."""
+    """Measurements of the held-out loss, besides the one at the end. The sequences are the same for every run."""
 
     tokens: Positive = 131_072
     """Held-out tokens, sampled from the validation split by a fixed permutation (`scaling.data.batches.held_out`)."""
     times: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 4
     """Measurements at equal distances before the last."""
     dynamics: Positive | None = None
-    """How often, at equal distances and with the last step, sizes of updates, attention logits and spectra of weights
-    are measured (`scaling.training.diagnostics`); None never. The run's other numbers are the same either way."""
+    """Number of measurements of update sizes, attention logits and spectra of weights, at equal distances and with the
+    last step (`scaling.training.diagnostics`); None measures none. The run's other numbers do not change."""
 
 
 class WarmStart(Strict, frozen=True):
-    """Weights that a run starts from: those of another finished run, whose directory lies beside its own."""
+    """Initial weights from another finished run, whose directory is beside the run's own."""
 
     run: str
-    """Id of that run, and so everything that it was."""
+    """Id of that run, which is a hash of its whole specification."""
     method: Literal["copy", "upcycle"] = "copy"
-    """``copy`` takes the weights over; ``upcycle`` makes every expert a copy of the feed-forward."""
+    """``copy`` takes every weight unchanged; ``upcycle`` makes every expert a copy of the feed-forward."""
     count_flops: bool = True
-    """Whether the record's FLOPs include those of that run; either way it says so."""
+    """Count that run's FLOPs in this run's record, which lists them separately."""
 
 
 class RunSpec(Strict, frozen=True):
     """Everything that decides the numbers of one run.
 
     Raises:
-        UserError: The batch is not whole windows, the budget is less than one batch, or `budget.flops` is not what
-            shape and tokens give.
+        UserError: The batch is not a whole number of sequences, the budget is less than one batch, or `budget.flops` is
+            not the count for shape and tokens.
     """
 
     model: ModelConfig
@@ -129,17 +128,17 @@ class RunSpec(Strict, frozen=True):
     clip_norm: PositiveFloat | None = 1.0
     """Global norm that gradients are clipped to; None clips nothing."""
     warm_start: WarmStart | None = None
-    """Where the weights come from; None draws them from the seed."""
+    """Initial weights from another run; None draws them from the seed."""
     branch_of: str | None = None
     """Id of a longer ``wsd`` run that this one shares its steps with up to the start of its own decay. It may start
     from that run's checkpoint (`scaling.training.warm_start`); its numbers are those of the run trained whole."""
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
+        """Check that the parts agree."""
         context = self.model.context
         if self.batch_tokens % context:
             raise UserError(
-                f"batch_tokens {self.batch_tokens:,} is not a whole number of windows of context {context:,}; "
+                f"batch_tokens {self.batch_tokens:,} is not a whole number of sequences of context {context:,}; "
                 f"use {max(self.batch_tokens // context, 1) * context:,}."
             )
         if self.budget.tokens < self.batch_tokens:
@@ -154,13 +153,13 @@ class RunSpec(Strict, frozen=True):
             )
         if self.branch_of is not None and self.branch_tokens < self.schedule.warmup_tokens:
             raise UserError(
-                "branch_of names a trunk, and the run's own decay starts before its warm-up is over, so there is nothing "
-                "to share. Shorten the warm-up, or train the run whole."
+                "branch_of names a trunk, but the run's own decay starts before its warm-up ends, so they share no "
+                "steps. Shorten the warm-up, or remove branch_of."
             )
         counted = train_flops(self.model, self.budget.tokens)
         if counted != self.budget.flops:
             raise UserError(
-                f"budget.flops says {self.budget.flops:.6g}, and shape and tokens give {counted:.6g} under the "
+                f"budget.flops is {self.budget.flops:.6g}, but shape and tokens give {counted:.6g} under the "
                 'convention "6nd". Plan the campaign again; do not write FLOPs by hand.'
             )
 
@@ -227,11 +226,11 @@ class Placement(ExecutionConfig, frozen=True, kw_only=True):
 
 
 ADDED_LATER = frozenset({"ffn", "moe", "mla", "family_options", "warm_start", "branch_of", "dynamics"})
-"""Fields that came after the first runs. Where they are None an id does not see them, so those runs keep theirs."""
+"""Fields added after the first runs. An id leaves them out where they are None, so earlier runs keep theirs."""
 
 
 def canonical_json(value: msgspec.Struct) -> bytes:
-    """One spelling for one value: sorted keys, no spaces, defaults included."""
+    """The JSON that ids hash: sorted keys, no spaces, defaults included."""
     return msgspec.json.encode(_without_absent(msgspec.to_builtins(value)), order="sorted")
 
 

@@ -1,4 +1,4 @@
-"""Units of compute. FLOPs inside the code; PFLOP/s-days only through this file."""
+"""Units of compute: FLOPs inside the code, PFLOP/s-days only through this module."""
 
 from __future__ import annotations
 

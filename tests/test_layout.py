@@ -16,8 +16,8 @@ PACKAGES = ("scaling", "sweeps", "analysis")
 ORDER = {
     "scaling": (
         *("errors", "units", "io", "registry", "console", "power_rule", "model_config", "models", "flops", "spec"),
-        *("schedule", "run", "data.sources", "data", "export", "evaluation"),
-        *("optim.newton_schulz", "optim.distributed", "optim", "training", "cli", "__main__"),
+        *("optim.newton_schulz", "optim.distributed", "optim"),
+        *("run", "data.sources", "data", "export", "evaluation", "training", "cli", "__main__"),
     ),
     "sweeps": ("config", "planning", "local", "slurm", "tuning", "reporting"),
     "analysis": (

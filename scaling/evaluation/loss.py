@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 FORWARD_TOKENS = 16_384
-"""Tokens of one forward pass; the mean does not depend on it but for rounding."""
+"""Tokens of one forward pass; the mean depends on it only by rounding."""
 
 DOCUMENTS_AT_ONCE = 64
-"""Handed to the tokenizer together."""
+"""Documents that are encoded together."""
 
 
 class EvaluationResult(Strict, frozen=True):
@@ -50,7 +50,7 @@ class EvaluationResult(Strict, frozen=True):
     loss: float
     """Mean over all targets, nats per token."""
     bits_per_byte: float
-    """``loss / ln 2 / bytes_per_token``: does not depend on the tokenizer."""
+    """``loss / ln 2 / bytes_per_token``, which does not depend on the tokenizer."""
     tokens: int
     """Targets that were scored."""
     validation_loss: float
@@ -58,7 +58,7 @@ class EvaluationResult(Strict, frozen=True):
     validation_tokens: int
     """Tokens of the validation split that the run evaluated: a fixed sample, spread over the split."""
     bytes_per_token: float
-    """Of the text, the token that ends each document counted, since it is predicted too."""
+    """Mean over the text; the token that ends each document counts, since it is predicted too."""
     documents: int
     """Documents that the targets belong to."""
 
@@ -111,7 +111,7 @@ def evaluate(
     if text is not None:
         counts = stream.documents, stream.bytes / max(stream.tokens, 1)
     if not scored:
-        raise UserError(f"{where}: there is no text to score. Name a source with at least one document.")
+        raise UserError(f"{where}: the text is empty. Name a source with at least one document.")
     loss = total / scored
     return EvaluationResult(
         run=directory.path.name,
@@ -127,7 +127,7 @@ def evaluate(
 
 
 class _Stream:
-    """Documents as windows of context inputs with targets overlapping by one; the last may be shorter."""
+    """Documents as sequences of `context` inputs, inputs and targets overlapping by one; the last may be shorter."""
 
     def __init__(self, documents: Iterator[Document], tokenizer: Tokenizer, context: int, tokens: int | None) -> None:
         self.source, self.tokenizer, self.context = documents, tokenizer, context
@@ -162,7 +162,7 @@ class _Stream:
                 return
             kept = ids[: int(min(len(ids), self.limit - self.tokens))].astype(np.int64)
             self.documents += 1
-            # A document that is cut counts with the share of its bytes that its tokens are.
+            # Of a document that is cut, the same share of bytes counts as of tokens.
             self.bytes += round(len(text.encode()) * len(kept) / len(ids))
             self.tokens += len(kept)
             yield kept
@@ -181,10 +181,10 @@ def _score(
     total, scored = 0.0, 0
     model.eval()
 
-    def forward(windows: npt.NDArray[np.int64]) -> None:
+    def forward(sequences: npt.NDArray[np.int64]) -> None:
         nonlocal total, scored
-        targets = windows.shape[0] * (windows.shape[1] - 1)
-        total += float(model.loss(torch.from_numpy(windows).to(device))) * targets
+        targets = sequences.shape[0] * (sequences.shape[1] - 1)
+        total += float(model.loss(torch.from_numpy(sequences).to(device))) * targets
         scored += targets
         reporter.update(scored)
 
@@ -192,13 +192,13 @@ def _score(
         waiting: list[npt.NDArray[np.int64]] = []
         for part in parts:
             for start in range(0, len(part), at_once):
-                window = part[start : start + at_once]
+                sequence = part[start : start + at_once]
                 if waiting and (
-                    waiting[0].shape[1] != window.shape[1] or sum(map(len, waiting)) + len(window) > at_once
+                    waiting[0].shape[1] != sequence.shape[1] or sum(map(len, waiting)) + len(sequence) > at_once
                 ):
                     forward(np.concatenate(waiting))
                     waiting = []
-                waiting.append(window)
+                waiting.append(sequence)
         if waiting:
             forward(np.concatenate(waiting))
     return total, scored
@@ -208,7 +208,7 @@ def _manifest(folder: Path, record: RunRecord) -> Manifest:
     manifest = read_manifest(folder)
     if manifest_hash(manifest) != record.manifest:
         raise UserError(
-            f"data folder {folder}: it holds other data than the run was trained on, so its tokenizer may be another. "
+            f"data folder {folder}: its data are not those that the run was trained on, so the tokenizer may differ. "
             "Name the folder that the run was trained on with --data."
         )
     return manifest

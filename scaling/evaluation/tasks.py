@@ -1,7 +1,7 @@
-"""A finished run on the tasks that papers report, by EleutherAI's lm-evaluation-harness (extra ``eval``).
+"""Scores of a finished run on the tasks that papers report, by EleutherAI's lm-evaluation-harness (extra ``eval``).
 
-The run is exported for transformers and handed over as a local folder. What the harness would download is named before
-it does; nothing here reaches the network itself.
+The run is exported for transformers into a temporary folder, which the harness loads. The harness downloads data sets;
+`downloads` lists them beforehand, and this module itself does not use the network.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class DownstreamTask(Strict, frozen=True):
     """One row of `TASKS`."""
 
     name: str
-    """In the harness."""
+    """Name in the harness."""
     dataset: str
-    """On the Hugging Face Hub: what is downloaded (as of version 0.4 of the harness)."""
+    """Data set on the Hugging Face Hub that is downloaded, as of version 0.4 of the harness."""
     shots: int | None = None
-    """Worked examples in the prompt; None leaves it to the task's own number in the harness."""
+    """Worked examples in the prompt; None takes the harness's own number."""
     runs_code: bool = False
-    """Whether it executes the programs that the model writes."""
+    """True if scoring executes the programs that the model writes."""
 
 
 TASKS: dict[str, DownstreamTask] = {
@@ -39,11 +39,11 @@ TASKS: dict[str, DownstreamTask] = {
     "humaneval": DownstreamTask(name="humaneval", dataset="openai/openai_humaneval", runs_code=True),
     "mbpp": DownstreamTask(name="mbpp", dataset="google-research-datasets/mbpp", runs_code=True),
 }
-"""Tasks that the paper reports and the harness has."""
+"""Tasks that Moonlight reports and the harness has."""
 
 
 def downloads(tasks: Iterable[str]) -> list[str]:
-    """What scoring these tasks would download, a sentence each.
+    """The downloads of these tasks, one sentence each.
 
     Raises:
         UserError: A task has no row in `TASKS`.
@@ -65,13 +65,14 @@ def score_tasks(
     Args:
         run_dir: A finished run.
         tasks: Rows of `TASKS`.
-        data: The run's data folder, where it is no longer the one in its placement; the tokenizer comes from it.
-        limit: Score only so many questions of each task.
-        device: Where to compute, in torch's words.
+        data: The run's data folder, if it has moved since the run; the tokenizer comes from it.
+        limit: Most questions of each task.
+        device: Device to compute on, as torch names it.
         allow_code: Let tasks run the programs that the model writes, on this machine and as you.
 
     Raises:
-        UserError: A task is not known, would run code without leave, the packages are missing, or the run cannot be exported.
+        UserError: A task is not known or runs code that is not allowed, a package is missing, or the run cannot be
+            exported.
     """
     from scaling.export.huggingface import export_hf
 
@@ -80,7 +81,7 @@ def score_tasks(
     if unsafe and not allow_code:
         raise UserError(
             f"{', '.join(unsafe)}: scoring runs the programs that the model writes, on this machine and with your rights. "
-            "Leave it out, or allow it where that is harmless, such as in a container."
+            "Leave it out, or allow it with --allow-code where that is harmless, as in a container."
         )
     harness = _harness()
     scores: dict[str, dict[str, float]] = {}

@@ -1,6 +1,6 @@
 """A finished run as a model that Hugging Face's ``transformers`` loads: weights, configuration, tokenizer, card.
 
-Nothing of that library is needed to write it. Weights are copied tensor by tensor from the run's safetensors, so a model
+That library is not needed to write it. Weights are copied tensor by tensor from the run's safetensors, so a model
 larger than memory can be exported, and no pickle is read or written.
 """
 
@@ -24,7 +24,7 @@ from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
 
 SHARD_BYTES = 5_000_000_000
-"""Largest weights file, as model hubs cut them."""
+"""Largest weights file, the usual size on model hubs."""
 
 
 def export_hf(
@@ -37,8 +37,8 @@ def export_hf(
 
     Args:
         run_dir: The run.
-        folder: Where to write. A second export of a run replaces the first.
-        data: The data folder, where it is no longer the one in the run's placement.
+        folder: Output folder. A second export of a run replaces the first.
+        data: The data folder, if it has moved since the run.
         shard_bytes: Largest weights file; more makes several and an index.
 
     Returns:
@@ -101,7 +101,7 @@ def finished_record(directory: RunDirectory) -> RunRecord:
 
 
 def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -> tuple[Manifest | None, Path]:
-    """Manifest and folder of the run's data; no manifest where the folder is gone or holds other data by now."""
+    """Manifest and folder of the run's data; no manifest if the folder is gone or now holds other data."""
     if data is not None:
         folder = Path(data)
         manifest = read_manifest(folder)
@@ -121,7 +121,7 @@ def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -
 
 
 def _clear(folder: Path, run: Path) -> None:
-    """Make way for the export, and remove nothing but the weights of an earlier one."""
+    """Remove the weights of an earlier export, and refuse a folder that holds anything else."""
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() == run.resolve():
         raise UserError(f"folder {folder}: it is the run's own directory. Choose another folder for the export.")
@@ -134,14 +134,14 @@ def _clear(folder: Path, run: Path) -> None:
                 f"folder {folder}: it holds {file.name}, which no export wrote. Choose an empty folder, "
                 "or the folder of an earlier export."
             )
-    # The configuration first: while the weights are being replaced the folder is no model.
+    # The configuration first, so that the folder cannot be loaded while its weights are replaced.
     (folder / "config.json").unlink(missing_ok=True)
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
 
 
 class _Weights:
-    """The run's weights file, checked against its shape before anything is written."""
+    """The run's weights file, checked against the shape before anything is written."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -168,7 +168,7 @@ class _Weights:
         self.dtype = DTYPES[kinds.pop()]
 
     def write(self, folder: Path, weights: list[HubWeight], shard_bytes: int) -> Iterator[Path]:
-        """Weights under their new names, a file at a time; an index where there are several."""
+        """Write weights under their new names, a file at a time, with an index if there are several."""
         from safetensors import safe_open
         from safetensors.torch import save_file
 
@@ -192,7 +192,7 @@ class _Weights:
 
 
 def _shards(weights: list[HubWeight], sizes: dict[str, int], shard_bytes: int) -> list[list[HubWeight]]:
-    """Weights in order, cut where the next would not fit; one that never fits is alone in its file."""
+    """Weights in order, split before the one that would not fit; one that never fits is alone in its file."""
     shards: list[list[HubWeight]] = [[]]
     size = 0
     for weight in weights:

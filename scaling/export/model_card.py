@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from scaling.optim.registry import OPTIMIZERS
 from scaling.run.record import RunRecord
 from scaling.units import human
 
@@ -21,6 +22,7 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
     import jinja2
 
     spec, shape = record.spec, record.spec.model
+    optimizer = OPTIMIZERS.row(spec.optimizer.name).label
     options = ", ".join(f"{name} = {value}" for name, value in sorted(spec.optimizer.options.items()))
     rows = {
         "Run": f"`{run}`",
@@ -30,7 +32,7 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         "Parameters": f"{record.parameters['total']:,}, of which {record.parameters['blocks']:,} in the blocks' matrices",
         "Training tokens": f"{record.tokens:,} in batches of {spec.batch_tokens:,}",
         "Training FLOPs": ", ".join(f"{flops:.4g} (`{name}`)" for name, flops in record.flops.items()),
-        "Optimizer": f"{spec.optimizer.name}, peak learning rate {spec.optimizer.peak_lr:g}, "
+        "Optimizer": f"{optimizer}, peak learning rate {spec.optimizer.peak_lr:g}, "
         f"weight decay {spec.optimizer.weight_decay:g}{', ' if options else ''}{options}",
         "Schedule": ", ".join(f"{name} {value}" for name, value in msgspec.to_builtins(spec.schedule).items() if value),
         "Seed, precision": f"{spec.seed}, {spec.precision}",
@@ -49,7 +51,7 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
     )
     return environment.get_template("model_card.md.j2").render(
         optimizer=spec.optimizer.name,
-        title=f"{human(record.parameters['blocks'])} {shape.family}, {spec.optimizer.name}, {human(record.tokens)} tokens",
+        title=f"{human(record.parameters['blocks'])} {shape.family}, {optimizer}, {human(record.tokens)} tokens",
         rows=rows,
         has_tokenizer=has_tokenizer,
     )

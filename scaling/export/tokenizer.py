@@ -13,7 +13,7 @@ from scaling.data.tokenizer import BYTES
 from scaling.errors import UserError
 
 BYTE_SEPARATOR = "<|endoftext|>"
-"""What the byte tokenizer's id 0 is called outside."""
+"""Name of the byte tokenizer's id 0 in the exported files."""
 
 
 def tokenizer_files(data: Path, manifest: Manifest, *, context: int) -> dict[str, bytes]:
@@ -21,7 +21,7 @@ def tokenizer_files(data: Path, manifest: Manifest, *, context: int) -> dict[str
 
     Args:
         data: Data folder, which keeps a copy of the tokenizers file it was prepared with.
-        manifest: Of that folder.
+        manifest: The manifest of that folder.
         context: Longest input of the model.
 
     Raises:
@@ -39,7 +39,7 @@ def tokenizer_files(data: Path, manifest: Manifest, *, context: int) -> dict[str
                 f"{path}: the tokenizer that the data were prepared with is missing or damaged ({error!r}). "
                 "Remove the data folder and prepare it again."
             ) from None
-        # As when the data were prepared: nothing of a text is cut off and nothing is added to it.
+        # As in preparation: a text is neither truncated nor extended.
         content |= {"truncation": None, "padding": None, "post_processor": None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

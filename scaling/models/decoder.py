@@ -3,7 +3,7 @@
 Query, key and value are separate matrices because Muon orthogonalises a matrix as a whole: a fused one would be
 another algorithm (Moonlight, arXiv:2502.16982; the author on splitting: Megatron-LM PR 1428).
 
-Letters in comments: B windows, T tokens of a window, H width, V vocabulary, A heads, S head size, F feed-forward width.
+Letters in comments: B sequences, T tokens of a sequence, H width, V vocabulary, A heads, S head size.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from scaling.models.loss import ChunkLoss, loss_and_gradient, next_token_loss
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 RESIDUAL_WRITERS = ("attention.output.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down")
-"""Ends of the names of matrices that write to the residual stream."""
+"""Suffixes of the names of matrices that write to the residual stream."""
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding in the half-split layout, as Hugging Face's Llama has it."""
+    """Rotary position embedding in the half-split layout of Hugging Face's Llama."""
 
     def __init__(self, head_size: int, context: int, base: float = ROPE_BASE) -> None:
         super().__init__()
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
         angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)  # (T, S / 2)
-        # Recomputed from the shape, so they stay out of the state.
+        # Functions of the shape alone, so they are not part of the state.
         self.register_buffer("cosine", angles.cos().float().repeat(1, 2), persistent=False)  # (T, S)
         self.register_buffer("sine", torch.cat([-angles.sin(), angles.sin()], dim=1).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn ``(B, A, T, S)`` by position."""
+        """Rotate ``(B, A, T, S)`` by position."""
+        # For the pair (x1, x2) of the two halves: (x1 cos - x2 sin, x2 cos + x1 sin).
         length = x.shape[-2]
         swapped = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
         cosine: Tensor = self.get_buffer("cosine")[:length].to(x.dtype)
@@ -99,13 +100,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model. Weights come from `initialise`, not from torch's defaults.
+    """The whole model. `initialise` sets the weights, not torch's defaults.
 
     A family with other parts overrides `make_rotary`, `make_attention` and `make_feed_forward`.
     """
 
     recompute = False
-    """Keep no activations inside a block for the backward pass, but compute them again."""
+    """Recompute the activations inside a block in the backward pass instead of keeping them."""
     chunk_loss: ChunkLoss = staticmethod(loss_and_gradient)
 
     def __init__(self, shape: ModelConfig) -> None:
@@ -148,29 +149,29 @@ class Decoder(nn.Module):
             return logits
         return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), chunk_loss=self.chunk_loss)
 
-    def loss(self, windows: Tensor) -> Tensor:
-        """Mean next-token loss in nats of ``(B, T + 1)`` windows; a scalar, in fp32 whatever the autocast."""
-        # Through the call and not beside it: the hooks that gather sharded weights hang on it.
-        loss: Tensor = self(windows[:, :-1], windows[:, 1:])
+    def loss(self, sequences: Tensor) -> Tensor:
+        """Mean next-token loss in nats of sequences ``(B, T + 1)``; a scalar, in fp32 under any autocast."""
+        # By the module's call, because the hooks that gather sharded weights run there.
+        loss: Tensor = self(sequences[:, :-1], sequences[:, 1:])
         return loss
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What is minimised beside the loss of the last forward pass, and never reported; None in a dense model."""
+        """Term added to the loss of the last forward pass in training, never reported; None in a dense model."""
         return None
 
     def end_of_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """What a family does at the border of an optimizer step; `total` sums over processes. Nothing in a dense one."""
+        """Hook of a family at each step boundary; `total` sums a tensor over processes. A dense model does nothing."""
 
     def load_imbalance(self) -> float | None:
         """Load of the busiest expert over the mean, in the worst layer of the last step; None in a dense model."""
         return None
 
     def compile_in_place(self, *, whole: bool, graphs: bool = False) -> None:
-        """Compile without a wrapper, which would put a prefix before every name in the state.
+        """Compile without a wrapper, which would prefix every name in the state.
 
         Args:
-            whole: All in one, loss included: the fewest launches, which bound a small model's step. Otherwise block by
-                block: compiled once for all layers, and sharded weights can be gathered between them.
+            whole: Compile model and loss as one: the fewest launches, which bound a small model's step. Otherwise block
+                by block: compiled once for all layers, and sharded weights can be gathered between them.
             graphs: On a GPU, with `whole`: replay the kernels as CUDA graphs, one launch for all of them.
         """
         if whole:
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights on the CPU from one generator, so that both arms of a pair start from the same numbers.
+        """Draw all weights on the CPU from one generator, so that both arms of a pair start from the same weights.
 
         Matrices are normal with variance 1 / inputs (0.022 at width 2048, near the field's usual 0.02, and right at
         width 32 too); those that write to the residual stream are smaller by sqrt(2 * layers), as in GPT-2. Norms

@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def as_it_is(*parts: Tensor) -> Tensor:
-    """The one weight that it is made of."""
+def unchanged(*parts: Tensor) -> Tensor:
+    """The only source, unchanged."""
     return parts[0]
 
 
 @dataclass(frozen=True)
 class HubWeight:
-    """A weight by its name on the other side."""
+    """One weight of an exported model, by its name there."""
 
     name: str
     sources: tuple[str, ...]
-    """Our weights, in the order that `make` takes them."""
-    make: Callable[..., Tensor] = as_it_is
+    """Our weights that it is made of, in the order of the arguments of `make`."""
+    make: Callable[..., Tensor] = unchanged
     expert: int | None = None
-    """Of a stack of experts, which one."""
+    """Number of the expert in a stack; None for a source that is no stack."""
 
     def read(self, file: Any) -> Tensor:
-        """The tensor, from an open safetensors file; of a stack only the expert's matrix is read."""
+        """The tensor, from an open safetensors file; from a stack only the expert's matrix is read."""
         slices = [file.get_slice(name) for name in self.sources]
         parts = [part[:] if self.expert is None else part[self.expert : self.expert + 1][0] for part in slices]
         return self.make(*parts).contiguous()
 
     def elements(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Numbers in it."""
+        """Number of its entries."""
         return sum(math.prod(shapes[name][0 if self.expert is None else 1 :]) for name in self.sources)
 
 
@@ -57,7 +57,7 @@ class HubFormat:
 
 
 def outside_blocks(shape: ModelConfig) -> list[HubWeight]:
-    """Embedding, last norm and head, which all families call alike; a tied head is not written."""
+    """Embedding, last norm and head, which have the same names in all formats; a tied head is not written."""
     weights = [
         HubWeight("model.embed_tokens.weight", ("embedding.weight",)),
         HubWeight("model.norm.weight", ("norm.weight",)),
@@ -76,23 +76,23 @@ def interleaved(rows: Tensor) -> Tensor:
     return torch.stack([first, second], dim=-2).flatten(-3, -2)
 
 
-def query_rows(query: Tensor, *, heads: int, plain: int) -> Tensor:
+def query_rows(query: Tensor, *, heads: int, nope: int) -> Tensor:
     """Queries with the rotary rows of every head interleaved."""
     import torch
 
     by_head = query.view(heads, -1, query.shape[-1])
-    return torch.cat([by_head[:, :plain], interleaved(by_head[:, plain:])], dim=1).flatten(0, 1)
+    return torch.cat([by_head[:, :nope], interleaved(by_head[:, nope:])], dim=1).flatten(0, 1)
 
 
 def latent_rows(latent: Tensor, position: Tensor) -> Tensor:
-    """What a token's latent and its shared rotary key are made by, one below the other."""
+    """The projections to the latent and to the shared rotary key, stacked by rows."""
     import torch
 
     return torch.cat([latent, interleaved(position)], dim=0)
 
 
 def key_value_rows(key: Tensor, value: Tensor, *, heads: int) -> Tensor:
-    """Keys and values of one head after those of another."""
+    """Rows of keys and values, head by head."""
     import torch
 
     by_head = [rows.view(heads, -1, rows.shape[-1]) for rows in (key, value)]
@@ -100,7 +100,7 @@ def key_value_rows(key: Tensor, value: Tensor, *, heads: int) -> Tensor:
 
 
 def _parts(shape: ModelConfig) -> tuple[MoEConfig, MLAConfig]:
-    assert shape.moe is not None  # the family has both, as `check_family` saw
+    assert shape.moe is not None  # check_family has made sure of both
     assert shape.mla is not None
     return shape.moe, shape.mla
 
@@ -112,7 +112,7 @@ def deepseek_weights(shape: ModelConfig) -> list[HubWeight]:
     for layer in range(shape.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         attention, there = f"{ours}.attention", f"{theirs}.self_attn"
-        turned = partial(query_rows, heads=shape.heads, plain=latent.qk_nope_head_dim)
+        turned = partial(query_rows, heads=shape.heads, nope=latent.qk_nope_head_dim)
         if latent.q_lora_rank is None:
             weights.append(HubWeight(f"{there}.q_proj.weight", (f"{attention}.query.weight",), turned))
         else:
@@ -148,10 +148,10 @@ def deepseek_weights(shape: ModelConfig) -> list[HubWeight]:
 
 
 def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
-    """Their config.json.
+    """Config.json of DeepSeek-V3.
 
-    `scoring_func` and `topk_method` are written though transformers does not need them: vLLM takes softmax without the
-    first and has no place for the bias without the second.
+    `scoring_func` and `topk_method` are for vLLM, which assumes softmax without the first and drops the bias without the
+    second; transformers needs neither.
 
     Raises:
         UserError: The router is not DeepSeek-V3's, or no expert is shared.
@@ -231,10 +231,10 @@ def mixtral_weights(shape: ModelConfig) -> list[HubWeight]:
 
 
 def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
-    """Their config.json.
+    """Config.json of Mixtral.
 
     Raises:
-        UserError: The model has what Mixtral has not: a bias, shared experts, dense layers, or other scores.
+        UserError: The model has a part that Mixtral lacks: a bias, shared experts, dense layers, or other scores.
     """
     from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
     from scaling.models.moe import scale_of
@@ -244,10 +244,13 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
     wanted = {"score": "topk-softmax", "num_shared_experts": 0, "dense_layers": 0, "bias_update_rate": 0.0}
     other = {name: getattr(mixture, name) for name, value in wanted.items() if getattr(mixture, name) != value}
     if other or scale_of(mixture) != 1.0:
-        found = ", ".join(f"{name} = {value}" for name, value in other.items()) or f"gate scale {scale_of(mixture):g}"
+        found = (
+            ", ".join(f"{name} = {value}" for name, value in other.items())
+            or f"routed_scaling_factor = {scale_of(mixture):g}"
+        )
         raise UserError(
-            f"no export: MixtralForCausalLM cannot say {found}. It knows score = topk-softmax, num_shared_experts = 0, "
-            "dense_layers = 0, bias_update_rate = 0 and no gate scale; train so to export, or use the family moonlight-moe."
+            f"no export: MixtralForCausalLM has no {found}. It has score = topk-softmax, num_shared_experts = 0, "
+            "dense_layers = 0, bias_update_rate = 0 and no scaling factor. Train with these to export, or use the family moonlight-moe."
         )
     return {
         "architectures": ["MixtralForCausalLM"],

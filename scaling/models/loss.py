@@ -1,9 +1,8 @@
 """Next-token loss from hidden states without the logits of a whole batch.
 
 At a vocabulary of 50,304 the fp32 logits of 16,384 tokens are 3.3 GB, and their gradient as much again. Here a chunk of
-rows at a time is multiplied by the output matrix, and its gradient is taken at once, so that nothing of the size
-``tokens * vocabulary`` outlives a chunk. The number of matrix products is the same as without chunks: nothing is
-computed twice.
+rows at a time is multiplied by the output matrix, and its gradient is computed at once, so that nothing of the size
+``tokens * vocabulary`` outlives a chunk. The number of matrix products is the same as without chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**26
-"""Logits of one chunk: 256 MB in fp32. Batches with no more take the plain road, which is faster for small ones."""
+"""Logits of one chunk: 256 MB in fp32. Smaller batches take the plain way, which is faster for them."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -25,13 +24,13 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 def next_token_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, *, elements: int | None = None, chunk_loss: ChunkLoss | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats, fp32: ``(N, H)`` states, ``(V, H)`` output matrix, ``(N,)`` int64 targets.
+    """Mean cross-entropy in nats, fp32.
 
     Args:
-        hidden: Normalised states; the product is taken in autocast's format where there is one, else in theirs.
-        head: Output matrix.
-        targets: Token numbers.
-        elements: Logits that may exist at once; None is `CHUNK_ELEMENTS`.
+        hidden: Normalised states ``(N, H)``; the product is in autocast's format, or in theirs without autocast.
+        head: Output matrix ``(V, H)``.
+        targets: Token numbers ``(N,)``, int64.
+        elements: Most logits that exist at once; None is `CHUNK_ELEMENTS`.
         chunk_loss: `loss_and_gradient` or a compiled form of it.
     """
     rows = max(1, (CHUNK_ELEMENTS if elements is None else elements) // head.shape[0])
@@ -51,7 +50,7 @@ def loss_and_gradient(hidden: Tensor, head: Tensor, targets: Tensor, scale: floa
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     at = targets[:, None]
     loss = (normaliser - logits.gather(1, at)).sum()
-    # The softmax less one at the target, written over the logits.
+    # d loss / d logits = softmax(logits) - 1 at the target, written over the logits.
     gradient = (
         logits.sub_(normaliser).exp_().scatter_add_(1, at, logits.new_full((), -1.0).expand(at.shape)).mul_(scale)
     )
@@ -67,6 +66,7 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
+            # gradient is (rows, V): times head it is (rows, H), its transpose times hidden (V, H).
             loss, gradient = chunk_loss(hidden[part], head, targets[part], 1 / len(hidden))
             total += loss
             if by_hidden is not None:
@@ -86,12 +86,12 @@ class _Chunked(torch.autograd.Function):
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The format that autocast gives matrix products on a kind of device now; None where it is off."""
+    """Autocast's current format of matrix products on a kind of device; None where autocast is off."""
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
-    """A context in which every operation keeps the format of its operands."""
+    """Context manager in which every operation keeps the format of its operands."""
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

@@ -1,6 +1,6 @@
-"""Multi-head latent attention: keys and values from a few channels, position in channels of its own.
+"""Multi-head latent attention: keys and values from a narrow latent, position in channels of its own.
 
-Source: DeepSeek-V2 (arXiv:2405.04434, Section 2.1). Every matrix is its own parameter, also those that the published
+Source: DeepSeek-V2 (arXiv:2405.04434, Section 2.1). Every matrix is a parameter of its own, also those that the published
 checkpoints store as one (latent and position, key and value), because Muon orthogonalises a matrix as a whole.
 """
 
@@ -14,11 +14,11 @@ from scaling.model_config import MLAConfig, ModelConfig
 from scaling.models.decoder import Rotary
 
 LATENT_NORM_EPSILON = 1e-6
-"""Of the norms inside attention; the published model has another one for its blocks (1e-5)."""
+"""Epsilon of the norms inside attention; the published model has 1e-5 in its blocks, as here."""
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal self-attention. Letters: B windows, T tokens, H width, A heads."""
+    """Causal self-attention. Letters: B sequences, T tokens, H width, A heads."""
 
     def __init__(self, shape: ModelConfig, latent: MLAConfig) -> None:
         super().__init__()
@@ -38,17 +38,18 @@ class MultiHeadLatentAttention(nn.Module):
         self.output = nn.Linear(shape.heads * latent.v_head_dim, shape.width, bias=False)
 
     def query_and_key(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """What is multiplied to scores: ``(B, A, T, plain + rotary)`` twice."""
+        """Queries and keys whose products are the scores, ``(B, A, T, qk_nope_head_dim + qk_rope_head_dim)`` each."""
         return self._query(x, rotary), self._key(self.latent_norm(self.latent(x)), x, rotary)
 
     def _query(self, x: Tensor, rotary: Rotary) -> Tensor:
         base = x if self.sizes.q_lora_rank is None else self.query_norm(self.query_latent(x))
-        plain, turned = torch.split(
+        nope, rope = torch.split(
             self._by_head(self.query(base)), [self.sizes.qk_nope_head_dim, self.sizes.qk_rope_head_dim], dim=-1
         )
-        return torch.cat([plain, rotary(turned)], dim=-1)
+        return torch.cat([nope, rotary(rope)], dim=-1)
 
     def _key(self, latent: Tensor, x: Tensor, rotary: Rotary) -> Tensor:
+        # One rotary part for all heads, (B, 1, T, qk_rope_head_dim).
         position = rotary(self.position(x).unsqueeze(1)).expand(-1, self.heads, -1, -1)
         return torch.cat([self._by_head(self.key(latent)), position], dim=-1)
 

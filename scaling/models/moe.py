@@ -1,4 +1,4 @@
-"""Which experts a token meets, with what weight, and the bias that keeps their load even without a loss.
+"""Mixture of experts: routing, grouped products, and the bias that balances the load without a loss.
 
 Source: DeepSeek-V3 (arXiv:2412.19437, Section 2.1.2) with Moonlight's form of the update (arXiv:2502.16982, Section 3.3).
 """
@@ -21,10 +21,10 @@ from scaling.models.mla import MultiHeadLatentAttention
 
 
 class Router(nn.Module):
-    """Scores of experts, the top of them, and their weights. Letters: N tokens, H width, E experts, K active ones."""
+    """Scores of experts, the top of them, and their weights. Letters: N tokens, H width, E experts, K chosen ones."""
 
     bias: Tensor
-    """Added to the scores for the choice alone, never to a weight; ``(E,)`` fp32, part of the state."""
+    """Added to the scores for the choice only, never to a weight; ``(E,)`` fp32, part of the state."""
     load: Tensor
     """Choices since the last optimizer step in this process; ``(E,)`` int64, zero whenever the state is saved."""
 
@@ -37,7 +37,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(mixture.num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(N, H)`` to weights ``(N, K)``, experts ``(N, K)`` and all scores ``(N, E)``; in fp32 whatever the autocast."""
+        """``(N, H)`` to weights ``(N, K)``, experts ``(N, K)`` and all scores ``(N, E)``; in fp32 under any autocast."""
         with without_autocast(x.device.type):
             logits = F.linear(x.float(), self.weight.float())
             scores = logits.sigmoid() if self.mixture.score == "sigmoid" else logits.softmax(dim=-1)
@@ -62,32 +62,31 @@ class Router(nn.Module):
 
 
 def scale_of(mixture: MoEConfig) -> float:
-    """The gate scaling factor of a mixture, stated or computed."""
+    """The factor of the routing weights, stated or computed."""
     if mixture.routed_scaling_factor is not None:
         return mixture.routed_scaling_factor
     return routed_scaling_factor(mixture.num_experts, mixture.top_k) if mixture.score == "sigmoid" else 1.0
 
 
-def sequence_loss(scores: Tensor, active: int, sequences: int) -> Tensor:
+def sequence_loss(scores: Tensor, top_k: int, sequences: int) -> Tensor:
     """DeepSeek-V3's sequence-wise balance loss without its weight: 1 where the load of a sequence is even.
 
-    The load counts the top experts by score alone: the selection bias, which balances the load by itself, has no part
-    in it. Source: DeepSeek-V3, arXiv:2412.19437, Equations 17 to 20; the count is Equation 18.
+    The load counts the top experts by score alone, without the selection bias. Source: DeepSeek-V3, arXiv:2412.19437, Equations 17 to 20; the count is Equation 18.
 
     Args:
         scores: All scores, ``(N, E)``.
-        active: Experts that a token meets, K.
-        sequences: Sequences that the N tokens are, B.
+        top_k: Experts of a token, K.
+        sequences: Number of sequences among the N tokens, B.
     """
     experts = scores.shape[-1]
-    top = scores.detach().topk(active, dim=-1).indices.view(sequences, -1)  # (B, T * K)
+    top = scores.detach().topk(top_k, dim=-1).indices.view(sequences, -1)  # (B, T * K)
     load = scores.new_zeros(sequences, experts).scatter_add_(1, top, torch.ones_like(top, dtype=scores.dtype))
     share = (scores / scores.sum(dim=-1, keepdim=True)).view(sequences, -1, experts).mean(dim=1)  # (B, E)
     return (load * (experts / top.shape[1]) * share).sum(dim=1).mean()
 
 
 ALIGNMENT = 16
-"""Bytes that the grouped product wants a row to be a multiple of."""
+"""The grouped product needs rows of a multiple of this number of bytes."""
 
 
 def loop_product(rows: Tensor, stack: Tensor, counts: Tensor) -> Tensor:
@@ -106,19 +105,19 @@ def loop_product(rows: Tensor, stack: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_product(rows: Tensor, stack: Tensor, counts: Tensor) -> Tensor:
-    """As `loop_product`, in one kernel."""
+    """The product of `loop_product` in one kernel."""
     ends = counts.cumsum(0).to(torch.int32)
     product: Tensor = F.grouped_mm(rows, stack.transpose(-2, -1), offs=ends)
     return product
 
 
 def expert_product(rows: Tensor, stack: Tensor, counts: Tensor) -> Tensor:
-    """As `loop_product`, by whichever road the device has."""
+    """The product of `loop_product` by the fastest way that the device supports."""
     return (grouped_product if has_grouped(rows, stack) else loop_product)(rows, stack, counts)
 
 
 def has_grouped(rows: Tensor, stack: Tensor) -> bool:
-    """Whether torch's grouped product takes these operands: its formats on this device, and rows of whole 16 bytes."""
+    """True if torch's grouped product takes these operands: format, device, and rows of a multiple of 16 bytes."""
     aligned = all(size * stack.element_size() % ALIGNMENT == 0 for size in stack.shape[1:])
     if not aligned or not hasattr(F, "grouped_mm"):
         return False
@@ -139,7 +138,7 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """``(M, H)`` rows sorted by expert to ``(M, H)``."""
         stacks: list[Tensor] = [self.gate, self.up, self.down]
-        if (dtype := autocast_dtype(rows.device.type)) is not None:  # which does not know the grouped product
+        if (dtype := autocast_dtype(rows.device.type)) is not None:  # autocast does not cover the grouped product
             rows, stacks = rows.to(dtype), [stack.to(dtype) for stack in stacks]
         gate, up, down = stacks
         hidden = F.silu(expert_product(rows, gate, counts)) * expert_product(rows, up, counts)
@@ -147,7 +146,7 @@ class Experts(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Router, routed experts, and the experts that every token meets."""
+    """Router, routed experts and shared experts."""
 
     def __init__(self, shape: ModelConfig, mixture: MoEConfig) -> None:
         super().__init__()
@@ -163,10 +162,11 @@ class MoEFeedForward(nn.Module):
         flat = x.flatten(0, 1)  # (N, H)
         weights, chosen, scores = self.router(flat)
         counts = torch.zeros_like(self.router.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        if self.training and torch.is_grad_enabled():  # an evaluation is no load and has nothing to minimise
+        if self.training and torch.is_grad_enabled():  # an evaluation counts no load and minimises nothing
             self.router.load += counts
             if self.mixture.sequence_loss:
                 self.sequence_loss = sequence_loss(scores, self.mixture.top_k, len(x))
+        # Sort the N * K choices by expert, so that each expert gets contiguous rows; `back` is the inverse permutation.
         order = chosen.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows: Tensor = _Dispatch.apply(flat, order, back, self.mixture.top_k)
@@ -180,9 +180,9 @@ class MoEFeedForward(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Each token once for each of its experts, sorted by expert; back, the sum over them in a fixed order.
+    """A row of each token for each of its experts, sorted by expert; the gradient sums over them in a fixed order.
 
-    Plain indexing would add gradients up atomically on a GPU, and a run would not be the same twice.
+    Plain indexing would add up gradients by atomics on a GPU, and a run would not repeat itself.
     """
 
     @staticmethod
@@ -198,7 +198,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Return(torch.autograd.Function):
-    """Rows sorted by expert back in the order of tokens: a permutation, and so is its gradient."""
+    """Rows sorted by expert, returned to the order of tokens: a permutation, and so is its gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -219,17 +219,17 @@ class MoEDecoder(Decoder):
         self._imbalance: Tensor | None = None
 
     def make_rotary(self, shape: ModelConfig) -> Rotary:
-        """Over the channels of a head that carry position."""
+        """Rotary embedding of the channels that have position."""
         if shape.mla is None:
             return super().make_rotary(shape)
         return Rotary(shape.mla.qk_rope_head_dim, shape.context, shape.mla.rope_theta)
 
     def make_attention(self, shape: ModelConfig) -> nn.Module:
-        """Latent attention, or the plain one."""
+        """Latent attention where the shape has it, else plain attention."""
         return Attention(shape) if shape.mla is None else MultiHeadLatentAttention(shape, shape.mla)
 
     def make_feed_forward(self, shape: ModelConfig, layer: int) -> nn.Module:
-        """Experts, or one feed-forward in the first layers."""
+        """Experts, or a dense feed-forward in the first layers."""
         if shape.moe is None or layer < shape.moe.dense_layers:
             return super().make_feed_forward(shape, layer)
         return MoEFeedForward(shape, shape.moe)
@@ -259,18 +259,18 @@ class MoEDecoder(Decoder):
 
 
 DRAWS = 100_000
-"""Routings in the mean; it moves by less than 1e-4 with other draws."""
+"""Routings in the mean, which moves by less than 1e-4 with other draws."""
 
 
 @functools.cache
-def routed_scaling_factor(experts: int, active: int) -> float:
+def routed_scaling_factor(experts: int, top_k: int) -> float:
     """Mean of ``1 / ||p||`` over routings of standard normal logits, to three decimals.
 
-    `p` are the sigmoid scores of the `active` largest logits, made to sum to one. Independent outputs of equal size,
-    weighted by `p`, add up to ``||p||`` times that size. 64 experts with 6 active give 2.446.
+    `p` are the sigmoid scores of the `top_k` largest logits, divided by their sum. Independent outputs of equal size,
+    weighted by `p`, add up to ``||p||`` times that size. 64 experts with a top_k of 6 give 2.446.
     Source: Moonlight, arXiv:2502.16982, Appendix C.
     """
     logits = np.random.Generator(np.random.PCG64(0)).standard_normal((DRAWS, experts))
-    chosen = 1 / (1 + np.exp(-np.partition(logits, experts - active, axis=1)[:, experts - active :]))
+    chosen = 1 / (1 + np.exp(-np.partition(logits, experts - top_k, axis=1)[:, experts - top_k :]))
     weights = chosen / chosen.sum(axis=1, keepdims=True)
     return round(float((1 / np.linalg.norm(weights, axis=1)).mean()), 3)

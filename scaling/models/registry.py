@@ -47,7 +47,7 @@ class ModelFamily:
     """Builds the model on torch's current default device."""
     weights: Callable[[ModelConfig], Weights]
     """Shape of each parameter by its name: parameters and FLOPs are counted from it. Vectors count as norms, stacks of
-    three dimensions as routed experts. Layers after the first ``dense_layers`` must be alike (`count_blocks`)."""
+    three dimensions as routed experts. Layers after the first ``dense_layers`` must be alike (`scaling.flops.depth_line`)."""
     attention_channels: Callable[[ModelConfig], int] = attention_channels
     """Channels of all heads of a layer that scores and mixing multiply: those of queries and those of values."""
     requires: tuple[Literal["moe", "mla"], ...] = ()
@@ -87,7 +87,8 @@ def check_family(shape: ModelConfig) -> ModelFamily:
                 f'the family "{shape.family}" {"needs" if required else "does not take"} a table {part}. '
                 f"{'Add one' if required else 'Remove it'}, or use the family {' or '.join(fitting)}."
             )
-    typed_options(shape.family_options or {}, family.options, owner=f"the family {shape.family}")
+    if shape.family_options is not None:
+        typed_options(shape.family_options, family.options, owner=f"the family {shape.family}")
     return family
 
 

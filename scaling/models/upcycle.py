@@ -1,7 +1,7 @@
-"""A dense model's weights in a model with experts: every expert starts as a copy of the feed-forward.
+"""Initial weights from a run's file: copied, or upcycled so that every expert is a copy of the feed-forward.
 
-Weights are read a tensor at a time and straight into the place where they stay, in a sharded model only the rows or
-experts that this process holds, so that no second copy of either model exists.
+Weights are read a tensor at a time into the parameters themselves, in a sharded model only the rows or experts of this
+process, so that no second copy of either model exists.
 
 Source: "Llama 3 Meets MoE", arXiv:2412.09952, Section 3: experts copied without noise, a random router, top-k before
 softmax. Then the weights of a token sum to one and the first forward pass is the dense model's, to rounding.
@@ -28,12 +28,12 @@ def load_weights(model: Decoder, file: Path, *, method: Literal["copy", "upcycle
     """Fill a model, sharded or not, from a run's safetensors.
 
     Args:
-        model: Initialised; ``upcycle`` leaves its routers as they are.
+        model: Initialised; ``upcycle`` keeps its routers.
         file: Weights of a model of the same shape, or of the dense one that ``upcycle`` starts from.
-        method: Whether experts become copies of the feed-forward.
+        method: ``upcycle`` makes every expert a copy of the feed-forward.
 
     Raises:
-        UserError: The file is no safetensors, or is of a model of another shape.
+        UserError: The file is not whole, or belongs to a model of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -51,7 +51,7 @@ def load_weights(model: Decoder, file: Path, *, method: Literal["copy", "upcycle
 
 
 def _sources(model: Decoder, method: str) -> dict[str, tuple[Tensor, str]]:
-    """What is to be filled by our name, each with the name of what fills it."""
+    """Tensors to fill by name, each with the name of its source in the file."""
     named: dict[str, Tensor] = dict(model.named_parameters())
     if method == "copy":
         state = model.state_dict()
@@ -77,12 +77,12 @@ def _check(file: Path, sources: dict[str, tuple[Tensor, str]], shapes: dict[str,
     extra = sorted(shapes.keys() - {name for _, name in sources.values()})
     if extra:
         raise UserError(
-            f"{file}: weight {extra[0]} has no place in this run's shape. Start from a run of the same layers and family."
+            f"{file}: weight {extra[0]} is not part of this run's model. Start from a run of the same layers and family."
         )
 
 
 def _fill(tensor: Tensor, source: Any, shape: tuple[int, ...]) -> None:
-    """One weight, or what this process holds of it."""
+    """Fill one weight, or the local part of it."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(source[:].expand_as(tensor))
         return
@@ -91,7 +91,7 @@ def _fill(tensor: Tensor, source: Any, shape: tuple[int, ...]) -> None:
     here = tensor.to_local()
     if not here.numel():
         return
-    if here.ndim > len(shape):  # a share of the experts, each of them whole
+    if here.ndim > len(shape):  # whole experts are sharded, and each is a copy of the source
         here.copy_(source[:].expand_as(here))
         return
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -1,6 +1,6 @@
 """Shapes of a model's parameters by name, declared without torch.
 
-Parameter counts, FLOPs and the optimizer's share of them are computed from these shapes before any model is built;
+Parameters, FLOPs and the optimizer's FLOPs are counted from these shapes before any model is built;
 `scaling.models.registry.build_model` compares them with the model.
 """
 
@@ -37,7 +37,7 @@ def decoder_weights(shape: ModelConfig) -> Weights:
 def attention_channels(shape: ModelConfig) -> int:
     """Channels of all heads of one layer that scores and mixing multiply: queries' and values'.
 
-    Shared key and value heads change nothing here: each query head meets a key and a value of its own size.
+    Fewer key and value heads change nothing here: each query head multiplies keys and values of its own size.
     """
     if shape.mla is None:
         return 2 * shape.width

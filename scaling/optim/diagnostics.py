@@ -1,8 +1,8 @@
-"""The size that updates really have, and how evenly the spectra of weights are spread, by class of parameter.
+"""Measured sizes of updates, and the spread of the spectra of weights, by class of parameter.
 
-Moonlight scales Muon's update to a root mean square of 0.2 if all singular values became one. They do not: five Keller
-steps leave 0.11 to 0.19, and a comparison at one learning rate then ranks sizes instead of directions. So it is
-measured, from the weights before and after a step, whatever the optimizer and however it is distributed.
+Moonlight scales Muon's update to a root mean square of 0.2 if all singular values become one. They do not: five Keller
+steps leave 0.11 to 0.19, and a comparison at one learning rate then ranks sizes instead of directions. So the size is
+measured, from the weights before and after a step, for any optimizer and any distribution.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from scaling.optim.distributed.fsdp import local, process_group_of
 
 
 def parameter_class(name: str) -> str:
-    """What parameters of all layers share: ``blocks.3.attention.query.weight`` is of class ``attention.query``."""
+    """The name that parameters of all layers share: ``blocks.3.attention.query.weight`` is of class ``attention.query``."""
     return re.sub(r"(^|\.)blocks\.\d+\.", r"\1", name).removesuffix(".weight")
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """A copy of all weights, or of this process's shards of them, in the order of the optimizer's groups."""
+    """A copy of all parameters, or of their local shards, in the order of the optimizer's groups."""
     return [local(parameter).detach().clone() for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -47,9 +47,10 @@ def update_rms(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> dict[s
         for name, parameter, start in zip(group["param_names"], group["params"], starts, strict=False):
             if not group["lr"]:
                 continue
+            # start <- ((1 - lr * decay) * start - now) / lr, the update before the learning rate.
             start.mul_(1 - group["lr"] * group["weight_decay"]).sub_(local(parameter).detach()).div_(group["lr"])
             square = torch.linalg.vector_norm(start, dtype=torch.float64).square()
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor):  # the shards' sums of squares add up
                 dist.all_reduce(square, group=process_group_of(parameter))
             squares[parameter_class(name)] += square.cpu()
             counts[parameter_class(name)] += parameter.numel()
@@ -58,11 +59,11 @@ def update_rms(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> dict[s
 
 @torch.no_grad()
 def svd_entropy(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """How evenly the singular values of the blocks' matrices are spread: 1 where all are equal; the mean of a class.
+    """Entropy of the squared singular values of the blocks' matrices, the mean of a class: 1 where all are equal.
 
     ``-sum p log p / log n`` with ``p`` the squared singular values over their sum (Moonlight, Section 3.4). Every
-    expert is a matrix of its own; matrices of one row, and those that are not finite, are left out. Sharded weights are gathered, so every process
-    must call it. It costs a singular value decomposition a matrix.
+    expert is a matrix of its own; matrices of one row, and those that are not finite, are left out. Sharded weights are
+    gathered, so every process must call it. It costs a singular value decomposition a matrix.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
     for group in optimizer.param_groups:

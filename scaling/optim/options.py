@@ -1,4 +1,4 @@
-"""The options of each optimizer, typed and with their defaults: what a campaign writes under ``options``. No torch."""
+"""Options of each optimizer, typed and with their defaults: the table ``options`` of a campaign. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class AdamWOptions(Strict, frozen=True):
     beta2: Beta = 0.95
     epsilon: PositiveFloat = 1e-8
     qk_clip: PositiveFloat | None = None
-    """As in `MatrixOptions`."""
+    """Bound of attention logits, as in `MatrixOptions`."""
 
 
 class MatrixOptions(Strict, frozen=True):
-    """What Muon and its relatives share, and AdamW for what is not a matrix of a block."""
+    """Options that Muon and its relatives share; those of AdamW beside them begin with ``adamw_``."""
 
     momentum: Beta = 0.95
     ns_steps: Small = 5
@@ -31,8 +31,8 @@ class MatrixOptions(Strict, frozen=True):
     form: Form = "standard"
     """``gram`` iterates long matrices by their Gram matrix in fp16 (fp32 on a CPU): fewer products, other rounding."""
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Format of Newton-Schulz. ``auto`` is bf16 but for small matrices on a CPU (`newton_schulz.SMALL_SIDE`); on a CPU
-    without bf16 instructions large ones are quicker in ``fp32``."""
+    """Format of Newton-Schulz. ``auto`` is bf16 except for small matrices on a CPU (`iteration.SMALL_SIDE`); on a CPU
+    without bf16 instructions large ones are faster in ``fp32``."""
     rms: PositiveFloat = 0.2
     """Root mean square that an update is scaled to, in units of the learning rate."""
     head_blocks: Size = 1
@@ -45,7 +45,7 @@ class MatrixOptions(Strict, frozen=True):
     adamw_decay_factor: NonNegativeFloat = 1.0
     """Weight decay of the AdamW part, as a multiple of the run's."""
     qk_clip: PositiveFloat | None = None
-    """Bound of attention logits (Kimi K2: 100): after a step, heads that passed it are shrunk. None bounds nothing."""
+    """Bound of attention logits (Kimi K2: 100): after a step, heads above it are scaled down. None bounds nothing."""
 
 
 class MuonOptions(MatrixOptions, frozen=True):
@@ -53,11 +53,11 @@ class MuonOptions(MatrixOptions, frozen=True):
 
     nesterov: bool = True
     update_rms: Literal["nominal", "exact"] = "nominal"
-    """``nominal`` scales by ``rms * sqrt(max side)``, right if all singular values became one; ``exact`` measures."""
+    """``nominal`` scales by ``rms * sqrt(max side)``, which is exact if all singular values are one; ``exact`` measures."""
 
 
 class NorMuonOptions(MatrixOptions, frozen=True):
-    """NorMuon (arXiv:2510.05491, Algorithm 1): rows of the update brought to one size, then `rms` exactly."""
+    """NorMuon (arXiv:2510.05491, Algorithm 1): rows of the update scaled to one size, then the whole to `rms` exactly."""
 
     nesterov: bool = False
     second_moment_beta: Beta = 0.95

@@ -1,7 +1,6 @@
-"""Where to look for a hyper-parameter: the scale it varies on, the range a search begins with, and how far it may go.
+"""Search ranges of hyper-parameters: the scale of each, the range in which a search begins, and its limits.
 
-A row stands beside what it belongs to: an optimizer's in ``scaling.optim.registry``, those that every run has in `SHARED`.
-No torch is imported here.
+The ranges of an optimizer are in its row of ``scaling.optim.registry``, those of every run in `SHARED`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class SearchRange(Strict, frozen=True):
     low: float
     high: float
     least: float
-    """No search goes below this."""
+    """Lower limit of a widened range."""
     most: float
-    """Nor above this."""
+    """Upper limit of a widened range."""
 
     def __post_init__(self) -> None:
-        """Refuse a range that is none."""
+        """Check the order of the four numbers, and that the scale can hold them."""
         if not self.least <= self.low < self.high <= self.most:
             raise UserError(
                 f"{self.name}: the search from {self.low:g} to {self.high:g} within {self.least:g} to {self.most:g} is not "
@@ -44,7 +43,7 @@ class SearchRange(Strict, frozen=True):
             raise UserError(f"{self.name}: the scale {self.scale} does not reach to {self.least:g} or {self.most:g}.")
 
     def position(self, value: float) -> float:
-        """A value on the scale: what is sampled uniformly and fitted by parabolas; rises with the value."""
+        """A value on the scale, on which values are sampled uniformly and fitted by parabolas; rises with the value."""
         if self.scale == "log":
             return math.log(value)
         return -math.log1p(-value) if self.scale == "complement" else value
@@ -62,4 +61,4 @@ SHARED: tuple[SearchRange, ...] = (
     SearchRange(name="warmup", scale="log", low=0.004, high=0.1, least=5e-4, most=0.4),
     SearchRange(name="final_fraction", scale="linear", low=0.0, high=0.3, least=0.0, most=1.0),
 )
-"""Hyper-parameters of every run, whatever its optimizer."""
+"""Hyper-parameters of every run, with any optimizer."""

@@ -1,6 +1,7 @@
 """Learning-rate schedules: the share of the peak as a pure function of tokens trained on.
 
-There is no state, so a resumed run and a run on more devices have the same rate at every token.
+A schedule is a share of the peak, a function of tokens trained on. It has no state, so a resumed run has the rates of an
+uninterrupted one, and a run on twice the devices has the same rates per token.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ Everything here is a pure function of the campaign. To add a kind of ladder, wri
 
 from __future__ import annotations
 
-import bisect
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from scaling.errors import ConfigError, UserError, unknown_name
-from scaling.flops import count_blocks, count_parameters, train_flops_per_token
+from scaling.flops import DepthLine, count_parameters, depth_line, train_flops_per_token
 from scaling.model_config import ModelConfig
 from scaling.units import human
 from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig, SharedModelConfig
@@ -263,29 +261,31 @@ def shape_near(parameters: float, campaign: Campaign, table: LadderConfig) -> Mo
     model = campaign.model
     depths = range(1 + (model.moe.dense_layers if model.moe else 0), MAX_LAYERS + 1)
 
-    # The shallowest model of each width, up to the first that is larger than wanted.
-    shallowest: list[ModelConfig] = []
+    # The models of each width, up to the first whose shallowest is larger than wanted.
+    widths: list[tuple[ModelConfig, DepthLine]] = []
     for heads in itertools.count(1):
         try:
             shape = _shape(model, layers=depths[0], width=table.head_size * heads, heads=heads)
-            size = count_blocks(shape, depths[0])
+            line = depth_line(shape)
         except UserError as error:  # the family refuses this number of heads, or every one
-            if heads == MAX_LAYERS and not shallowest:
+            if heads == MAX_LAYERS and not widths:
                 raise ConfigError(f"[ladder]: no width up to {heads} heads makes a model: {error}") from None
             continue
-        shallowest.append(shape)
-        if size > parameters:
+        widths.append((shape, line))
+        if line.shallowest > parameters:
             break
 
-    def misfit(candidate: tuple[int, ModelConfig]) -> float:
-        layers, shape = candidate
+    def misfit(candidate: tuple[int, ModelConfig, DepthLine]) -> float:
+        layers, shape, line = candidate
         proportion = math.log(shape.width / layers / table.width_per_layer)
-        return abs(math.log(count_blocks(shape, layers) / parameters)) + 0.1 * abs(proportion)
+        return abs(math.log(line.blocks(layers) / parameters)) + 0.1 * abs(proportion)
 
     # For every depth the widest model that is not too large, and the next wider one.
     candidates = []
+    wider = len(widths)
     for layers in depths:
-        wider = bisect.bisect_right(shallowest, parameters, key=functools.partial(count_blocks, layers=layers))
-        candidates += [(layers, shape) for shape in shallowest[max(0, wider - 1) : wider + 1]]
-    layers, shape = min(candidates, key=misfit)
+        while wider and widths[wider - 1][1].blocks(layers) > parameters:  # deeper models are narrower
+            wider -= 1
+        candidates += [(layers, shape, line) for shape, line in widths[max(0, wider - 1) : wider + 1]]
+    layers, shape, _ = min(candidates, key=misfit)
     return msgspec.structs.replace(shape, layers=layers)

@@ -71,7 +71,7 @@ def test_a_text_is_scored_token_by_token_up_to_its_last(run: Path, tmp_path: Pat
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     result = evaluate(run, DataConfig(source="text", path=str(tmp_path)))
-    # By hand: one stream of bytes with a zero after each document, windows of 16 inputs.
+    # By hand: one stream of bytes with a zero after each document, sequences of 16 inputs.
     record = RunDirectory(run).record()
     assert record is not None
     model = build_model(record.spec.model)
@@ -79,9 +79,9 @@ def test_a_text_is_scored_token_by_token_up_to_its_last(run: Path, tmp_path: Pat
     stream = torch.tensor(list(b"".join(text.encode() + b"\0" for text in texts)))
     losses = []
     for start in range(0, len(stream) - 1, 16):
-        window = stream[start : start + 17]
+        sequence = stream[start : start + 17]
         with torch.no_grad():
-            losses += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none").tolist()
+            losses += F.cross_entropy(model(sequence[None, :-1])[0], sequence[1:], reduction="none").tolist()
     assert len(losses) == len(stream) - 1 == result.tokens
     assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     in_bytes = sum(len(text.encode()) for text in texts)

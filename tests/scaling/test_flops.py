@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling.errors import UserError
-from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
+from scaling.flops import CONVENTIONS, count_parameters, depth_line, train_flops, train_flops_per_token
 from scaling.model_config import MLAConfig, ModelConfig, MoEConfig
 from scaling.models.decoder import Decoder
 from scaling.models.registry import FAMILIES, ModelFamily, build_model
@@ -57,11 +57,11 @@ def grouped_flops(rows: tuple[int, ...], stack: tuple[int, ...], *_: object, **_
     return 2 * rows[0] * rows[1] * stack[-1]
 
 
-def counted_flops(shape: ModelConfig, windows: int = 2) -> int:
+def counted_flops(shape: ModelConfig, sequences: int = 2) -> int:
     """What FlopCounterMode sees in one forward and backward pass."""
     with torch.device("meta"):
         model = build_model(shape)
-        tokens = torch.zeros(windows, shape.context + 1, dtype=torch.int64)
+        tokens = torch.zeros(sequences, shape.context + 1, dtype=torch.int64)
     # The fused kernels' rule charges a recomputed forward pass; the plain one is the mathematics.
     grouped = {torch.ops.aten._grouped_mm: grouped_flops}
     with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -148,3 +148,10 @@ def test_a_family_is_counted_by_its_own_parameters_and_refused_where_it_declares
     sizes = {name: p.numel() for name, p in build_model(shape).named_parameters() if p.ndim > 1 and "blocks" in name}
     assert count_parameters(shape).blocks == sum(sizes.values())
     assert counted_flops(shape) == train_flops(shape, 2 * shape.context, "attention-full")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_blocks_are_a_line_in_depth(shape: ModelConfig) -> None:
+    for layers in (shape.layers, shape.layers + 3):
+        deeper = msgspec.structs.replace(shape, layers=layers)
+        assert depth_line(shape).blocks(layers) == count_parameters(deeper).blocks

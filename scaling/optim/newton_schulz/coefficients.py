@@ -1,8 +1,8 @@
-"""Named coefficient sets of the Newton-Schulz iteration, and what its matrix products cost. No torch.
+"""Named coefficient sets of the Newton-Schulz iteration, and the FLOPs of its matrix products. Imports no torch.
 
 One step maps a matrix ``X`` to ``a X + b (X X^T) X + c (X X^T)^2 X``: every singular value ``s`` becomes
 ``a s + b s^3 + c s^5`` and the singular vectors stay. The sets differ in how fast small singular values grow and how
-near to one the large ones settle; the bands are held by tests/scaling/optim/test_newton_schulz.py.
+near to one the large ones settle; tests/scaling/optim/test_newton_schulz.py checks the bands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 Step = tuple[float, float, float]
 CoefficientSet = Literal["keller", "polar-express", "deepseek"]
 Form = Literal["standard", "gram"]
-"""``gram`` iterates on the short side's square matrices (`scaling.optim.newton_schulz.gram_form`) where a matrix is long enough."""
+"""``gram`` iterates on square matrices of the short side (`scaling.optim.newton_schulz.gram_form`) where it saves work."""
 
 GRAM_ASPECT = 2
 """Long side over short side from which the Gram form is used: below it costs more products than it saves."""
@@ -45,7 +45,7 @@ COEFFICIENTS: dict[CoefficientSet, tuple[Step, ...]] = {
     # DeepSeek-V4: eight steep steps, then two that draw the singular values to one. Meant for ns_steps = 10.
     "deepseek": (*(KELLER,) * 8, (2.0, -1.5, 0.5)),
 }
-"""Polynomials in order; the last one is repeated when more steps are asked for."""
+"""Polynomials in order; the last one is repeated for further steps."""
 
 
 def polynomials(name: CoefficientSet, steps: int) -> tuple[Step, ...]:
@@ -59,8 +59,8 @@ def newton_schulz_flops(rows: int, columns: int, steps: int, form: Form = "stand
 
     With ``m`` the shorter and ``n`` the longer side: ``2 m^2 n`` for the Gram matrix, ``2 m^3`` for its square and
     ``2 m^2 n`` to apply the polynomial, each step. The Gram form pays the long products once for each of
-    `gram_runs` and up to four of ``2 m^3`` for each step. Symmetric kernels do fewer; the count is of the mathematics, so that it
-    does not depend on the machine.
+    `gram_runs` and up to four of ``2 m^3`` for each step. Panels of one triangle need fewer; the count is of the
+    mathematics, so that it does not depend on the machine.
     """
     short, long = sorted((rows, columns))
     if form == "standard" or long < GRAM_ASPECT * short:
@@ -71,7 +71,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int, form: Form = "stand
 
 
 def gram_runs(steps: int) -> tuple[int, ...]:
-    """How many steps the Gram form takes before each return to the matrix: 2, then 3 at a time.
+    """Numbers of steps that the Gram form takes before each return to the matrix: 2, then 3 at a time.
 
     The first steps are the steepest and amplify rounding most.
     """

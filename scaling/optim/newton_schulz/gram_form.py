@@ -35,6 +35,7 @@ def iterate_gram(x: Tensor, steps: tuple[Step, ...], workspace: Workspace, insid
     here = workspace.take("gram form, here", tuple(x.shape), x, inside).copy_(x)
     there = workspace.take("gram form, there", tuple(x.shape), x, inside)
     done = 0
+    # Each run multiplies the matrix by the product of its steps' polynomials, then forms a fresh Gram matrix.
     for length in gram_runs(len(steps)):
         polynomial = _product_of_polynomials(here, steps[done : done + length], workspace)
         torch.bmm(here, polynomial, out=there) if tall else torch.bmm(polynomial, here, out=there)
@@ -44,21 +45,23 @@ def iterate_gram(x: Tensor, steps: tuple[Step, ...], workspace: Workspace, insid
 
 
 def _product_of_polynomials(x: Tensor, steps: tuple[Step, ...], workspace: Workspace) -> Tensor:
-    """What several steps multiply `x` by: ``(k, s, s)``, s the shorter side."""
+    """The product of several steps' polynomials, ``(k, s, s)``, s the shorter side: it multiplies `x`."""
     side = min(x.shape[-2:])
     square, factor, product, spare = (
         workspace.take(f"gram form, {use}", (len(x), side, side), x) for use in ("square", "factor", "product", "spare")
     )
-    gram(x, square)
+    gram(x, square)  # R = X X^T
     for number, (a, b, c) in enumerate(steps):
+        # P = a + b R + c R^2
         quadratic(square, b, c, factor)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        # The product so far times P; the factors commute, so their order does not matter.
         if number == 0:
             product.copy_(factor)
         else:
             torch.bmm(product, factor, out=spare)
             product, spare = spare, product
-        if number < len(steps) - 1:
+        if number < len(steps) - 1:  # R <- P R P, the Gram matrix of P X
             torch.bmm(factor, square, out=spare)
             torch.bmm(spare, factor, out=square)
     return product

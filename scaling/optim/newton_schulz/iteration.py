@@ -1,7 +1,12 @@
 """Newton-Schulz orthogonalisation of a stack of equal matrices: a pure function, chunked, with a reused workspace.
 
-The result of a matrix does not depend on which stack or chunk it was in. A tall matrix is multiplied from the right
-(``X^T X``), never transposed in memory: on CPU the transpose costs more than the product it would save.
+With coefficients a, b, c one step of a wide ``X (m, n)`` is::
+
+    A = X X^T                        (m, m)
+    X <- a X + (b A + c A A) X       (m, n)
+
+The result of a matrix does not depend on the stack or chunk that it is in. A tall matrix is multiplied from the right
+(``X^T X``), never transposed in memory: on a CPU the transpose costs more than the product it would save.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ SMALL_SIDE = 128
 """On a CPU, matrices whose shorter side is below this are iterated in fp32, larger ones in bf16.
 
 Measured on one Zen 4 core (AVX512-BF16), GFLOP/s of ``X X^T`` in fp32 and bf16: side 32, 51 and 20; side 64, 85 and
-142; side 128, 83 and 201; side 768, 100 and 210. The border is not 64, because a CPU without bf16 units is many times
-slower in bf16 and the models that a laptop trains lie below it.
+142; side 128, 83 and 201; side 768, 100 and 210. The limit is not 64, because a CPU without bf16 units is many times
+slower in bf16, and the models that a laptop trains are smaller.
 """
 
 CHUNK_BYTES = 8 * 2**20
@@ -32,14 +37,14 @@ CHUNK_BYTES = 8 * 2**20
 
 
 def resolve_dtype(ns_dtype: NsDtype, device_type: str, rows: int, columns: int) -> torch.dtype:
-    """The number format of the iteration: a function of what is asked, the kind of device and the shape alone."""
+    """The number format of the iteration: a function of the option, the kind of device and the shape alone."""
     if ns_dtype == "auto":
         return torch.float32 if device_type == "cpu" and min(rows, columns) < SMALL_SIDE else torch.bfloat16
     return torch.bfloat16 if ns_dtype == "bf16" else torch.float32
 
 
 class Workspace:
-    """Buffers that live from step to step, one for each use, grown to the largest size asked for."""
+    """Buffers that are reused from step to step, one for each use, grown to the largest size requested."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -60,7 +65,7 @@ class Workspace:
 
 
 def chunk_length(rows: int, columns: int, dtype: torch.dtype, device_type: str) -> int:
-    """Matrices that are iterated together; on a GPU the kernels want as many as fit a generous bound."""
+    """Number of matrices that are iterated together; a GPU takes sixteen times the bytes of a CPU's cache."""
     bound = CHUNK_BYTES if device_type == "cpu" else 16 * CHUNK_BYTES
     return max(1, bound // (rows * columns * dtype.itemsize))
 
@@ -76,11 +81,11 @@ def orthogonalise(
     """Nearly orthogonal matrices with the singular vectors of the given ones.
 
     Args:
-        stack: Matrices, shape ``(..., m, n)``, any floating dtype; left as it is.
+        stack: Matrices, shape ``(..., m, n)``, any floating dtype; unchanged.
         steps: Polynomials in order, from `scaling.optim.newton_schulz.coefficients.polynomials`.
         dtype: Format of the iteration and of the result. The norm is summed in fp32.
-        form: How matrices of at least `GRAM_ASPECT` times their shorter side are iterated.
-        workspace: Reused buffers; without one they are made and dropped.
+        form: Form of the iteration for matrices of at least `GRAM_ASPECT` times their shorter side.
+        workspace: Buffers to reuse; without one new buffers are made and dropped.
 
     Returns:
         A new tensor of the same shape. A matrix of zeros stays zero.
@@ -107,9 +112,10 @@ def orthogonalise_(x: Tensor, steps: tuple[Step, ...], form: Form, workspace: Wo
 def normalise(stack: Tensor) -> Tensor:
     """Each matrix of ``(k, m, n)`` divided, in place, by its Frobenius norm: no singular value stays above one.
 
-    The stack is in the format of the iteration already, so that a process which was sent it in that format, at half
-    the bytes, computes what its sender would have.
+    The stack is already in the format of the iteration. So a process that receives it in that format, at half the bytes
+    of fp32, computes the same numbers as its sender would.
     """
+    # The Frobenius norm bounds the largest singular value, and below one the polynomials converge.
     norms = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON)
     if not by_panels(stack):
         return stack.div_(norms)
@@ -131,8 +137,11 @@ def iterate(x: Tensor, steps: tuple[Step, ...], workspace: Workspace) -> Tensor:
     polynomial = workspace.take("polynomial", (count, side, side), x)
     here, there = x, workspace.take("other", (count, rows, columns), x)
     for a, b, c in steps:
+        # A = X X^T, then Q = b A + c A A, both (k, s, s).
         quadratic(gram(here, square), b, c, polynomial)
+        # X <- a X + Q X, or a X + X Q for tall matrices. baddbmm cannot write to its input, so two buffers take turns.
         left, right = (here, polynomial) if tall else (polynomial, here)
         torch.baddbmm(here, left, right, beta=a, out=there)
         here, there = there, here
+    # After an odd number of steps the result is in the workspace.
     return x if here is x else x.copy_(here)

@@ -1,8 +1,8 @@
-"""The two symmetric products of Newton-Schulz, ``X X^T`` and ``b A + c A A``, each by the fastest way for its place.
+"""The two symmetric products of Newton-Schulz, ``X X^T`` and ``b A + c A A``.
 
-Half of a symmetric product is its mirror image. On a CPU large matrices are computed in panels of one triangle
-and mirrored, on a GPU by a Triton kernel (`symmetric.py`); small ones take one batched product. Which way
-depends on the kind of device and the shape alone, so a run repeats itself bit for bit.
+Half of a symmetric product is its mirror image. On a CPU large matrices are computed in panels of one triangle and
+mirrored; small ones, and all on a GPU, take one batched product. The choice depends on the kind of device and the shape
+alone, so a run repeats itself bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Measured on one Zen 4 core in bf16, a product in ms, whole and by panels of 128:
 
 
 def by_panels(x: Tensor) -> bool:
-    """Whether the symmetric products of ``(..., m, n)`` matrices are worked out in panels."""
+    """True if the symmetric products of ``(..., m, n)`` matrices are computed in panels."""
     return x.device.type == "cpu" and min(x.shape[-2:]) >= PANELS_FROM
 
 

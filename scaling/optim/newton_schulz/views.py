@@ -1,6 +1,6 @@
-"""Which matrices a parameter holds: Muon orthogonalises matrices, and a parameter may be several. No torch.
+"""Views: the matrices that a parameter holds. Muon orthogonalises matrices, and a parameter may be several.
 
-A view is a word in a rule: ``whole`` (one matrix), ``rows/k`` (k equal blocks of rows: heads, or a fused projection),
+A rule names a view: ``whole`` (one matrix), ``rows/k`` (k equal blocks of rows: heads, or a fused projection),
 ``experts`` (a stack ``(E, m, n)``, a matrix each). The scale of an update follows the matrix, not the parameter.
 """
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def row_blocks(view: str) -> int:
-    """Blocks of rows that a view cuts a parameter into: k of ``rows/k``, else 1."""
+    """Number of row blocks that a view cuts a parameter into: k of ``rows/k``, else 1."""
     return int(view.removeprefix("rows/")) if view.startswith("rows/") else 1
 
 
 def matrices(name: str, shape: tuple[int, ...], view: str) -> tuple[int, int, int]:
-    """How many matrices a view finds in a parameter, and their rows and columns.
+    """Number of matrices that a view finds in a parameter, and their rows and columns.
 
     Raises:
         UserError: The shape does not fit the view.

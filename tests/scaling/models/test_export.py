@@ -217,7 +217,7 @@ def test_the_card_states_the_loss_and_bits_per_byte_of_the_record(untied_run, tm
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "2.0000 nats per token, 5.7708 bits per byte" in card  # 2 / ln 2 / 0.5
     assert untied_run.path.name in card
-    assert "adamw, peak learning rate 0.01" in card
+    assert "AdamW, peak learning rate 0.01" in card
 
 
 def test_a_model_whose_data_are_gone_is_exported_without_tokenizer_and_the_card_says_so(untied_run, tmp_path):

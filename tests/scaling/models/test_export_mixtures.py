@@ -186,7 +186,7 @@ def test_what_other_readers_need_is_written_though_transformers_does_not_ask(tmp
     ("shape", "sentence"),
     [
         (MOONLIGHT, "Train with sigmoid and num_shared_experts = 1 or more"),
-        (MIXTRAL, "MixtralForCausalLM cannot say num_shared_experts = 1, bias_update_rate = 0.1"),
+        (MIXTRAL, "MixtralForCausalLM has no num_shared_experts = 1, bias_update_rate = 0.1"),
     ],
     ids=["moonlight", "mixtral"],
 )

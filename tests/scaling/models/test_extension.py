@@ -10,7 +10,7 @@ from scaling.data.shards import manifest_hash, read_manifest
 from scaling.data.sources.registry import DataConfig
 from scaling.errors import UserError
 from scaling.export.huggingface import export_hf
-from scaling.flops import count_blocks, count_parameters, train_flops
+from scaling.flops import count_parameters, depth_line, train_flops
 from scaling.model_config import ModelConfig
 from scaling.models.registry import FAMILIES, build_model, build_model_on_meta
 from scaling.optim.optimizer_flops import update_flops
@@ -38,7 +38,7 @@ def family(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parameters_and_flops_are_what_torch_counts() -> None:
     model = build_model_on_meta(SHAPE)
     blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim > 1)
-    assert count_parameters(SHAPE).blocks == count_blocks(SHAPE, SHAPE.layers) == blocks
+    assert count_parameters(SHAPE).blocks == depth_line(SHAPE).blocks(SHAPE.layers) == blocks
     assert count_parameters(SHAPE).total == sum(p.numel() for p in model.parameters())
     assert counted_flops(SHAPE) == train_flops(SHAPE, 2 * SHAPE.context, "attention-full")
 

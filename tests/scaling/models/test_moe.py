@@ -55,9 +55,9 @@ def naive(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
     """One token after another, one expert after another, from the paper's equations."""
     mixture, experts = layer.mixture, layer.experts
     out = torch.zeros_like(x)
-    for window in range(x.shape[0]):
+    for sequence in range(x.shape[0]):
         for position in range(x.shape[1]):
-            token = x[window, position]
+            token = x[sequence, position]
             logits = layer.router.weight @ token
             scores = {
                 "sigmoid": lambda logits: 1 / (1 + torch.exp(-logits)),
@@ -70,9 +70,9 @@ def naive(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
             for e in chosen:
                 gate, up = experts.gate[e] @ token, experts.up[e] @ token
                 output = experts.down[e] @ (gate / (1 + torch.exp(-gate)) * up)
-                out[window, position] += layer.router.scale * scores[e] / total * output
+                out[sequence, position] += layer.router.scale * scores[e] / total * output
             if mixture.num_shared_experts:
-                out[window, position] += layer.shared(token)
+                out[sequence, position] += layer.shared(token)
     return out
 
 
@@ -112,10 +112,10 @@ def imbalance_after(rate: float, steps: int = 60) -> float:
     model = build_model(shape)
     model.initialise(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    windows = torch.Generator().manual_seed(0)
+    sequences = torch.Generator().manual_seed(0)
     seen = []
     for step in range(steps):
-        starts = torch.randint(0, len(text) - 33, (16,), generator=windows)
+        starts = torch.randint(0, len(text) - 33, (16,), generator=sequences)
         model.loss(torch.stack([text[start : start + 33] for start in starts])).backward()
         model.end_of_step(lambda load: load)
         optimizer.step()
@@ -147,13 +147,13 @@ def test_the_bias_moves_by_the_sign_of_the_shortage_and_keeps_its_mean() -> None
 def test_an_evaluation_is_no_load() -> None:
     model = build_model(TINY_MOONLIGHT)
     model.initialise(0)
-    windows = torch.randint(0, 256, (4, 17))
+    sequences = torch.randint(0, 256, (4, 17))
     with torch.no_grad():
-        model.loss(windows)
+        model.loss(sequences)
     assert isinstance(model, MoEDecoder)
     (layer,) = model.mixtures()
     assert int(layer.router.load.sum()) == 0
-    model.loss(windows)
+    model.loss(sequences)
     assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.moe.top_k
 
 

@@ -44,20 +44,20 @@ class Run:
         if way == "ddp":
             # DDP averages the gradients of calls through its wrapper.
             wrapped = DistributedDataParallel(_Loss(self.model))
-            self.loss = lambda windows: wrapped(windows)
+            self.loss = lambda sequences: wrapped(sequences)
         if way == "fsdp2":
             for block in self.model.blocks:
                 fully_shard(block)
             fully_shard(self.model)
-            self.loss = lambda windows: _loss_of(self.model, windows)
+            self.loss = lambda sequences: _loss_of(self.model, sequences)
         self.optimizer = build(optimizer, self.model.named_parameters())
 
     def train(self, steps: range) -> "Run":
-        """Every process sees the same windows: the mean of equal gradients is exact, so runs can be compared bit for bit."""
+        """Every process sees the same sequences: the mean of equal gradients is exact, so runs can be compared bit for bit."""
         for step in steps:
-            windows = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(step))
+            sequences = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(step))
             self.optimizer.zero_grad()
-            self.loss(windows).backward()
+            self.loss(sequences).backward()
             self.optimizer.step()
         return self
 
@@ -88,13 +88,13 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, windows: Tensor) -> Tensor:
-        return self.model.loss(windows)
+    def forward(self, sequences: Tensor) -> Tensor:
+        return self.model.loss(sequences)
 
 
-def _loss_of(model: Decoder, windows: Tensor) -> Tensor:
-    logits = model(windows[:, :-1])
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+def _loss_of(model: Decoder, sequences: Tensor) -> Tensor:
+    logits = model(sequences[:, :-1])
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
 
 
 def whole(tensor: Tensor) -> Tensor:

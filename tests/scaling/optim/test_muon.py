@@ -36,11 +36,11 @@ def model_at(seed: int = 0) -> Decoder:
 
 
 def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Step k sees windows that depend on k alone."""
+    """Step k sees sequences that depend on k alone."""
     for step in steps:
-        windows = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(step))
+        sequences = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        model.loss(windows).backward()
+        model.loss(sequences).backward()
         optimizer.step()
 
 
@@ -111,9 +111,9 @@ def test_fifty_steps_stay_with_torchs_muon_and_adamw():
     start = model_at()
     for step in range(50):
         train(ours, optimizer, range(step, step + 1))
-        windows = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(step))
+        sequences = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(step))
         theirs.zero_grad()
-        theirs.loss(windows).backward()
+        theirs.loss(sequences).backward()
         muon.step()
         adamw.step()
     moved = sum((a - b).square().sum() for a, b in zip(theirs.parameters(), start.parameters(), strict=True)).sqrt()

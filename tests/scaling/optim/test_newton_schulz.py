@@ -193,9 +193,9 @@ def momenta_of_a_run() -> list[torch.Tensor]:
     momenta = {name: torch.zeros_like(parameter) for name, parameter in matrices.items()}
     for step in range(40):
         start = torch.randint(97, (8, 1), generator=torch.Generator().manual_seed(step))
-        windows = (start + torch.arange(33)).square() % 97 % 32
+        sequences = (start + torch.arange(33)).square() % 97 % 32
         optimizer.zero_grad()
-        model.loss(windows).backward()
+        model.loss(sequences).backward()
         optimizer.step()
         for name, parameter in matrices.items():
             momenta[name].mul_(0.95).add_(parameter.grad)

@@ -57,7 +57,7 @@ def test_a_run_is_charged_for_its_whole_steps_and_muon_costs_moonlights_share() 
     assert run_optimizer_flops(spec) == 12 * one > 0
     assert run_optimizer_flops(spec, tokens=5 * spec.batch_tokens + 1) == 5 * one
     assert run_optimizer_flops(make_spec(optimizer="adamw")) == 0
-    # 192 windows of 8192 tokens at Moonlight's 1.15B: Newton-Schulz adds 0.63 to 0.64 % to 6ND.
+    # 192 sequences of 8192 tokens at Moonlight's 1.15B: Newton-Schulz adds 0.63 to 0.64 % to 6ND.
     large = ModelConfig(layers=18, width=2304, heads=18, vocabulary=1024, context=8192)
     charged = update_flops(OptimizerSpec(name="muon", peak_lr=1e-3), decoder_weights(large))
     assert charged / train_flops(large, 192 * 8192) == pytest.approx(0.0064, abs=2e-4)

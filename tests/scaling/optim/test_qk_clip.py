@@ -61,13 +61,13 @@ def test_a_model_is_watched_clipped_and_left_without_hooks():
     model.initialise(0)
     with torch.no_grad():
         model.blocks[0].attention.query.weight.mul_(100)
-    windows = torch.randint(8, (2, 17), generator=torch.Generator().manual_seed(0))
+    sequences = torch.randint(8, (2, 17), generator=torch.Generator().manual_seed(0))
     with observed_logits(model) as before:
-        model.loss(windows)
+        model.loss(sequences)
     bound = float(before["blocks.0.attention"].median()) + 1e-3
     assert clip_attention_(model, before, bound=bound) == 2
     with observed_logits(model) as after:
-        model.loss(windows)
+        model.loss(sequences)
     torch.testing.assert_close(
         after["blocks.0.attention"], before["blocks.0.attention"].clamp(max=bound), rtol=1e-4, atol=0
     )
