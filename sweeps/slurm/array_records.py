@@ -170,13 +170,7 @@ def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement:
 
 
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
-    """Claim an existing run for an array.
-
-    Args:
-        root: The run root.
-        run: Run id; its directory exists.
-        token: The new owner.
-        instead_of: An owner whose job is known to have ended.
+    """Claim an existing run for an array, if need be from an owner `instead_of` whose job is known to have ended.
 
     Returns:
         Whether the array now owns the run.

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -40,13 +41,7 @@ def main(record_file: str) -> int:
 
 
 def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
-    """Train a run in this process; the exit status.
-
-    Args:
-        record_file: The array's record, under the run root.
-        run: Run id.
-        leader: Whether this is the first of the run's processes, which alone writes its files.
-    """
+    """Train a run in this process; the exit status. Of several processes of a run, only the leader writes its files."""
     array = read_json(record_file, ArrayRecord)
     root = record_file.parent.parent
     directory = RunDirectory(root / "runs" / run)
@@ -69,19 +64,23 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
                 f"the code's digest is {found}, and this run was submitted with {array.code}. "
                 "Cancel its job and submit again, or restore the code."
             )
-        if not leader:
-            return _train(directory)
-        with hold(directory.path, job=job) as held:
-            if not held or not _is_free(directory):
+        with hold(directory.path, job=job) if leader else nullcontext(True) as held:
+            if leader and not (held and _is_free(directory)):
                 print("another process trains this run; this job leaves it", flush=True)
                 return LEASE_LOST  # not DONE: the other processes of this job would wait for this one
-            return _train(directory)
+            from scaling.training.loop import train
+
+            train(directory.path, progress=False)
+            return DONE
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         attempts = directory.attempts()
         if leader and (not attempts or attempts[-1].reason != str(error)):
             directory.note("end", step=0, outcome="failed", reason=str(error), job=job)
         return INVALID_RUN
+    except Exception:
+        traceback.print_exc()
+        return ERROR
 
 
 def _is_free(directory: RunDirectory) -> bool:
@@ -92,19 +91,6 @@ def _is_free(directory: RunDirectory) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _train(directory: RunDirectory) -> int:
-    try:
-        from scaling.training.loop import train
-
-        train(directory.path, progress=False)
-    except UserError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        return ERROR
-    return DONE
 
 
 def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:

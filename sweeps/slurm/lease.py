@@ -70,7 +70,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
         yield False
         return
     mine = Lease(owner=uuid.uuid4().hex, host=os.uname().nodename, pid=os.getpid(), job=job)
-    _write(folder, mine)
+    write_atomic(folder / FILE, msgspec.json.encode(mine))
     stop = threading.Event()
 
     def renew() -> None:
@@ -83,7 +83,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
                 os._exit(LEASE_LOST)
             lease = msgspec.structs.replace(lease, beat=lease.beat + 1)
             with contextlib.suppress(OSError):  # a full disk must not look like a death; the next beat tries again
-                _write(folder, lease)
+                write_atomic(folder / FILE, msgspec.json.encode(lease))
 
     renewal = threading.Thread(target=renew, daemon=True, name="lease")
     renewal.start()
@@ -97,16 +97,12 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
             (folder / FILE).unlink(missing_ok=True)
 
 
-def _write(folder: Path, lease: Lease) -> None:
-    write_atomic(folder / FILE, msgspec.json.encode(lease))
-
-
 def is_alive(pid: int) -> bool:
     """Whether a process with that id exists on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it is another user's
+        pass
     return True

@@ -71,15 +71,14 @@ class QueueSnapshot:
 
     def failed_starts(self) -> list[NodeFailure]:
         """Jobs that failed on a node before they wrote anything into a run's directory."""
-        return [
-            NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time())
-            for run, location in self.locations.items()
-            if (task := self.task(run)) is not None
-            and task.state in ("FAILED", "BOOT_FAIL")
-            and task.node is not None
-            and task.exit_status != NOT_RECORDED
-            and not array_records.began(self.root, run, location.array)
-        ]
+        found = []
+        for run, location in self.locations.items():
+            task = self.task(run)
+            if task is None or task.state not in ("FAILED", "BOOT_FAIL") or task.exit_status == NOT_RECORDED:
+                continue
+            if task.node is not None and not array_records.began(self.root, run, location.array):
+                found.append(NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time()))
+        return found
 
     def gpu_hours(self, run: str) -> float:
         """GPU-hours of all jobs of a run, all attempts, from the accounting; its share of jobs with several runs."""

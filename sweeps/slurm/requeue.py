@@ -131,14 +131,7 @@ def _record_exit_of(directory: RunDirectory, status: int, max_kills: int) -> Att
 
 
 def record_slurm_exit(directory: RunDirectory, job: str, state: str, max_kills: int) -> None:
-    """Record the exit of a job that could not do so itself, because SLURM killed its batch script with the rest.
-
-    Args:
-        directory: A run that the job had started.
-        job: ``<array job>_<index>``.
-        state: SLURM's state of the job, one of `exit_codes.OF_SLURM_STATE`.
-        max_kills: As in the run's placement.
-    """
+    """Record a run's exit from a job that SLURM killed with its batch script; `state` is in `exit_codes.OF_SLURM_STATE`."""
     if is_over(directory) or directory.is_locked():
         return
     before = exits(directory)

@@ -108,17 +108,7 @@ class Submission(msgspec.Struct, kw_only=True):
 def classify_runs(
     plan: CampaignPlan, snapshot: QueueSnapshot, *, retry: Retry, order: Literal["cheap", "expensive"]
 ) -> Submission:
-    """The runs of a plan by what submit does with them; reads files and changes nothing.
-
-    Args:
-        plan: The requested runs.
-        snapshot: State of their jobs.
-        retry: Which runs that ended badly or were cancelled need a job again.
-        order: Whether the cheapest runs go first.
-
-    Raises:
-        UserError: A placement cannot be used.
-    """
+    """The runs of a plan by what submit does with them; reads files and changes nothing. See `submit_slurm`."""
     found = Submission(plan=plan, groups=[], notes=[*snapshot.states.notes, *bad_nodes.describe_bad_nodes(plan.root)])
     missing: list[PlannedRun] = []
     advice = Counter[str]()

@@ -38,9 +38,7 @@ def fitted(done: CampaignPlan) -> Study:
     return fit_table(read_table(done.results / "runs.csv"))
 
 
-def test_the_quick_campaign_on_two_nodes_fits_to_the_ratio_of_the_local_executor_digit_for_digit(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_slurm_and_local_ratios_are_equal(cluster: Cluster, tmp_path: Path) -> None:
     here = run_local(quick(tmp_path / "here"), workers=2, progress=False).plan
     there = quick(tmp_path / "there")
     submission = submit_slurm(there)

@@ -1,4 +1,4 @@
-"""What a person asks of a cluster and does to submitted runs: doctor, cancel, logs, clean."""
+"""Operations on a cluster and on submitted runs: doctor, cancel, logs, clean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def verdicts(checks: list[ClusterCheck]) -> dict[str, str]:
     return {check.name: check.verdict for check in checks}
 
 
-def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Cluster, counting: Counting) -> None:
+def test_doctor_passes_a_good_placement(cluster: Cluster, counting: Counting) -> None:
     found = verdicts(examine(counting.plan(slurm="time_minutes = 5\ngpus_per_node = 2")))
     assert found.pop("run root") in ("warn", "pass")
     assert set(found.values()) == {"pass"}
@@ -31,24 +31,24 @@ def test_doctor_passes_what_can_run_and_names_the_node_local_root(cluster: Clust
     ("slurm", "said"),
     [
         ('partition = "mian"', 'no partition "mian"'),
-        ("time_minutes = 500", "allows 120; the job would wait for ever"),
+        ("time_minutes = 500", "allows 120; the job would never start"),
         ("gpus_per_node = 99", "SLURM would refuse"),
         ("nodes = 7", "SLURM would refuse"),
         ("time_minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
     ],
 )
-def test_doctor_fails_what_would_never_start(cluster: Cluster, counting: Counting, slurm: str, said: str) -> None:
+def test_doctor_fails_a_job_that_cannot_start(cluster: Cluster, counting: Counting, slurm: str, said: str) -> None:
     (failed,) = [check for check in examine(counting.plan(slurm=slurm)) if check.verdict == "fail"]
     assert said in failed.finding
 
 
-def test_doctor_probes_that_a_node_can_write_and_import(cluster: Cluster, counting: Counting) -> None:
+def test_doctor_probes_a_node(cluster: Cluster, counting: Counting) -> None:
     probe = examine(counting.plan(slurm="time_minutes = 5"), probe=True)[-1]
     assert (probe.name, probe.verdict) == ("probe of a", "pass"), probe.finding
     assert not list((counting.folder / "root" / "submissions").glob(".probe*"))
 
 
-def test_cancelling_an_arm_saves_its_runs_and_leaves_the_other_arm_alone(cluster: Cluster, counting: Counting) -> None:
+def test_cancelling_an_arm_leaves_the_other_alone(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=60)
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=3)
@@ -64,7 +64,7 @@ def test_cancelling_an_arm_saves_its_runs_and_leaves_the_other_arm_alone(cluster
     assert_finished_once(planned, redone=0)
 
 
-def test_logs_are_shown_and_only_resume_points_of_finished_runs_are_cleared(
+def test_logs_are_shown_and_finished_runs_are_cleaned(
     cluster: Cluster, counting: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planned = counting.plan(steps=30)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sweeps.config.placement import SlurmConfig
 from sweeps.slurm import doctor
+from sweeps.slurm.submit import submit_slurm
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,17 @@ def test_a_job_above_a_limit_fails(commands: Any, association: str, verdict: str
     check = doctor._placement("a", SlurmConfig(cpus_per_task=2))
     assert check.verdict == verdict
     assert said in check.finding
+
+
+def test_doctor_and_submit_pass_the_same_options(campaigns: Any, commands: Any, no_profile: Path) -> None:
+    no_profile.write_text('partition = "main"\nqos = "long"\n[sbatch]\nreservation = "lab"\nexclusive = true\n')
+    commands(
+        scontrol="echo 'PartitionName=main MaxTime=UNLIMITED'",
+        sbatch='echo "$@" > $(dirname $0)/arguments',
+    )
+    plan = campaigns.plan()
+    assert doctor._placement("a", plan.placements["a"].slurm).verdict == "pass"
+    passed = set((commands.folder / "arguments").read_text().split()) - {"--test-only", "--wrap", "true"}
+    (script,) = submit_slurm(plan, dry_run=True).scripts()
+    submitted = {line.removeprefix("#SBATCH ") for line in script.splitlines()}
+    assert {"--partition=main", "--qos=long", "--reservation=lab", "--exclusive"} <= passed <= submitted
