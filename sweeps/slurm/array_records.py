@@ -209,11 +209,7 @@ def adopt(root: Path, array: ArrayRecord) -> str | None:
 
 
 def reconcile(root: Path) -> None:
-    """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job.
-
-    Raises:
-        UserError: SLURM was not reached.
-    """
+    """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job."""
     for array in all_arrays(root):
         if array.job is not None or _submitter_works(array):
             continue

@@ -95,7 +95,6 @@ def exclude_from_pending(jobs: Iterable[str], nodes: list[str]) -> None:
     for job in jobs:
         with contextlib.suppress(CommandError):
             text = run_slurm("scontrol", "-o", "show", "job", job)
-            pending = re.findall(r"JobState=PENDING.*?ExcNodeList=(\S*)", text)
-            if pending:
-                before = [] if pending[0] in ("", "(null)") else [pending[0]]
+            if pending := re.search(r"JobState=PENDING.*?ExcNodeList=(\S*)", text):
+                before = [] if pending[1] in ("", "(null)") else [pending[1]]
                 run_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *nodes])}")

@@ -26,12 +26,11 @@ STATES: dict[Verdict, str] = {
 VERDICTS: dict[str, Verdict] = {state: verdict for verdict, states in STATES.items() for state in states.split()}
 """Verdict on an attempt by SLURM's state. A state that is missing here is unknown, which differs from ended."""
 
-GROUP_LIMIT = (
-    "it starts when others of your {owner} end, or never if it asks for more than the limit by itself; compare its "
-    "request with: sacctmgr show {show}"
+LIMIT = (
+    "it starts when others of your {} end, or never if it requests more than the limit by itself; compare its request"
 )
-ACCOUNT_LIMIT = GROUP_LIMIT.format(owner="account", show="assoc where user=$USER")
-QOS_LIMIT = GROUP_LIMIT.format(owner="QOS", show="qos")
+ACCOUNT_LIMIT = f"{LIMIT.format('account')} with: sacctmgr show assoc where user=$USER"
+QOS_LIMIT = f"{LIMIT.format('QOS')} with: sacctmgr show qos"
 
 PENDING_REMEDIES: dict[str, str] = {
     "launch failed requeued held": "SLURM holds it after a failed launch; release it with: scontrol release {job}",
@@ -124,12 +123,10 @@ class SlurmTask:
 
 @dataclass(frozen=True)
 class JobStates:
-    """Answer of the queue and the accounting about some arrays."""
+    """Tasks of some arrays by ``<array job>_<index>``, and failed queries as sentences."""
 
     tasks: dict[str, SlurmTask] = field(default_factory=dict)
-    """By ``<array job>_<index>``."""
     notes: tuple[str, ...] = ()
-    """Failed queries, as sentences."""
     queue_reached: bool = True
     accounting_reached: bool = True
 

@@ -24,7 +24,7 @@ from scaling.training.pool import device_slots, note_kill, own_log, side_by_side
 from sweeps.slurm.array_records import CANCELLED, ArrayRecord, note_began, owner_of
 from sweeps.slurm.exit_codes import DONE, ERROR, INVALID_RUN, LEASE_LOST, LEFT_EARLY
 from sweeps.slurm.lease import hold
-from sweeps.slurm.requeue import exit_of, reason_abandoned
+from sweeps.slurm.requeue import exit_of, needs_no_job
 from sweeps.slurm.sbatch import code_digest
 
 UNLOCK_SECONDS = 20.0
@@ -122,8 +122,8 @@ def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     """
     root = record_file.parent.parent
     directories = [RunDirectory(root / "runs" / run) for run in runs]
-    # SLURM restarts the job as a whole: runs that are done or were abandoned take no part in it.
-    unfinished = [run for run in directories if not run.record_file.exists() and reason_abandoned(run) is None]
+    # SLURM restarts the job as a whole: runs that are done, were cancelled or abandoned take no part in it.
+    unfinished = [run for run in directories if not needs_no_job(run)]
     for signum in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(signum, lambda *_: os._exit(LEFT_EARLY))  # until runs have started, there is nothing to save
     # Each run gets a device if there are any; runs on processors share those of the job.
@@ -131,17 +131,13 @@ def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     devices = [] if on_processors else device_slots(len(unfinished))
     gpus = dict(zip((run.path.name for run in unfinished), devices, strict=False))
     side_by_side(
-        [run.path for run in unfinished if not _is_cancelled(run)],
+        [run.path for run in unfinished],
         at_once=len(runs),
         work=partial(_train_member, record_file=str(record_file), gpus=gpus),
         ended=_record_exit,
-        leave=_is_cancelled,
+        leave=lambda run: (run.path / CANCELLED).exists(),
     )
     return DONE
-
-
-def _is_cancelled(directory: RunDirectory) -> bool:
-    return (directory.path / CANCELLED).exists()
 
 
 def _record_exit(directory: RunDirectory, exit_code: int) -> None:

@@ -8,6 +8,7 @@ disagree do no harm; an owner that finds another name in the file stops at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -101,8 +102,6 @@ def is_alive(pid: int) -> bool:
     """Whether a process with that id exists on this host."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        pass
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's
     return True

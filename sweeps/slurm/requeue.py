@@ -116,6 +116,11 @@ def is_over(directory: RunDirectory) -> bool:
     return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
 
 
+def needs_no_job(directory: RunDirectory) -> bool:
+    """Whether the run is over, or was abandoned."""
+    return is_over(directory) or reason_abandoned(directory) is not None
+
+
 def _record_exit_of(directory: RunDirectory, status: int, max_kills: int) -> Attempt | None:
     """The run's exit from the job, recorded; None if the run had no part in this attempt of it, or needs no other."""
     if is_over(directory):

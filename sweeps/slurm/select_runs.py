@@ -22,7 +22,7 @@ from sweeps.slurm.queue_state import QueueSnapshot
 from sweeps.slurm.sbatch import batch_script, job_placement
 
 MAX_ATTEMPTS = 20
-"""Jobs of one run, from which a longer time limit is recommended: each waits in the queue and starts anew."""
+"""Jobs of one run above which a longer time limit is recommended: each waits in the queue."""
 
 
 class JobGroup(msgspec.Struct, frozen=True, kw_only=True):
