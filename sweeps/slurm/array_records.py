@@ -119,7 +119,7 @@ def all_arrays(root: Path) -> list[ArrayRecord]:
 
 
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
-    """Where each run was last submitted, by run id."""
+    """Array and task of each run's last submission, by run id."""
     return {
         run: Location(array=array, index=position // array.per_task)
         for array in arrays
@@ -133,7 +133,7 @@ def note_began(root: Path, run: str, array: ArrayRecord) -> None:
 
 
 def began(root: Path, run: str, array: ArrayRecord) -> bool:
-    """Whether the array's job for this run ever started."""
+    """True if the array's job for this run ever started."""
     return _text(root / "runs" / run / BEGAN) == array.token
 
 
@@ -223,7 +223,7 @@ def reconcile(root: Path) -> None:
 
 
 def _submitter_works(array: ArrayRecord) -> bool:
-    """Whether the submitter of an array without a job may still get one."""
+    """True if the submitter of an array without a job may still get a job id."""
     if array.host == os.uname().nodename and (array.pid == os.getpid() or not is_alive(array.pid)):
         return False
     return time.time() - array.time < SUBMITTER_SECONDS

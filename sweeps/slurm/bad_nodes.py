@@ -69,7 +69,7 @@ def excluded_nodes(root: Path) -> list[str]:
 
 
 def _others_exist(nodes: Iterable[str]) -> bool:
-    """Whether the cluster has further nodes; True if SLURM does not answer."""
+    """True if the cluster has further nodes; True if SLURM does not answer."""
     try:
         return bool(set(run_slurm("sinfo", "-h", "-N", "-o", "%N").split()) - set(nodes))
     except CommandError:

@@ -100,7 +100,7 @@ class SlurmTask:
     reason: str = ""
     """SLURM's reason for a pending job."""
     gpu_seconds: float = 0.0
-    """Of all its attempts; 0 without accounting."""
+    """GPUs times seconds of all its attempts; 0 without accounting."""
     node: str | None = None
     """Node of its last attempt, if that was a single one."""
     exit_status: int | None = None
@@ -108,7 +108,7 @@ class SlurmTask:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs."""
+        """True if it waits or runs."""
         return self.verdict in ("pending", "running")
 
     @property
@@ -131,7 +131,7 @@ class JobStates:
     accounting_reached: bool = True
 
     def knows(self, array: str) -> bool:
-        """Whether the queue, the controller or the accounting has a task of the array that is not lost."""
+        """True if the queue, the controller or the accounting has a task of the array that is not lost."""
         return any(array_of(job) == array and task.state != LOST for job, task in self.tasks.items())
 
 

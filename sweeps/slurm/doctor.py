@@ -151,7 +151,7 @@ def _submit_limit() -> int | None:
 
 
 def _placement(slurm: SlurmConfig) -> Finding:
-    """Whether SLURM would accept such a job, and whether it could start: sbatch accepts limits above a partition's."""
+    """Check that SLURM would accept such a job and that it could start: sbatch accepts limits above a partition's."""
     try:
         text = run_slurm("scontrol", "-o", "show", "partition")
     except CommandError as error:

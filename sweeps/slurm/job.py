@@ -84,7 +84,7 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
 
 
 def _is_free(directory: RunDirectory) -> bool:
-    """Whether no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
+    """True if no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
     deadline = time.monotonic() + UNLOCK_SECONDS
     while directory.is_locked():
         if time.monotonic() > deadline:

@@ -47,7 +47,7 @@ def read_lease(folder: Path) -> Lease | None:
 
 
 def is_held(folder: Path, *, beat_seconds: float = BEAT_SECONDS) -> bool:
-    """Whether a live process holds the lease: at once if it was on this host, else by watching the counter."""
+    """True if a live process holds the lease: at once if it was on this host, else by watching the counter."""
     first = read_lease(folder)
     if first is None or (first.host == os.uname().nodename and not is_alive(first.pid)):
         return False
@@ -99,7 +99,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process with that id exists on this host."""
+    """True if a process with that id exists on this host."""
     try:
         os.kill(pid, 0)
     except OSError as error:

@@ -54,12 +54,12 @@ class QueueSnapshot:
         return next((array.runs_of(int(index)) for array in self.arrays if array.job == number), ())
 
     def shares_its_job(self, run: str) -> bool:
-        """Whether other runs train beside it, so that its job goes on when it has ended."""
+        """True if other runs train beside it, so that its job goes on when it has ended."""
         location = self.locations.get(run)
         return location is not None and location.array.per_task > 1
 
     def predecessor_failed(self, run: str) -> bool:
-        """Whether SLURM dropped the run's waiting job because a job that it depends on did not succeed."""
+        """True if SLURM dropped the run's waiting job because a job that it depends on did not succeed."""
         location = self.locations.get(run)
         if location is None or not location.array.after or array_records.began(self.root, run, location.array):
             return False

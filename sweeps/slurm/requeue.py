@@ -31,7 +31,7 @@ from sweeps.slurm.bad_nodes import NodeFailure
 from sweeps.slurm.client import CommandError, run_slurm
 
 EXITS_PER_KILL = 5
-"""Exits without progress, of any kind, that are tolerated for each kill that is (`max_kills`): a run that is asked to stop
+"""Exits without progress, of any kind, that are tolerated for each tolerated kill (`max_kills`): a run that is signalled
 before it can take a step wastes an allocation as surely as one that is killed."""
 
 
@@ -112,12 +112,12 @@ def _job_of_environment() -> dict[str, Any]:
 
 
 def is_over(directory: RunDirectory) -> bool:
-    """Whether the run needs no further job: it is done, or a person cancelled it."""
+    """True if the run needs no further job: it is done, or a person cancelled it."""
     return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
 
 
 def needs_no_job(directory: RunDirectory) -> bool:
-    """Whether the run is over, or was abandoned."""
+    """True if the run is over, or was abandoned."""
     return is_over(directory) or reason_abandoned(directory) is not None
 
 
@@ -200,7 +200,7 @@ def exits_without_progress(found: list[Attempt]) -> tuple[int, int]:
 
 
 def failed_at_start(directory: RunDirectory, found: Attempt) -> bool:
-    """Whether the job of that exit failed before it logged a step."""
+    """True if the job of that exit failed before it logged a step."""
     harmless = (exit_codes.DONE, exit_codes.LEFT_EARLY, exit_codes.LEASE_LOST, exit_codes.INVALID_RUN)
     if found.exit_status in harmless:
         return False

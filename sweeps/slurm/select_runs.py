@@ -162,7 +162,7 @@ def classify_runs(
 
 
 def _may_succeed_now(plan: CampaignPlan, run: PlannedRun, bad: set[str]) -> bool:
-    """Whether a failed run's placement has changed, or it failed at its start on a node that is excluded from now on."""
+    """True if a failed run's placement has changed, or it failed at its start on a node that is excluded from now on."""
     directory = plan.directory(run)
     if placement_changed(directory, job_placement(plan, run, plan.placements[run.rung].slurm)):
         return True

@@ -81,9 +81,9 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
     if "cluster" in request.fixturenames:
         cluster = request.getfixturevalue("cluster")
         cluster.start()
-        cluster.ask("scancel", "--me", check=False)
+        cluster.run("scancel", "--me", check=False)
         try:
-            until(lambda: not cluster.ask("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
+            until(lambda: not cluster.run("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
         except TimeoutError:  # a controller that was killed can leave jobs completing for minutes
             cluster.stop()
             shutil.rmtree(cluster.folder / "state")
@@ -227,7 +227,7 @@ def row_of(planned: CampaignPlan, run: PlannedRun) -> RunStatus:
 
 
 def under_way(planned: CampaignPlan, run: PlannedRun, *, step: int = 1) -> bool:
-    """Whether the run has taken so many steps and is not done."""
+    """True if the run has taken so many steps and is not done."""
     directory = planned.directory(run)
     return len(directory.metrics()) >= step and not directory.record_file.exists()
 

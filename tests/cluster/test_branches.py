@@ -48,15 +48,15 @@ def test_branches_wait_for_trunks_and_train_only_decays(cluster: Cluster, tiny_t
 
 
 def test_a_failed_trunk_takes_down_its_own_branch_alone(cluster: Cluster, counting: Counting) -> None:
-    wished = counting.plan(steps=20)
-    trunk, other, *ends = wished.runs
+    requested = counting.plan(steps=20)
+    trunk, other, *ends = requested.runs
     specs = [
         msgspec.structs.replace(end.spec, branch_of=start.id) for end, start in zip(ends, (trunk, other), strict=True)
     ]
     branch, second = (
         msgspec.structs.replace(end, id=spec.id, spec=spec) for end, spec in zip(ends, specs, strict=True)
     )
-    planned = msgspec.structs.replace(wished, runs=(trunk, other, branch, second))
+    planned = msgspec.structs.replace(requested, runs=(trunk, other, branch, second))
     planned.directory(trunk).create(trunk.spec, trunk.placement)
     (planned.directory(trunk).path / "fault-raise").write_text("3")
     assert len(counting.submit(planned).queued) == 4

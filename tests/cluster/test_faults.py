@@ -89,7 +89,7 @@ def test_a_failed_run_waits_for_retry(cluster: Cluster, counting: Counting) -> N
     counting.submit(planned)
     until(lambda: row_of(planned, victim).state == "failed", "it did not fail")
     assert len(starts(directory)) == 1
-    assert row_of(planned, victim).reason == "the test asked for it"
+    assert row_of(planned, victim).reason == "requested by the test"
 
 
 def test_a_crashed_node_costs_the_steps_since_the_last_checkpoint(
@@ -139,7 +139,7 @@ def test_a_crashed_controller_is_reported(cluster: Cluster, counting: Counting) 
 
 
 def test_a_crash_under_a_young_job_starts_nothing_twice(cluster: Cluster, counting: Counting) -> None:
-    """What it had not saved is queued again by SLURM while it still runs, or after it has ended."""
+    """SLURM queues jobs that the controller had not saved again, while they run or after they have ended."""
     planned = counting.plan(steps=100)
     counting.submit(planned)
     until(lambda: any(planned.directory(run).is_locked() for run in planned.runs), "nothing started")
@@ -150,14 +150,14 @@ def test_a_crash_under_a_young_job_starts_nothing_twice(cluster: Cluster, counti
     cluster.start()  # drained nodes come back, as their administrator would have them
     for run in planned.runs:
         if "scontrol release" in (row_of(planned, run).reason or ""):
-            cluster.ask("scontrol", "release", task_of(planned, run))
+            cluster.run("scontrol", "release", task_of(planned, run))
     counting.submit(planned)  # what SLURM has lost
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
 
 
 def over_or_explained(planned: CampaignPlan, run: PlannedRun) -> bool:
-    """Whether the run has its record, or `status` says that its job is held or lost, and what to do."""
+    """True if the run has its record, or `status` reports its job as held or lost, with a remedy."""
     reason = row_of(planned, run).reason or ""
     return planned.directory(run).record_file.exists() or "scontrol release" in reason or "submitting again" in reason
 
@@ -168,13 +168,13 @@ def test_a_cancelled_run_waits_for_retry(cluster: Cluster, counting: Counting) -
     running, waiting = planned.runs[0], planned.runs[-1]
     wait_for_steps(planned, running, step=5)
     for run in (running, waiting):
-        cluster.ask("scancel", task_of(planned, run))
+        cluster.run("scancel", task_of(planned, run))
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 2, "the others did not finish")
     until(lambda: sorted(counting.submit(planned).cancelled) == sorted([running.id, waiting.id]), "not cancelled")
     assert "--retry cancelled" in (row_of(planned, waiting).reason or "")
     assert len(counting.submit(planned, retry="cancelled").queued) == 2
     wait_until_done(planned)
-    assert_finished_once(planned, redone=0)  # the running one had saved when it was asked to end
+    assert_finished_once(planned, redone=0)  # the running one saved a checkpoint when it was cancelled
 
 
 def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Counting) -> None:
@@ -186,8 +186,8 @@ def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Coun
     while sent < 8 and not all(planned.directory(run).record_file.exists() for run in planned.runs):
         time.sleep(moments.uniform(0.1, 0.6))
         run = moments.choice(planned.runs)
-        # A second one may fall into the save that the first asked for, or into the start of the next attempt.
-        cluster.ask("scancel", "--signal=USR2", task_of(planned, run), check=False)
+        # A second one may fall into the save after the first, or into the start of the next attempt.
+        cluster.run("scancel", "--signal=USR2", task_of(planned, run), check=False)
         sent += 1
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
@@ -199,7 +199,7 @@ def test_preemption_costs_no_step(cluster: Cluster, counting: Counting) -> None:
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
-    cluster.ask(*urgent)
+    cluster.run(*urgent)
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
@@ -220,7 +220,7 @@ def test_a_step_longer_than_the_time_limit_is_abandoned(cluster: Cluster, counti
     victim = planned.runs[0]
     counting.submit(planned)
     until(lambda: starts(planned.directory(victim)), "it did not start")
-    cluster.ask("scontrol", "update", f"JobId={task_of(planned, victim)}", "EndTime=now+1")
+    cluster.run("scontrol", "update", f"JobId={task_of(planned, victim)}", "EndTime=now+1")
     until(lambda: counting.submit(planned).failed == [victim.id], "it was not given up", every=0.5)
     assert "1 attempt was killed without a step of progress, by the time limit" in (
         row_of(planned, victim).reason or ""
@@ -247,7 +247,7 @@ def test_the_submitters_folder_may_vanish(
     (tmp_path / "gone").rmdir()
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
-    assert f"WorkDir={planned.root}" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
+    assert f"WorkDir={planned.root}" in cluster.run("scontrol", "show", "job", submission.jobs[0])
 
 
 SUBMIT = """
@@ -328,7 +328,7 @@ def test_a_campaign_finishes_without_accounting(
     counting.submit(planned)
     waiting = planned.runs[-1]
     wait_for_steps(planned, planned.runs[0], step=5)
-    cluster.ask("scancel", task_of(planned, waiting))
+    cluster.run("scancel", task_of(planned, waiting))
     os.kill(starts(planned.directory(planned.runs[0]))[-1].pid, signal.SIGKILL)
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     until(lambda: counting.submit(planned).cancelled == [waiting.id], "not cancelled")

@@ -28,7 +28,7 @@ def test_a_node_with_two_failed_starts_is_excluded(cluster: Cluster, counting: C
     again = counting.plan(steps=21, slurm="time_minutes = 5\ncpus_per_task = 8")
     submission = counting.submit(again)
     assert any("node2 is excluded" in note for note in submission.notes)
-    assert "ExcNodeList=node2" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
+    assert "ExcNodeList=node2" in cluster.run("scontrol", "show", "job", submission.jobs[0])
 
 
 def test_a_node_that_fails_jobs_early_is_excluded_by_the_next_submission(cluster: Cluster, counting: Counting) -> None:
@@ -36,7 +36,7 @@ def test_a_node_that_fails_jobs_early_is_excluded_by_the_next_submission(cluster
     profile.write_text("setup = ['[ \"$SLURMD_NODENAME\" != node2 ] || exit 1']\n")
     planned = counting.plan(steps=10, slurm="time_minutes = 5\ncpus_per_task = 8")
     counting.submit(planned)
-    until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
+    until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end")
     until(lambda: len(list(queue_snapshot(planned.root).failed_starts())) >= 2, "the accounting is behind")
     again = counting.submit(planned)
     assert again.queued

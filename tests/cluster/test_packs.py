@@ -1,4 +1,4 @@
-"""Several runs in one job: each an ordinary run, whatever becomes of its neighbours."""
+"""Several runs in one job: each an ordinary run, independent of its neighbours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_kill_and_a_failure_do_not_affect_neighbours(cluster: Cluster, countin
     assert [attempt.step for attempt in starts(planned.directory(killed))] == [0, 10]
     assert all(len(starts(planned.directory(run))) == 1 for run in others)
     assert row_of(planned, failing).state == "failed"
-    assert row_of(planned, failing).reason == "the test asked for it"
+    assert row_of(planned, failing).reason == "requested by the test"
     assert counting.submit(planned).failed == [failing.id]
     (planned.directory(failing).path / "fault-raise").unlink()
     assert counting.submit(planned, retry="failed").queued == [failing.id]
@@ -67,7 +67,7 @@ def test_preemption_reaches_all_runs_of_a_job_and_cancellation_one(cluster: Clus
     unwanted = planned.runs[0]
     SlurmExecutor(planned).cancel([unwanted])
     until(lambda: not planned.directory(unwanted).is_locked(), "the cancelled run did not stop")
-    cluster.ask("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
+    cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     assert all(len(starts(planned.directory(run))) == 2 for run in planned.runs[1:])
     assert len(starts(planned.directory(unwanted))) == 1

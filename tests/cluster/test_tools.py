@@ -29,7 +29,7 @@ def test_doctor_passes_a_good_placement(cluster: Cluster, counting: Counting) ->
 
 
 @pytest.mark.parametrize(
-    ("slurm", "said"),
+    ("slurm", "expected"),
     [
         ('partition = "mian"', 'no partition "mian"'),
         ("time_minutes = 500", "allows 120; the job would never start"),
@@ -38,9 +38,9 @@ def test_doctor_passes_a_good_placement(cluster: Cluster, counting: Counting) ->
         ("time_minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
     ],
 )
-def test_doctor_fails_a_job_that_cannot_start(cluster: Cluster, counting: Counting, slurm: str, said: str) -> None:
+def test_doctor_fails_a_job_that_cannot_start(cluster: Cluster, counting: Counting, slurm: str, expected: str) -> None:
     (failed,) = [check for check in examine(counting.plan(slurm=slurm)) if check.verdict == "fail"]
-    assert said in failed.finding
+    assert expected in failed.finding
 
 
 def test_doctor_probes_a_node(cluster: Cluster, counting: Counting) -> None:
@@ -56,8 +56,8 @@ def test_cancelling_an_arm_leaves_the_other_alone(cluster: Cluster, counting: Co
     muon = select(planned, arm="muon")
     assert len(SlurmExecutor(planned).cancel(muon)) == 2
     until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, "not finished")
-    until(lambda: not cluster.ask("squeue", "-h"), "the cancelled jobs did not end")
-    # The accounting says RUNNING for some seconds after the queue has forgotten a job.
+    until(lambda: not cluster.run("squeue", "-h"), "the cancelled jobs did not end")
+    # The accounting reports RUNNING for some seconds after the queue has forgotten a job.
     cancelled = sorted(run.id for run in muon)
     until(lambda: sorted(counting.submit(planned).cancelled) == cancelled, "the cancelled runs do not say so")
     assert len(counting.submit(planned, retry="cancelled").queued) == 2
@@ -74,10 +74,10 @@ def test_logs_are_shown_and_finished_runs_are_cleaned(
         show_log(planned.directory(finished))
     counting.submit(planned)
     wait_until_done(planned)
-    said: list[str] = []
-    write: Callable[[str], object] = said.append
+    printed: list[str] = []
+    write: Callable[[str], object] = printed.append
     show_log(planned.directory(finished), write=write)
-    assert "restart 0, on node" in "".join(said)
+    assert "restart 0, on node" in "".join(printed)
     planned.directory(other).record_file.rename(planned.directory(other).path / "hidden")  # as if it were not done
     files, size = clean(planned, [finished, other], dry_run=True)
     assert files

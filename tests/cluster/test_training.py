@@ -61,7 +61,7 @@ def test_a_signal_or_a_kill_of_one_rank_ends_both(cluster: Cluster, tiny_text: P
     until(lambda: len(starts(directory)) == 2, "it was not started again")
     ends = [attempt for attempt in directory.attempts() if attempt.event == "end"]
     assert [end.outcome for end in ends] == ["preempted"]
-    assert starts(directory)[1].step == ends[0].step > 0  # saved where it was asked, and continued from there
+    assert starts(directory)[1].step == ends[0].step > 0  # saved at the signal, and continued from there
     logged = len(directory.metrics())
     until(lambda: len(directory.metrics()) > logged + 2, "it did not go on")
     os.kill(ranks()[1], signal.SIGKILL)

@@ -70,7 +70,7 @@ def test_a_full_disk_costs_one_checkpoint(
             order(there, run, "full", step=18)
         submit_slurm(there)
         until(lambda: (root / "filler").exists(), "the disk did not fill")
-        until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
+        until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end")
         struck = next(run for run in there.runs if starts(there.directory(run)))
         point = newest_resume_point(there.directory(struck).checkpoints)
         assert point is not None
