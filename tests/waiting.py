@@ -1,7 +1,7 @@
-"""Waiting in tests for as long as something moves, however loaded the machine is.
+"""Waits in tests that last as long as there is progress, on a machine under any load.
 
 A deadline in seconds measures the machine and not the program. `until` looks for signs of progress instead: the CPU time
-of processes that the tests started, and whatever `WATCHED` adds, such as the sizes of a cluster's logs.
+of processes that the tests started, and the signs that `WATCHED` adds, such as the sizes of a cluster's logs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ QUIET_SAMPLES = 60
 """Samples in a row, a second apart or more, without a sign of progress, after which a wait fails. SLURM's own timers,
 such as the delay of a requeue and the time until a silent node counts as down, are shorter."""
 
-MOST_SAMPLES = 900
-"""Samples after which a wait fails whatever moves: a job that is started again for ever moves too."""
+MAX_SAMPLES = 900
+"""Samples after which a wait fails even with signs of progress: a job that restarts without end has them too."""
 
 WATCHED: list[Callable[[], object]] = []
 """Further signs of progress: functions whose values change when there is some."""
@@ -33,16 +33,16 @@ def until(
 
     Args:
         true: Called again and again.
-        otherwise: What to say when it never holds.
+        otherwise: Error message if it never holds.
         every: Seconds between calls.
         quiet_samples: See `QUIET_SAMPLES`.
 
     Raises:
-        TimeoutError: Nothing moves any more, or `MOST_SAMPLES` were taken.
+        TimeoutError: There is no progress any more, or `MAX_SAMPLES` were taken.
     """
     seen: list[object] = []
     quiet = 0
-    for _ in range(MOST_SAMPLES):
+    for _ in range(MAX_SAMPLES):
         sampled = time.monotonic()  # paces the samples: a call of `true` may take milliseconds, or seconds
         while time.monotonic() < sampled + 1.0:
             if true():
@@ -52,8 +52,8 @@ def until(
         quiet = quiet + 1 if signs == seen else 0
         seen = signs
         if quiet >= quiet_samples:
-            raise TimeoutError(f"{otherwise}, and nothing has moved for {quiet} samples")
-    raise TimeoutError(f"{otherwise} in {MOST_SAMPLES} samples, though something moves")
+            raise TimeoutError(f"{otherwise}, and there was no progress for {quiet} samples")
+    raise TimeoutError(f"{otherwise} in {MAX_SAMPLES} samples with progress")
 
 
 def status_of(process: subprocess.Popen[bytes]) -> int:

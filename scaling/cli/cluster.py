@@ -43,7 +43,7 @@ class _OnRuns(OnCampaign):
 
     def chosen(self, plan: CampaignPlan) -> list[PlannedRun]:
         """The runs that the options select, all by default."""
-        from sweeps.slurm.operations import select
+        from sweeps.planning.run_operations import select
 
         return select(plan, arm=self.arm, rung=self.rung, run=self.only)
 
@@ -58,7 +58,7 @@ class Logs(OnRun):
     def run(self) -> None:
         """Print the log."""
         from scaling.run.directory import RunDirectory
-        from sweeps.slurm.operations import show_log
+        from sweeps.planning.run_operations import show_log
 
         show_log(RunDirectory(self.run_dir), follow=self.follow)
 
@@ -96,7 +96,7 @@ class Clean(_OnRuns):
 
     def run(self) -> None:
         """Delete the checkpoints and print their size."""
-        from sweeps.slurm.operations import clean
+        from sweeps.planning.run_operations import clean
 
         plan = self.planned()
         files, size = clean(plan, self.chosen(plan), dry_run=self.dry_run)

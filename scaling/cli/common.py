@@ -120,7 +120,7 @@ def find_run(name: str, root: Path) -> Path:
 
 
 def _in_campaign(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -> Path:
-    from sweeps.slurm.operations import select
+    from sweeps.planning.run_operations import select
 
     plan = OnCampaign(campaign, root).planned()
     chosen = select(plan, arm=arm, rung=rung)

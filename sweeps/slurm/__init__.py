@@ -46,6 +46,6 @@ class SlurmExecutor:
 
     def cancel(self, runs: list[PlannedRun] | None = None) -> list[str]:
         """End the jobs of some runs, or of all, each after a checkpoint; returns their ids."""
-        from sweeps.slurm.operations import cancel
+        from sweeps.slurm.submit import cancel_slurm
 
-        return cancel(self.plan, self.plan.distinct() if runs is None else runs)
+        return cancel_slurm(self.plan, self.plan.distinct() if runs is None else runs)

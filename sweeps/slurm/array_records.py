@@ -119,7 +119,7 @@ def all_arrays(root: Path) -> list[ArrayRecord]:
 
 
 def locations(arrays: Iterable[ArrayRecord]) -> dict[str, Location]:
-    """Where each run was last submitted, by run id."""
+    """Array and task of each run's last submission, by run id."""
     return {
         run: Location(array=array, index=position // array.per_task)
         for array in arrays
@@ -133,7 +133,7 @@ def note_began(root: Path, run: str, array: ArrayRecord) -> None:
 
 
 def began(root: Path, run: str, array: ArrayRecord) -> bool:
-    """Whether the array's job for this run ever started."""
+    """True if the array's job for this run ever started."""
     return _text(root / "runs" / run / BEGAN) == array.token
 
 
@@ -170,13 +170,7 @@ def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement:
 
 
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
-    """Claim an existing run for an array.
-
-    Args:
-        root: The run root.
-        run: Run id; its directory exists.
-        token: The new owner.
-        instead_of: An owner whose job is known to have ended.
+    """Claim an existing run for an array, if need be from an owner `instead_of` whose job is known to have ended.
 
     Returns:
         Whether the array now owns the run.
@@ -215,11 +209,7 @@ def adopt(root: Path, array: ArrayRecord) -> str | None:
 
 
 def reconcile(root: Path) -> None:
-    """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job.
-
-    Raises:
-        UserError: SLURM was not reached.
-    """
+    """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job."""
     for array in all_arrays(root):
         if array.job is not None or _submitter_works(array):
             continue
@@ -233,7 +223,7 @@ def reconcile(root: Path) -> None:
 
 
 def _submitter_works(array: ArrayRecord) -> bool:
-    """Whether the submitter of an array without a job may still get one."""
+    """True if the submitter of an array without a job may still get a job id."""
     if array.host == os.uname().nodename and (array.pid == os.getpid() or not is_alive(array.pid)):
         return False
     return time.time() - array.time < SUBMITTER_SECONDS

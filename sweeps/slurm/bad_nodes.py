@@ -68,7 +68,7 @@ def excluded_nodes(root: Path) -> list[str]:
 
 
 def _others_exist(nodes: Iterable[str]) -> bool:
-    """Whether the cluster has further nodes; True if SLURM does not answer."""
+    """True if the cluster has further nodes; True if SLURM does not answer."""
     try:
         return bool(set(run_slurm("sinfo", "-h", "-N", "-o", "%N").split()) - set(nodes))
     except CommandError:
@@ -94,7 +94,6 @@ def exclude_from_pending(jobs: Iterable[str], nodes: list[str]) -> None:
     for job in jobs:
         with contextlib.suppress(CommandError):
             text = run_slurm("scontrol", "-o", "show", "job", job)
-            pending = re.findall(r"JobState=PENDING.*?ExcNodeList=(\S*)", text)
-            if pending:
-                before = [] if pending[0] in ("", "(null)") else [pending[0]]
+            if pending := re.search(r"JobState=PENDING.*?ExcNodeList=(\S*)", text):
+                before = [] if pending[1] in ("", "(null)") else [pending[1]]
                 run_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *nodes])}")

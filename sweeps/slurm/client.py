@@ -26,12 +26,11 @@ STATES: dict[Verdict, str] = {
 VERDICTS: dict[str, Verdict] = {state: verdict for verdict, states in STATES.items() for state in states.split()}
 """Verdict on an attempt by SLURM's state. A state that is missing here is unknown, which differs from ended."""
 
-GROUP_LIMIT = (
-    "it starts when others of your {owner} end, or never if it asks for more than the limit by itself; compare its "
-    "request with: sacctmgr show {show}"
+LIMIT = (
+    "it starts when others of your {} end, or never if it requests more than the limit by itself; compare its request"
 )
-ACCOUNT_LIMIT = GROUP_LIMIT.format(owner="account", show="assoc where user=$USER")
-QOS_LIMIT = GROUP_LIMIT.format(owner="QOS", show="qos")
+ACCOUNT_LIMIT = f"{LIMIT.format('account')} with: sacctmgr show assoc where user=$USER"
+QOS_LIMIT = f"{LIMIT.format('QOS')} with: sacctmgr show qos"
 
 PENDING_REMEDIES: dict[str, str] = {
     "launch failed requeued held": "SLURM holds it after a failed launch; release it with: scontrol release {job}",
@@ -101,7 +100,7 @@ class SlurmTask:
     reason: str = ""
     """SLURM's reason for a pending job."""
     gpu_seconds: float = 0.0
-    """Of all its attempts; 0 without accounting."""
+    """GPUs times seconds of all its attempts; 0 without accounting."""
     node: str | None = None
     """Node of its last attempt, if that was a single one."""
     exit_status: int | None = None
@@ -109,7 +108,7 @@ class SlurmTask:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits or runs."""
+        """True if it waits or runs."""
         return self.verdict in ("pending", "running")
 
     @property
@@ -124,17 +123,15 @@ class SlurmTask:
 
 @dataclass(frozen=True)
 class JobStates:
-    """Answer of the queue and the accounting about some arrays."""
+    """Tasks of some arrays by ``<array job>_<index>``, and failed queries as sentences."""
 
     tasks: dict[str, SlurmTask] = field(default_factory=dict)
-    """By ``<array job>_<index>``."""
     notes: tuple[str, ...] = ()
-    """Failed queries, as sentences."""
     queue_reached: bool = True
     accounting_reached: bool = True
 
     def knows(self, array: str) -> bool:
-        """Whether the queue, the controller or the accounting has a task of the array that is not lost."""
+        """True if the queue, the controller or the accounting has a task of the array that is not lost."""
         return any(array_of(job) == array and task.state != LOST for job, task in self.tasks.items())
 
 

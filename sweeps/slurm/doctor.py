@@ -36,11 +36,15 @@ PROBE = (
 )
 
 
+Verdict = Literal["pass", "warn", "fail"]
+Finding = tuple[Verdict, str]
+
+
 class ClusterCheck(NamedTuple):
     """One check with its result."""
 
     name: str
-    verdict: Literal["pass", "warn", "fail"]
+    verdict: Verdict
     finding: str
 
 
@@ -51,7 +55,7 @@ def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
         plan: A plan from `sweeps.planning.plan.plan`.
         probe: Submit a job of at most a minute for each kind of placement, and wait for it.
     """
-    checks = [*_commands(), _root(plan.root)]
+    checks = [*_commands(), ClusterCheck("run root", *_root(plan.root))]
     if any(check.verdict == "fail" for check in checks):
         return checks
     kinds: dict[str, SlurmConfig] = {}
@@ -60,9 +64,9 @@ def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
             kinds[rung] = table.slurm
     checks += _configuration(len(plan.distinct()))
     for rung, slurm in kinds.items():
-        checks.append(_placement(rung, slurm))
+        checks.append(ClusterCheck(f"placement of {rung}", *_placement(slurm)))
         if probe:
-            checks.append(_probe(plan.root, rung, slurm))
+            checks.append(ClusterCheck(f"probe of {rung}", *_probe(plan.root, slurm)))
     return checks
 
 
@@ -79,9 +83,8 @@ def show(checks: list[ClusterCheck]) -> None:
 def _commands() -> Iterator[ClusterCheck]:
     absent = [command for command in COMMANDS if shutil.which(command) is None]
     if absent:
-        yield ClusterCheck(
-            "commands", "fail", f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
-        )
+        finding = f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
+        yield ClusterCheck("commands", "fail", finding)
         return
     try:
         run_slurm("scontrol", "ping")
@@ -97,52 +100,39 @@ def _commands() -> Iterator[ClusterCheck]:
         yield ClusterCheck("accounting", "warn", finding)
 
 
-def _root(root: Path) -> ClusterCheck:
-    name = "run root"
+def _root(root: Path) -> Finding:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
-        return ClusterCheck(name, "fail", f"{existing} is not writable. Choose another with --root.")
+        return "fail", f"{existing} is not writable. Choose another with --root."
     if (folder := exposed(root)) is not None:
-        finding = f"other users may write {folder}, and could replace the code of your jobs. Run chmod go-w, or move."
-        return ClusterCheck(name, "fail", finding)
+        return "fail", f"other users may write {folder} and replace the code of your jobs. Run chmod go-w, or move."
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
-        return ClusterCheck(name, "fail", f"{existing} has {free / 1e9:.2f} GB left. Make room, or move.")
+        return "fail", f"{existing} has {free / 1e9:.2f} GB left. Make room, or move."
     kind = _file_system(existing)
     if kind in ("tmpfs", "ramfs") or existing.is_relative_to("/tmp"):
-        return ClusterCheck(
-            name,
-            "warn",
+        return "warn", (
             f"{root} is on {kind or 'a local disk'}, which other nodes do not see. Use a shared file system, or check "
-            "with --probe.",
+            "with --probe."
         )
-    return ClusterCheck(name, "pass", f"{root}, {kind}, {free / 1e9:,.0f} GB free")
+    return "pass", f"{root}, {kind}, {free / 1e9:,.0f} GB free"
 
 
 def _file_system(path: Path) -> str:
-    best, kind = "", ""
     try:
-        for line in Path("/proc/mounts").read_text().splitlines():
-            mount, found = line.split()[1:3]
-            if path.resolve().is_relative_to(mount) and len(mount) >= len(best):
-                best, kind = mount, found
-    except (OSError, IndexError):
+        return run_slurm("df", "--output=fstype", str(path)).split()[-1]
+    except (CommandError, IndexError):
         return ""
-    return kind
 
 
 def _configuration(runs: int) -> Iterator[ClusterCheck]:
     config = configuration()
     largest = max_array_size(config)
-    yield ClusterCheck(
-        "array size", "pass", f"at most {largest:,} tasks; {runs:,} runs are {-(-runs // largest)} of them"
-    )
+    finding = f"at most {largest:,} tasks; {runs:,} runs are {-(-runs // largest)} of them"
+    yield ClusterCheck("array size", "pass", finding)
     if config.get("JobRequeue", "1").strip() == "0":
-        yield ClusterCheck(
-            "requeue",
-            "warn",
-            "the cluster does not requeue by default. Jobs request it; if that is refused, submit again to continue.",
-        )
+        finding = "the cluster does not requeue by default. Jobs request it; if that fails, submit again to continue."
+        yield ClusterCheck("requeue", "warn", finding)
     wait = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
     yield ClusterCheck("requeue delay", "pass", f"a requeued job waits {wait[1] if wait else 120} s at least")
     limit = _submit_limit()
@@ -160,45 +150,38 @@ def _submit_limit() -> int | None:
     return min((int(line) for line in text.split() if line.isdigit()), default=None)
 
 
-def _placement(rung: str, slurm: SlurmConfig) -> ClusterCheck:
-    """Whether SLURM would accept such a job, and whether it could start: sbatch accepts limits above a partition's."""
-    name = f"placement of {rung}"
+def _placement(slurm: SlurmConfig) -> Finding:
+    """Check that SLURM would accept such a job and that it could start: sbatch accepts limits above a partition's."""
     try:
         text = run_slurm("scontrol", "-o", "show", "partition")
     except CommandError as error:
-        return ClusterCheck(name, "fail", f"{error}. Try again later.")
+        return "fail", f"{error}. Try again later."
     partitions = {fields["PartitionName"]: fields for fields in parse_rows(text)}
     default = next((partition for partition, found in partitions.items() if found.get("Default") == "YES"), None)
     partition = slurm.partition or default
     if partition not in partitions:
         missing = f'there is no partition "{partition}"' if partition else "there is no default partition"
-        return ClusterCheck(
-            name,
-            "fail",
-            f"{missing}. Set partition in [placement.slurm] or in {profile_file()}; known: {', '.join(partitions)}.",
-        )
+        where = f"[placement.slurm] or in {profile_file()}"
+        return "fail", f"{missing}. Set partition in {where}; known: {', '.join(partitions)}."
     limit = _minutes(partitions[partition].get("MaxTime", "UNLIMITED"))
     if limit is not None and slurm.time_minutes > limit:
-        return ClusterCheck(
-            name,
-            "fail",
+        return "fail", (
             f"time_minutes is {slurm.time_minutes:,}, and partition {partition} allows {limit:,}; the job would never "
-            f"start. Set time_minutes = {limit} or less: a longer run continues in the next job.",
+            f"start. Set time_minutes = {limit} or less: a longer run continues in the next job."
         )
     if slurm.signal_seconds >= slurm.time_minutes * 60:
-        finding = (
-            f"signal_seconds is {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes."
+        return (
+            "fail",
+            f"signal_seconds = {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes.",
         )
-        return ClusterCheck(name, "fail", finding)
     try:
         run_slurm("sbatch", "--test-only", *_arguments(slurm), "--wrap", "true")
     except CommandError as error:
         message = str(error).removeprefix("sbatch failed: ")
-        return ClusterCheck(name, "fail", f"SLURM would refuse: {message}. Change [placement.slurm].")
+        return "fail", f"SLURM would refuse: {message}. Change [placement.slurm]."
     if (exceeded := _exceeded_limit(slurm)) is not None:
-        finding = f"{exceeded}; the job would never start. Request less in [placement.slurm], or have the limit raised."
-        return ClusterCheck(name, "fail", finding)
-    return ClusterCheck(name, "pass", f"partition {partition} would take it")
+        return "fail", f"{exceeded}; the job would never start. Request less, or have the limit raised."
+    return "pass", f"partition {partition} would take it"
 
 
 def _exceeded_limit(slurm: SlurmConfig) -> str | None:
@@ -242,9 +225,8 @@ def _minutes(limit: str) -> int | None:
     return days * 1440 + hours * 60 + minutes + (seconds > 0)
 
 
-def _probe(root: Path, rung: str, slurm: SlurmConfig) -> ClusterCheck:
+def _probe(root: Path, slurm: SlurmConfig) -> Finding:
     """Result of a short job that writes into the root and imports the modules of a run."""
-    name = f"probe of {rung}"
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     answer = folder / f".probe-{uuid.uuid4().hex}"
@@ -259,13 +241,12 @@ def _probe(root: Path, rung: str, slurm: SlurmConfig) -> ClusterCheck:
         run_slurm("sbatch", *request, *job, timeout=PROBE_SECONDS)
         gpus = answer.read_text()
         if int(gpus) < slurm.gpus_per_node:
-            finding = f"torch sees {gpus} GPUs on the node, and {slurm.gpus_per_node} were requested. Check CUDA there."
-            return ClusterCheck(name, "warn", finding)
-        return ClusterCheck(name, "pass", f"the environment imports there; torch sees {gpus} GPUs")
+            return "warn", f"torch sees {gpus} GPUs on the node, of {slurm.gpus_per_node} requested. Check CUDA there."
+        return "pass", f"the environment imports there; torch sees {gpus} GPUs"
     except (CommandError, OSError) as error:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        finding = f"the job did not write into {root}: {last[0] if last else error}. Is the folder, with its environment, shared?"
-        return ClusterCheck(name, "fail", finding)
+        cause = last[0] if last else error
+        return "fail", f"the job did not write into {root}: {cause}. Is the folder, with its environment, shared?"
     finally:
         answer.unlink(missing_ok=True)
         log.unlink(missing_ok=True)

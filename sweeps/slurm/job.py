@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,7 @@ from scaling.training.pool import device_slots, note_kill, own_log, side_by_side
 from sweeps.slurm.array_records import CANCELLED, ArrayRecord, note_began, owner_of
 from sweeps.slurm.exit_codes import DONE, ERROR, INVALID_RUN, LEASE_LOST, LEFT_EARLY
 from sweeps.slurm.lease import hold
-from sweeps.slurm.requeue import exit_of, reason_abandoned
+from sweeps.slurm.requeue import exit_of, needs_no_job
 from sweeps.slurm.sbatch import code_digest
 
 UNLOCK_SECONDS = 20.0
@@ -40,13 +41,7 @@ def main(record_file: str) -> int:
 
 
 def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
-    """Train a run in this process; the exit status.
-
-    Args:
-        record_file: The array's record, under the run root.
-        run: Run id.
-        leader: Whether this is the first of the run's processes, which alone writes its files.
-    """
+    """Train a run in this process; the exit status. Of several processes of a run, only the leader writes its files."""
     array = read_json(record_file, ArrayRecord)
     root = record_file.parent.parent
     directory = RunDirectory(root / "runs" / run)
@@ -69,42 +64,33 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
                 f"the code's digest is {found}, and this run was submitted with {array.code}. "
                 "Cancel its job and submit again, or restore the code."
             )
-        if not leader:
-            return _train(directory)
-        with hold(directory.path, job=job) as held:
-            if not held or not _is_free(directory):
+        with hold(directory.path, job=job) if leader else nullcontext(True) as held:
+            if leader and not (held and _is_free(directory)):
                 print("another process trains this run; this job leaves it", flush=True)
                 return LEASE_LOST  # not DONE: the other processes of this job would wait for this one
-            return _train(directory)
+            from scaling.training.loop import train
+
+            train(directory.path, progress=False)
+            return DONE
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         attempts = directory.attempts()
         if leader and (not attempts or attempts[-1].reason != str(error)):
             directory.note("end", step=0, outcome="failed", reason=str(error), job=job)
         return INVALID_RUN
+    except Exception:
+        traceback.print_exc()
+        return ERROR
 
 
 def _is_free(directory: RunDirectory) -> bool:
-    """Whether no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
+    """True if no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
     deadline = time.monotonic() + UNLOCK_SECONDS
     while directory.is_locked():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
     return True
-
-
-def _train(directory: RunDirectory) -> int:
-    try:
-        from scaling.training.loop import train
-
-        train(directory.path, progress=False)
-    except UserError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        return ERROR
-    return DONE
 
 
 def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:
@@ -136,8 +122,8 @@ def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     """
     root = record_file.parent.parent
     directories = [RunDirectory(root / "runs" / run) for run in runs]
-    # SLURM restarts the job as a whole: runs that are done or were abandoned take no part in it.
-    unfinished = [run for run in directories if not run.record_file.exists() and reason_abandoned(run) is None]
+    # SLURM restarts the job as a whole: runs that are done, were cancelled or abandoned take no part in it.
+    unfinished = [run for run in directories if not needs_no_job(run)]
     for signum in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(signum, lambda *_: os._exit(LEFT_EARLY))  # until runs have started, there is nothing to save
     # Each run gets a device if there are any; runs on processors share those of the job.
@@ -145,17 +131,13 @@ def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     devices = [] if on_processors else device_slots(len(unfinished))
     gpus = dict(zip((run.path.name for run in unfinished), devices, strict=False))
     side_by_side(
-        [run.path for run in unfinished if not _is_cancelled(run)],
+        [run.path for run in unfinished],
         at_once=len(runs),
         work=partial(_train_member, record_file=str(record_file), gpus=gpus),
         ended=_record_exit,
-        leave=_is_cancelled,
+        leave=lambda run: (run.path / CANCELLED).exists(),
     )
     return DONE
-
-
-def _is_cancelled(directory: RunDirectory) -> bool:
-    return (directory.path / CANCELLED).exists()
 
 
 def _record_exit(directory: RunDirectory, exit_code: int) -> None:

@@ -8,6 +8,7 @@ disagree do no harm; an owner that finds another name in the file stops at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -45,7 +46,7 @@ def read_lease(folder: Path) -> Lease | None:
 
 
 def is_held(folder: Path, *, beat_seconds: float = BEAT_SECONDS) -> bool:
-    """Whether a live process holds the lease: at once if it was on this host, else by watching the counter."""
+    """True if a live process holds the lease: at once if it was on this host, else by watching the counter."""
     first = read_lease(folder)
     if first is None or (first.host == os.uname().nodename and not is_alive(first.pid)):
         return False
@@ -69,7 +70,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
         yield False
         return
     mine = Lease(owner=uuid.uuid4().hex, host=os.uname().nodename, pid=os.getpid(), job=job)
-    _write(folder, mine)
+    write_atomic(folder / FILE, msgspec.json.encode(mine))
     stop = threading.Event()
 
     def renew() -> None:
@@ -82,7 +83,7 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
                 os._exit(LEASE_LOST)
             lease = msgspec.structs.replace(lease, beat=lease.beat + 1)
             with contextlib.suppress(OSError):  # a full disk must not look like a death; the next beat tries again
-                _write(folder, lease)
+                write_atomic(folder / FILE, msgspec.json.encode(lease))
 
     renewal = threading.Thread(target=renew, daemon=True, name="lease")
     renewal.start()
@@ -96,16 +97,10 @@ def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SEC
             (folder / FILE).unlink(missing_ok=True)
 
 
-def _write(folder: Path, lease: Lease) -> None:
-    write_atomic(folder / FILE, msgspec.json.encode(lease))
-
-
 def is_alive(pid: int) -> bool:
-    """Whether a process with that id exists on this host."""
+    """True if a process with that id exists on this host."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's
     return True

@@ -54,12 +54,12 @@ class QueueSnapshot:
         return next((array.runs_of(int(index)) for array in self.arrays if array.job == number), ())
 
     def shares_its_job(self, run: str) -> bool:
-        """Whether other runs train beside it, so that its job goes on when it has ended."""
+        """True if other runs train beside it, so that its job goes on when it has ended."""
         location = self.locations.get(run)
         return location is not None and location.array.per_task > 1
 
     def predecessor_failed(self, run: str) -> bool:
-        """Whether SLURM dropped the run's waiting job because a job that it depends on did not succeed."""
+        """True if SLURM dropped the run's waiting job because a job that it depends on did not succeed."""
         location = self.locations.get(run)
         if location is None or not location.array.after or array_records.began(self.root, run, location.array):
             return False
@@ -71,15 +71,14 @@ class QueueSnapshot:
 
     def failed_starts(self) -> list[NodeFailure]:
         """Jobs that failed on a node before they wrote anything into a run's directory."""
-        return [
-            NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time())
-            for run, location in self.locations.items()
-            if (task := self.task(run)) is not None
-            and task.state in ("FAILED", "BOOT_FAIL")
-            and task.node is not None
-            and task.exit_status != NOT_RECORDED
-            and not array_records.began(self.root, run, location.array)
-        ]
+        found = []
+        for run, location in self.locations.items():
+            task = self.task(run)
+            if task is None or task.state not in ("FAILED", "BOOT_FAIL") or task.exit_status == NOT_RECORDED:
+                continue
+            if task.node is not None and not array_records.began(self.root, run, location.array):
+                found.append(NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time()))
+        return found
 
     def gpu_hours(self, run: str) -> float:
         """GPU-hours of all jobs of a run, all attempts, from the accounting; its share of jobs with several runs."""

@@ -31,7 +31,7 @@ from sweeps.slurm.bad_nodes import NodeFailure
 from sweeps.slurm.client import CommandError, run_slurm
 
 EXITS_PER_KILL = 5
-"""Exits without progress, of any kind, that are tolerated for each kill that is (`max_kills`): a run that is asked to stop
+"""Exits without progress, of any kind, that are tolerated for each tolerated kill (`max_kills`): a run that is signalled
 before it can take a step wastes an allocation as surely as one that is killed."""
 
 
@@ -112,8 +112,13 @@ def _job_of_environment() -> dict[str, Any]:
 
 
 def is_over(directory: RunDirectory) -> bool:
-    """Whether the run needs no further job: it is done, or a person cancelled it."""
+    """True if the run needs no further job: it is done, or a person cancelled it."""
     return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
+
+
+def needs_no_job(directory: RunDirectory) -> bool:
+    """True if the run is over, or was abandoned."""
+    return is_over(directory) or reason_abandoned(directory) is not None
 
 
 def _record_exit_of(directory: RunDirectory, status: int, max_kills: int) -> Attempt | None:
@@ -131,14 +136,7 @@ def _record_exit_of(directory: RunDirectory, status: int, max_kills: int) -> Att
 
 
 def record_slurm_exit(directory: RunDirectory, job: str, state: str, max_kills: int) -> None:
-    """Record the exit of a job that could not do so itself, because SLURM killed its batch script with the rest.
-
-    Args:
-        directory: A run that the job had started.
-        job: ``<array job>_<index>``.
-        state: SLURM's state of the job, one of `exit_codes.OF_SLURM_STATE`.
-        max_kills: As in the run's placement.
-    """
+    """Record a run's exit from a job that SLURM killed with its batch script; `state` is in `exit_codes.OF_SLURM_STATE`."""
     if is_over(directory) or directory.is_locked():
         return
     before = exits(directory)
@@ -202,7 +200,7 @@ def exits_without_progress(found: list[Attempt]) -> tuple[int, int]:
 
 
 def failed_at_start(directory: RunDirectory, found: Attempt) -> bool:
-    """Whether the job of that exit failed before it logged a step."""
+    """True if the job of that exit failed before it logged a step."""
     harmless = (exit_codes.DONE, exit_codes.LEFT_EARLY, exit_codes.LEASE_LOST, exit_codes.INVALID_RUN)
     if found.exit_status in harmless:
         return False

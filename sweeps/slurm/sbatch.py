@@ -61,6 +61,9 @@ OPTIONS = {
 QUEUE_IS_FULL = ("temporarily unable to accept job", "job queue full")
 """Parts of sbatch's message when SLURM holds MaxJobCount jobs; sbatch then retries for two minutes in silence."""
 
+LIMIT_MESSAGES = ("SubmitLimit", "MaxSubmit", "job limit", "max jobs", "MaxJobCount", "array index", *QUEUE_IS_FULL)
+"""Parts of sbatch's message when SLURM takes no more jobs; a smaller array may have room."""
+
 PACKAGES = ("scaling", "sweeps", "analysis")
 SNAPSHOT_SUFFIXES = {".py", ".toml", ".typed"}
 DESCRIPTION = "code.json"

@@ -22,7 +22,7 @@ from sweeps.slurm.queue_state import QueueSnapshot
 from sweeps.slurm.sbatch import batch_script, job_placement
 
 MAX_ATTEMPTS = 20
-"""Jobs of one run, from which a longer time limit is recommended: each waits in the queue and starts anew."""
+"""Jobs of one run above which a longer time limit is recommended: each waits in the queue."""
 
 
 class JobGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,17 +108,7 @@ class Submission(msgspec.Struct, kw_only=True):
 def classify_runs(
     plan: CampaignPlan, snapshot: QueueSnapshot, *, retry: Retry, order: Literal["cheap", "expensive"]
 ) -> Submission:
-    """The runs of a plan by what submit does with them; reads files and changes nothing.
-
-    Args:
-        plan: The requested runs.
-        snapshot: State of their jobs.
-        retry: Which runs that ended badly or were cancelled need a job again.
-        order: Whether the cheapest runs go first.
-
-    Raises:
-        UserError: A placement cannot be used.
-    """
+    """The runs of a plan by what submit does with them; reads files and changes nothing. See `submit_slurm`."""
     found = Submission(plan=plan, groups=[], notes=[*snapshot.states.notes, *bad_nodes.describe_bad_nodes(plan.root)])
     missing: list[PlannedRun] = []
     advice = Counter[str]()
@@ -172,7 +162,7 @@ def classify_runs(
 
 
 def _may_succeed_now(plan: CampaignPlan, run: PlannedRun, bad: set[str]) -> bool:
-    """Whether a failed run's placement has changed, or it failed at its start on a node that is excluded from now on."""
+    """True if a failed run's placement has changed, or it failed at its start on a node that is excluded from now on."""
     directory = plan.directory(run)
     if placement_changed(directory, job_placement(plan, run, plan.placements[run.rung].slurm)):
         return True

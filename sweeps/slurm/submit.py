@@ -1,4 +1,4 @@
-"""Submission of a plan's missing runs as a few arrays, each run at most once.
+"""Submission of a plan's missing runs as a few arrays, each run at most once; cancellation of runs.
 
 Before `sbatch` is called, the array is on disk with its runs and each run is claimed; afterwards the array has its job
 id. After an interruption the next call reconciles the records with the queue: it adopts the jobs that SLURM took and
@@ -23,25 +23,17 @@ from typing import Literal
 import msgspec
 
 from scaling.errors import UserError
+from scaling.run.directory import RunDirectory
 from sweeps.config.placement import SlurmConfig
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.planning.retry import Retry, forget_divergence, retries
 from sweeps.slurm import array_records, bad_nodes, exit_codes, requeue, sbatch
 from sweeps.slurm.array_records import ArrayRecord
-from sweeps.slurm.client import CommandError, configuration, max_array_size
+from sweeps.slurm.client import CommandError, configuration, max_array_size, run_slurm
 from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
 from sweeps.slurm.select_runs import JobGroup, Submission, classify_runs
 
-LIMIT_MESSAGES = (
-    "SubmitLimit",
-    "MaxSubmit",
-    "job limit",
-    "max jobs",
-    "MaxJobCount",
-    "array index",
-    *sbatch.QUEUE_IS_FULL,
-)
-"""Parts of sbatch's message when SLURM takes no more jobs; a smaller array may have room."""
+MAX_SCANCEL_IDS = 200
 
 
 def submit_slurm(
@@ -86,16 +78,11 @@ def submit_slurm(
             (plan.root / "runs" / run / array_records.CANCELLED).touch()
         _check_cost(submission, max_gpu_hours)
         if submission.missing:
-            arrays = _Arrays(
-                submission=submission,
-                code=sbatch.take_snapshot(plan.root / "code") if snapshot else sbatch.code_root(),
-                owners={run: location.array.token for run, location in queue.locations.items()},
-                retry=retry,
-                exclude=bad_nodes.excluded_nodes(plan.root),
-            )
+            code = sbatch.take_snapshot(plan.root / "code") if snapshot else sbatch.code_root()
+            owners = {run: location.array.token for run, location in queue.locations.items()}
+            arrays = _Arrays(submission, code, owners, retry, exclude=bad_nodes.excluded_nodes(plan.root))
             for group in submission.groups:
-                after = _jobs_before(submission, group)
-                if after is None:
+                if (after := _jobs_before(submission, group)) is None:
                     continue
                 for start in range(0, len(group.runs), limit * group.per_task):
                     arrays.submit(group, list(group.runs[start : start + limit * group.per_task]), after=after)
@@ -165,7 +152,7 @@ def _exclusive(root: Path) -> Iterator[None]:
         os.umask(before)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Arrays:
     """Submits the arrays of one submission, and enters the results into it."""
 
@@ -210,7 +197,7 @@ class _Arrays:
             adopted = array_records.adopt(plan.root, array)  # a lost answer is not an error
             if adopted is None:
                 array_records.drop(plan.root, array)
-                has_no_room = any(part in str(error) for part in LIMIT_MESSAGES)
+                has_no_room = any(part in str(error) for part in sbatch.LIMIT_MESSAGES)
                 if has_no_room and array.tasks > 1:
                     half = array.tasks // 2 * group.per_task
                     for part in (mine[:half], mine[half:]):
@@ -245,3 +232,32 @@ class _Arrays:
                 if requeue.exits(directory):
                     directory.note("retry", step=requeue.checkpoint_step(directory))
         return True
+
+
+def cancel_slurm(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
+    """Cancel the jobs of some runs; their ids. Each run saves a checkpoint first and stays cancelled until it is retried.
+
+    Raises:
+        UserError: SLURM was not reached; then nothing was cancelled.
+    """
+    snapshot = queue_snapshot(plan.root)
+    if not snapshot.states.queue_reached:
+        raise UserError(f"{' '.join(snapshot.states.notes)} Nothing was cancelled; try again.")
+    active = {run.id: task.job for run in runs if (task := snapshot.task(run.id)) is not None and task.is_active}
+    for run in active:
+        (plan.root / "runs" / run / array_records.CANCELLED).touch()
+    # A run that shares its job with others leaves by its mark; the job ends when all of them are cancelled.
+    jobs = sorted(set(active.values()))
+    whole = [
+        job
+        for job in jobs
+        if all(requeue.needs_no_job(RunDirectory(plan.root / "runs" / run)) for run in snapshot.runs_of(job))
+    ]
+    try:
+        for start in range(0, len(whole), MAX_SCANCEL_IDS):
+            run_slurm("scancel", *whole[start : start + MAX_SCANCEL_IDS])
+    except CommandError as error:
+        raise UserError(
+            f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
+        ) from None
+    return jobs

@@ -52,8 +52,7 @@ def progress_of(directory: RunDirectory) -> tuple[object, ...]:
 
 def _kill(directory: RunDirectory, seconds: float, *, alone: bool) -> None:
     attempts = directory.attempts()
-    is_training = bool(attempts) and attempts[-1].event == "start"
-    if is_training:
+    if is_training := bool(attempts) and attempts[-1].event == "start":
         row = directory.last_row()
         reason = f"it took no step for {seconds:g} s and was assumed to hang"
         with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
-"""A thousand runs on a real SLURM: seconds and sbatch calls to submit, seconds for status, files a job.
+"""Benchmark of a thousand runs on a real SLURM: seconds and sbatch calls to submit, seconds for status, files a job.
 
     python tests/bench/bench_dispatch.py [RUNS]
 
 submitit's own `map_array` is measured in the same run; the jobs are held by a closed partition, so that submission is
-timed and not the jobs. Says why and leaves where the machine cannot have a SLURM.
+timed and not the jobs. Prints the reason and exits if the machine cannot have a SLURM.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "cluster"), str(HERE.parent), str(HERE.parent.parent)]
 
+import submitit
 from cluster import Cluster, why_not
-from submitit import SlurmExecutor
 from tiny import ON_CPU, arm_table, campaign_head, rung_table
 
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import CampaignPlan, plan, with_data
 from sweeps.reporting import status
-from sweeps.slurm.submit import submit_slurm
+from sweeps.slurm import SlurmExecutor
 
 CAMPAIGN = (
     "seeds = {seeds}"
@@ -44,7 +44,7 @@ REPEATS = 3
 
 
 def timed(action: Callable[[], object]) -> tuple[float, object]:
-    """Seconds that something takes, and what it gives."""
+    """Seconds that an action takes, and its result."""
     began = time.perf_counter()
     result = action()
     return time.perf_counter() - began, result
@@ -67,36 +67,36 @@ def count_files(folder: Path) -> int:
 
 
 def nothing(number: int) -> None:
-    """What submitit's own jobs do."""
+    """The body of submitit's own jobs."""
 
 
 def measure(cluster: Cluster, folder: Path, runs: int) -> dict[str, object]:
     """All figures."""
-    cluster.ask("scontrol", "create", "PartitionName=closed", "Nodes=ALL", "State=DOWN")
+    cluster.run("scontrol", "create", "PartitionName=closed", "Nodes=ALL", "State=DOWN")
     theirs, ours, again, looks, asks, calls = [], [], [], [], [], []
     files: dict[str, float] = {}
     for repeat in range(REPEATS):
-        executor = SlurmExecutor(folder / f"theirs-{repeat}")
+        executor = submitit.SlurmExecutor(folder / f"theirs-{repeat}")
         executor.update_parameters(partition="closed", time=5, array_parallelism=runs)
         seconds, _ = timed(lambda executor=executor: executor.map_array(nothing, range(runs)))
         theirs.append(seconds)
         files["submitit"] = count_files(folder / f"theirs-{repeat}") / runs
-        cluster.ask("scancel", "--me")
+        cluster.run("scancel", "--me")
 
         planned = campaign(folder / f"ours-{repeat}", runs)
         before = count_files(planned.root)
-        seconds, submission = timed(lambda planned=planned: submit_slurm(planned))
+        seconds, submission = timed(lambda planned=planned: SlurmExecutor(planned).submit())
         ours.append(seconds)
         calls.append(len(submission.jobs))  # type: ignore[attr-defined]
         files["ours"] = (count_files(planned.root) - before) / runs
         files["ours, for SLURM alone"] = (
             count_files(planned.root / "submissions") + sum(1 for _ in (planned.root / "runs").glob("*/claim"))
         ) / runs
-        again.append(timed(lambda planned=planned: submit_slurm(planned))[0])
+        again.append(timed(lambda planned=planned: SlurmExecutor(planned).submit())[0])
         looks.append(timed(lambda planned=planned: status.rows(planned))[0])
         both = ["squeue -h -r --me", f"sacct -n -X -P -j {','.join(submission.jobs)}"]  # type: ignore[attr-defined]
         asks.append(sum(timed(lambda c=c: subprocess.run(c.split(), capture_output=True, check=True))[0] for c in both))
-        cluster.ask("scancel", "--me")
+        cluster.run("scancel", "--me")
     median = statistics.median
     return {
         "runs": runs,

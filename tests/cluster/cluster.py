@@ -2,7 +2,7 @@
 
     python tests/cluster/cluster.py start | stop | crash-node NAME | start-node NAME | crash-controller
 
-Several nodes share the host and are told apart by port; GPUs are links to /dev/null, which is all that SLURM looks at.
+Several nodes share the host and differ by port; GPUs are links to /dev/null, which is all that SLURM looks at.
 Accounting keeps its database behind a unix socket. Everything lives in one folder and is configured from there, so a
 machine's own SLURM, if it has one, is not touched.
 """
@@ -122,7 +122,7 @@ class Cluster:
         folder: For configuration, state and logs; its path must be short enough for unix sockets.
         nodes: Simulated nodes, called node1, node2, ...
         gpus: Simulated GPUs on each.
-        cpus: Processors that each claims, whatever the machine has.
+        cpus: Processors that each claims, independent of the machine's.
         port: First of the TCP ports on the loopback.
         name: Of the cluster; two on one machine tell their processes apart by it.
     """
@@ -172,7 +172,7 @@ class Cluster:
             WATCHED.remove(self.signs)
 
     def signs(self) -> object:
-        """What changes while something happens: what the daemons log, which jobs have processes, and their CPU time."""
+        """Signs of progress: sizes of the daemons' logs, and CPU time of the jobs' processes."""
         logs = {log: log.stat().st_size for log in self.folder.glob("*.log")}
         return logs, cpu_ticks(self.processes())
 
@@ -212,7 +212,7 @@ class Cluster:
         self._halt("slurmctld", signal.SIGKILL)
 
     def stop_accounting(self) -> None:
-        """Stop slurmdbd; slurmctld keeps what it would have told it."""
+        """Stop slurmdbd; slurmctld keeps its messages for later."""
         self._halt("slurmdbd")
 
     # -- daemons
@@ -221,7 +221,7 @@ class Cluster:
         """Start slurmctld where it is not running."""
         if not self._runs("slurmctld"):
             self._launch(["slurmctld"])
-        until(lambda: self.ask("scontrol", "ping", check=False).find("UP") > 0, "slurmctld does not answer")
+        until(lambda: self.run("scontrol", "ping", check=False).find("UP") > 0, "slurmctld does not answer")
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon where it is not running."""
@@ -235,8 +235,8 @@ class Cluster:
         until(lambda: port_is_open(self.port + 1), "slurmdbd does not listen")
         run(["sacctmgr", "-i", "add", "cluster", self.name], self.environment, check=False)
 
-    def ask(self, *command: str, check: bool = True) -> str:
-        """What a SLURM command prints."""
+    def run(self, *command: str, check: bool = True) -> str:
+        """Output of a SLURM command."""
         return run(list(command), self.environment, check=check)
 
     def processes(self, node: str | None = None) -> list[int]:
@@ -299,9 +299,9 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         # A node is drained when a controller that lost its memory starts a job on it twice.
-        for node in self.ask("sinfo", "-h", "-N", "-t", "drain,down", "-o", "%N", check=False).split():
-            self.ask("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-        states = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
+        for node in self.run("sinfo", "-h", "-N", "-t", "drain,down", "-o", "%N", check=False).split():
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
         return len(states) == len(self.nodes) and all(state in ("idle", "mixed", "allocated") for state in states)
 
     def _launch(self, command: list[str], **environment: str) -> None:
@@ -334,7 +334,7 @@ class Cluster:
     def _name_nodes(self) -> None:
         """Make the nodes' names resolve: jobs of several tasks look them up, and wait in silence when they cannot.
 
-        The line is only ever added, and stays: the file is everybody's, and rewriting it could lose what others write.
+        The line is only ever added, and stays: other programs edit the file too, and rewriting it could lose their lines.
         """
         lines = [name for name in (*self.nodes, self.host) if not resolves(name)]
         if lines:
@@ -363,7 +363,7 @@ def install() -> None:
 
 
 def run(command: list[str], environment: dict[str, str], *, check: bool = True) -> str:
-    """Output of a command; a failure shows what it said."""
+    """Output of a command; a failure shows its output."""
     done = subprocess.run(
         command,
         env=os.environ | environment,
@@ -379,7 +379,7 @@ def run(command: list[str], environment: dict[str, str], *, check: bool = True) 
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie: in a container nobody may reap it."""
+    """True if a process exists and is no zombie, which in a container may never be reaped."""
     try:
         return re.search(r"^State:\s+[ZX]", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is None
     except OSError:
@@ -387,7 +387,7 @@ def is_running(pid: int) -> bool:
 
 
 def end(pid: int, signum: int) -> None:
-    """Send a signal to whoever is still there."""
+    """Send a signal to a process, if it still exists."""
     try:
         os.kill(pid, signum)
     except ProcessLookupError:
@@ -395,7 +395,7 @@ def end(pid: int, signum: int) -> None:
 
 
 def resolves(name: str) -> bool:
-    """Whether a host of that name is known."""
+    """True if the host name resolves."""
     try:
         socket.gethostbyname(name)
     except OSError:
@@ -404,7 +404,7 @@ def resolves(name: str) -> bool:
 
 
 def port_is_open(port: int) -> bool:
-    """Whether somebody listens on the loopback."""
+    """True if a process listens on the loopback."""
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -29,7 +29,9 @@ from sweeps.planning.plan import CampaignPlan, PlannedRun, plan, with_data
 from sweeps.planning.run_state import RunStatus
 from sweeps.reporting.collect import collect
 from sweeps.reporting.status import status
-from sweeps.slurm import array_records, snapshot, submit
+from sweeps.slurm import array_records, sbatch
+from sweeps.slurm.select_runs import Submission
+from sweeps.slurm.submit import submit_slurm
 
 CAMPAIGN = (
     campaign_head("count", evaluation="")
@@ -80,9 +82,9 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
     if "cluster" in request.fixturenames:
         cluster = request.getfixturevalue("cluster")
         cluster.start()
-        cluster.ask("scancel", "--me", check=False)
+        cluster.run("scancel", "--me", check=False)
         try:
-            until(lambda: not cluster.ask("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
+            until(lambda: not cluster.run("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
         except TimeoutError:  # a controller that was killed can leave jobs completing for minutes
             cluster.stop()
             shutil.rmtree(cluster.folder / "state")
@@ -90,11 +92,11 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def copied_code(folder: Path, train: str) -> Path:
-    """A code snapshot with another scaling/training/loop.py; the real one stands beside it."""
+    """A code snapshot with another scaling/training/loop.py; the real one is beside it."""
     target = folder / train
     if not target.exists():
-        for file in snapshot._files(snapshot.code_root()):
-            copy = target / file.relative_to(snapshot.code_root())
+        for file in sbatch.code_files(sbatch.code_root()):
+            copy = target / file.relative_to(sbatch.code_root())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         (target / "scaling" / "training" / "loop.py").rename(target / "scaling" / "true_train.py")
@@ -108,7 +110,7 @@ def counting_snapshot(folder: Path) -> Path:
 
 
 def faulty_snapshot(folder: Path) -> Path:
-    """A code snapshot whose runs train, and suffer what a test has asked for."""
+    """A code snapshot whose runs train, and suffer the faults that a test requests."""
     return copied_code(folder, "faulty_train")
 
 
@@ -136,7 +138,7 @@ def real_plan(
 
 
 def numbers_of(planned: CampaignPlan) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
-    """What must be equal, digit for digit, whatever happened: results, and curves without their clocks."""
+    """Results, and curves without their clocks: equal digit for digit after any fault."""
     table = collect(planned)
     columns = ["arm", "cell", "run", "status", "params", "tokens", "flops", "flops_attention", "loss", "train_loss"]
     curves = [
@@ -157,7 +159,7 @@ def local(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaign
 
 @pytest.fixture
 def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty profile of the user's."""
+    """An empty profile of the user."""
     file = tmp_path / "profile.toml"
     file.write_text("")
     monkeypatch.setenv("SCALING_SLURM_PROFILE", str(file))
@@ -179,15 +181,15 @@ class Counting:
             self.text, self.folder, steps=steps, step_seconds=step_seconds, slurm=slurm, runs_per_gpu=runs_per_gpu
         )
 
-    def submit(self, planned: CampaignPlan, **options: Any) -> submit.Submission:
+    def submit(self, planned: CampaignPlan, **options: Any) -> Submission:
         """`submit_slurm` with the counting snapshot."""
-        return submit.submit_slurm(planned, **options)
+        return submit_slurm(planned, **options)
 
 
 @pytest.fixture
 def counting(tiny_text: Path, tmp_path: Path, no_profile: Path, monkeypatch: pytest.MonkeyPatch) -> Counting:
     """See `Counting`."""
-    monkeypatch.setattr(submit, "take_snapshot", counting_snapshot)
+    monkeypatch.setattr(sbatch, "take_snapshot", counting_snapshot)
     return Counting(tiny_text, tmp_path)
 
 
@@ -220,13 +222,13 @@ def wait_until_done(planned: CampaignPlan) -> None:
         raise TimeoutError([(row.cell, row.arm, row.state, row.step, row.reason) for row in status(planned)]) from None
 
 
-def of(planned: CampaignPlan, run: PlannedRun) -> RunStatus:
+def row_of(planned: CampaignPlan, run: PlannedRun) -> RunStatus:
     """The run's row of `status`."""
     return next(row for row in status(planned) if row.run == run.id)
 
 
 def under_way(planned: CampaignPlan, run: PlannedRun, *, step: int = 1) -> bool:
-    """Whether the run has taken so many steps and is not done."""
+    """True if the run has taken so many steps and is not done."""
     directory = planned.directory(run)
     return len(directory.metrics()) >= step and not directory.record_file.exists()
 

@@ -37,17 +37,17 @@ def train(run_dir, *, progress=None):
         spec = directory.spec()
         step, value = newest(directory, spec.id)
         directory.note("start", step=step)
-        asked = []
-        before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in SIGNALS}
+        requested = []
+        before = {number: signal.signal(number, lambda *_: requested.append(1)) for number in SIGNALS}
         pause = directory.placement().checkpoint_seconds
         while step < spec.steps:
             fault(directory, step)
             time.sleep(pause)
             step, value = step + 1, hashlib.sha256(f"{value} {step}".encode()).hexdigest()
             append_line(directory.metrics_file, row(spec, step, value))
-            if asked or step % 10 == 0:
+            if requested or step % 10 == 0:
                 save(directory, step, value)
-            if asked and step < spec.steps:
+            if requested and step < spec.steps:
                 directory.note("end", step=step, outcome="preempted")
                 return None
         for number, handler in before.items():
@@ -58,14 +58,14 @@ def train(run_dir, *, progress=None):
 
 
 def fault(directory, step):
-    """Faults that a test has asked for by a file in the run directory; each strikes at a step."""
+    """Faults that a test requests by a file in the run directory; each strikes at a step."""
     for name in ("raise", "kill"):
         order = directory.path / f"fault-{name}"
         if order.exists() and step == int(order.read_text()):
             if name == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            directory.note("end", step=step, outcome="failed", reason="the test asked for it")
-            sys.exit("the test asked for it")
+            directory.note("end", step=step, outcome="failed", reason="requested by the test")
+            sys.exit("requested by the test")
 
 
 def newest(directory, run):

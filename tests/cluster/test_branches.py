@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from cluster import Cluster
-from conftest import Counting, assert_finished_once, numbers_of, of, starts, wait_until_done
+from conftest import Counting, assert_finished_once, numbers_of, row_of, starts, wait_until_done
 from tiny import BOTH_ARMS, ON_CPU, campaign_head, rung_table
 from waiting import until
 
@@ -36,9 +36,7 @@ def branched(text: Path, folder: Path) -> CampaignPlan:
     return with_data(plan(load_campaign(file), folder / "root"), progress=False)
 
 
-def test_branches_wait_for_their_trunks_and_train_only_their_decays(
-    cluster: Cluster, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_branches_wait_for_trunks_and_train_only_decays(cluster: Cluster, tiny_text: Path, tmp_path: Path) -> None:
     here = run_local(branched(tiny_text, tmp_path / "here"), workers=2, progress=False).plan
     there = branched(tiny_text, tmp_path / "there")
     assert len(submit_slurm(there).queued) == 4
@@ -49,27 +47,25 @@ def test_branches_wait_for_their_trunks_and_train_only_their_decays(
     assert numbers_of(there) == numbers_of(here)
 
 
-def test_a_trunk_that_fails_takes_along_its_own_branch_alone_and_both_come_back_when_it_is_asked_for(
-    cluster: Cluster, counting: Counting
-) -> None:
-    wished = counting.plan(steps=20)
-    trunk, other, *ends = wished.runs
+def test_a_failed_trunk_takes_down_its_own_branch_alone(cluster: Cluster, counting: Counting) -> None:
+    requested = counting.plan(steps=20)
+    trunk, other, *ends = requested.runs
     specs = [
         msgspec.structs.replace(end.spec, branch_of=start.id) for end, start in zip(ends, (trunk, other), strict=True)
     ]
     branch, second = (
         msgspec.structs.replace(end, id=spec.id, spec=spec) for end, spec in zip(ends, specs, strict=True)
     )
-    planned = msgspec.structs.replace(wished, runs=(trunk, other, branch, second))
+    planned = msgspec.structs.replace(requested, runs=(trunk, other, branch, second))
     planned.directory(trunk).create(trunk.spec, trunk.placement)
     (planned.directory(trunk).path / "fault-raise").write_text("3")
     assert len(counting.submit(planned).queued) == 4
-    until(lambda: of(planned, trunk).state == "failed", "the trunk did not fail")
-    until(lambda: of(planned, second).state == "finished", "the other branch did not finish")
-    until(lambda: of(planned, branch).state == "preempted", "the branch still waits")
-    assert "did not end well" in (of(planned, branch).reason or "")
+    until(lambda: row_of(planned, trunk).state == "failed", "the trunk did not fail")
+    until(lambda: row_of(planned, second).state == "finished", "the other branch did not finish")
+    until(lambda: row_of(planned, branch).state == "preempted", "the branch still waits")
+    assert "did not end well" in (row_of(planned, branch).reason or "")
     again = counting.submit(planned)
-    assert (again.failed, again.left, again.cancelled) == ([trunk.id], [branch.id], [])
+    assert (again.failed, again.rejected, again.cancelled) == ([trunk.id], [branch.id], [])
     (planned.directory(trunk).path / "fault-raise").unlink()
     assert counting.submit(planned, retry="failed").queued == [trunk.id, branch.id]
     wait_until_done(planned)

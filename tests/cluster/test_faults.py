@@ -18,8 +18,8 @@ from conftest import (
     Counting,
     assert_finished_once,
     faulty_snapshot,
-    of,
     real_plan,
+    row_of,
     starts,
     task_of,
     under_way,
@@ -31,26 +31,26 @@ from waiting import status_of, until
 from scaling.errors import UserError
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.reporting.status import status
-from sweeps.slurm import array_records, submit
+from sweeps.slurm import array_records, sbatch
 from sweeps.slurm.submit import submit_slurm
 
 pytestmark = pytest.mark.cluster
 
 
-def test_a_campaign_is_one_array_and_a_second_submission_does_nothing(cluster: Cluster, counting: Counting) -> None:
+def test_a_second_submission_does_nothing(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=20)
     first = counting.submit(planned)
     assert len(first.jobs) == 1
     assert len(first.queued) == 4
-    joined = counting.submit(planned)
-    assert (len(joined.joined), joined.jobs) == (4, [])
+    again = counting.submit(planned)
+    assert (len(again.already_active), again.jobs) == (4, [])
     wait_until_done(planned)
     assert len(counting.submit(planned).done) == 4
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
 
 
-def test_a_killed_task_is_retried_from_its_last_resume_point(cluster: Cluster, counting: Counting) -> None:
+def test_a_killed_task_continues_from_its_checkpoint(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan()
     victim = planned.runs[1]
     counting.submit(planned)
@@ -61,15 +61,15 @@ def test_a_killed_task_is_retried_from_its_last_resume_point(cluster: Cluster, c
     assert [attempt.step for attempt in starts(planned.directory(victim))] == [0, 10]
 
 
-def test_a_run_that_is_always_killed_is_given_up_and_says_why(cluster: Cluster, counting: Counting) -> None:
+def test_a_run_that_is_always_killed_is_abandoned(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(slurm="time_minutes = 5\nmax_kills = 2")
     victim = planned.runs[0]
     directory = planned.directory(victim)
     directory.create(victim.spec, victim.placement)
     (directory.path / "fault-kill").write_text("3")
     counting.submit(planned)
-    until(lambda: of(planned, victim).state == "failed", "it was not given up")
-    reason = of(planned, victim).reason or ""
+    until(lambda: row_of(planned, victim).state == "failed", "it was not given up")
+    reason = row_of(planned, victim).reason or ""
     assert "2 attempts were killed without a step of progress" in reason
     assert "its log ends" in reason
     until(lambda: sum(run.state == "finished" for run in status(planned)) == 3, "the others did not finish")
@@ -80,19 +80,19 @@ def test_a_run_that_is_always_killed_is_given_up_and_says_why(cluster: Cluster, 
     assert_finished_once(planned)
 
 
-def test_a_run_that_fails_by_itself_is_not_started_again_until_asked(cluster: Cluster, counting: Counting) -> None:
+def test_a_failed_run_waits_for_retry(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=20)
     victim = planned.runs[0]
     directory = planned.directory(victim)
     directory.create(victim.spec, victim.placement)
     (directory.path / "fault-raise").write_text("3")
     counting.submit(planned)
-    until(lambda: of(planned, victim).state == "failed", "it did not fail")
+    until(lambda: row_of(planned, victim).state == "failed", "it did not fail")
     assert len(starts(directory)) == 1
-    assert of(planned, victim).reason == "the test asked for it"
+    assert row_of(planned, victim).reason == "requested by the test"
 
 
-def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_it_alone_or_among_others(
+def test_a_crashed_node_costs_the_steps_since_the_last_checkpoint(
     cluster: Cluster, counting: Counting, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = counting.plan(
@@ -102,7 +102,7 @@ def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_i
     both = real_plan(tiny_text, tmp_path / "wide", slurm="time_minutes = 5\nnodes = 2", steps=800, every=0.2)
     both = msgspec.structs.replace(both, runs=both.runs[:1])
     with monkeypatch.context() as real:
-        real.setattr(submit, "take_snapshot", faulty_snapshot)
+        real.setattr(sbatch, "take_snapshot", faulty_snapshot)
         submit_slurm(both)
     wait_for_steps(both, both.runs[0], step=2)
     counting.submit(planned)
@@ -121,16 +121,16 @@ def test_a_crashed_node_costs_the_steps_since_the_last_resume_point_of_runs_on_i
     assert [row.step for row in wide.metrics()] == sorted({row.step for row in wide.metrics()})
 
 
-def test_a_crashed_controller_is_named_and_does_no_harm(cluster: Cluster, counting: Counting) -> None:
+def test_a_crashed_controller_is_reported(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=150)
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=10)
     time.sleep(3)
     cluster.crash_controller()
-    from sweeps.slurm.queue_state import survey
+    from sweeps.slurm.queue_state import queue_snapshot
 
-    assert any("queue could not be asked" in note for note in survey(planned.root).answer.notes)
-    with pytest.raises(UserError, match="SLURM cannot be asked"):
+    assert any("queue was not reached" in note for note in queue_snapshot(planned.root).states.notes)
+    with pytest.raises(UserError, match="SLURM was not reached"):
         counting.submit(planned)
     cluster.start_controller()
     wait_until_done(planned)
@@ -138,8 +138,8 @@ def test_a_crashed_controller_is_named_and_does_no_harm(cluster: Cluster, counti
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
 
 
-def test_a_controller_that_crashes_under_a_young_job_starts_nothing_twice(cluster: Cluster, counting: Counting) -> None:
-    """What it had not saved is queued again by SLURM while it still runs, or after it has ended."""
+def test_a_crash_under_a_young_job_starts_nothing_twice(cluster: Cluster, counting: Counting) -> None:
+    """SLURM queues jobs that the controller had not saved again, while they run or after they have ended."""
     planned = counting.plan(steps=100)
     counting.submit(planned)
     until(lambda: any(planned.directory(run).is_locked() for run in planned.runs), "nothing started")
@@ -149,32 +149,32 @@ def test_a_controller_that_crashes_under_a_young_job_starts_nothing_twice(cluste
     until(lambda: all(over_or_explained(planned, run) for run in planned.runs), "neither done nor explained")
     cluster.start()  # drained nodes come back, as their administrator would have them
     for run in planned.runs:
-        if "scontrol release" in (of(planned, run).reason or ""):
-            cluster.ask("scontrol", "release", task_of(planned, run))
+        if "scontrol release" in (row_of(planned, run).reason or ""):
+            cluster.run("scontrol", "release", task_of(planned, run))
     counting.submit(planned)  # what SLURM has lost
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
 
 
 def over_or_explained(planned: CampaignPlan, run: PlannedRun) -> bool:
-    """Whether the run has its record, or `status` says that its job is held or lost, and what to do."""
-    reason = of(planned, run).reason or ""
+    """True if the run has its record, or `status` reports its job as held or lost, with a remedy."""
+    reason = row_of(planned, run).reason or ""
     return planned.directory(run).record_file.exists() or "scontrol release" in reason or "submitting again" in reason
 
 
-def test_a_cancelled_run_stays_cancelled_until_asked_for(cluster: Cluster, counting: Counting) -> None:
+def test_a_cancelled_run_waits_for_retry(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=60, slurm="time_minutes = 5\nmax_parallel = 2")
     counting.submit(planned)
     running, waiting = planned.runs[0], planned.runs[-1]
     wait_for_steps(planned, running, step=5)
     for run in (running, waiting):
-        cluster.ask("scancel", task_of(planned, run))
+        cluster.run("scancel", task_of(planned, run))
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 2, "the others did not finish")
     until(lambda: sorted(counting.submit(planned).cancelled) == sorted([running.id, waiting.id]), "not cancelled")
-    assert "--retry cancelled" in (of(planned, waiting).reason or "")
+    assert "--retry cancelled" in (row_of(planned, waiting).reason or "")
     assert len(counting.submit(planned, retry="cancelled").queued) == 2
     wait_until_done(planned)
-    assert_finished_once(planned, redone=0)  # the running one had saved when it was asked to end
+    assert_finished_once(planned, redone=0)  # the running one saved a checkpoint when it was cancelled
 
 
 def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Counting) -> None:
@@ -186,26 +186,26 @@ def test_signals_at_random_moments_cost_no_step(cluster: Cluster, counting: Coun
     while sent < 8 and not all(planned.directory(run).record_file.exists() for run in planned.runs):
         time.sleep(moments.uniform(0.1, 0.6))
         run = moments.choice(planned.runs)
-        # A second one may fall into the save that the first asked for, or into the start of the next attempt.
-        cluster.ask("scancel", "--signal=USR2", task_of(planned, run), check=False)
+        # A second one may fall into the save after the first, or into the start of the next attempt.
+        cluster.run("scancel", "--signal=USR2", task_of(planned, run), check=False)
         sent += 1
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert sum(len(starts(planned.directory(run))) for run in planned.runs) > 4
 
 
-def test_preemption_by_a_higher_partition_costs_no_step(cluster: Cluster, counting: Counting) -> None:
+def test_preemption_costs_no_step(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=80, slurm='time_minutes = 5\npartition = "low"\ncpus_per_task = 4')
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     urgent = ["sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
-    cluster.ask(*urgent)
+    cluster.run(*urgent)
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
 
 
-def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, counting: Counting) -> None:
+def test_a_short_time_limit_divides_a_run(cluster: Cluster, counting: Counting) -> None:
     # SLURM looks at limits every few seconds and may ask up to a minute early: it asks this run of 35 s after 10 to 25 s.
     planned = counting.plan(steps=70, step_seconds=0.5, slurm="time_minutes = 1\nsignal_seconds = 50")
     counting.submit(planned)
@@ -214,22 +214,20 @@ def test_a_time_limit_shorter_than_the_run_only_divides_it(cluster: Cluster, cou
     assert all(len(starts(planned.directory(run))) >= 2 for run in planned.runs)
 
 
-def test_a_step_longer_than_the_time_limit_is_given_up_by_the_next_submission(
-    cluster: Cluster, counting: Counting
-) -> None:
+def test_a_step_longer_than_the_time_limit_is_abandoned(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=2, step_seconds=600, slurm="time_minutes = 5\nmax_kills = 1")
     planned = msgspec.structs.replace(planned, runs=planned.runs[:1])
     victim = planned.runs[0]
     counting.submit(planned)
     until(lambda: starts(planned.directory(victim)), "it did not start")
-    cluster.ask("scontrol", "update", f"JobId={task_of(planned, victim)}", "EndTime=now+1")
+    cluster.run("scontrol", "update", f"JobId={task_of(planned, victim)}", "EndTime=now+1")
     until(lambda: counting.submit(planned).failed == [victim.id], "it was not given up", every=0.5)
-    assert "1 attempt was killed without a step of progress, by the time limit" in (of(planned, victim).reason or "")
+    assert "1 attempt was killed without a step of progress, by the time limit" in (
+        row_of(planned, victim).reason or ""
+    )
 
 
-def test_jobs_that_a_restarted_controller_has_forgotten_are_submitted_again(
-    cluster: Cluster, counting: Counting
-) -> None:
+def test_forgotten_jobs_are_submitted_again(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(slurm='time_minutes = 5\nsbatch = { begin = "now+1hour" }')
     first = counting.submit(planned)
     cluster.crash_controller()
@@ -238,7 +236,7 @@ def test_jobs_that_a_restarted_controller_has_forgotten_are_submitted_again(
     until(lambda: counting.submit(planned).queued == first.queued, "they are not submitted again", every=0.5)
 
 
-def test_what_the_folder_of_the_submitter_has_become_does_not_matter(
+def test_the_submitters_folder_may_vanish(
     cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = counting.plan(steps=10)
@@ -249,7 +247,7 @@ def test_what_the_folder_of_the_submitter_has_become_does_not_matter(
     (tmp_path / "gone").rmdir()
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
-    assert f"WorkDir={planned.root}" in cluster.ask("scontrol", "show", "job", submission.jobs[0])
+    assert f"WorkDir={planned.root}" in cluster.run("scontrol", "show", "job", submission.jobs[0])
 
 
 SUBMIT = """
@@ -257,23 +255,24 @@ import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 import conftest
-from sweeps import submit
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import plan
-submit.take_snapshot = conftest.counting_snapshot
+from sweeps.slurm import sbatch
+from sweeps.slurm.submit import submit_slurm
+sbatch.take_snapshot = conftest.counting_snapshot
 {fault}
-print(submit.submit_slurm(plan(load_campaign({file!r}), {root!r})).queued)
+print(submit_slurm(plan(load_campaign({file!r}), {root!r})).queued)
 """
 
 KILLED_AFTER_SBATCH = """
 import os, signal
-from sweeps import arrays, submit
-array_records.with_job = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+launch = sbatch.launch
+sbatch.launch = lambda *rest: (launch(*rest), os.kill(os.getpid(), signal.SIGKILL))
 """
 
 KILLED_BEFORE_SBATCH = """
 import os, signal
-submit.launch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sbatch.launch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -286,7 +285,7 @@ def submitter(counting: Counting, fault: str = "") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", text])
 
 
-def test_two_submitters_at_once_submit_each_run_once(cluster: Cluster, counting: Counting) -> None:
+def test_two_submitters_submit_each_run_once(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=20)
     both = [submitter(counting), submitter(counting)]
     assert [status_of(process) for process in both] == [0, 0]
@@ -297,24 +296,24 @@ def test_two_submitters_at_once_submit_each_run_once(cluster: Cluster, counting:
 
 
 @pytest.mark.parametrize("fault", [KILLED_AFTER_SBATCH, KILLED_BEFORE_SBATCH], ids=["after sbatch", "before sbatch"])
-def test_a_submitter_killed_around_sbatch_is_repaired_by_the_next(
+def test_an_interrupted_submission_is_reconciled(
     cluster: Cluster, counting: Counting, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = counting.plan(steps=20)
     assert status_of(submitter(counting, fault)) == -signal.SIGKILL
     (begun,) = array_records.all_arrays(planned.root)
     assert begun.job is None
-    monkeypatch.setattr("sweeps.slurm.reconcile.IN_FLIGHT_SECONDS", 2.0)
+    monkeypatch.setattr("sweeps.slurm.array_records.SBATCH_SECONDS", 2.0)
     again = counting.submit(planned)
     adopted = fault == KILLED_AFTER_SBATCH
-    assert (len(again.joined) + len(again.done), len(again.queued)) == ((4, 0) if adopted else (0, 4))
+    assert (len(again.already_active) + len(again.done), len(again.queued)) == ((4, 0) if adopted else (0, 4))
     wait_until_done(planned)
     assert_finished_once(planned, redone=0)
     assert all(len(starts(planned.directory(run))) == 1 for run in planned.runs)
 
 
 @pytest.mark.parametrize("accounting", ["none", "stopped"])
-def test_a_cluster_whose_accounting_does_not_answer_finishes_a_campaign(
+def test_a_campaign_finishes_without_accounting(
     cluster: Cluster, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accounting: str
 ) -> None:
     if accounting == "stopped":
@@ -329,11 +328,11 @@ def test_a_cluster_whose_accounting_does_not_answer_finishes_a_campaign(
     counting.submit(planned)
     waiting = planned.runs[-1]
     wait_for_steps(planned, planned.runs[0], step=5)
-    cluster.ask("scancel", task_of(planned, waiting))
+    cluster.run("scancel", task_of(planned, waiting))
     os.kill(starts(planned.directory(planned.runs[0]))[-1].pid, signal.SIGKILL)
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     until(lambda: counting.submit(planned).cancelled == [waiting.id], "not cancelled")
-    assert any("accounting could not be asked" in note for note in counting.submit(planned).notes)
+    assert any("accounting was not reached" in note for note in counting.submit(planned).notes)
     counting.submit(planned, retry="cancelled")
     wait_until_done(planned)
     assert_finished_once(planned)

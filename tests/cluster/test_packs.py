@@ -1,4 +1,4 @@
-"""Several runs in one job: each an ordinary run, whatever becomes of its neighbours."""
+"""Several runs in one job: each an ordinary run, independent of its neighbours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import (
     Counting,
     assert_finished_once,
     numbers_of,
-    of,
     real_plan,
+    row_of,
     starts,
     task_of,
     wait_for_steps,
@@ -23,13 +23,13 @@ from waiting import until
 
 from sweeps.planning.plan import CampaignPlan
 from sweeps.reporting.status import status
-from sweeps.slurm.operations import cancel
+from sweeps.slurm import SlurmExecutor
 from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 
-def test_a_pack_trains_to_the_numbers_of_runs_alone(
+def test_runs_side_by_side_have_the_numbers_of_runs_alone(
     cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     packed = real_plan(tiny_text, tmp_path, runs_per_gpu=4)
@@ -40,9 +40,7 @@ def test_a_pack_trains_to_the_numbers_of_runs_alone(
     assert numbers_of(packed) == numbers_of(local)
 
 
-def test_in_a_pack_a_killed_run_continues_a_failed_one_waits_and_the_others_do_not_notice(
-    cluster: Cluster, counting: Counting
-) -> None:
+def test_a_kill_and_a_failure_do_not_affect_neighbours(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=60, runs_per_gpu=4)
     failing, killed, *others = planned.runs
     planned.directory(failing).create(failing.spec, failing.placement)
@@ -53,8 +51,8 @@ def test_in_a_pack_a_killed_run_continues_a_failed_one_waits_and_the_others_do_n
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     assert [attempt.step for attempt in starts(planned.directory(killed))] == [0, 10]
     assert all(len(starts(planned.directory(run))) == 1 for run in others)
-    assert of(planned, failing).state == "failed"
-    assert of(planned, failing).reason == "the test asked for it"
+    assert row_of(planned, failing).state == "failed"
+    assert row_of(planned, failing).reason == "requested by the test"
     assert counting.submit(planned).failed == [failing.id]
     (planned.directory(failing).path / "fault-raise").unlink()
     assert counting.submit(planned, retry="failed").queued == [failing.id]
@@ -62,16 +60,14 @@ def test_in_a_pack_a_killed_run_continues_a_failed_one_waits_and_the_others_do_n
     assert_finished_once(planned)
 
 
-def test_preemption_reaches_every_run_of_a_pack_and_cancelling_one_leaves_its_neighbours(
-    cluster: Cluster, counting: Counting
-) -> None:
+def test_preemption_reaches_all_runs_of_a_job_and_cancellation_one(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(steps=100, slurm='time_minutes = 5\npartition = "low"', runs_per_gpu=4)
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     unwanted = planned.runs[0]
-    cancel(planned, [unwanted])
+    SlurmExecutor(planned).cancel([unwanted])
     until(lambda: not planned.directory(unwanted).is_locked(), "the cancelled run did not stop")
-    cluster.ask("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
+    cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")
     assert all(len(starts(planned.directory(run))) == 2 for run in planned.runs[1:])
     assert len(starts(planned.directory(unwanted))) == 1

@@ -33,20 +33,18 @@ def quick(root: Path) -> CampaignPlan:
 
 
 def fitted(done: CampaignPlan) -> Study:
-    """What ``scaling fit`` finds."""
+    """Result of ``scaling fit``."""
     collect(done)
     return fit_table(read_table(done.results / "runs.csv"))
 
 
-def test_the_quick_campaign_on_two_nodes_fits_to_the_ratio_of_the_local_executor_digit_for_digit(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_slurm_and_local_ratios_are_equal(cluster: Cluster, tmp_path: Path) -> None:
     here = run_local(quick(tmp_path / "here"), workers=2, progress=False).plan
     there = quick(tmp_path / "there")
     submission = submit_slurm(there)
     assert (len(submission.jobs), len(submission.queued)) == (1, 8)
     wait_until_done(there)
-    nodes = cluster.ask("sacct", "-n", "-X", "-j", submission.jobs[0], "-o", "NodeList%20").split()
+    nodes = cluster.run("sacct", "-n", "-X", "-j", submission.jobs[0], "-o", "NodeList%20").split()
     assert set(nodes) == {"node1", "node2"}
     assert numbers_of(there) == numbers_of(here)
     (one,), (other,) = fitted(here).comparisons, fitted(there).comparisons

@@ -43,9 +43,7 @@ def test_several_tasks_train_to_the_weights_of_one(
         np.testing.assert_allclose(weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_other(
-    cluster: Cluster, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_a_signal_or_a_kill_of_one_rank_ends_both(cluster: Cluster, tiny_text: Path, tmp_path: Path) -> None:
     there, run = only_one(
         real_plan(tiny_text, tmp_path, slurm="time_minutes = 5\ntasks_per_node = 2", steps=600, every=0.2)
     )
@@ -63,7 +61,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_the_death_of_one_ends_the_o
     until(lambda: len(starts(directory)) == 2, "it was not started again")
     ends = [attempt for attempt in directory.attempts() if attempt.event == "end"]
     assert [end.outcome for end in ends] == ["preempted"]
-    assert starts(directory)[1].step == ends[0].step > 0  # saved where it was asked, and continued from there
+    assert starts(directory)[1].step == ends[0].step > 0  # saved at the signal, and continued from there
     logged = len(directory.metrics())
     until(lambda: len(directory.metrics()) > logged + 2, "it did not go on")
     os.kill(ranks()[1], signal.SIGKILL)

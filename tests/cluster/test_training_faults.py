@@ -13,7 +13,7 @@ from waiting import until
 from scaling.training.checkpoint import newest_checkpoint, step_of
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.reporting.status import status
-from sweeps.slurm import submit
+from sweeps.slurm import sbatch
 from sweeps.slurm.bad_nodes import bad_nodes
 from sweeps.slurm.submit import submit_slurm
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
 @pytest.fixture(autouse=True)
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "take_snapshot", faulty_snapshot)
+    monkeypatch.setattr(sbatch, "take_snapshot", faulty_snapshot)
 
 
 def order(plan: CampaignPlan, run: PlannedRun, fault: str, *, step: int) -> None:
@@ -32,7 +32,7 @@ def order(plan: CampaignPlan, run: PlannedRun, fault: str, *, step: int) -> None
     (directory.path / f"fault-{fault}").write_text(str(step))
 
 
-def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_numbers_and_a_poisoned_run_is_data(
+def test_faults_leave_no_trace_in_the_numbers(
     cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     there = real_plan(tiny_text, tmp_path)
@@ -57,7 +57,7 @@ def test_a_kill_a_torn_line_and_a_truncated_checkpoint_leave_no_trace_in_the_num
     assert numbers_of(there) == numbers_of(local)
 
 
-def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
+def test_a_full_disk_costs_one_checkpoint(
     cluster: Cluster, local: CampaignPlan, tiny_text: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
             order(there, run, "full", step=18)
         submit_slurm(there)
         until(lambda: (root / "filler").exists(), "the disk did not fill")
-        until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
+        until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end")
         struck = next(run for run in there.runs if starts(there.directory(run)))
         point = newest_checkpoint(there.directory(struck).checkpoints)
         assert point is not None

@@ -26,7 +26,7 @@ high = 1e-1
 """
 
 
-def test_slurm_and_the_local_executor_complete_the_same_trials(
+def test_slurm_and_local_trials_are_equal(
     cluster: Cluster, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "profile.toml").write_text("")

@@ -21,10 +21,10 @@ def test_gpu_hours_do_not_depend_on_where_gpus_are_requested(
     gpus: int, tasks: int, times: float, no_profile: Path, tmp_path: Path
 ) -> None:
     alone = plan_totals(plan(load_campaign("moonlight"), tmp_path))["gpu_hours"]
-    asked = {"gpus_per_node": gpus, "tasks_per_node": tasks}
-    settings = tuple(f"placement.slurm.{name}={value}" for name, value in asked.items())
+    requested = {"gpus_per_node": gpus, "tasks_per_node": tasks}
+    settings = tuple(f"placement.slurm.{name}={value}" for name, value in requested.items())
     in_campaign = plan(load_campaign("moonlight", settings=settings), tmp_path)
-    no_profile.write_text("".join(f"{name} = {value}\n" for name, value in asked.items()))
+    no_profile.write_text("".join(f"{name} = {value}\n" for name, value in requested.items()))
     in_profile = plan(load_campaign("moonlight"), tmp_path)
     for planned in (in_campaign, in_profile):
         submission = submit_slurm(planned, dry_run=True)

@@ -1,7 +1,4 @@
-"""Operations on submitted runs: cancel them, print their logs, delete their checkpoints.
-
-Each takes a selection of a campaign's runs and does not touch the others.
-"""
+"""Operations on the runs of a plan, of any executor: select them, print their logs, delete their checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +10,8 @@ from pathlib import Path
 from scaling.errors import UserError, unknown_name
 from scaling.run.directory import LOG, RunDirectory
 from sweeps.planning.plan import CampaignPlan, PlannedRun
-from sweeps.slurm.array_records import CANCELLED
-from sweeps.slurm.client import CommandError, run_slurm
-from sweeps.slurm.queue_state import queue_snapshot
-from sweeps.slurm.requeue import is_over, reason_abandoned
 
 FOLLOW_SECONDS = 1.0
-MAX_SCANCEL_IDS = 200
 
 
 def select(
@@ -47,35 +39,6 @@ def select(
         found = "no run of this plan begins" if not chosen else f"{len(chosen)} runs of this plan begin"
         raise UserError(f'{plan.campaign.file}: {found} with "{run}". Give more of an id, as scaling status shows it.')
     return chosen
-
-
-def cancel(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
-    """Cancel the jobs of some runs; their ids. Each run saves a checkpoint first and stays cancelled until it is retried.
-
-    Raises:
-        UserError: SLURM was not reached; then nothing was cancelled.
-    """
-    snapshot = queue_snapshot(plan.root)
-    if not snapshot.states.queue_reached:
-        raise UserError(f"{' '.join(snapshot.states.notes)} Nothing was cancelled; try again.")
-    active = {run.id: task.job for run in runs if (task := snapshot.task(run.id)) is not None and task.is_active}
-    for run in active:
-        (plan.root / "runs" / run / CANCELLED).touch()
-    # A run that shares its job with others leaves by its mark; the job ends when all of them are cancelled.
-    jobs = sorted(set(active.values()))
-    whole = []
-    for job in jobs:
-        members = [RunDirectory(plan.root / "runs" / run) for run in snapshot.runs_of(job)]
-        if all(is_over(member) or reason_abandoned(member) is not None for member in members):
-            whole.append(job)
-    try:
-        for start in range(0, len(whole), MAX_SCANCEL_IDS):
-            run_slurm("scancel", *whole[start : start + MAX_SCANCEL_IDS])
-    except CommandError as error:
-        raise UserError(
-            f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
-        ) from None
-    return jobs
 
 
 def clean(plan: CampaignPlan, runs: list[PlannedRun], *, dry_run: bool = True) -> tuple[list[Path], int]:
