@@ -238,7 +238,8 @@ FIGURES: Registry[FigureRow] = Registry(
         ),
         "gap": FigureRow(
             title="Held-out loss relative to the baseline along the run",
-            caption="Held-out loss minus the baseline's at equal tokens; bands are 95 % intervals over seeds.",
+            caption="Held-out loss minus the baseline's at equal tokens; bands, drawn for up to four arms, are 95 % "
+            "intervals over seeds.",
             needs=("outcomes", "gaps"),
             draw=_gaps,
         ),
@@ -262,4 +263,4 @@ FIGURES: Registry[FigureRow] = Registry(
         ),
     },
 )
-"""All figures, in the order of the report; the first stands on its first screen."""
+"""All figures, in the order of the report; the first is on its first screen."""

@@ -75,7 +75,7 @@ class OnTable:
         return self.root / "results" / self.table
 
     def collected(self) -> Path | None:
-        """The campaign's table, where it has one; the paper's points stand until a campaign of that name has a run."""
+        """The campaign's table, where it has one; "moonlight" is the paper's points until its campaign has a run."""
         file = self.results() / "runs.csv"
         if not file.exists() or (self.table == "moonlight" and _nothing_finished(file)):
             return None
