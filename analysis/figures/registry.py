@@ -20,7 +20,7 @@ from analysis.figures.laws import loss_against_compute
 from analysis.figures.ratio import ratio_curve
 from analysis.figures.same_budget import final_losses, gap_curves
 from analysis.figures.search import has_bowls, learning_rate_bowls, ratio_by_trials
-from analysis.figures.style import save, slug
+from analysis.figures.style import arm_label, save
 from analysis.ratio.study import Study
 from analysis.single_arm.isoflop import Allocations, allocations, allocations_text
 from analysis.single_arm.same_budget import BudgetOutcome
@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
 
     figure: Figure
     subject: str = ""
-    """The arm, pair or rung; part of the file's name."""
+    """The arm or rung; part of the file's name."""
     detail: str = ""
     """Sentences behind the row's caption."""
 
@@ -84,6 +84,8 @@ class SavedFigure(NamedTuple):
     file: Path
     title: str
     caption: str
+    width: float
+    """Inches."""
 
 
 def save_figures(inputs: FigureInputs, folder: Path) -> Iterator[SavedFigure]:
@@ -94,8 +96,8 @@ def save_figures(inputs: FigureInputs, folder: Path) -> Iterator[SavedFigure]:
             continue
         for figure, subject, detail in row.draw(**values):
             file = save(figure, folder, f"{name}-{subject}" if subject else name)
-            title = f"{row.title}: {subject}" if subject else row.title
-            yield SavedFigure(file, title, f"{row.caption} {detail}".strip())
+            title = f"{row.title}: {arm_label(subject)}" if subject else row.title
+            yield SavedFigure(file, title, f"{row.caption} {detail}".strip(), float(figure.get_figwidth()))
 
 
 def _ratio(study: Study) -> Iterator[Drawing]:
@@ -104,7 +106,7 @@ def _ratio(study: Study) -> Iterator[Drawing]:
 
 def _loss(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
     for comparison in study.comparisons:
-        subject = slug(comparison.challenger) if len(study.comparisons) > 1 else ""
+        subject = comparison.challenger if len(study.comparisons) > 1 else ""
         yield Drawing(loss_against_compute(study, frame, comparison), subject)
 
 
@@ -129,18 +131,18 @@ def _allocations(study: Study, frame: pd.DataFrame) -> Iterator[tuple[str, Alloc
     """Allocations of each arm of a grid whose runs determine them."""
     for arm in study.arms if study.design == "grid" else ():
         with contextlib.suppress(UserError):
-            yield slug(arm), allocations(frame, arm)
+            yield arm, allocations(frame, arm)
 
 
 def _surfaces(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for name, found in _allocations(study, frame):
-        yield Drawing(surface_contours(found, frame, study.arms), name)
+    for arm, found in _allocations(study, frame):
+        yield Drawing(surface_contours(found, frame, study.arms), arm)
 
 
 def _valleys(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for name, found in _allocations(study, frame):
+    for arm, found in _allocations(study, frame):
         if len(found.valleys) >= 2:
-            yield Drawing(isoflop_valleys(found, study.arms), name, f"\n{allocations_text(found)}")
+            yield Drawing(isoflop_valleys(found, study.arms), arm, f"\n{allocations_text(found)}")
 
 
 def _arms(outcomes: Sequence[BudgetOutcome]) -> list[str]:
