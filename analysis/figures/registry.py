@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ from analysis.figures.same_budget import final_losses, gap_curves
 from analysis.figures.search import has_bowls, learning_rate_bowls, ratio_by_trials
 from analysis.figures.style import arm_label, save
 from analysis.ratio.study import Study
-from analysis.single_arm.isoflop import Allocations, allocations, allocations_text
+from analysis.single_arm.isoflop import Allocations, allocations_text
 from analysis.single_arm.same_budget import BudgetOutcome
-from scaling.errors import UserError
 from scaling.registry import Registry
 
 if TYPE_CHECKING:
@@ -49,6 +47,8 @@ class FigureInputs:
     """Runs with several learning rates: the search for settings, or the table itself."""
     tuning_budget: pd.DataFrame | None = None
     """The ratio at smaller budgets of the search (`analysis.data.tuning.TuningTables.budget`)."""
+    allocations: Sequence[Allocations] | None = None
+    """Compute-optimal splits of the arms of a grid."""
     outcomes: Sequence[BudgetOutcome] | None = None
     """Arms at one budget, the baseline first in each rung."""
     gaps: pd.DataFrame | None = None
@@ -127,22 +127,15 @@ def _tuning_budget(study: Study, tuning_budget: pd.DataFrame) -> Iterator[Drawin
         yield Drawing(ratio_by_trials(tuning_budget, study.arms))
 
 
-def _allocations(study: Study, frame: pd.DataFrame) -> Iterator[tuple[str, Allocations]]:
-    """Allocations of each arm of a grid whose runs determine them."""
-    for arm in study.arms if study.design == "grid" else ():
-        with contextlib.suppress(UserError):
-            yield arm, allocations(frame, arm)
+def _surfaces(study: Study, frame: pd.DataFrame, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
+    for found in allocations:
+        yield Drawing(surface_contours(found, frame, study.arms), found.arm)
 
 
-def _surfaces(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for arm, found in _allocations(study, frame):
-        yield Drawing(surface_contours(found, frame, study.arms), arm)
-
-
-def _valleys(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for arm, found in _allocations(study, frame):
+def _valleys(study: Study, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
+    for found in allocations:
         if len(found.valleys) >= 2:
-            yield Drawing(isoflop_valleys(found, study.arms), arm, f"\n{allocations_text(found)}")
+            yield Drawing(isoflop_valleys(found, study.arms), found.arm, f"\n{allocations_text(found)}")
 
 
 def _arms(outcomes: Sequence[BudgetOutcome]) -> list[str]:
@@ -223,13 +216,13 @@ FIGURES: Registry[FigureRow] = Registry(
             title="Loss surface",
             caption="Lines of equal loss over parameters and tokens, the runs, and the best split of compute; dotted "
             "lines are equal compute.",
-            needs=("study", "frame"),
+            needs=("study", "frame", "allocations"),
             draw=_surfaces,
         ),
         "valleys": FigureRow(
             title="IsoFLOP valleys",
             caption="Loss against parameters at equal compute. Stars are minima; hollow ones are left out of the law.",
-            needs=("study", "frame"),
+            needs=("study", "allocations"),
             draw=_valleys,
         ),
         "losses": FigureRow(

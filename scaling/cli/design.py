@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Design(OnCampaign):
-    """Simulate a campaign before it is run: how wide will the match ratio's interval be, and what would narrow it?"""
+    """Simulate a campaign before it runs: the expected width of the ratio's interval, and changes that narrow it."""
 
     law: str | None = None
-    """Assumed laws: moonlight, chinchilla, quick, or a fits.json of your own; by default the row measured nearest."""
+    """Assumed laws: moonlight, chinchilla, quick, or a fits.json of your own; by default those measured at the nearest compute."""
     noise: str | None = None
-    """Assumed noise of ln loss: moonlight, quick, seeds-124m, or two numbers CELL,DIFFERENCE; by default the nearest."""
+    """Assumed noise of ln loss: moonlight, quick, seeds-124m, or two numbers CELL,DIFFERENCE; by default the one measured at the nearest compute."""
     baseline: str | None = None
     """Arm compared against; adamw where there is one."""
     challenger: str | None = None
@@ -31,11 +31,11 @@ class Design(OnCampaign):
     lost: float = 0.0
     """Chance that a run diverges, fails or is pruned, so that its cell is lost to the pairing."""
     margin: float = 1.0
-    """Ratio that the interval is to leave out."""
+    """Ratio that the interval should exclude."""
     width: float | None = None
     """Wanted width of the 95 % interval of the ratio: name the cheapest design that reaches it."""
     budget_gpu_hours: float | None = None
-    """Look no further than this; on a CPU, hours of runs."""
+    """Largest cost considered; on a CPU, hours of runs."""
     studies: int = 1000
     """Synthetic studies of the plan and of each changed plan."""
     seed: int = 0

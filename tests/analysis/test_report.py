@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from recorded import write_record
 from synthetic import ADAMW, MUON, grid, ladder
+from tiny import make_spec
 
 from analysis.data.table import check_table
 from analysis.figures.laws import law_in_units
@@ -18,6 +20,8 @@ from analysis.moonlight import moonlight_table
 from analysis.ratio.study import Study, fit_table, read_study
 from analysis.reporting.html import write_report
 from analysis.reporting.tables import latex, markdown
+from scaling.cli.tables import provenance
+from scaling.run.directory import RunDirectory
 
 
 def test_report_is_reproducible_and_self_contained(tmp_path: Path) -> None:
@@ -49,6 +53,18 @@ def test_first_screen_holds_title_facts_arms_and_one_figure(tmp_path: Path) -> N
     assert cells[8:10] == ["Muon", "2.3359"]
     assert "prefers-color-scheme: dark" in page
     assert page.count("<svg") == page.count('role="img" aria-label="') > 1
+
+
+def test_provenance_comes_from_the_records(tmp_path: Path) -> None:
+    spec = make_spec(manifest="f" * 64)
+    write_record(RunDirectory(tmp_path / "runs" / spec.id), spec, 3.0)
+    frame = pd.DataFrame({"run": [spec.id, "../x", "abc"], "manifest": ["f" * 64, None, None]})
+    assert provenance(frame, tmp_path) == {
+        "Date": "1970-01-01",
+        "Commit": "unknown",
+        "Data": f"text, manifest {'f' * 12}",
+    }
+    assert set(provenance(frame.drop(columns="manifest"), tmp_path / "elsewhere").values()) == {"not recorded"}
 
 
 def test_an_outside_figure_appears_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
