@@ -72,7 +72,7 @@ CHECKS: Registry[Check] = Registry(
         "headline": Check("Is the headline inside the runs?", laws.headline_inside),
         "trend": Check("Does the ratio's trend survive another law?", laws.trend_sign),
         "law-spread": Check("Do other laws agree within the interval?", laws.law_spread),
-        "one-rung": Check("Does the ratio stand without any one rung?", laws.one_rung),
+        "one-rung": Check("Does the ratio hold without any one rung?", laws.one_rung),
         "pairs": Check("Did both arms see the same tokens in the same order?", runs.pairs),
         "code": Check("Did one version of the code train all runs?", runs.code),
         "missing-runs": Check("Are runs that failed still in the table?", runs.diverged),

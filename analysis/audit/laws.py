@@ -48,7 +48,7 @@ def trend_sign(case: Case) -> Finding:
                 "warn",
                 f"{comparison.challenger}: by {down} the ratio falls {-found[down]:.0%} for each decade of compute, by {up} it "
                 f"rises {found[up]:.0%}; the data do not tell which",
-                "Say nothing about the trend, or add rungs until one law predicts held-out rungs clearly better.",
+                "Report no trend, or add rungs until one law predicts held-out rungs clearly better.",
             )
     return Finding("pass", "the ratio's trend has the same sign under every law that was tried, or there is none")
 

@@ -177,9 +177,9 @@ def convention(case: Case) -> Finding:
 
 
 def time(case: Case) -> Finding:
-    """A ratio in measured time stands beside the one in FLOPs."""
+    """A ratio in measured time is given beside the one in FLOPs."""
     if any(c.column in TIMES for comparison in case.study.comparisons for c in comparison.conventions):
-        return Finding("pass", "a ratio in measured time stands beside the one in FLOPs")
+        return Finding("pass", "a ratio in measured time is given beside the one in FLOPs")
     return Finding(
         "warn",
         "no measured time: FLOPs of the model leave out what an optimizer itself costs",

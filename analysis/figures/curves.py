@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 6
 MAX_LINES = 20
-"""Runs of one arm drawn in one panel; more cannot be told apart and take minutes."""
+"""Runs of one arm drawn in one panel; more cannot be distinguished and take minutes."""
 WINDOWS_PER_RUN = 25
 """A smoothed line is a moving mean over this fraction of a run's logged rows; the rows themselves are drawn faintly."""
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ from analysis.figures.laws import loss_against_compute
 from analysis.figures.ratio import ratio_curve
 from analysis.figures.same_budget import final_losses, gap_curves
 from analysis.figures.search import has_bowls, learning_rate_bowls, ratio_by_trials
-from analysis.figures.style import save, slug
+from analysis.figures.style import arm_label, save
 from analysis.ratio.study import Study
-from analysis.single_arm.isoflop import Allocations, allocations, allocations_text
+from analysis.single_arm.isoflop import Allocations, allocations_text
 from analysis.single_arm.same_budget import BudgetOutcome
-from scaling.errors import UserError
 from scaling.registry import Registry
 
 if TYPE_CHECKING:
@@ -49,6 +47,8 @@ class FigureInputs:
     """Runs with several learning rates: the search for settings, or the table itself."""
     tuning_budget: pd.DataFrame | None = None
     """The ratio at smaller budgets of the search (`analysis.data.tuning.TuningTables.budget`)."""
+    allocations: Sequence[Allocations] | None = None
+    """Compute-optimal splits of the arms of a grid."""
     outcomes: Sequence[BudgetOutcome] | None = None
     """Arms at one budget, the baseline first in each rung."""
     gaps: pd.DataFrame | None = None
@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
 
     figure: Figure
     subject: str = ""
-    """The arm, pair or rung; part of the file's name."""
+    """The arm or rung; part of the file's name."""
     detail: str = ""
     """Sentences behind the row's caption."""
 
@@ -84,6 +84,8 @@ class SavedFigure(NamedTuple):
     file: Path
     title: str
     caption: str
+    width: float
+    """Inches."""
 
 
 def save_figures(inputs: FigureInputs, folder: Path) -> Iterator[SavedFigure]:
@@ -94,8 +96,8 @@ def save_figures(inputs: FigureInputs, folder: Path) -> Iterator[SavedFigure]:
             continue
         for figure, subject, detail in row.draw(**values):
             file = save(figure, folder, f"{name}-{subject}" if subject else name)
-            title = f"{row.title}: {subject}" if subject else row.title
-            yield SavedFigure(file, title, f"{row.caption} {detail}".strip())
+            title = f"{row.title}: {arm_label(subject)}" if subject else row.title
+            yield SavedFigure(file, title, f"{row.caption} {detail}".strip(), float(figure.get_figwidth()))
 
 
 def _ratio(study: Study) -> Iterator[Drawing]:
@@ -104,7 +106,7 @@ def _ratio(study: Study) -> Iterator[Drawing]:
 
 def _loss(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
     for comparison in study.comparisons:
-        subject = slug(comparison.challenger) if len(study.comparisons) > 1 else ""
+        subject = comparison.challenger if len(study.comparisons) > 1 else ""
         yield Drawing(loss_against_compute(study, frame, comparison), subject)
 
 
@@ -125,22 +127,15 @@ def _tuning_budget(study: Study, tuning_budget: pd.DataFrame) -> Iterator[Drawin
         yield Drawing(ratio_by_trials(tuning_budget, study.arms))
 
 
-def _allocations(study: Study, frame: pd.DataFrame) -> Iterator[tuple[str, Allocations]]:
-    """Allocations of each arm of a grid whose runs determine them."""
-    for arm in study.arms if study.design == "grid" else ():
-        with contextlib.suppress(UserError):
-            yield slug(arm), allocations(frame, arm)
+def _surfaces(study: Study, frame: pd.DataFrame, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
+    for found in allocations:
+        yield Drawing(surface_contours(found, frame, study.arms), found.arm)
 
 
-def _surfaces(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for name, found in _allocations(study, frame):
-        yield Drawing(surface_contours(found, frame, study.arms), name)
-
-
-def _valleys(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
-    for name, found in _allocations(study, frame):
+def _valleys(study: Study, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
+    for found in allocations:
         if len(found.valleys) >= 2:
-            yield Drawing(isoflop_valleys(found, study.arms), name, f"\n{allocations_text(found)}")
+            yield Drawing(isoflop_valleys(found, study.arms), found.arm, f"\n{allocations_text(found)}")
 
 
 def _arms(outcomes: Sequence[BudgetOutcome]) -> list[str]:
@@ -221,13 +216,13 @@ FIGURES: Registry[FigureRow] = Registry(
             title="Loss surface",
             caption="Lines of equal loss over parameters and tokens, the runs, and the best split of compute; dotted "
             "lines are equal compute.",
-            needs=("study", "frame"),
+            needs=("study", "frame", "allocations"),
             draw=_surfaces,
         ),
         "valleys": FigureRow(
             title="IsoFLOP valleys",
             caption="Loss against parameters at equal compute. Stars are minima; hollow ones are left out of the law.",
-            needs=("study", "frame"),
+            needs=("study", "allocations"),
             draw=_valleys,
         ),
         "losses": FigureRow(
@@ -238,7 +233,8 @@ FIGURES: Registry[FigureRow] = Registry(
         ),
         "gap": FigureRow(
             title="Held-out loss relative to the baseline along the run",
-            caption="Held-out loss minus the baseline's at equal tokens; bands are 95 % intervals over seeds.",
+            caption="Held-out loss minus the baseline's at equal tokens; bands, drawn for up to four arms, are 95 % "
+            "intervals over seeds.",
             needs=("outcomes", "gaps"),
             draw=_gaps,
         ),
@@ -262,4 +258,4 @@ FIGURES: Registry[FigureRow] = Registry(
         ),
     },
 )
-"""All figures, in the order of the report; the first stands on its first screen."""
+"""All figures, in the order of the report; the first is on its first screen."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MAX_BANDS = 4
+"""Arms whose intervals are drawn as bands along the run; more bands hide each other and the lines."""
+
+
 def final_losses(found: Sequence[BudgetOutcome], arms: Sequence[str], rung: str) -> Figure:
     """One line an arm: the mean held-out loss, its interval over seeds as a bar, the baseline as a line through all.
 
@@ -46,7 +50,7 @@ def final_losses(found: Sequence[BudgetOutcome], arms: Sequence[str], rung: str)
 
 
 def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: str) -> Figure:
-    """Held-out loss minus the baseline's against tokens; bands are 95 % intervals over seeds.
+    """Held-out loss minus the baseline's against tokens, with 95 % intervals over seeds where there are few arms.
 
     Args:
         table: As `analysis.single_arm.same_budget.gaps` returns it.
@@ -74,7 +78,8 @@ def gap_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str, rung: st
                 linestyle=dress.dash,
                 color=dress.colour,
             )
-            axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
+            if len(shown) <= MAX_BANDS + 1:
+                axes.fill_between(own["tokens"], own["low"], own["high"], color=dress.colour, alpha=0.15, linewidth=0)
         axes.set_xlim(0, None)
         axes.xaxis.set_major_formatter(short_counts)
         axes.set_xlabel("tokens")

@@ -24,7 +24,7 @@ def has_bowls(frame: pd.DataFrame) -> bool:
 
 
 def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
-    """Points are the best run of a rate; the best rate is filled if others stand on both sides, hollow if not."""
+    """Points are the best run of a rate; the best rate is hollow where it is the smallest or the largest tried."""
     from scaling.units import human
 
     frame = frame[frame["arm"].isin(arms) & frame["loss"].notna() & frame["peak_lr"].notna()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from analysis.reporting.tables import (
     markdown,
     run_table,
 )
+from analysis.single_arm.isoflop import Allocations, allocations
+from scaling.errors import UserError
 from scaling.io import write_atomic
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ def write_report(
         curves=curves,
         trials=frame if search is None else search.trials,
         tuning_budget=None if search is None else search.budget,
+        allocations=_allocations(study, frame),
     )
     figures = [(figure, _svg_element(figure)) for figure in save_figures(inputs, folder / "figures")]
     write_study(study, folder / "fits.json")
@@ -82,6 +86,15 @@ def write_report(
     )
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
+
+
+def _allocations(study: Study, frame: pd.DataFrame) -> list[Allocations]:
+    """Compute-optimal splits of the arms of a grid, those left out whose runs do not determine one."""
+    found = []
+    for arm in study.arms if study.design == "grid" else ():
+        with contextlib.suppress(UserError):
+            found.append(allocations(frame, arm))
+    return found
 
 
 def _templates() -> jinja2.Environment:

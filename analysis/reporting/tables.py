@@ -62,19 +62,17 @@ def arm_table(study: Study, frame: pd.DataFrame) -> Table:
         frame: The checked table that it was made from.
     """
     comparisons = {comparison.challenger: comparison for comparison in study.comparisons}
-    rows = [
-        [
-            arm_label(arm),
-            str(study.fits[arm].points),
-            *_largest_rung(frame.loc[[row - 1 for row in study.fits[arm].rows]]),
-        ]
-        + (_answer(comparisons[arm]) if arm in comparisons else ["1", "baseline", "", ""])
-        for arm in study.arms
-    ]
-    head = ["arm", "runs", "largest rung (FLOPs)", "loss there", "ratio", "95 % interval", "other laws", "time ratio"]
+    rows = []
+    for arm in study.arms:
+        fit = study.fits[arm]
+        compute, loss = _largest_rung(frame.loc[[row - 1 for row in fit.rows]])
+        answer = _answer(comparisons[arm]) if arm in comparisons else ["1 (baseline)", "", "", ""]
+        rows.append([arm_label(arm), loss, *answer, compute, str(fit.points)])
+    ratios = ["FLOPs ratio", "95 % interval", "other laws", "time ratio"]
+    head = ["arm", "loss at largest rung", *ratios, "largest rung (FLOPs)", "runs"]
     return Table(
-        "Loss: mean held-out nats per token. Ratio: FLOPs to reach the baseline's loss, relative to the baseline; time "
-        "ratio: the same in measured time. Other laws: range of the ratio under other laws through the same runs, which "
+        "Loss: mean nats per token. FLOPs ratio: FLOPs to reach the baseline's loss, relative to the baseline; "
+        "time ratio: the same in measured time. Other laws: range of the ratio under other laws through the same runs, which "
         "the interval does not include.",
         head,
         rows,

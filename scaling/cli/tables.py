@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from scaling.cli.common import TableName, default_root, next_step, print_json, print_result, root_option
+from scaling.cli.common import (
+    ID_LETTERS,
+    TableName,
+    default_root,
+    next_step,
+    print_json,
+    print_result,
+    root_option,
+)
 from scaling.errors import ExitCode, UserError
 from scaling.io import read_json
 from scaling.spec import as_dict
@@ -208,9 +216,8 @@ class Fit(OnTable):
             print_json(study)
         else:
             terminal.show(study)
-        if (
-            self.collected() is not None and not self.analysis_options()
-        ):  # after the answer, for the folder may be read-only
+        # After the answer, because the folder may be read-only.
+        if self.collected() is not None and not self.analysis_options():
             write_study(study, self.results() / "fits.json")
             if not self.json:
                 print(f"Wrote {self.results() / 'fits.json'}")
@@ -278,7 +285,7 @@ class Report(OnTable):
         steps = pd.read_parquet(curves) if curves.exists() else None
         campaign = self.campaign(frame)
         title = (campaign.title or campaign.name) if campaign is not None else None
-        facts = provenance(frame, self.root, Path(self.table) if self.is_file else None, campaign)
+        facts = provenance(frame, self.root, campaign)
         page = write_report(study, frame, folder, curves=steps, search=self.search(), title=title, facts=facts)
         return page, study
 
@@ -298,35 +305,32 @@ class Report(OnTable):
         return None
 
 
-def provenance(
-    frame: pd.DataFrame, root: Path, file: Path | None = None, campaign: Campaign | None = None
-) -> dict[str, str]:
-    """Date, commit and data of a table's runs, from their records where these are under the root.
+def provenance(frame: pd.DataFrame, root: Path, campaign: Campaign | None = None) -> dict[str, str]:
+    """Date, commit and data of a table's runs, from the records under the root.
 
     Args:
-        frame: The checked table; columns `run`, `code` and `manifest` are read where there are.
+        frame: The checked table; its columns `run` and `manifest` are read.
         root: Folder that holds runs/.
-        file: The table's file, whose date is given where no run has a record.
         campaign: The campaign, which names the source of the data.
     """
     from scaling.run.directory import RunDirectory
 
-    runs = frame["run"].dropna().astype(str).unique() if "run" in frame else ()
-    folders = [root / "runs" / run for run in runs if (root / "runs" / run / "record.json").exists()]
-    records = [record for folder in folders if (record := RunDirectory(folder).record()) is not None]
-    ends = sorted(record.finished_at for record in records) or ([file.stat().st_mtime] if file is not None else [])
-    days = sorted({datetime.fromtimestamp(end, UTC).date().isoformat() for end in ends})
+    records, sources = [], set() if campaign is None else {campaign.data.source}
+    for run in frame["run"].dropna().astype(str).unique() if "run" in frame else ():
+        if set(run) <= ID_LETTERS:  # a foreign table may name its runs by paths
+            with contextlib.suppress(UserError):
+                records.append(RunDirectory(root / "runs" / run).record())
+    known = [record for record in records if record is not None]
+    sources |= {record.spec.data.source for record in known}
+    days = sorted(datetime.fromtimestamp(record.finished_at, UTC).date().isoformat() for record in known)
     commits = {
         (record.code.commit or "unknown")[:12] + (" with uncommitted changes" if record.code.dirty else "")
-        for record in records
+        for record in known
     }
-    sources = {record.spec.data.source for record in records} | (
-        {campaign.data.source} if campaign is not None else set()
-    )
     manifests = set(frame["manifest"].dropna().astype(str)) if "manifest" in frame else set()
-    data = [*sorted(sources), *(f"manifest {manifest[:12]}" for manifest in sorted(manifests))]
-    return {
-        "Date": " to ".join(days[:: len(days) - 1 or 1]) or "not recorded",
-        "Commit": ", ".join(sorted(commits)) or "not recorded",
-        "Data": ", ".join(data) or "not recorded",
+    facts = {
+        "Date": " to ".join(dict.fromkeys(days[:1] + days[-1:])),
+        "Commit": ", ".join(sorted(commits)),
+        "Data": ", ".join([*sorted(sources), *(f"manifest {manifest[:12]}" for manifest in sorted(manifests))]),
     }
+    return {name: fact or "not recorded" for name, fact in facts.items()}

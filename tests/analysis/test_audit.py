@@ -1,10 +1,10 @@
-"""Each check fails on the table that has its fault, and on no other account."""
+"""Each check fails on the table that has its fault, and only there."""
 
 import pandas as pd
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.audit import CHECKS, AuditCheck, audit, audit_text
+from analysis.audit import CHECKS, AuditCheck, Check, Finding, audit, audit_text
 from analysis.data.table import check_table
 from analysis.moonlight import moonlight_table
 from analysis.ratio.study import fit_table
@@ -54,6 +54,12 @@ def test_a_fair_table_passes(fair: pd.DataFrame) -> None:
         assert found[name].verdict == "pass", found[name]
 
 
+def test_an_outside_check_runs(fair: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Check("Is it outside?", lambda case: Finding("warn", f"{len(case.used)} runs used", "None."))
+    monkeypatch.setitem(CHECKS, "outside", row)
+    assert checks(fair)["outside"].evidence == "30 runs used"
+
+
 FAULTS = {
     "search-edge": lambda f: f[f["peak_lr"] >= 2e-3].pipe(
         lambda g: pd.concat([g, g.assign(peak_lr=8e-3, loss=g.loss + 0.1)])
@@ -79,7 +85,7 @@ def test_one_odd_rung_is_found() -> None:
     assert "without the rung at 4.63" in found.evidence
 
 
-def test_a_diverged_run_is_told(fair: pd.DataFrame) -> None:
+def test_a_diverged_run_is_reported(fair: pd.DataFrame) -> None:
     broken = fair.copy()
     broken.loc[broken.index[-1], ["status", "loss"]] = ["diverged", float("nan")]
     assert "1 of them diverged" in checks(broken)["missing-runs"].evidence
@@ -90,7 +96,7 @@ def test_no_common_loss_fails_the_headline(fair: pd.DataFrame) -> None:
     assert checks(apart)["headline"].verdict == "fail"
 
 
-def test_silence_is_no_pass() -> None:
+def test_missing_evidence_is_no_pass() -> None:
     found = checks(ladder({"adamw": ADAMW, "muon": MUON}, shared=0.003, own=0.001))
     for name in ("search-edge", "equal-tuning", "held-out", "seeds", "missing-runs", "time"):
         assert found[name].verdict == "warn"

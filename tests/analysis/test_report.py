@@ -1,22 +1,30 @@
-"""The report stands alone, and the same values give the same bytes."""
+"""The report needs no other file, and the same values give the same bytes."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from recorded import write_record
 from synthetic import ADAMW, MUON, grid, ladder
+from tiny import make_spec
 
 from analysis.data.table import check_table
+from analysis.figures.laws import law_in_units
+from analysis.figures.registry import FIGURES, Drawing, FigureRow
+from analysis.figures.style import ARM_LABELS, look, new_figure
 from analysis.fitting.laws import LAWS, LossSurface
 from analysis.moonlight import moonlight_table
-from analysis.ratio.study import fit_table, read_study
+from analysis.ratio.study import Study, fit_table, read_study
 from analysis.reporting.html import write_report
 from analysis.reporting.tables import latex, markdown
+from scaling.cli.tables import provenance
+from scaling.run.directory import RunDirectory
 
 
-def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> None:
+def test_report_is_reproducible_and_self_contained(tmp_path: Path) -> None:
     table = moonlight_table()
     frame, study = table.frame, fit_table(table)
     one, two = (write_report(study, frame, tmp_path / name) for name in ("one", "two"))
@@ -31,6 +39,65 @@ def test_report_is_reproducible_and_needs_nothing_beside_it(tmp_path: Path) -> N
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'xlink:href="#([^"]+)"', page)) <= set(ids)
     assert read_study(tmp_path / "one" / "fits.json") == study
+
+
+def test_first_screen_holds_title_facts_arms_and_one_figure(tmp_path: Path) -> None:
+    frame = moonlight_table()
+    page = write_report(fit_table(frame), frame, tmp_path, title="A <title>", facts={"Commit": "abc"}).read_text()
+    first = page[page.index("<body>") : page.index('class="headline"')]
+    assert "<h1>A &lt;title&gt;</h1>" in first
+    assert "<strong>Commit</strong> abc" in first
+    assert first.count("<table>") == first.count("<figure ") == 1
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", first)
+    assert cells[0] == "AdamW"
+    assert cells[8:10] == ["Muon", "2.3359"]
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("<svg") == page.count('role="img" aria-label="') > 1
+
+
+def test_provenance_comes_from_the_records(tmp_path: Path) -> None:
+    spec = make_spec(manifest="f" * 64)
+    write_record(RunDirectory(tmp_path / "runs" / spec.id), spec, 3.0)
+    frame = pd.DataFrame({"run": [spec.id, "../x", "abc"], "manifest": ["f" * 64, None, None]})
+    assert provenance(frame, tmp_path) == {
+        "Date": "1970-01-01",
+        "Commit": "unknown",
+        "Data": f"text, manifest {'f' * 12}",
+    }
+    assert set(provenance(frame.drop(columns="manifest"), tmp_path / "elsewhere").values()) == {"not recorded"}
+
+
+def test_an_outside_figure_appears_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(study: Study) -> Iterator[Drawing]:
+        figure = new_figure(2.0, 1.0)
+        figure.suptitle(study.baseline)
+        yield Drawing(figure)
+
+    row = FigureRow(title="Outside <figure>", caption="Drawn elsewhere.", needs=("study",), draw=draw)
+    monkeypatch.setitem(FIGURES, "outside", row)
+    monkeypatch.setitem(FIGURES, "unused", FigureRow(title="", caption="", needs=("forecast",), draw=draw))
+    frame = moonlight_table()
+    page = write_report(fit_table(frame), frame, tmp_path).read_text()
+    assert '<figure id="outside">' in page
+    assert "Outside &lt;figure&gt;" in page
+    assert 'id="unused"' not in page
+
+
+def test_no_two_of_seventy_arms_look_alike() -> None:
+    arms = [str(number) for number in range(70)]
+    looks = [look(arms, arm)[:2] for arm in arms]
+    assert len(set(looks)) == len(arms)
+
+
+def test_arm_labels_are_those_of_the_optimizers() -> None:
+    from scaling.optim.registry import OPTIMIZERS
+
+    assert {name: OPTIMIZERS[name].label for name in ARM_LABELS} == ARM_LABELS
+
+
+def test_a_law_in_another_unit_gives_the_same_loss() -> None:
+    law = law_in_units(ADAMW, 8.64e19)
+    assert law.loss(3e20) == pytest.approx(ADAMW.loss(3e20 / 8.64e19), rel=1e-12)
 
 
 def test_three_arms_and_training_curves(tmp_path: Path) -> None:
@@ -68,7 +135,7 @@ def test_markdown_and_latex_hold_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_small_runs_are_not_sold_as_the_paper(small: bool) -> None:
+def test_small_runs_are_not_compared_with_the_paper(small: bool) -> None:
     from analysis.reporting.sentences import beside_the_paper
 
     size = 1e-6 if small else 1.0

@@ -1,4 +1,4 @@
-"""Arms at one budget: the paired difference, its interval, and where one curve overtakes another."""
+"""Arms at one budget: the paired difference, its interval, and crossings of curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def runs() -> pd.DataFrame:
     return check_table(pd.DataFrame(rows, columns=["arm", "rung", "cell", "params", "tokens", "flops", "loss"])).frame
 
 
-def test_a_small_difference_is_seen_through_the_spread_of_seeds() -> None:
+def test_pairing_by_seed_removes_the_spread_of_seeds() -> None:
     from scipy.stats import ttest_rel
 
     frame = runs()
@@ -39,7 +39,7 @@ def test_a_small_difference_is_seen_through_the_spread_of_seeds() -> None:
     assert muon.spread > 10 * abs(muon.difference) / 4
 
 
-def test_one_seed_has_a_difference_and_no_interval_and_an_unpaired_seed_counts_for_neither() -> None:
+def test_one_pair_has_no_interval_and_unpaired_seeds_are_left_out() -> None:
     frame = runs()
     alone = frame[(frame["cell"] == "a/0") | ((frame["cell"] == "a/1") & (frame["arm"] == "muon"))]
     muon = outcomes(alone, ("adamw", "muon"))[1]
@@ -66,7 +66,7 @@ def test_seeds_that_share_a_cell_are_paired_by_seed() -> None:
     assert outcomes(shared, ("adamw", "muon")) == outcomes(frame, ("adamw", "muon"))
 
 
-def test_where_one_curve_overtakes_another() -> None:
+def test_overtaking_curves_are_found() -> None:
     tokens = np.array([10.0, 20.0, 30.0, 40.0])
     losses = {"adamw": [3.0, 3.0, 3.0, 3.0], "fast": [2.8, 2.9, 2.95, 2.96], "slow": [2.9, 2.92, 2.91, 2.90]}
     curves = pd.DataFrame(
