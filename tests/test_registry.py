@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,19 @@ def test_a_package_adds_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_a_module_may_be_imported_before_the_registry_that_lists_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "things_registry.py").write_text(
+        "from scaling.registry import Registry\nclass Thing: pass\nTHINGS = Registry('thing', 'things', {})\n"
+    )
+    (tmp_path / "things_outside.py").write_text("from things_registry import Thing\nROW = Thing()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    install(monkeypatch, "outside", "things_outside:ROW")
+    outside = importlib.import_module("things_outside")
+    assert importlib.import_module("things_registry").THINGS["outside"] is outside.ROW
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [("inside", "math:pi", "that name is taken"), ("outside", "no_such_package:row", "cannot be imported")],
@@ -34,7 +49,7 @@ def test_a_broken_registration_is_an_error(
 ) -> None:
     install(monkeypatch, name, value)
     with pytest.raises(UserError, match=sentence):
-        Registry("thing", "things", {"inside": 1.0})
+        Registry("thing", "things", {"inside": 1.0}).row("inside")
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
