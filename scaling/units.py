@@ -1,4 +1,4 @@
-"""Units of compute. FLOPs inside the code; PFLOP/s-days only through this file."""
+"""Units of compute, counts as text, and divisors. Code computes in FLOPs; PFLOP/s-days appear only through this file."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def human(count: float) -> str:
             scaled = count / limit
             return f"{scaled:.{1 if scaled >= 99.95 else 2 if scaled < 9.995 else 1}f}{suffix}"
     return f"{count:g}"
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is at most `at_most`, which is 1 or more."""
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

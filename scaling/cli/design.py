@@ -55,7 +55,7 @@ class Design(OnCampaign):
         arms = designs.two_arms(plan, self.baseline, self.challenger)
         points, planned = designs.points_of(plan, plan_costs(plan), arms)
         middle = (points[0].flops * points[-1].flops) ** 0.5
-        with ProgressReporter(f"{plan.campaign.name}: synthetic studies", None) as meter:
+        with ProgressReporter(f"{plan.campaign.name}: synthetic studies", total=1.0) as reporter:
             answer = forecast(
                 campaign=plan.campaign.name,
                 arms=arms,
@@ -72,7 +72,7 @@ class Design(OnCampaign):
                 budget=self.budget_gpu_hours,
                 studies=self.studies,
                 seed=self.seed,
-                progress=lambda share: meter.show("", share),
+                progress=reporter.update,
             )
         figure = _draw(answer, plan.results / "figures")
         if self.json:

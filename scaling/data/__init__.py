@@ -1,1 +1,1 @@
-"""Token shards: made from a source once, read by every run as a pure function of (seed, step). No torch here."""
+"""Token shards: prepared once from a source, read by every run as a function of seed and step. Imports no torch."""

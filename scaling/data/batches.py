@@ -1,8 +1,7 @@
-"""Which tokens an optimizer step sees: a pure function of (seed, step).
+"""Batches of token sequences: a pure function of seed and step.
 
-Nothing here has state that could be lost with a process: a run that was killed asks for batch k again and gets what
-it would have got, both arms of a comparison get the same batches in the same order, and so does any number of
-processes, each taking its rows of the same global batch.
+There is no state that a killed process could lose: a resumed run reads batch k as if it had not been killed, both arms
+of a comparison read the same batches in the same order, and several processes each take their rows of the same batch.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ class NotEnoughTokens(DataError):
 class Batches:
     """Training batches by step.
 
-    The stream is cut into windows of `context` inputs, each ending one token later for its targets, so that every
-    token but the first is a target at most once an epoch. Windows are visited in a permutation that depends on the
-    seed and the epoch alone: another batch size cuts the same sequence of windows elsewhere.
+    The stream is cut into sequences of `context` inputs, each with one more token for its targets, so every token but
+    the first is a target at most once per epoch. The order of the sequences is a permutation that depends only on seed
+    and epoch; the batch size only groups them.
 
     Args:
-        folder: RowSharding and manifest.
-        context: Inputs of a window.
-        windows: Windows of one optimizer step, all processes together.
-        seed: Decides the order; from 0 to 2**64 - 1, and each has its own.
-        repeat: Go on into further epochs, each in its own order, where the stream ends.
-        steps: How many steps the run will take, checked here rather than after hours of training.
+        folder: Token shards with their manifest.
+        context: Inputs per sequence.
+        sequences: Sequences per optimizer step, over all processes.
+        seed: From 0 to 2**64 - 1; each has its own order.
+        repeat: Continue with further epochs, each in its own order, when the stream ends.
+        steps: Steps of the run, checked here rather than after hours of training.
 
     Raises:
-        NotEnoughTokens: The stream holds fewer windows than `steps` need and `repeat` is False, or not even one.
+        NotEnoughTokens: The stream holds fewer sequences than `steps` need and `repeat` is False, or none.
         DataError: The folder cannot be read, or the seed is out of range.
     """
 
@@ -47,7 +46,7 @@ class Batches:
         folder: Path | str,
         *,
         context: int,
-        windows: int,
+        sequences: int,
         seed: int = 0,
         repeat: bool = False,
         steps: int | None = None,
@@ -58,15 +57,15 @@ class Batches:
             )
         self.folder = Path(folder)
         self.context = context
-        self.windows = windows
+        self.sequences = sequences
         self.seed = seed
         self.repeat = repeat
         self._stream = TokenStream(self.folder, "train")
         self.per_epoch = max(len(self._stream) - 1, 0) // context
-        """Whole windows of the stream."""
+        """Whole sequences in the stream."""
         if not self.per_epoch:
             raise NotEnoughTokens(
-                f"data folder {self.folder}: {len(self._stream):,} training tokens do not fill one window of context "
+                f"data folder {self.folder}: {len(self._stream):,} training tokens do not fill one sequence of context "
                 f"{context:,} and its target. Prepare more text, or use a shorter context."
             )
         if steps is not None:
@@ -74,23 +73,24 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Whole batches of one epoch."""
-        return self.per_epoch // self.windows
+        """Whole batches in one epoch."""
+        return self.per_epoch // self.sequences
 
     def epochs(self, steps: int) -> float:
-        """Times the stream is gone over in so many steps."""
-        return steps * self.windows / self.per_epoch
+        """Passes over the stream that `steps` steps take."""
+        return steps * self.sequences / self.per_epoch
 
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> npt.NDArray[np.int64]:
-        """Token windows of one optimizer step, inputs and targets overlapping by one.
+        """Token sequences of one optimizer step, inputs and targets overlapping by one.
 
         Args:
             step: Number of the optimizer step, from 0.
-            rank: With several processes, which one asks; it gets rows ``rank::world`` of the same batch.
+            rank: Number of the process, which gets rows ``rank::world`` of the batch.
             world: Number of processes.
 
         Returns:
-            Shape ``(windows, context + 1)``, int64; of one process ``(ceil((windows - rank) / world), context + 1)``.
+            Shape ``(sequences, context + 1)``, int64; for one of several processes
+            ``(ceil((sequences - rank) / world), context + 1)``.
 
         Raises:
             NotEnoughTokens: The stream ends before this step and `repeat` is False.
@@ -99,99 +99,98 @@ class Batches:
             raise ValueError(f"no batch of step {step} for rank {rank} of {world}")
         if not self.repeat:
             self._check(step + 1)
-        numbers = range(step * self.windows + rank, (step + 1) * self.windows, world)
+        numbers = range(step * self.sequences + rank, (step + 1) * self.sequences, world)
         batch = np.empty((len(numbers), self.context + 1), dtype=np.int64)
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for row, number in zip(batch, numbers, strict=True):
             if number // self.per_epoch != epoch:
                 epoch = number // self.per_epoch
                 order = _order(self.per_epoch, self.seed, epoch)
-            window = int(order[number % self.per_epoch])
-            self._stream.read_into(row, window * self.context)
+            sequence = int(order[number % self.per_epoch])
+            self._stream.read_into(row, sequence * self.context)
         return batch
 
     def _check(self, steps: int) -> None:
         if not self.repeat and steps > self.steps:
             raise NotEnoughTokens(
-                f"data folder {self.folder}: {steps:,} steps of {self.windows:,} windows of context {self.context:,} "
-                f"need {steps * self.windows * self.context:,} training tokens; the stream holds "
-                f"{self.per_epoch * self.context:,} in whole windows ({self.steps:,} steps). "
-                "Prepare more text, shorten the runs, or set repeat = true in [data] to go over it again."
+                f"data folder {self.folder}: {steps:,} steps of {self.sequences:,} sequences of context {self.context:,} "
+                f"need {steps * self.sequences * self.context:,} training tokens; the stream holds "
+                f"{self.per_epoch * self.context:,} in whole sequences ({self.steps:,} steps). "
+                "Prepare more text, shorten the runs, or set repeat = true in [data] for several epochs."
             )
 
 
 class HeldOut(NamedTuple):
-    """Sequences that a held-out loss is measured on."""
+    """Sequences on which a held-out loss is measured."""
 
-    windows: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
     """Shape ``(sequences, context + 1)``, in the order of the sample."""
     bytes_per_token: float
-    """UTF-8 bytes of the evaluated targets over their number; the tokens of a document share its bytes equally."""
+    """UTF-8 bytes of the evaluated targets over their number; a document's bytes count equally for each of its tokens."""
     documents: int
     """Documents that at least one target belongs to."""
 
 
 def held_out(folder: Path | str, *, context: int, tokens: int) -> HeldOut:
-    """A sample of the validation split, the same for every run with this context.
+    """A sample of the validation split that is the same for every run with this context.
 
-    The split is cut into sequences as training text is, and the first ones of a fixed permutation are taken, so that
-    a small evaluation samples the whole split and a larger one contains every smaller one. The permutation depends on
-    the number of sequences alone: not on the run's seed, nor on how many tokens are evaluated.
+    The split is cut into sequences as training text is, and the sample is the beginning of a fixed permutation. So a
+    small sample covers the whole split, and a larger one contains every smaller one. The permutation depends only on
+    the number of sequences, not on the run's seed or the size of the sample.
 
     Args:
-        folder: RowSharding and manifest.
-        context: Inputs of a sequence.
-        tokens: Targets wanted; whole sequences of them are taken.
+        folder: Token shards with their manifest.
+        context: Inputs per sequence.
+        tokens: Targets of the sample, rounded down to whole sequences.
 
     Raises:
-        NotEnoughTokens: The split holds fewer, or `tokens` is less than one sequence.
+        NotEnoughTokens: The split holds fewer tokens, or `tokens` is less than one sequence.
     """
     folder = Path(folder)
     stream = TokenStream(folder, "validation")
-    wanted = tokens // context
-    there = max(len(stream) - 1, 0) // context
-    if not 0 < wanted <= there:
+    requested = tokens // context
+    available = max(len(stream) - 1, 0) // context
+    if not 0 < requested <= available:
         raise NotEnoughTokens(
-            f"data folder {folder}: an evaluation on {tokens:,} tokens takes {wanted:,} windows of context {context:,}; "
-            f"at least one is needed and the validation split holds {there:,} ({there * context:,} tokens). "
-            "Change the evaluation's tokens, or hold out more: a larger validation_fraction or train_tokens in [data]."
+            f"data folder {folder}: an evaluation on {tokens:,} tokens takes {requested:,} sequences of context "
+            f"{context:,}; at least one is needed and the validation split holds {available:,} "
+            f"({available * context:,} tokens). Change the evaluation's tokens, or hold out more with a larger "
+            "validation_fraction or train_tokens in [data]."
         )
-    starts = _permutation(there, _HELD_OUT)[:wanted] * context
-    windows = np.empty((wanted, context + 1), dtype=np.int64)
-    for row, start in zip(windows, starts.tolist(), strict=True):
+    starts = _permutation(available, HELD_OUT_ENTROPY)[:requested] * context
+    sequences = np.empty((requested, context + 1), dtype=np.int64)
+    for row, start in zip(sequences, starts.tolist(), strict=True):
         stream.read_into(row, start)
     ends = document_ends(folder)  # shape (documents, 2): tokens and bytes up to the end of each
     # Targets of a sequence are the tokens from start + 1 up to, not including, start + context + 1.
     first_token, past_token = starts + 1, starts + context + 1
     bytes_before = functools.partial(np.interp, xp=np.append(0, ends[:, 0]), fp=np.append(0, ends[:, 1]))
     size = float(np.sum(bytes_before(past_token) - bytes_before(first_token)))
+    # A document counts if a sequence's targets touch it: +1 at the document of the first target, -1 after the document
+    # of the last, so the running sum is the number of sequences that touch each document.
     opened = np.zeros(len(ends) + 1, dtype=np.int64)
     np.add.at(opened, np.searchsorted(ends[:, 0], first_token, side="right"), 1)
     np.add.at(opened, np.searchsorted(ends[:, 0], past_token - 1, side="right") + 1, -1)
-    return HeldOut(windows, size / (wanted * context), int(np.count_nonzero(np.cumsum(opened))))
+    return HeldOut(sequences, size / (requested * context), int(np.count_nonzero(np.cumsum(opened))))
 
 
-_HELD_OUT = np.random.SeedSequence(0, spawn_key=(1,))
-"""Entropy of the held-out permutation: NumPy's second child of seed 0, set before any loss was measured with it. Orders of
-training have no spawn key, so none of them is this one."""
+HELD_OUT_ENTROPY = np.random.SeedSequence(0, spawn_key=(1,))
+"""Entropy of the held-out permutation. Orders of training have no spawn key, so none of them equals this one."""
 
 
 @functools.lru_cache(maxsize=2)
-def _order(windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Window numbers of one epoch in the order of training, shape ``(windows,)``.
-
-    Two are kept, for a batch that lies across two epochs.
-    """
+def _order(sequences: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Sequence numbers of one epoch in training order, shape ``(sequences,)``; two are cached, since a batch can span both."""
     # NumPy pads entropy with zeros to four words of 32 bits, so words of a fixed number keep (seed, epoch) apart; a
     # seed of two words followed by the epoch would give seed 2**32 in epoch 0 the order of seed 0 in epoch 1.
     words = [seed % 2**32, epoch % 2**32, seed // 2**32, epoch // 2**32]
-    return _permutation(windows, np.random.SeedSequence(words))
+    return _permutation(sequences, np.random.SeedSequence(words))
 
 
 def _permutation(count: int, entropy: np.random.SeedSequence) -> npt.NDArray[np.int64]:
     """Numbers below `count` in random order, shape ``(count,)``.
 
-    Sorted random keys rather than ``Generator.permutation``: NumPy promises to keep the raw stream of a bit generator
-    for ever, and not what its methods make of it.
+    Sorted random keys rather than ``Generator.permutation``: NumPy guarantees that the raw stream of a bit generator
+    never changes, and gives no such guarantee for the methods that use it.
     """
     return np.argsort(np.random.PCG64(entropy).random_raw(count), kind="stable")

@@ -1,7 +1,7 @@
-"""Token shards on disk: ``.bin`` files of uint16 tokens behind a header, and the manifest that vouches for them.
+"""Token shards on disk: ``.bin`` files of uint16 tokens after a header, and the manifest with their checksums.
 
-The header is 256 int32, little-endian: magic, version, number of tokens, then zeros: the layout of llm.c's training
-files and of the speed-run repositories that followed it, so their shards and these can be read by each other.
+The header consists of 256 little-endian int32: magic, version, number of tokens, zeros. llm.c and the speed-run
+repositories use the same layout, so they can read these shards and this program can read theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scaling.data.sources.documents import Split
 from scaling.data.tokenizer import TokenizerInfo
 from scaling.errors import DataError
+from scaling.io import file_sha256
 from scaling.spec import Strict
 
 MAGIC = 20240520
@@ -29,37 +30,40 @@ DOCUMENT_ENDS = "validation-documents.bin"
 END = np.dtype("<i8")
 
 
+PREPARE_AGAIN = "Remove the folder and prepare the data again."
+
+
 class Shard(Strict, frozen=True):
     """One ``.bin`` file."""
 
     file: str
     tokens: int
     sha256: str
-    """Of the whole file, header included."""
+    """SHA-256 of the whole file, header included."""
 
 
 class SplitInfo(Strict, frozen=True):
-    """The shards of one half, in the order of the stream."""
+    """The shards of one split, in the order of the stream."""
 
     shards: tuple[Shard, ...]
     documents: int
     bytes: int
-    """UTF-8 bytes of the text, separators left out."""
+    """UTF-8 bytes of the text, without separators."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the stream, one separator a document included."""
+        """Tokens of the stream, including one separator per document."""
         return sum(shard.tokens for shard in self.shards)
 
 
 class Manifest(Strict, frozen=True):
-    """What a folder of shards holds and what it was made from; written last."""
+    """Contents and origin of a folder of shards; written after them."""
 
     source: str
     options: dict[str, str | int | float | None]
-    """The wish it was made for (`DataConfig`), paths as they were then."""
-    wish: str
-    """What it was made from, machine-independent (`scaling.data.prepare.config_hash`)."""
+    """The `DataConfig` that was prepared, with its paths at that time."""
+    config_hash: str
+    """Machine-independent hash of the configuration and its inputs (`scaling.data.prepare.config_hash`)."""
     tokenizer: TokenizerInfo
     train: SplitInfo
     validation: SplitInfo
@@ -71,16 +75,16 @@ class Manifest(Strict, frozen=True):
         """Ids are below this."""
         return self.tokenizer.vocabulary
 
-    def split(self, half: Split) -> SplitInfo:
-        """The half by its name."""
-        return self.train if half == "train" else self.validation
+    def split(self, name: Split) -> SplitInfo:
+        """The split of a name."""
+        return self.train if name == "train" else self.validation
 
 
 def manifest_hash(manifest: Manifest | Path | str) -> str:
-    """SHA-256 of the content: tokens, tokenizer, counts and document ends. No path, name, option or date changes it.
+    """SHA-256 of the content: tokens, tokenizer, counts and document ends. Paths, names, options and dates do not count.
 
     Args:
-        manifest: A manifest, or a folder that holds one.
+        manifest: A manifest, or the folder of one.
     """
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
@@ -92,7 +96,7 @@ def manifest_hash(manifest: Manifest | Path | str) -> str:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """What a folder of shards holds.
+    """The manifest of a folder of shards.
 
     Raises:
         DataError: There is no such folder, its preparation has not finished, or the file is not a manifest.
@@ -101,15 +105,13 @@ def read_manifest(folder: Path | str) -> Manifest:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError):
-        what = "holds no manifest.json" if Path(folder).is_dir() else "is not there"
+        what = "it holds no manifest.json" if Path(folder).is_dir() else "it does not exist"
         raise DataError(
             f"data folder {folder}: {what}, so there are no finished token shards. "
-            "Write them with: scaling data prepare CAMPAIGN."
+            "Prepare them with: scaling data prepare CAMPAIGN."
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: not a manifest of token shards: {error}. Remove the folder and prepare the data again."
-        ) from None
+        raise DataError(f"{path}: not a manifest of token shards: {error}. {PREPARE_AGAIN}") from None
 
 
 def header(tokens: int) -> bytes:
@@ -124,32 +126,33 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
 
     Args:
         path: The ``.bin`` file.
-        tokens: What the manifest says it holds, where there is one.
+        tokens: Number of tokens by the manifest; None skips that check.
 
     Raises:
-        DataError: The file is missing, foreign, of another version, or not as long as header or manifest say.
+        DataError: The file is missing, not a shard, of another version, or its length differs from header or manifest.
     """
-    again = "Remove the folder and prepare the data again."
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
     except OSError as error:
-        raise DataError(f"token shard {path}: cannot be read ({error.strerror}). {again}") from None
+        raise DataError(f"token shard {path}: cannot be read ({error.strerror}). {PREPARE_AGAIN}") from None
     values = np.frombuffer(start, dtype="<i4") if len(start) == HEADER_BYTES else np.zeros(3, dtype="<i4")
     if values[0] != MAGIC:
-        raise DataError(f"{path}: not a token shard: it does not start with the number {MAGIC}. {again}")
+        raise DataError(f"{path}: not a token shard: it does not start with the number {MAGIC}. {PREPARE_AGAIN}")
     if values[1] != VERSION:
-        raise DataError(f"{path}: a token shard of version {values[1]}, and this program reads {VERSION}. {again}")
+        raise DataError(
+            f"{path}: a token shard of version {values[1]}, and this program reads {VERSION}. {PREPARE_AGAIN}"
+        )
     count = int(values[2])
     if size != HEADER_BYTES + TOKEN.itemsize * count:
         held = (size - HEADER_BYTES) // TOKEN.itemsize
         raise DataError(
-            f"{path}: its header says {count:,} tokens and the file holds {held:,}: it was cut short. {again}"
+            f"{path}: its header says {count:,} tokens and the file holds {held:,}: it was cut short. {PREPARE_AGAIN}"
         )
     if tokens is not None and tokens != count:
-        raise DataError(f"{path}: holds {count:,} tokens and the manifest says {tokens:,}. {again}")
-    # A plain view of the map: every slice of a memmap object costs microseconds, more than its copy.
+        raise DataError(f"{path}: holds {count:,} tokens and the manifest says {tokens:,}. {PREPARE_AGAIN}")
+    # A plain array over the map: slicing a memmap object takes microseconds, more than copying the slice.
     return np.asarray(np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,)))
 
 
@@ -157,29 +160,27 @@ def document_ends(folder: Path) -> npt.NDArray[np.int64]:
     """Tokens and UTF-8 bytes of the validation split up to the end of each document, shape ``(documents, 2)``.
 
     Raises:
-        DataError: The file is missing, or not as long as the manifest says.
+        DataError: The file is missing, or its length differs from the manifest.
     """
     path, documents = folder / DOCUMENT_ENDS, read_manifest(folder).validation.documents
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Remove the folder and prepare the data again."
-        ) from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {PREPARE_AGAIN}") from None
     if len(content) != 2 * END.itemsize * documents:
         raise DataError(
             f"{path}: holds {len(content):,} bytes, and {documents:,} documents take {2 * END.itemsize * documents:,}. "
-            "Remove the folder and prepare the data again."
+            f"{PREPARE_AGAIN}"
         )
     return np.frombuffer(content, dtype=END).reshape(documents, 2).astype(np.int64)
 
 
 class TokenStream:
-    """Several shards as one stream, memory-mapped; headers and lengths are checked when it is made."""
+    """The shards of a split as one memory-mapped stream; headers and lengths are checked when it is created."""
 
-    def __init__(self, folder: Path, half: Split = "train") -> None:
-        self.split = read_manifest(folder).split(half)
-        # An empty file cannot be mapped, and adds nothing.
+    def __init__(self, folder: Path, split: Split = "train") -> None:
+        self.split = read_manifest(folder).split(split)
+        # An empty file cannot be mapped, and holds no tokens.
         self._shards = [open_shard(folder / shard.file, shard.tokens) for shard in self.split.shards if shard.tokens]
         self._ends = list(itertools.accumulate(len(shard) for shard in self._shards))
 
@@ -187,10 +188,10 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
-        """Fill `out`, shape ``(length,)``, with the tokens from `start` on, across shards.
+        """Fill `out`, shape ``(length,)``, with the tokens from `start`, across shards.
 
         Raises:
-            IndexError: The stream ends before that, or `start` is negative.
+            IndexError: The stream ends too early, or `start` is negative.
         """
         if start < 0 or start + len(out) > len(self):
             raise IndexError(f"tokens {start:,} to {start + len(out):,} of a stream of {len(self):,}")
@@ -206,10 +207,10 @@ class TokenStream:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after every byte of every shard was read and its SHA-256 compared.
+    """The manifest, after the SHA-256 of every file was compared with it.
 
     Raises:
-        DataError: A shard is missing, cut short, or has other content than the manifest says.
+        DataError: A shard is missing, truncated, or its content differs from the manifest.
     """
     manifest = read_manifest(folder)
     digests = {DOCUMENT_ENDS: manifest.document_ends}
@@ -218,16 +219,10 @@ def verify(folder: Path) -> Manifest:
         digests[shard.file] = shard.sha256
     document_ends(folder)
     for file, digest in digests.items():
-        found = file_digest(folder / file)
+        found = file_sha256(folder / file)
         if found != digest:
             raise DataError(
                 f"{folder / file}: its content has changed since it was written (SHA-256 {found[:12]}..., and the "
-                f"manifest says {digest[:12]}...). Remove the folder and prepare the data again."
+                f"manifest says {digest[:12]}...). {PREPARE_AGAIN}"
             )
     return manifest
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

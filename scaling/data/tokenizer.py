@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, or any file of the ``tokenizers`` library."""
+"""Tokenizers: bytes, or any file of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from scaling.spec import Strict
 
 BYTES = "bytes"
 
-LARGEST_VOCABULARY = 2**16
-"""RowSharding hold uint16."""
+MAX_VOCABULARY = 2**16
+"""Shards hold uint16."""
 
-LARGEST_FILE = 2**28
-"""Bytes of a tokenizers file: many times what a vocabulary of 65,536 takes."""
+MAX_FILE_BYTES = 2**28
+"""Size limit of a tokenizers file; a vocabulary of 65,536 takes far less."""
+
+ACCEPTED = 'Give the path of a tokenizers JSON file, relative to the campaign file, or "bytes".'
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
-"""Names of the token that ends a document, the first that the vocabulary has."""
+"""Names of the token that ends a document; the first one in the vocabulary is used."""
 
 
 class TokenizerInfo(Strict, frozen=True):
-    """Which tokenizer made the shards."""
+    """The tokenizer of a folder of shards."""
 
     name: str
     """``bytes``, or the name of the tokenizers file."""
     sha256: str | None
-    """Of the tokenizers file; None for bytes."""
+    """SHA-256 of the tokenizers file; null for bytes."""
     vocabulary: int
-    """Ids are below this."""
+    """One more than the largest id."""
     separator: int
-    """Id that ends every document."""
+    """Id that ends each document."""
 
 
 class Tokenizer(Protocol):
-    """What `prepare` needs of a tokenizer."""
+    """Interface of a tokenizer."""
 
     info: TokenizerInfo
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-        """Ids of each text, the separator at its end included."""
+        """Ids of each text, followed by the separator."""
         ...
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name: ``bytes`` or a file's path.
+    """The tokenizer of a name: ``bytes`` or the path of a file.
 
     Raises:
-        DataError: No such file, not a tokenizers file, no end-of-document token, or a vocabulary over 65,536.
+        DataError: The file does not exist, is not a tokenizers file, has no token that ends a document, or has more than
+            65,536 tokens.
     """
     return ByteTokenizer() if name == BYTES else FileTokenizer(Path(name))
 
@@ -61,44 +64,37 @@ def tokenizer_digest(name: str) -> str | None:
     """SHA-256 of the tokenizers file; None for bytes.
 
     Raises:
-        DataError: There is no such file, or it is too large for a tokenizer.
+        DataError: The file does not exist, or is too large.
     """
     if name == BYTES:
         return None
     path = Path(name)
     try:
         if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise DataError(f"[data] tokenizer {name}: this is not a file. {ACCEPTED}")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise DataError(
-                f"[data] tokenizer {name}: this is not a file. "
-                'Give the path of a tokenizers JSON file, relative to the campaign file, or "bytes".'
-            )
-        if (size := path.stat().st_size) > LARGEST_FILE:
-            raise DataError(
-                f"[data] tokenizer {name}: a file of {size:,} bytes, and a tokenizers JSON file has at most "
-                f'{LARGEST_FILE:,}. Give the tokenizer.json that the library writes, or "bytes".'
+                f"[data] tokenizer {name}: the file has {size:,} bytes; at most {MAX_FILE_BYTES:,} are accepted. {ACCEPTED}"
             )
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(
-            f"[data] tokenizer {name}: the file cannot be read ({error.strerror}). "
-            'Give the path of a tokenizers JSON file, relative to the campaign file, or "bytes".'
-        ) from None
+        raise DataError(f"[data] tokenizer {name}: the file cannot be read ({error.strerror}). {ACCEPTED}") from None
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids; 0 ends a document, and a NUL inside a text is dropped so that nothing else is 0."""
+    """UTF-8 bytes as ids. 0 ends a document; NUL characters in a text are removed."""
 
     info = TokenizerInfo(name=BYTES, sha256=None, vocabulary=256, separator=0)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-        """Ids of each text, the separator at its end included."""
+        """Ids of each text, followed by the separator."""
         return [
             np.frombuffer(text.replace("\0", "").encode() + b"\0", dtype=np.uint8).astype(np.uint16) for text in texts
         ]
 
 
 class FileTokenizer:
-    """A tokenizers JSON file. Adds no special token but the separator, and cuts or pads nothing."""
+    """A tokenizers JSON file, used without truncation and padding; the separator is the only special token it adds."""
 
     def __init__(self, path: Path) -> None:
         from scaling.data.sources.registry import optional_package
@@ -110,31 +106,28 @@ class FileTokenizer:
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"[data] tokenizer {path}: not a tokenizers JSON file ({error}). "
-                'Give the tokenizer.json that the library writes, or "bytes".'
-            ) from None
-        # A file may carry settings for fine-tuning; here every token of the text is wanted and nothing else.
+            raise DataError(f"[data] tokenizer {path}: not a tokenizers JSON file ({error}). {ACCEPTED}") from None
+        # Files for fine-tuning may contain truncation and padding.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A text that spells out a special token is text, and must not forge the end of a document.
+        # A text that contains the name of a special token must not end a document.
         self._tokenizer.encode_special_tokens = True
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         vocabulary = max(ids.values(), default=-1) + 1
-        if vocabulary > LARGEST_VOCABULARY:
+        if vocabulary > MAX_VOCABULARY:
             raise DataError(
                 f"[data] tokenizer {path}: its vocabulary of {vocabulary:,} does not fit the shards' 16 bits "
-                f"({LARGEST_VOCABULARY:,}). Use a smaller one; scaling experiments rarely need more than 50,000."
+                f"({MAX_VOCABULARY:,}). Use a tokenizer with a smaller vocabulary."
             )
         separator = next((ids[name] for name in SEPARATORS if name in ids), None)
         if separator is None:
             raise DataError(
-                f"[data] tokenizer {path}: it has no token that ends a document; known are {', '.join(SEPARATORS)}. "
-                "Add one of them to the file's special tokens."
+                f"[data] tokenizer {path}: it has no token that ends a document. "
+                f"Add one of these to its special tokens: {', '.join(SEPARATORS)}."
             )
         self.info = TokenizerInfo(name=path.name, sha256=digest, vocabulary=vocabulary, separator=separator)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-        """Ids of each text, the separator at its end included."""
+        """Ids of each text, followed by the separator."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*one.ids, self.info.separator], dtype=np.uint16) for one in encoded]

@@ -26,7 +26,6 @@ from scaling.run.directory import RunDirectory
 from scaling.run.progress import ProgressReporter
 from scaling.run.record import RunRecord
 from scaling.spec import Strict
-from scaling.units import human
 
 if TYPE_CHECKING:
     import torch
@@ -98,18 +97,16 @@ def evaluate(
         there = max(manifest.validation.tokens - 1, 0)
         held = held_out(folder, context=shape.context, tokens=min(tokens or there, there))
         counts = held.documents, held.bytes_per_token
-        parts: Iterable[npt.NDArray[np.int64]] = [held.windows]
-        whole = held.windows.shape[0] == there // shape.context
+        parts: Iterable[npt.NDArray[np.int64]] = [held.sequences]
+        whole = held.sequences.shape[0] == there // shape.context
         where = f"{'whole' if whole else 'sample of the'} validation split of {folder.name}"
     else:
         stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
     model = _model(directory, record).to(torch.device(device))
-    with ProgressReporter(f"{where}: scoring", progress) as meter:
-        known = held.windows.size - len(held.windows) if text is None else tokens
-        total, scored = _score(
-            model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), meter, known
-        )
+    known = held.sequences.size - len(held.sequences) if text is None else tokens
+    with ProgressReporter(f"{where}: scoring", total=known, unit="tokens", bar=progress) as reporter:
+        total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), reporter)
     if text is not None:
         counts = stream.documents, stream.bytes / max(stream.tokens, 1)
     if not scored:
@@ -175,10 +172,9 @@ def _score(
     parts: Iterable[npt.NDArray[np.int64]],
     at_once: int,
     device: torch.device,
-    meter: ProgressReporter,
-    known: int | None,
+    reporter: ProgressReporter,
 ) -> tuple[float, int]:
-    """Sum of losses and number of targets; `known` is how many there will be at most, where that is known."""
+    """Sum of losses and number of targets."""
     import torch
 
     total, scored = 0.0, 0
@@ -189,7 +185,7 @@ def _score(
         targets = windows.shape[0] * (windows.shape[1] - 1)
         total += float(model.loss(torch.from_numpy(windows).to(device))) * targets
         scored += targets
-        meter.show(f"{human(scored)} tokens", min(scored / known, 1.0) if known else None)
+        reporter.update(scored)
 
     with torch.no_grad():
         waiting: list[npt.NDArray[np.int64]] = []

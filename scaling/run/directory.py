@@ -1,19 +1,32 @@
-"""The run directory: what a run reads and writes, and what its files say about its state.
+"""The run directory: the files of one run, what they contain, and the state that follows from them.
 
-    runs/<id>/
-        spec.json        the requested run (RunSpec); its hash is the directory's name
-        placement.json   where and how it executes (Placement)
-        attempts.jsonl   one line when an attempt starts, one when it ends
-        metrics.jsonl    one line a logged step; a line that cannot be read is ignored
-        dynamics.jsonl   one line a step at which updates and parameters were measured, where the spec asks for it
-        checkpoint/      resume state, newest kept
-        weights.safetensors
-        record.json      RunRecord: written last, by the run alone; a run is done when it is there
-        lock             held (flock) by the process that trains
+    runs/<id>/               <id> is the hash of spec.json
+      written by submit
+        spec.json            RunSpec: the requested run
+        placement.json       Placement: where and how it executes; replaced by each submission
+      written by the process that trains (rank 0)
+        attempts.jsonl       Attempt: a line when an attempt starts, one when it ends, one when its job exits
+        metrics.jsonl        MetricsRow: a line per logged step
+        dynamics.jsonl       DynamicsRow: a line per measured step, if the spec requests measurements
+        log.txt              output of the process, of all attempts
+        attention.txt        attention kernel that was measured to be fastest on the GPU, kept when the run resumes
+        checkpoint/          step-*.ckpt: the newest two; branch-*.ckpt: where branches start
+        weights.safetensors  final weights
+        record.json          RunRecord: the result. Written last; a run is done if and only if it exists
+        lock                 locked with flock while a process trains the run
+      written by the local executor
+        diverged-<n>.json    record of a divergence, set aside by submit --retry diverged
+      written under SLURM (sweeps/slurm)
+        claim                token of the submitted array that owns the run
+        began                token of the array whose job last started the run
+        lease.json           job that trains the run, renewed while it does; reaches nodes that flock does not
+        cancelled            exists if a person cancelled the run
+        endings.jsonl        how each job of the run exited
 
-State is derived from these files and never stored twice. Whole files are written under a temporary name in the same
-folder, flushed to disk and renamed, so a reader sees a complete file or none. Damage comes from outside: a full disk, a
-power cut, a copy into the wrong folder. Reading a damaged file raises a `UserError`, and the run's state is ``failed``.
+The state is derived from these files and never stored. Whole files are written under a temporary name in the same
+folder, flushed to disk and renamed, so readers see a complete file or none; a JSON line that cannot be read is ignored.
+Damage comes from outside: a full disk, a power cut, a copy into the wrong folder. Reading a damaged file raises a
+`UserError`, and the state of the run is ``failed``. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -33,15 +46,17 @@ from scaling.io import TAIL_BYTES, _read_bytes, append_line, file_sha256, read_j
 from scaling.run.record import Attempt, DynamicsRow, MetricsRow, RunRecord, RunState
 from scaling.spec import Placement, RunSpec
 
-WRITTEN_BY_SUBMIT = "Submit the campaign with --retry failed, which writes it anew."
+LOG = "log.txt"
+
+SUBMIT_AGAIN = "Submit the campaign with --retry failed, which writes the file again."
 SET_RECORD_ASIDE = (
-    "rename the file, to record.json.damaged for instance, and submit the campaign again. Nothing else of the run is "
-    "lost: it continues from its last checkpoint and writes its record anew."
+    "rename the file, for instance to record.json.damaged, and submit the campaign again. Nothing else of the run is "
+    "lost: it continues from its last checkpoint and writes its record again."
 )
 
 
 class RunDirectory:
-    """The paths of one run and what its files say."""
+    """Paths, contents and state of one run."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -56,12 +71,15 @@ class RunDirectory:
         self.lock_file = self.path / "lock"
 
     def create(self, spec: RunSpec, placement: Placement, *, durable: bool = True) -> None:
-        """Write spec and placement; a spec that can be read stays, the placement is renewed.
+        """Write spec and placement. A readable spec is kept, the placement is replaced.
 
-        A thousand runs at once are created with `durable` false: submitting again writes what a power cut took.
+        Args:
+            spec: The requested run.
+            placement: Where and how it executes.
+            durable: Flush to disk. False is faster for many runs; after a power cut, submitting again writes the files.
         """
         try:
-            read_json(self.spec_file, RunSpec)  # an edited one stays: `spec` reports it
+            read_json(self.spec_file, RunSpec)  # an edited spec is kept, and `spec` reports it
         except UserError:
             write_json(self.spec_file, spec, durable=durable)
         write_json(self.placement_file, placement, durable=durable)
@@ -70,22 +88,22 @@ class RunDirectory:
         """The requested run.
 
         Raises:
-            UserError: The file cannot be read, or its hash is not the directory's name: somebody edited or moved it.
+            UserError: The file cannot be read, or its hash is not the directory's name because it was edited or moved.
         """
-        spec = read_json(self.spec_file, RunSpec, remedy=WRITTEN_BY_SUBMIT)
+        spec = read_json(self.spec_file, RunSpec, remedy=SUBMIT_AGAIN)
         if spec.id != self.path.name:
             raise UserError(
                 f"{self.spec_file}: its content hashes to {spec.id}, and the directory is called {self.path.name}. "
-                "A spec is not edited in place: remove it, change the campaign, and submit that."
+                "A spec is not edited in place: remove the file, change the campaign, and submit the campaign."
             )
         return spec
 
     def placement(self) -> Placement:
         """Where and how the run executes."""
-        return read_json(self.placement_file, Placement, remedy=WRITTEN_BY_SUBMIT)
+        return read_json(self.placement_file, Placement, remedy=SUBMIT_AGAIN)
 
     def record(self) -> RunRecord | None:
-        """What came out, or None while the run is not done.
+        """The result; None until the run is done.
 
         Raises:
             UserError: The file cannot be read, or is the record of another run.
@@ -101,16 +119,16 @@ class RunDirectory:
         return record
 
     def intact_weights(self, record: RunRecord) -> Path:
-        """The weights file, whose content is the one that the run wrote.
+        """The weights file, after its checksum was compared with the record's.
 
         Raises:
-            UserError: Its checksum is not the record's.
+            UserError: The checksums differ.
         """
         if record.weights_sha256 not in (None, found := file_sha256(self.weights_file)):
             raise UserError(
                 f"{self.weights_file}: its SHA-256 is {found[:12]}..., and the record says "
-                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Put the right one back, or "
-                "move that run's record.json aside and train it again."
+                f"{str(record.weights_sha256)[:12]}...: the file was damaged or replaced. Restore it, or "
+                "rename the run's record.json and train the run again."
             )
         return self.weights_file
 
@@ -119,57 +137,62 @@ class RunDirectory:
         return read_lines(self.metrics_file, MetricsRow)
 
     def dynamics(self) -> list[DynamicsRow]:
-        """Measured steps in order; empty where the spec asks for none."""
+        """Measured steps in order; empty if the spec requests none."""
         return read_lines(self.dynamics_file, DynamicsRow)
 
     def last_row(self) -> MetricsRow | None:
-        """The last readable line of the metrics, without reading the others; None where there is none."""
+        """The last readable line of the metrics, found without reading the others; None if there is none."""
         for line in reversed(_read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 return msgspec.json.decode(line, type=MetricsRow)
         return None
 
     def attempts(self) -> list[Attempt]:
-        """Starts and ends of all attempts in order."""
+        """Starts, ends and job exits of all attempts in order."""
         return read_lines(self.attempts_file, Attempt)
 
     def state(self) -> RunState:
-        """The run's state, derived from its files alone; ``failed`` where they cannot be read."""
+        """The state of the run by its files; ``failed`` if they cannot be read. Never ``queued``, see `RunState`."""
         try:
             record = self.record()
             if record is not None:
                 return record.status
             if self.is_locked():
                 return "running"
-            self._refuse_damage()
-            attempts = self.attempts()
+            self._check_files()
+            last = self._last_attempt()
         except UserError:
             return "failed"
-        if not attempts:
+        if last is None:
             return "planned"
-        return "failed" if attempts[-1].outcome == "failed" else "preempted"
+        return "failed" if last.outcome == "failed" else "preempted"
 
     def failure(self) -> str | None:
-        """Why the run is in the state ``failed``, in a sentence; None where no reason was recorded."""
+        """Why the run is in the state ``failed``, as a sentence; None if no reason was recorded."""
         try:
             self.record()
-            self._refuse_damage()
-            attempts = self.attempts()
+            self._check_files()
+            last = self._last_attempt()
         except UserError as error:
             return str(error)
-        return attempts[-1].reason if attempts else None
+        return last.reason if last else None
 
-    def _refuse_damage(self) -> None:
-        """Refuse a spec or a placement that is there and cannot be used; a run without them was not submitted yet."""
+    def _last_attempt(self) -> Attempt | None:
+        """The last line of the attempts that tells whether the run failed: a job's exit need not."""
+        telling = [attempt for attempt in self.attempts() if attempt.event != "exit" or attempt.outcome]
+        return telling[-1] if telling else None
+
+    def _check_files(self) -> None:
+        """Raise if spec or placement exists and cannot be used. A run without them has not been submitted yet."""
         for file, read in ((self.spec_file, self.spec), (self.placement_file, self.placement)):
             if os.path.lexists(file):
                 read()
 
     def is_locked(self) -> bool:
-        """Whether a process on this machine holds the run."""
+        """True if a process on this machine trains the run."""
         try:
             descriptor = os.open(self.lock_file, os.O_RDWR)
-        except OSError:  # no run of ours holds it: there is no lock, or it belongs to another user
+        except OSError:  # there is no lock, or it belongs to another user: no process of this user trains the run
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,16 +204,19 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claim(self, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the run while it trains, so that two submitters train it once.
+        """Context that locks the run, so that concurrent submitters train it once.
 
-        The kernel drops the lock with the process, however it dies. Good on one machine and on file systems with
-        working locks.
+        The kernel releases the lock when the process ends, however it ends. The lock works on one machine, and on file
+        systems that support flock across machines.
+
+        Args:
+            wait: Wait until another process releases the lock.
 
         Yields:
-            Whether the lock was got; always True with `wait`.
+            True if the lock was acquired, which is certain with `wait`.
 
         Raises:
-            UserError: The lock cannot be made or opened: it is another user's, or a folder.
+            UserError: The lock file cannot be created or opened: it belongs to another user, or is a folder.
         """
         try:
             descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
@@ -206,9 +232,44 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def note(self, event: Literal["start", "end"], *, step: int, **fields: Any) -> None:
-        """Append the start or the end of an attempt."""
+    def note(self, event: Literal["start", "end", "exit"], *, step: int, **fields: Any) -> None:
+        """Append a line to the attempts; `fields` are further ones of `Attempt`."""
         append_line(
             self.attempts_file,
             Attempt(event=event, time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=step, **fields),
         )
+
+
+def finished_run(directory: RunDirectory, *, purpose: str, weights: bool = True) -> RunRecord:
+    """The record of a finished run.
+
+    Args:
+        directory: The run.
+        purpose: What needs it, as the subject of a sentence: ``evaluation``.
+        weights: Also require the weights file.
+
+    Raises:
+        UserError: There is no such directory, the run has not finished, or its weights are missing.
+    """
+    if not directory.path.is_dir():
+        raise UserError(
+            f"run {directory.path}: there is no such directory, and {purpose} needs a finished run. "
+            "Give one of the directories under runs/."
+        )
+    record = directory.record()
+    if record is None:
+        raise UserError(
+            f"run {directory.path}: its state is {directory.state()}, and {purpose} needs a finished run. "
+            "Train it to its end first, with scaling submit or scaling train."
+        )
+    if record.status != "finished":
+        raise UserError(
+            f"run {directory.path}: it {record.status} ({record.reason}), and {purpose} needs a finished run. "
+            "Choose another run."
+        )
+    if weights and not directory.weights_file.exists():
+        raise UserError(
+            f"{directory.weights_file}: the weights are gone, and {purpose} needs them. "
+            "Restore the file, or rename the run's record.json and submit the campaign again."
+        )
+    return record

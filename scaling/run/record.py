@@ -13,6 +13,8 @@ from scaling.spec import NonNegative, RunSpec, Strict
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
 
 RunState = Literal["planned", "queued", "running", "finished", "diverged", "failed", "preempted"]
+"""State of a run. `scaling.run.directory.RunDirectory.state` derives it from files and never returns ``queued``;
+`sweeps.reporting.status` sets that, and ``running`` on other machines, from SLURM's queue."""
 
 
 class MetricsRow(Strict, frozen=True):
@@ -52,9 +54,10 @@ class DynamicsRow(Strict, frozen=True):
 
 
 class Attempt(Strict, frozen=True):
-    """One line of attempts.jsonl."""
+    """One line of attempts.jsonl, the history of a run."""
 
-    event: Literal["start", "end"]
+    event: Literal["start", "end", "exit"]
+    """``start`` and ``end`` of an attempt; ``exit`` of its job, which the hook after a SLURM job writes."""
     time: float
     """Seconds since the epoch."""
     host: str
@@ -63,9 +66,15 @@ class Attempt(Strict, frozen=True):
     """Optimizer step that the attempt started from, or had reached."""
     outcome: Literal["finished", "diverged", "failed", "preempted"] | None = None
     reason: str | None = None
-    """Why it failed, in a sentence."""
+    """Why the attempt failed, as a sentence."""
     job: str | None = None
-    """Scheduler's job id where there was one."""
+    """The scheduler's job id; null without a scheduler."""
+    exit_status: int | None = None
+    """With ``exit``: status of the job's process, 128 plus the signal if one killed it."""
+    node: str | None = None
+    """With ``exit``: the node, by SLURM's name for it."""
+    slurm_state: str | None = None
+    """With ``exit``: the job's state, by SLURM's name for it, such as ``NODE_FAIL``."""
 
 
 class Device(Strict, frozen=True):

@@ -16,7 +16,7 @@ from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
 from scaling.run.provenance import describe_code
 from scaling.run.record import Device, RunRecord
-from scaling.training.launch import whole
+from scaling.training.launch import full_tensor
 from scaling.training.memory import peak_bytes
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import TrainingModule
@@ -31,7 +31,7 @@ def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | No
     # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
     state = module.model.state_dict()
     named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
-    weights = {name: whole(state[name].detach()).cpu().contiguous() for name in named}
+    weights = {name: full_tensor(state[name].detach()).cpu().contiguous() for name in named}
     if not first:
         return None
     temporary = path.with_name(f".{path.name}.tmp")

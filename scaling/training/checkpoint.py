@@ -49,7 +49,7 @@ class AtomicCheckpointIO(CheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        for old in resume_points(path.parent)[KEPT:]:
+        for old in checkpoint_files(path.parent)[KEPT:]:
             self.remove_checkpoint(old)
 
     def load_checkpoint(
@@ -71,7 +71,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.sha256(run)).hexdigest()[:16]
 
 
-def resume_points(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoint files of a run, newest first, unchecked."""
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
@@ -81,16 +81,16 @@ def step_of(path: Path) -> int:
     return int(path.name.split(".")[0].rpartition("-")[2])
 
 
-def newest_resume_point(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest file whose content still has the checksum in its name; damaged ones are passed over, which is said."""
-    for path in resume_points(folder):
+    for path in checkpoint_files(folder):
         if _whole(path):
             return path
         print(f"{path.name}: damaged, or another run's; continuing from the one before it", file=sys.stderr, flush=True)
     return None
 
 
-def branch_point(folder: Path, step: int) -> Path | None:
+def branch_checkpoint(folder: Path, step: int) -> Path | None:
     """The point that a trunk kept for branches after `step`, whole; None if there is none."""
     return next(filter(_whole, sorted(folder.glob(f"branch-{step:08d}.*.ckpt"))), None)
 

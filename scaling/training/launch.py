@@ -1,7 +1,7 @@
-"""One run in several processes: which of them this is, starting them on one machine, and their strategies by name.
+"""One run in several processes: rank, share of the batch, Lightning strategy, and launching the ranks on one machine.
 
-Under SLURM or torchrun the processes are there already and say their number in the environment. Otherwise `start` forks
-them from a server that has imported the training code once. Only the first process writes; all of them decide together.
+SLURM and torchrun start the processes and set each one's rank in the environment. Otherwise `launch_ranks` forks them.
+Only rank 0 writes files; decisions are taken by all ranks together.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import multiprocessing
 import os
 import socket
 import traceback
-from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import UserError
 from scaling.spec import Placement, RunSpec
+from scaling.training.pool import ProcessExit, ProcessPool
 from scaling.training.shutdown import ShutdownRequest
+from scaling.units import largest_divisor
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from scaling.models.decoder import Decoder
 
 
-POLL_SECONDS = 0.2
-
-
 def rank_of(placement: Placement) -> int | None:
-    """Number of this process among the run's, from 0; None where they have yet to be started."""
+    """Rank of this process in the run, from 0; None if the processes are still to be launched."""
     if placement.processes == 1:
         return 0
     environment = os.environ
@@ -47,31 +44,32 @@ def rank_of(placement: Placement) -> int | None:
 
 
 def share_of_batch(spec: RunSpec, placement: Placement) -> tuple[int, int]:
-    """Windows of one optimizer step for each process, and windows of one forward pass.
+    """Sequences per process and optimizer step, and sequences per forward pass.
 
     Raises:
-        UserError: The batch does not divide over the processes, or a process's share over its micro-batches.
+        UserError: The processes do not divide the batch, or the micro-batch does not divide a process's share of it.
     """
-    windows, processes = spec.batch_tokens // spec.model.context, placement.processes
-    if windows % processes:
-        fitting = [count for count in range(1, processes + 1) if windows % count == 0]
+    sequences, processes = spec.batch_tokens // spec.model.context, placement.processes
+    if sequences % processes:
+        larger = -(-sequences // processes) * processes * spec.model.context
         raise UserError(
-            f"placement: {processes} processes do not divide the {windows} windows of a batch of {spec.batch_tokens:,} "
-            f"tokens. Use {fitting[-1]} of them, or a batch of {-(-windows // processes) * processes * spec.model.context:,}."
+            f"placement: {processes} processes do not divide the {sequences} sequences of a batch of "
+            f"{spec.batch_tokens:,} tokens. "
+            f"Use {largest_divisor(sequences, processes)} of them, or a batch of {larger:,}."
         )
-    share = windows // processes
+    share = sequences // processes
     micro_batch = placement.micro_batch or share
     if share % micro_batch:
-        of = f"a process's share of the {windows} windows" if processes > 1 else "the windows"
+        whose = f"each of {processes} processes trains on" if processes > 1 else "a batch holds"
         raise UserError(
-            f"placement: micro_batch {micro_batch} does not divide the {share} windows of a batch; {of} is {share}: "
-            f"use one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}."
+            f"placement: micro_batch {micro_batch} does not divide the {share} sequences that {whose}. "
+            f"Use one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}."
         )
     return share, micro_batch
 
 
 def strategy_of(placement: Placement) -> Strategy | str:
-    """Lightning's strategy for the placement's name of it."""
+    """Lightning's strategy by the name in the placement."""
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from torch.nn.parallel import DistributedDataParallel
 
@@ -113,86 +111,55 @@ def shard(model: Decoder, mesh: DeviceMesh, *, precision: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor in full, which all processes must ask for; a plain one as it is."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered, which is a collective operation; a plain one unchanged."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def begin(process: ForkServerProcess) -> None:
-    """Start a process from the fork server.
-
-    Raises:
-        UserError: The server ended before it could fork.
-    """
-    try:
-        process.start()
-    except (EOFError, ConnectionError) as error:
-        raise UserError(
-            "the server process that forks training processes was killed before it started one "
-            f"({type(error).__name__}), perhaps because the machine is out of memory. "
-            "Free some memory or train fewer runs at once, and run the same command again; it continues from here."
-        ) from None
-
-
-def start(path: Path, placement: Placement) -> None:
+def launch_ranks(path: Path, placement: Placement) -> None:
     """Train a run in the processes that its placement requests, on this machine, and wait for them.
 
-    A stop signal is passed on. When one process fails the others are ended, for they would wait for it for ever.
+    A stop signal is passed on. If one rank fails, the others are killed: they would block in a collective.
 
     Raises:
-        UserError: A process failed, with its reason; or the placement spans several machines.
+        UserError: A rank failed, with its reason; or the placement spans several machines.
     """
     if placement.nodes > 1:
         raise UserError(
-            f"placement: {placement.nodes} nodes are wished for, and this process was started alone. "
-            "Start one process a device with srun or torchrun, or set nodes = 1."
+            f"placement: {placement.nodes} nodes are requested, and this process was started alone. "
+            "Start one process per device with srun or torchrun, or set nodes = 1."
         )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scaling.training.loop"])
     port = _free_port()
-    workers: list[ForkServerProcess] = []
     reasons: list[Connection[Any, Any]] = []
-    stop, told = ShutdownRequest(), False
-    try:
+    failed: ProcessExit | None = None
+    stop = ShutdownRequest()
+    with ProcessPool() as pool:
         for rank in range(placement.devices):
-            reader, writer = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(str(path), rank, placement.devices, port, writer))
-            begin(worker)
+            reader, writer = multiprocessing.Pipe(duplex=False)
+            pool.start(f"process {rank}", _train_rank, str(path), rank, placement.devices, port, writer)
             writer.close()
-            workers.append(worker)
             reasons.append(reader)
         with stop.listening():
-            while any(worker.is_alive() for worker in workers):
-                connection.wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=POLL_SECONDS)
-                if stop.due() and not told:
-                    told = True
-                    for worker in workers:
-                        worker.terminate()
-                if any(worker.exitcode for worker in workers):
-                    break
-    finally:
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-            worker.join()
-    failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
-    said = [reason for reason in map(_reason, reasons) if reason is not None]
-    if failed:
-        fallback = f"process {failed[0]} of {placement.devices} ended with code {workers[failed[0]].exitcode}"
-        raise UserError(next(iter(said), fallback))
+            while pool.active and failed is None:
+                failed = next((ended for ended in pool.wait() if ended.code), None)
+                if stop.due():
+                    pool.terminate()
+    if failed is not None:
+        reported = filter(None, map(_reported, reasons))
+        raise UserError(next(reported, f"{failed.name} of {placement.devices} ended with code {failed.code}"))
 
 
-def _reason(reader: Connection[Any, Any]) -> str | None:
-    """What a process said before it failed; None where it ended without a word."""
+def _reported(reader: Connection[Any, Any]) -> str | None:
+    """The reason that a rank sent before it failed; None if it sent none."""
     with contextlib.suppress(EOFError, OSError):
         if reader.poll():
             return str(reader.recv())
     return None
 
 
-def _work(path: str, rank: int, processes: int, port: int, said: Connection[Any, Any]) -> None:
+def _train_rank(path: str, rank: int, processes: int, port: int, reason: Connection[Any, Any]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -209,11 +176,11 @@ def _work(path: str, rank: int, processes: int, port: int, said: Connection[Any,
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
-        said.send(str(error))
+        reason.send(str(error))
         os._exit(2)
     except BaseException as error:
         traceback.print_exc()
-        said.send(f"process {rank}: {type(error).__name__}: {error}")
+        reason.send(f"process {rank}: {type(error).__name__}: {error}")
         os._exit(1)  # at once: a normal exit would wait for the others in the process group
 
 

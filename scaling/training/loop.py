@@ -31,14 +31,14 @@ from scaling.run.record import Device, RunRecord
 from scaling.spec import Placement, RunSpec
 from scaling.training.attention_backend import attending_by, chosen_kernel
 from scaling.training.build_record import build_record, save_weights
-from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, ShutdownRequest, newest_resume_point, step_of
+from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, ShutdownRequest, newest_checkpoint, step_of
 from scaling.training.diagnostics import Dynamics
-from scaling.training.launch import rank_of, share_of_batch, start, strategy_of
+from scaling.training.launch import launch_ranks, rank_of, share_of_batch, strategy_of
 from scaling.training.memory import is_out_of_memory, out_of_memory
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import StepBatches, TrainingModule
-from scaling.training.progress import ProgressLine
-from scaling.training.warm_start import charged_flops, load_initial, trunk_point
+from scaling.training.progress import ProgressCallback
+from scaling.training.warm_start import charged_flops, load_initial, trunk_checkpoint
 
 
 def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | None:
@@ -69,13 +69,13 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
             return record
         placement = directory.placement()
         try:
-            resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
-            directory.note("start", step=step_of(resume_point) if resume_point else 0)
+            checkpoint = newest_checkpoint(directory.checkpoints) or trunk_checkpoint(directory)
+            directory.note("start", step=step_of(checkpoint) if checkpoint else 0)
             if rank_of(placement) is None:
-                start(directory.path, placement)
+                launch_ranks(directory.path, placement)
                 record, step = directory.record(), _last_step(directory)
             else:
-                record, step = _train(directory, resume_point, progress=progress)
+                record, step = _train(directory, checkpoint, progress=progress)
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: `error` is then the one to report
                 directory.note("end", step=_last_step(directory), outcome="failed", reason=_sentence(error))
@@ -87,8 +87,8 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
 def train_one_process(run_dir: Path | str) -> RunRecord | None:
     """The part that one of several processes has in a run; the first of them writes what is written."""
     directory = RunDirectory(run_dir)
-    resume_point = newest_resume_point(directory.checkpoints) or trunk_point(directory)
-    return _train(directory, resume_point, progress=False)[0]
+    checkpoint = newest_checkpoint(directory.checkpoints) or trunk_checkpoint(directory)
+    return _train(directory, checkpoint, progress=False)[0]
 
 
 def _last_step(directory: RunDirectory) -> int:
@@ -98,9 +98,7 @@ def _last_step(directory: RunDirectory) -> int:
     return 0
 
 
-def _train(
-    directory: RunDirectory, resume_point: Path | None, *, progress: bool | None
-) -> tuple[RunRecord | None, int]:
+def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool | None) -> tuple[RunRecord | None, int]:
     spec, placement = directory.spec(), directory.placement()
     batches = _open_data(spec, placement)
     _set_threads(placement.threads)
@@ -113,11 +111,11 @@ def _train(
             "because gradients that are added up over replays would be overwritten. Set them so, or remove graphs."
         )
     charged = charged_flops(directory, spec.warm_start)
-    initial = spec.warm_start if resume_point is None else None
+    initial = spec.warm_start if checkpoint is None else None
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).windows
+    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).sequences
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
@@ -134,14 +132,14 @@ def _train(
     dynamics = Dynamics(directory, spec, placement, logbook=logbook)
     with _expected_warnings():
         trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
-            dynamics, logbook, resume, ProgressLine(spec, name=directory.path.name, bar=progress)
+            dynamics, logbook, resume, ProgressCallback(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
         try:
             with attending_by(kernel):
                 trainer.fit(
                     module,
                     train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
-                    ckpt_path=resume_point,
+                    ckpt_path=checkpoint,
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -226,7 +224,7 @@ def _open_data(spec: RunSpec, placement: Placement) -> Batches:
     return Batches(
         Path(placement.data),
         context=spec.model.context,
-        windows=spec.batch_tokens // spec.model.context,
+        sequences=spec.batch_tokens // spec.model.context,
         seed=spec.seed,
         repeat=spec.data.repeat,
         steps=spec.steps,

@@ -1,4 +1,4 @@
-"""Memory of a run: what it took at most, and what to say when there is too little."""
+"""Memory of a run: its peak, and the error when the device has too little."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 from scaling.errors import UserError
 from scaling.spec import Placement
+from scaling.units import largest_divisor
 
 
 class OutOfMemory(UserError):
-    """The device has too little memory for the run as it is placed."""
+    """The device has too little memory for the run under its placement."""
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was held: on a GPU by tensors, on a CPU by the whole process."""
+    """Peak memory: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts kilobytes, macOS bytes.
@@ -24,21 +25,27 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whichever device."""
+    """True if an allocation failed, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def out_of_memory(placement: Placement, *, share: int, micro_batch: int, device: torch.device) -> OutOfMemory:
-    """The error that says what would fit.
+    """The error with a remedy.
 
-    Activations grow with the micro-batch, so the largest that divides a process's share and is at most half of the one
-    that failed; where one window is too much already, the ways to spend less on it.
+    Memory of activations grows with the micro-batch, so the remedy is the largest micro-batch that divides the process's
+    share and is at most half of the one that failed. If that is one sequence already, the remedy is other ways to save.
+
+    Args:
+        placement: The run's.
+        share: Sequences of a process and optimizer step.
+        micro_batch: Sequences of the forward pass that failed.
+        device: Where it failed.
     """
-    smaller = [n for n in range(1, micro_batch // 2 + 1) if share % n == 0]
-    if smaller:
-        remedy = f"Set micro_batch = {smaller[-1]} in [placement]; it changes no number but for rounding."
+    if micro_batch > 1:
+        smaller = largest_divisor(share, micro_batch // 2)
+        remedy = f"Set micro_batch = {smaller} in [placement]; the numbers change only by rounding."
     else:
         ways = [] if placement.recompute else ["recompute = true"]
         ways += [] if placement.strategy == "fsdp2" else ['strategy = "fsdp2" with more devices']
@@ -47,4 +54,4 @@ def out_of_memory(placement: Placement, *, share: int, micro_batch: int, device:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         held = f" of {total / 2**30:.0f} GiB"
-    return OutOfMemory(f"out of memory{held} on {device.type} with {micro_batch} windows in a forward pass. {remedy}")
+    return OutOfMemory(f"out of memory{held} on {device.type} with {micro_batch} sequences in a forward pass. {remedy}")

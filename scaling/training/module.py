@@ -15,10 +15,10 @@ from scaling.flops import count_parameters
 from scaling.models.decoder import Decoder
 from scaling.models.registry import build_model
 from scaling.optim import registry
-from scaling.schedule import lr_fraction
 from scaling.spec import Placement, RunSpec
-from scaling.training.launch import shard, whole
+from scaling.training.launch import full_tensor, shard
 from scaling.training.metrics import OptimizerStepTimer
+from scaling.training.schedule import lr_fraction
 
 EVALUATION_TOKENS = 16_384
 """Tokens of one forward pass over the held-out set; the mean does not depend on it but for rounding."""
@@ -150,7 +150,7 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip by global norm, and keep the norm for the metrics."""
         limit = float("inf") if self.spec.clip_norm is None else self.spec.clip_norm
-        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach())
+        self.grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach())
 
     def total_over_processes(self, value: Tensor) -> Tensor:
         """The sum of a tensor that every process has of its own share of the batch."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from scaling.errors import UserError
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, finished_run
 from scaling.run.record import RunRecord
 from scaling.spec import RunSpec, WarmStart, canonical_json
 
@@ -20,31 +20,14 @@ if TYPE_CHECKING:
     from scaling.models.decoder import Decoder
 
 
-def parent(directory: RunDirectory, initial: WarmStart) -> tuple[RunDirectory, RunRecord]:
+def parent(directory: RunDirectory, initial: WarmStart, *, weights: bool = True) -> tuple[RunDirectory, RunRecord]:
     """The finished run that another starts from.
 
     Raises:
-        UserError: It is not there, not finished, or has lost its weights.
+        UserError: It does not exist, has not finished, or, with `weights`, its weights are missing.
     """
-    found, record = _finished(directory, initial)
-    if not found.weights_file.exists():
-        raise UserError(
-            f"{found.weights_file}: the weights are gone, and {directory.path.name} starts from them. Put the file back, "
-            "or rename that run's record.json and submit it again."
-        )
-    return found, record
-
-
-def _finished(directory: RunDirectory, initial: WarmStart) -> tuple[RunDirectory, RunRecord]:
     found = RunDirectory(directory.path.parent / initial.run)
-    record = found.record() if found.path.is_dir() else None
-    if record is None or record.status != "finished":
-        state = found.state() if found.path.is_dir() else "nowhere"
-        raise UserError(
-            f"{directory.path.name} starts from the weights of run {initial.run}, which is {state}. "
-            "Train that run first; a submission of the campaign that requests both does so in order."
-        )
-    return found, record
+    return found, finished_run(found, purpose=f"the warm start of run {directory.path.name}", weights=weights)
 
 
 def charged_flops(directory: RunDirectory, initial: WarmStart | None) -> dict[str, int]:
@@ -61,8 +44,8 @@ def charged_parents(directory: RunDirectory, initial: WarmStart | None) -> list[
     """
     if initial is None or not initial.charged:
         return []
-    where, record = _finished(directory, initial)
-    return [record, *charged_parents(where, record.spec.warm_start)]
+    found, record = parent(directory, initial, weights=False)
+    return [record, *charged_parents(found, record.spec.warm_start)]
 
 
 def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) -> None:
@@ -77,7 +60,7 @@ def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) ->
     load_weights(model, found.intact_weights(record), how=initial.how)
 
 
-def trunk_point(directory: RunDirectory) -> Path | None:
+def trunk_checkpoint(directory: RunDirectory) -> Path | None:
     """The checkpoint that a run may start from in its trunk's directory, beside its own.
 
     Returns:
@@ -94,9 +77,9 @@ def trunk_point(directory: RunDirectory) -> Path | None:
         return None
     refuse_foreign(spec, trunk.spec())
     # Torch lives behind this import, and planning reads `refuse_foreign` without it.
-    from scaling.training.checkpoint import branch_point
+    from scaling.training.checkpoint import branch_checkpoint
 
-    return branch_point(trunk.checkpoints, spec.branch_tokens // spec.batch_tokens)
+    return branch_checkpoint(trunk.checkpoints, spec.branch_tokens // spec.batch_tokens)
 
 
 def refuse_foreign(branch: RunSpec, trunk: RunSpec) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from scaling.data.sources.registry import DataConfig, beside
+from scaling.data.sources.registry import DataConfig, resolve_path
 from scaling.errors import ConfigError, unknown_name
 from scaling.io import read_json
 from scaling.spec import (
@@ -336,7 +336,7 @@ def _beside(arm: ArmConfig, folder: Path) -> ArmConfig:
     """The arm, with the path of its rule file relative to the campaign's folder."""
     if arm.rule is None or not arm.rule.endswith(".toml"):
         return arm
-    return msgspec.structs.replace(arm, rule=str(beside(folder, arm.rule)))
+    return msgspec.structs.replace(arm, rule=str(resolve_path(folder, arm.rule)))
 
 
 def _check(campaign: Campaign) -> None:

@@ -31,6 +31,7 @@ from scaling.spec import (
     Strict,
     WarmStart,
 )
+from scaling.units import largest_divisor
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
 from sweeps.config.toml import as_value, located
@@ -329,7 +330,7 @@ def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     sequences = spec.batch_tokens // spec.model.context
     if at_most is None or at_most >= sequences:
         return None
-    return next(part for part in range(at_most, 0, -1) if sequences % part == 0)
+    return largest_divisor(sequences, at_most)
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:

@@ -1,4 +1,4 @@
-"""Tokens per second of `Batches.at` against the same windows cut from one memory map by a plain loop.
+"""Tokens per second of `Batches.at` against the same sequences cut from one memory map by a plain loop.
 
 Run: ``python tests/bench/bench_data.py``. Ratios are of one process on one core and can be compared between machines;
 tokens per second cannot. Neither side may be slower than a device that trains: 10 million tokens/s feeds the smallest
@@ -21,7 +21,7 @@ from scaling.io import write_json
 
 TOKENS = 40_000_000
 SHAPES = ((128, 16), (512, 128), (2048, 256), (8192, 64))
-"""Context and windows of a step: the demo, the small GPU rungs, Moonlight's first rungs, long contexts."""
+"""Context and sequences of a step: the demo, the small GPU rungs, Moonlight's first rungs, long contexts."""
 
 
 def write(folder: Path) -> None:
@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
     manifest = Manifest(
         source="text",
         options={},
-        wish="",
+        config_hash="",
         tokenizer=ByteTokenizer.info,
         train=writer.finish(),
         validation=empty,
@@ -61,22 +61,22 @@ def main() -> None:
         write(folder)
         stream = np.memmap(folder / "train-00000.bin", dtype="<u2", mode="r", offset=HEADER_BYTES)
         start = time.perf_counter()
-        Batches(folder, context=512, windows=1).at(0)
-        print(f"open and first batch: {time.perf_counter() - start:.3f} s for {TOKENS // 512:,} windows")
-        for context, windows in SHAPES:
-            batches = Batches(folder, context=context, windows=windows, repeat=True)
+        Batches(folder, context=512, sequences=1).at(0)
+        print(f"open and first batch: {time.perf_counter() - start:.3f} s for {TOKENS // 512:,} sequences")
+        for context, sequences in SHAPES:
+            batches = Batches(folder, context=context, sequences=sequences, repeat=True)
             order = np.random.default_rng(0).permutation((TOKENS - 1) // context)
 
             def plain(
-                step: int, context: int = context, windows: int = windows, order: np.ndarray = order
+                step: int, context: int = context, sequences: int = sequences, order: np.ndarray = order
             ) -> np.ndarray:
-                rows = order[step * windows % (len(order) - windows) :][:windows]
+                rows = order[step * sequences % (len(order) - sequences) :][:sequences]
                 return np.stack([stream[row * context : (row + 1) * context + 1] for row in rows]).astype(np.int64)
 
-            ours, theirs = rate(batches.at, windows * context), rate(plain, windows * context)
+            ours, theirs = rate(batches.at, sequences * context), rate(plain, sequences * context)
             print(
-                f"context {context:5d} x {windows:3d} windows: {ours / 1e6:7.1f} M tokens/s, "
-                f"plain {theirs / 1e6:7.1f} M, ratio {ours / theirs:.2f}, {windows * context / ours * 1e3:.3f} ms a step"
+                f"context {context:5d} x {sequences:3d} sequences: {ours / 1e6:7.1f} M tokens/s, "
+                f"plain {theirs / 1e6:7.1f} M, ratio {ours / theirs:.2f}, {sequences * context / ours * 1e3:.3f} ms a step"
             )
 
 

@@ -88,7 +88,7 @@ def plain(spec: RunSpec, data: Path, *, device: str, micro_batch: int | None, co
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = Batches(data, context=spec.model.context, windows=windows, repeat=True)
+    batches = Batches(data, context=spec.model.context, sequences=windows, repeat=True)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     every = max(1, spec.steps // 200)
     rates, since = [], time.perf_counter()
@@ -136,9 +136,13 @@ def compare(
     print(line, flush=True)
 
 
+def _must_succeed(directory: RunDirectory, code: int) -> None:
+    assert code == 0, f"{directory.path} ended with code {code}"
+
+
 def packed(spec: RunSpec, data: Path, *, device: str, runs: int = 4) -> None:
     """So many small runs at once against one after another, all in processes of their own."""
-    from scaling.training.pool import train_packed
+    from scaling.training.pool import side_by_side, train_in_process
 
     seconds = {}
     for at_once in (1, runs):
@@ -150,8 +154,7 @@ def packed(spec: RunSpec, data: Path, *, device: str, runs: int = 4) -> None:
                 directory.create(seeded, Placement(data=str(data), device=device, checkpoint_seconds=1e9))
                 paths.append(directory.path)
             since = time.perf_counter()
-            failed = train_packed(paths, at_once=at_once)
-            assert not failed, failed
+            side_by_side(paths, at_once=at_once, work=train_in_process, ended=_must_succeed)
             seconds[at_once] = time.perf_counter() - since
     print(
         f"{runs} runs packed: {seconds[runs]:.1f} s, one after another {seconds[1]:.1f} s, "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from scaling.true_train import train, train_one_process
 
-from scaling.training.checkpoint import resume_points
+from scaling.training.checkpoint import checkpoint_files
 from scaling.training.metrics import MetricsLogger
 
 __all__ = ["train", "train_one_process"]
@@ -45,7 +45,7 @@ def torn(directory, module):
 
 
 def truncated(directory, module):
-    newest = resume_points(directory.checkpoints)[0]
+    newest = checkpoint_files(directory.checkpoints)[0]
     os.truncate(newest, newest.stat().st_size // 3)
     killed(directory, module)
 

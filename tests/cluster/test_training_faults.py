@@ -10,7 +10,7 @@ from cluster import Cluster
 from conftest import faulty_snapshot, numbers_of, real_plan, starts, wait_until_done
 from waiting import until
 
-from scaling.training.checkpoint import newest_resume_point, step_of
+from scaling.training.checkpoint import newest_checkpoint, step_of
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.reporting.status import status
 from sweeps.slurm import submit
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_before_a_checkpoint_costs_that_checkpoint_alone(
         until(lambda: (root / "filler").exists(), "the disk did not fill")
         until(lambda: not cluster.ask("squeue", "-h"), "the jobs did not end")
         struck = next(run for run in there.runs if starts(there.directory(run)))
-        point = newest_resume_point(there.directory(struck).checkpoints)
+        point = newest_checkpoint(there.directory(struck).checkpoints)
         assert point is not None
         assert step_of(point) == 17
         assert not list(there.directory(struck).checkpoints.glob(".*"))  # no half of a file

@@ -13,12 +13,13 @@ import msgspec
 import pytest
 from running import numbers, place
 from tiny import make_spec
+from waiting import until
 
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
 from scaling.training.loop import train
-from scaling.training.pool import device_slots, train_packed
+from scaling.training.pool import ProcessPool, device_slots, note_kill, side_by_side, train_in_process
 
 
 def _kill(path: Path) -> None:
@@ -43,11 +44,16 @@ def test_neighbours_of_a_failed_and_of_a_killed_run_end_as_if_alone(tiny_shards:
     }
     killer = threading.Thread(target=_kill, args=(paths["killed"],), daemon=True)
     killer.start()
-    failed = train_packed(paths.values(), at_once=2)
+    codes: dict[str, int] = {}
+
+    def ended(directory: RunDirectory, code: int) -> None:
+        codes[next(name for name, path in paths.items() if path == directory.path)] = code
+
+    side_by_side(paths.values(), at_once=2, work=train_in_process, ended=ended)
     killer.join(10)
-    assert set(failed) == {paths["wrong data"].name, paths["killed"].name}
-    assert "the run was planned for" in failed[paths["wrong data"].name]
-    assert "SIGKILL" in failed[paths["killed"].name]
+    assert codes == {"wrong data": 2, "killed": -signal.SIGKILL, "good": 0, "another": 0}
+    assert "the run was planned for" in str(RunDirectory(paths["wrong data"]).failure())
+    assert "SIGKILL" in note_kill(RunDirectory(paths["killed"]), codes["killed"])
     states = {name: RunDirectory(path).state() for name, path in paths.items()}
     assert states == {"wrong data": "failed", "killed": "failed", "good": "finished", "another": "finished"}
     assert numbers(paths["good"]) == numbers(alone)
@@ -72,4 +78,21 @@ def test_a_killed_fork_server_is_one_sentence(
 
     monkeypatch.setattr(ForkServerProcess, "start", start)
     with pytest.raises(UserError, match="the server process that forks training processes was killed"):
-        train_packed([place(make_spec(), tmp_path, tiny_shards)], at_once=1)
+        side_by_side(
+            [place(make_spec(), tmp_path, tiny_shards)], at_once=1, work=train_in_process, ended=lambda *_: None
+        )
+
+
+def _sleep(path: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(path).touch()
+    time.sleep(600)
+
+
+def test_a_pool_kills_workers_that_do_not_end_in_the_grace_period(tmp_path: Path) -> None:
+    with ProcessPool() as pool:
+        pool.start("sleeper", _sleep, str(tmp_path / "started"))
+        until((tmp_path / "started").exists, "the worker did not start")
+        assert pool.active == ("sleeper",)
+        assert [tuple(worker) for worker in pool.stop(0.5)] == [("sleeper", -signal.SIGKILL)]
+        assert pool.active == ()

@@ -69,7 +69,7 @@ def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path
 def test_processes_that_are_stopped_together_continue_together(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
-    from scaling.training.checkpoint import newest_resume_point
+    from scaling.training.checkpoint import newest_checkpoint
 
     whole = directory_for(spec, tmp_path / "whole", tiny_shards, devices=2, strategy=strategy, checkpoint_seconds=0.0)
     stopped = directory_for(
@@ -81,7 +81,7 @@ def test_processes_that_are_stopped_together_continue_together(
     with pytest.raises(UserError, match=r"process \d of 2 ended with code -9|process \d"):
         finish(stopped)
     killer.join()
-    assert newest_resume_point(RunDirectory(stopped).checkpoints) is not None
+    assert newest_checkpoint(RunDirectory(stopped).checkpoints) is not None
     assert RunDirectory(stopped).state() == "failed"
     record = finish(stopped)
     assert record.attempts == 2
@@ -147,9 +147,9 @@ def _kill_a_worker(path: Path) -> None:
     import os
     import signal
 
-    from scaling.training.checkpoint import resume_points
+    from scaling.training.checkpoint import checkpoint_files
 
-    while len(resume_points(RunDirectory(path).checkpoints)) < 2:
+    while len(checkpoint_files(RunDirectory(path).checkpoints)) < 2:
         time.sleep(0.005)
     pid = multiprocessing.active_children()[0].pid
     assert pid is not None
@@ -158,16 +158,16 @@ def _kill_a_worker(path: Path) -> None:
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_what_would() -> None:
     with pytest.raises(
-        UserError, match=r"3 processes do not divide the 8 windows .* Use 2 of them, or a batch of 144\."
+        UserError, match=r"3 processes do not divide the 8 sequences .* Use 2 of them, or a batch of 144\."
     ):
         share_of_batch(make_spec(windows=8), Placement(data="x", devices=3))
-    with pytest.raises(UserError, match=r"share of the 8 windows is 4: use one of 1, 2, 4"):
+    with pytest.raises(UserError, match=r"the 4 sequences that each of 2 processes trains on. Use one of 1, 2, 4"):
         share_of_batch(make_spec(windows=8), Placement(data="x", devices=2, micro_batch=3))
     assert share_of_batch(make_spec(windows=8), Placement(data="x", devices=4, micro_batch=1)) == (2, 1)
 
 
 def test_several_nodes_are_not_started_from_one_process(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Start one process a device with srun or torchrun"):
+    with pytest.raises(UserError, match="Start one process per device with srun or torchrun"):
         finish(directory_for(spec, tmp_path, tiny_shards, devices=2, nodes=2))
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.schedule import lr_fraction
 from scaling.spec import Schedule
+from scaling.training.schedule import lr_fraction
 
 TOTAL, BATCH = 1_000_000, 1_000
 KINDS = {

@@ -23,7 +23,7 @@ from scaling.models.decoder import Decoder
 from scaling.optim.registry import OPTIMIZERS
 from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
-from scaling.training.checkpoint import AtomicCheckpointIO, newest_resume_point, resume_points
+from scaling.training.checkpoint import AtomicCheckpointIO, checkpoint_files, newest_checkpoint
 from scaling.training.loop import train
 from scaling.training.metrics import spread
 from scaling.training.module import ahead
@@ -74,7 +74,7 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_resume_point(
         child.start()
         child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    point = newest_resume_point(RunDirectory(killed).checkpoints)
+    point = newest_checkpoint(RunDirectory(killed).checkpoints)
     assert (point is None) == (step == 1)
     finish(killed)
     assert numbers(killed) == numbers(whole)
@@ -93,17 +93,17 @@ def test_a_damaged_or_foreign_resume_point_is_passed_over_aloud_for_the_one_befo
     finish(whole)
     at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train(hurt, progress=False) is None
-    newest, previous = resume_points(RunDirectory(hurt).checkpoints)
+    newest, previous = checkpoint_files(RunDirectory(hurt).checkpoints)
     if damage == "of another run":
         other = place(msgspec.structs.replace(spec, seed=7), tmp_path / "other", tiny_shards)
         newest.unlink()
         at_step(monkeypatch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(other, progress=False) is None
-        foreign = resume_points(RunDirectory(other).checkpoints)[0]
+        foreign = checkpoint_files(RunDirectory(other).checkpoints)[0]
         newest = foreign.rename(previous.parent / foreign.name)
     else:
         newest.write_bytes(newest.read_bytes()[:-100] if damage == "truncated" else b"")
-    assert newest_resume_point(newest.parent) == previous
+    assert newest_checkpoint(newest.parent) == previous
     assert f"{newest.name}: damaged, or another run's" in capsys.readouterr().err
     finish(hurt)
     assert numbers(hurt) == numbers(whole)
@@ -166,7 +166,7 @@ def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Pat
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 windows"):
+    with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 sequences"):
         train(place(spec, tmp_path, tiny_shards, micro_batch=3), progress=False)
 
 
@@ -214,7 +214,7 @@ def test_both_arms_see_the_same_start(tiny_shards: Path) -> None:
 
 
 def test_a_run_may_use_the_stream_to_its_last_window(tiny_shards: Path, tmp_path: Path) -> None:
-    per_epoch = Batches(tiny_shards, context=TINY.context, windows=1).steps
+    per_epoch = Batches(tiny_shards, context=TINY.context, sequences=1).steps
     windows = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
     spec = make_spec(steps=per_epoch // windows, windows=windows, manifest=manifest_hash(read_manifest(tiny_shards)))
     directory = place(spec, tmp_path / "all", tiny_shards)

@@ -145,7 +145,7 @@ def test_failed_runs_need_retry_or_another_placement(campaigns: Any) -> None:
     planned = with_data(campaigns.plan(), progress=False)
     manifest = planned.data / "manifest.json"
     content = manifest.read_bytes()
-    manifest.write_bytes(content.replace(b'"wish"', b'"wash"'))
+    manifest.write_bytes(content.replace(b'"config_hash"', b'"hash"'))
     failing = run_local(planned, workers=2, progress=False)
     assert len(failing.failed) == 4
     assert "prepare the data again" in next(iter(failing.failed.values()))

@@ -1,35 +1,41 @@
-"""Where text comes from: a campaign's ``[data]`` table, and the table of sources that it names.
+"""Sources of text: the ``[data]`` table of a campaign, and the registry of sources that it names.
 
-Reading a campaign file imports this module, so nothing heavy is imported here; a source imports what it needs when it
-is read. To add a source, write a function that yields documents and give it a row in `SOURCES`.
+Reading a campaign file imports this module, so it imports nothing heavy; the module of a source is imported when the
+source is first used. To add a source, write a function that yields documents and a row for `SOURCES`, or register the
+row in an installed package under ``scaling_harness.sources`` (`scaling.registry`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from scaling.data.sources.documents import Document
 from scaling.errors import DataError, UserError, shortened, unknown_name
+from scaling.registry import Registry
 from scaling.spec import Positive, Strict
+
+SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")
+"""Options of `DataConfig` that only some sources take."""
+
+MAX_OPTION_CHARACTERS = 1024
+"""Longest path that macOS accepts."""
 
 
 class DataConfig(Strict, frozen=True):
-    """Which text a campaign trains on and how it is cut into tokens: the whole of its ``[data]`` table.
+    """The ``[data]`` table of a campaign: the text to train on, and how it is tokenized and split.
 
-    Paths are taken as they stand; whoever read them from a file resolves them against that file's folder first
-    (`resolved`).
+    Paths are used as they are; the reader of a file first resolves them against the file's folder (`resolved`).
 
     Raises:
-        DataError: The source is not known, lacks an option it needs, or is given one that it does not take.
+        DataError: The source is unknown, an option that it needs is missing, or one that it does not take is given.
     """
 
     source: str = "python-library"
@@ -39,52 +45,52 @@ class DataConfig(Strict, frozen=True):
     name: str | None = None
     """hf: the data set's name on the Hugging Face Hub, or a local folder."""
     subset: str | None = None
-    """hf: the data set's configuration, where it has several."""
+    """hf: the data set's configuration, if it has several."""
     split: str | None = None
-    """hf: the split to train on; ``train`` when not given."""
+    """hf: the split to train on; default ``train``."""
     revision: str | None = None
-    """hf: commit or tag, so that the same wish stays the same text."""
+    """hf: commit or tag, so that the same configuration always gives the same text."""
     validation: str | None = None
-    """A published validation set: text: file, folder or glob; hf: split. Without it, part of the text is held out."""
+    """A published validation set; text: file, folder or glob, hf: split. Without it, part of the text is held out."""
     text_field: str | None = None
-    """text, hf: the field that holds the text; ``text`` when not given."""
+    """text, hf: the field that holds the text; default ``text``."""
     tokenizer: str = "bytes"
     """``bytes`` (vocabulary 256, 0 between documents) or the path of a tokenizers JSON file."""
     train_tokens: Positive | None = None
-    """Stop after the document that reaches this many training tokens; None takes all there is."""
+    """Stop after the document that reaches this many training tokens; None uses the whole text."""
     validation_fraction: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.05
-    """Share held out where no published validation set is named: of the documents, chosen by a hash of their content; of
-    the text of each document, its end, where there are too few to choose from."""
+    """Share to hold out without a published validation set: of the documents, chosen by a hash of their content; of each
+    document's text, its end, if there are too few documents."""
     repeat: bool = False
-    """Let a run that needs more tokens than there are go over them again, each epoch in its own order."""
+    """Let a run that needs more tokens than there are train for several epochs, each in its own order."""
 
     def __post_init__(self) -> None:
-        """Refuse options that the source does not take, and missing ones that it needs."""
-        row = SOURCES.get(self.source)
-        if row is None:
+        """Check that the source takes the given options and has those that it needs."""
+        if self.source not in SOURCES:
             raise DataError(f"[data] {unknown_name('source', self.source, SOURCES)}")
+        row = SOURCES[self.source]
         for option in (*SOURCE_OPTIONS, "tokenizer"):
             _check_text(option, getattr(self, option))
         for option in SOURCE_OPTIONS:
             given = getattr(self, option) is not None
             if given and option not in row.takes:
-                takers = ", ".join(f'"{name}"' for name, other in SOURCES.items() if option in other.takes)
+                others = ", ".join(f'"{name}"' for name, other in SOURCES.items() if option in other.takes)
                 raise DataError(
                     f'[data] source "{self.source}" does not take {option}; it takes '
                     f"{', '.join(sorted(row.takes)) or 'none of the options of a source'}. "
-                    f"Remove {option}, or use source {takers}."
+                    f"Remove {option}, or use source {others}."
                 )
             if option in row.needs and not given:
                 raise DataError(
-                    f'[data] source "{self.source}" needs {option}, and it is missing. Add: {option} = "..."'
+                    f'[data] source "{self.source}" needs {option}, which is missing. Add: {option} = "..."'
                 )
 
     def resolved(self, folder: Path) -> DataConfig:
-        """The same wish with relative paths taken from `folder`, the one that holds the campaign file."""
+        """This configuration with relative paths taken from `folder`, that of the campaign file."""
 
         def absolute(option: str, path: str) -> Path:
             try:
-                return beside(folder, path)
+                return resolve_path(folder, path)
             except UserError as error:
                 raise DataError(f"[data] {option} {error}") from None
 
@@ -95,17 +101,17 @@ class DataConfig(Strict, frozen=True):
             changes["path"] = str(absolute("path", self.path))
             if self.validation is not None:
                 changes["validation"] = str(absolute("validation", self.validation))
-        # A data set that is a folder beside the campaign is that folder; any other name is the Hub's.
+        # A name is a folder next to the campaign file if there is one, and a data set of the Hub otherwise.
         if self.name is not None and _is_folder(local := absolute("name", self.name)):
             changes["name"] = str(local)
         return msgspec.structs.replace(self, **changes)
 
 
-def beside(folder: Path, path: str) -> Path:
-    """A path of a file in `folder`: relative ones start there, and ``~`` is a home.
+def resolve_path(folder: Path, path: str) -> Path:
+    """A path that may be relative to `folder` or start with ``~``.
 
     Raises:
-        DataError: There is no such user, or the system takes no such path.
+        DataError: There is no such user, or the operating system does not accept the path.
     """
     try:
         found = folder.resolve() / Path(path).expanduser()
@@ -113,129 +119,87 @@ def beside(folder: Path, path: str) -> Path:
             found.lstat()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f'"{shortened(path)}" cannot be read ({why}). Write another path.') from None
+        raise DataError(f'"{shortened(path)}" cannot be read ({why}). Give another path.') from None
     return found
 
 
-SOURCE_OPTIONS = ("path", "name", "subset", "split", "revision", "validation", "text_field")
-"""Options that belong to some sources and not to others; the rest of `DataConfig` is common to all."""
-
-
-LONGEST = 1024
-"""Characters of a path; macOS takes no longer one."""
-
-
 def _check_text(option: str, value: str | None) -> None:
-    """Refuse what no path, name or field is, before a library or the terminal meets it."""
+    """Reject a value that is no path, name or field before a library or the terminal sees it."""
     if value is None:
         return
-    if len(value) > LONGEST:
+    if len(value) > MAX_OPTION_CHARACTERS:
         raise DataError(
-            f"[data] {option}: {len(value):,} characters long, and at most {LONGEST:,} are accepted. Shorten it."
+            f"[data] {option}: {len(value):,} characters long, and at most {MAX_OPTION_CHARACTERS:,} are accepted. "
+            "Shorten it."
         )
     if not value:
-        raise DataError(f"[data] {option} is empty. Name something, or remove the line.")
+        raise DataError(f"[data] {option} is empty. Give a value, or remove the line.")
     if re.search(r"[\x00-\x1f\x7f-\x9f]", value):
-        raise DataError(f"[data] {option}: {value!a:.80} holds a control character. Write it without.")
+        raise DataError(f"[data] {option}: {value!a:.80} holds a control character. Remove it.")
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a part of it is too long for a file's name, or may not be looked into
+    except OSError:  # a part of the path is too long, or must not be read
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One row of `SOURCES`."""
+    """A row of `SOURCES`."""
 
     label: str
-    """For help texts and reports."""
+    """Name in help texts and reports."""
     documents: Callable[[DataConfig], Iterator[Document]]
-    """The documents in a fixed order; the published validation set, where there is one, comes first."""
+    """Yields the documents in a fixed order; those of a published validation set come first."""
     inputs: Callable[[DataConfig], list[str]]
-    """What the text depends on besides the options, cheaply: names and sizes of files, a version. No paths.
-
-    Raises `DataError` when the inputs are not there, so a plan can refuse before anything is trained.
-    """
+    """Returns what the text depends on besides the options, such as sizes of files or a version. It is cheap, its
+    result contains no paths, and it raises `DataError` if the inputs do not exist, so that a plan fails early."""
     takes: frozenset[str] = frozenset()
+    """Those of `SOURCE_OPTIONS` that may be given."""
     needs: frozenset[str] = frozenset()
+    """Those of `takes` that must be given."""
 
 
-def _library_documents(config: DataConfig) -> Iterator[Document]:
-    from scaling.data.sources.stdlib import documents
-
-    return documents()
-
-
-def _library_inputs(config: DataConfig) -> list[str]:
-    return [f"{platform.python_implementation()} {platform.python_version()}"]
+def _imported(module: str, function: str) -> Callable[[DataConfig], Any]:
+    """A function of a source's module, which is imported by the first call."""
+    return lambda config: getattr(importlib.import_module(f"scaling.data.sources.{module}"), function)(config)
 
 
-def _text_documents(config: DataConfig) -> Iterator[Document]:
-    from scaling.data.sources.text import documents
-
-    assert config.path is not None  # `needs` has seen to it
-    return documents(config.path, validation=config.validation, text_field=config.text_field or "text")
-
-
-def _text_inputs(config: DataConfig) -> list[str]:
-    from scaling.data.sources.text import find
-
-    assert config.path is not None
-    files = find(config.path, config.validation)
-    return [f"{half}/{name} {file.stat().st_size}" for half, name, file in files]
-
-
-def _hub_documents(config: DataConfig) -> Iterator[Document]:
-    from scaling.data.sources.huggingface import documents
-
-    assert config.name is not None
-    return documents(
-        config.name,
-        subset=config.subset,
-        split=config.split or "train",
-        validation=config.validation,
-        revision=config.revision,
-        text_field=config.text_field or "text",
-    )
-
-
-def _hub_inputs(config: DataConfig) -> list[str]:
-    from scaling.data.sources.huggingface import check_name
-
-    assert config.name is not None
-    check_name(config.name)
-    fields = (config.name, config.subset, config.split or "train", config.revision, config.validation)
-    return [str(field) for field in fields]
-
-
-SOURCES: dict[str, Source] = {
-    "python-library": Source(
-        label="Python source text of the running interpreter's standard library",
-        documents=_library_documents,
-        inputs=_library_inputs,
-    ),
-    "text": Source(
-        label="text files on disk",
-        documents=_text_documents,
-        inputs=_text_inputs,
-        takes=frozenset({"path", "validation", "text_field"}),
-        needs=frozenset({"path"}),
-    ),
-    "hf": Source(
-        label="a Hugging Face data set, streamed",
-        documents=_hub_documents,
-        inputs=_hub_inputs,
-        takes=frozenset({"name", "subset", "split", "revision", "validation", "text_field"}),
-        needs=frozenset({"name"}),
-    ),
-}
+SOURCES: Registry[Source] = Registry(
+    "source",
+    "sources",
+    {
+        "python-library": Source(
+            label="Python source text of the running interpreter's standard library",
+            documents=_imported("stdlib", "documents"),
+            inputs=_imported("stdlib", "inputs"),
+        ),
+        "text": Source(
+            label="text files on disk",
+            documents=_imported("text", "documents"),
+            inputs=_imported("text", "inputs"),
+            takes=frozenset({"path", "validation", "text_field"}),
+            needs=frozenset({"path"}),
+        ),
+        "hf": Source(
+            label="a Hugging Face data set, streamed",
+            documents=_imported("huggingface", "documents"),
+            inputs=_imported("huggingface", "inputs"),
+            takes=frozenset({"name", "subset", "split", "revision", "validation", "text_field"}),
+            needs=frozenset({"name"}),
+        ),
+    },
+)
 
 
 def optional_package(package: str, purpose: str) -> None:
-    """Refuse with the remedy when a package of the extra ``data`` is missing."""
+    """Import a package of the extra ``data``.
+
+    Raises:
+        DataError: The package is not installed; the sentence says how to install it.
+    """
     try:
         importlib.import_module(package)
     except ImportError as error:

@@ -1,39 +1,46 @@
-"""Source ``python-library``: text that is on every machine that can run this.
+"""Source ``python-library``: text that exists on every machine that can run this program.
 
-The standard library of the running interpreter is taken alone where it holds enough text. Interpreters that come
-without their test suite (many distributions) hold about 10 MB; there, files of installed packages are added until
-there is enough. So with a complete interpreter the text depends on its version alone.
+It is the standard library of the running interpreter if that holds enough text. Many distributions omit the
+interpreter's test suite, which leaves about 10 MB; then files of installed packages are added until there is enough.
+With a complete interpreter the text depends only on its version.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from scaling.data.sources.documents import Document, content_digest
+from scaling.data.sources.registry import DataConfig
 from scaling.errors import DataError
 
 SUFFIXES = (".py", ".rst", ".md")
 
-ENOUGH_BYTES = 20_000_000
-"""Text wanted before packages are looked at: the demo trains on some 12 MB, and 5 % are held out."""
+MIN_TEXT_BYTES = 20_000_000
+"""Text below which packages are added. The demo trains on some 12 MB, and 5 % are held out."""
 
-LARGEST_PACKAGE_FILE = 256 * 1024
-"""Larger files of packages are mostly generated tables; the standard library has none but its documentation topics."""
+MAX_PACKAGE_FILE_BYTES = 256 * 1024
+"""Larger files of packages are mostly generated tables."""
 
-NOT_TEXT = ("encodings", "_sysconfigdata")
-"""Standard library left out: 1.4 MB of code pages, and the record of the build machine, which differs by build."""
+EXCLUDED_LIBRARY = ("encodings", "_sysconfigdata")
+"""Parts of the standard library that are excluded: 1.4 MB of code pages, and a file that differs between builds."""
 
-FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def documents() -> Iterator[Document]:
-    """Each distinct file once, in the order of the hashes of the names, so that any prefix is a sample of the whole.
+def inputs(config: DataConfig) -> list[str]:
+    """Name and version of the interpreter."""
+    return [f"{platform.python_implementation()} {platform.python_version()}"]
 
-    Files that are not UTF-8 (a handful of encoding tests) are left out, and so are empty ones.
+
+def documents(config: DataConfig) -> Iterator[Document]:
+    """Each distinct file once, ordered by the hash of its name, so that any prefix is a sample of the whole.
+
+    Empty files, and the few test files that are not UTF-8, are skipped.
     """
     files = find()
     total = sum(size for _, _, size in files)
@@ -52,19 +59,19 @@ def documents() -> Iterator[Document]:
 
 
 def find() -> list[tuple[str, Path, int]]:
-    """Name within its root, path and size of each file, ordered by hash of the name.
+    """Name relative to its root, path and size of each file, ordered by hash of the name.
 
     Raises:
-        DataError: The interpreter has no library on disk (a frozen or zipped one).
+        DataError: The interpreter has no library on disk, because it is frozen or zipped.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found = [file for file in _walk("", library) if not file[0].startswith(NOT_TEXT)]
+    found = [file for file in _walk("", library) if not file[0].startswith(EXCLUDED_LIBRARY)]
     size = sum(size for _, _, size in found)
     for root in sorted({Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")}):
         for name, path, bytes_ in sorted(_walk("packages/", root), key=_order):
-            if size >= ENOUGH_BYTES:
+            if size >= MIN_TEXT_BYTES:
                 break
-            if bytes_ <= LARGEST_PACKAGE_FILE:
+            if bytes_ <= MAX_PACKAGE_FILE_BYTES:
                 found.append((name, path, bytes_))
                 size += bytes_
     if not found:
@@ -81,7 +88,7 @@ def _order(file: tuple[str, Path, int]) -> bytes:
 
 def _walk(prefix: str, root: Path) -> Iterator[tuple[str, Path, int]]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - FOREIGN_FOLDERS)
+        subfolders[:] = sorted(set(subfolders) - EXCLUDED_FOLDERS)
         for name in sorted(names):
             path = Path(folder, name)
             if name.endswith(SUFFIXES) and path.is_file():

@@ -1,4 +1,4 @@
-"""Source ``text``: files on disk, one document a plain text file, a JSON line or a row of a table."""
+"""Source ``text``: files on disk. A document is a plain text file, a JSON line or a row of a table."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ from typing import IO
 import msgspec
 
 from scaling.data.sources.documents import Document, Split
+from scaling.data.sources.registry import DataConfig
 from scaling.errors import DataError
 
-WINDOW_LOG = 31
-"""Largest zstd window taken, 2 GiB: text archives are often packed with ``--long``."""
+MAX_ZSTD_WINDOW_BYTES = 2**31
+"""Archives of text are often compressed with ``--long=31``."""
 
 CHUNK_BYTES = 1 << 17
-"""Packed bytes unpacked at once: some 400 kB of text."""
+"""Compressed bytes that are decompressed at once: some 400 kB of text."""
 
 FoundFile = tuple[Split | None, str, Path]
-"""Half that a published split gives the file (None: split by content), name without the folder, path."""
+"""Published split of the file (None: divide by content), name without the folder, path."""
 
 
-def documents(path: str, *, validation: str | None = None, text_field: str = "text") -> Iterator[Document]:
+def inputs(config: DataConfig) -> list[str]:
+    """Split, name and size of each file."""
+    files = find(config.path or "", config.validation)
+    return [f"{split}/{name} {file.stat().st_size}" for split, name, file in files]
+
+
+def documents(config: DataConfig) -> Iterator[Document]:
     """The documents of `validation`, then those of `path`, each in the order of the file names.
 
-    An empty or null text is no document.
+    Empty and null texts are skipped.
 
     Raises:
-        DataError: A file cannot be read as what its suffix says, or has no text field.
+        DataError: A file does not have the format of its suffix, or has no text field.
     """
-    files = find(path, validation)
+    files = find(config.path or "", config.validation)
     total = sum(file.stat().st_size for _, _, file in files) or 1
     before = 0
-    for half, _, file in files:
+    for split, _, file in files:
         read = READERS[_suffix(file)]
-        with _refusing(str(file)), file.open("rb") as raw:
-            for text in read(raw, file, text_field):
+        with _read_errors(str(file)), file.open("rb") as raw:
+            for text in read(raw, file, config.text_field or "text"):
                 if text:
-                    yield Document(text, half, min((before + raw.tell()) / total, 1.0))
+                    yield Document(text, split, min((before + raw.tell()) / total, 1.0))
         before += file.stat().st_size
 
 
 @contextlib.contextmanager
-def _refusing(where: str) -> Iterator[None]:
-    """Turn what reading raises into a `DataError` that names the file or folder."""
+def _read_errors(where: str) -> Iterator[None]:
+    """Replace the exceptions of reading by a `DataError` that names the file or folder."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -55,21 +62,20 @@ def _refusing(where: str) -> Iterator[None]:
             "Convert it to UTF-8, or move it out of the folder."
         ) from None
     except (lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{where}: damaged or cut short ({error}). Fetch or pack the file again.") from None
+        raise DataError(f"{where}: damaged or truncated ({error}). Download or compress the file again.") from None
     except OSError as error:
         inside = f"{error.filename} " if error.filename and error.filename not in where else ""
         raise DataError(
-            f"{where}: {inside}cannot be read ({error.strerror or error}). "
-            "Name text files in a folder that you may read."
+            f"{where}: {inside}cannot be read ({error.strerror or error}). Name files that you may read."
         ) from None
 
 
 def find(path: str, validation: str | None = None) -> list[FoundFile]:
-    """Files to read, validation first; those of a published validation set are never in training.
+    """Files to read, validation first; files of a published validation set are excluded from training.
 
     Raises:
         DataError: A path does not exist, holds no file that can be read, or is a file with another suffix; or all files
-            are the validation set's.
+            belong to the validation set.
     """
     if validation is None:
         return [(None, name, file) for name, file in _expand(path, "path")]
@@ -81,33 +87,33 @@ def find(path: str, validation: str | None = None) -> list[FoundFile]:
             f"[data] path {path}: every file in it is in the validation set {validation}, so none is left to train on. "
             "Name other files in path."
         )
-    halves: list[FoundFile] = [("validation", name, file) for name, file in held_out]
-    return halves + [("train", name, file) for name, file in training]
+    published: list[FoundFile] = [("validation", name, file) for name, file in held_out]
+    return published + [("train", name, file) for name, file in training]
 
 
 def plain_sizes(path: str, validation: str | None = None) -> list[tuple[Split | None, int]] | None:
-    """Bytes of each file of plain text; None where a file holds its text in other forms."""
+    """Split and size of each file; None if one of them is not plain text."""
     files = find(path, validation)
     if any(READERS[_suffix(file)] is not _plain for _, _, file in files):
         return None
-    return [(half, file.stat().st_size) for half, _, file in files]
+    return [(split, file.stat().st_size) for split, _, file in files]
 
 
 def _expand(path: str, option: str) -> list[tuple[str, Path]]:
-    """Name and path of each file that a file, folder or glob stands for, ordered by name."""
+    """Name and path of each file of a file, folder or glob, ordered by name."""
     try:
         return _matches(path, option)
     except OSError as error:
         raise DataError(
             f"[data] {option} {path}: cannot be listed ({error.filename}: {error.strerror}). "
-            "Name a folder of text files that you may read."
+            "Name a folder that you may read."
         ) from None
 
 
 def _matches(path: str, option: str) -> list[tuple[str, Path]]:
     known = ", ".join(READERS)
     root = Path(path)
-    with _refusing(f"[data] {option} {path}"):
+    with _read_errors(f"[data] {option} {path}"):
         if root.is_file():
             if _suffix(root) not in READERS:
                 raise DataError(f"[data] {option} {path}: the suffix {root.suffix!r} is not known. Accepted: {known}.")
@@ -119,17 +125,19 @@ def _matches(path: str, option: str) -> list[tuple[str, Path]]:
             if not candidates:
                 raise DataError(
                     f"[data] {option} {path}: there is no such file or folder, and as a pattern it matches nothing. "
-                    "Relative paths are taken from the campaign file's folder."
+                    "Correct it; relative paths start at the campaign file's folder."
                 )
         found = sorted((name, file) for name, file in candidates if _suffix(file) in READERS and file.is_file())
     if not found:
-        raise DataError(f"[data] {option} {path}: holds no file that can be read. Accepted suffixes: {known}.")
+        raise DataError(
+            f"[data] {option} {path}: it holds no file with an accepted suffix. Accepted suffixes: {known}."
+        )
     return found
 
 
 def _suffix(file: Path) -> str:
-    packed = file.suffix in (".zst", ".xz")
-    return "".join(file.suffixes[-2:]) if packed else file.suffix
+    compressed = file.suffix in (".zst", ".xz")
+    return "".join(file.suffixes[-2:]) if compressed else file.suffix
 
 
 def _plain(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
@@ -145,7 +153,7 @@ def _json_lines(raw: Iterable[bytes], file: Path, text_field: str) -> Iterator[s
             fields = decoder.decode(line)
         except msgspec.DecodeError as error:
             raise DataError(
-                f"{file}, line {number:,}: not a JSON object ({error}). Each line holds one, with its text in "
+                f"{file}, line {number:,}: not a JSON object ({error}). Write one object per line, with its text in "
                 f'"{text_field}".'
             ) from None
         if text_field not in fields:
@@ -154,7 +162,7 @@ def _json_lines(raw: Iterable[bytes], file: Path, text_field: str) -> Iterator[s
             yield msgspec.json.decode(fields[text_field], type=str | None) or ""
         except msgspec.DecodeError as error:
             raise DataError(
-                f'{file}, line {number:,}: the field "{text_field}" is not a text ({error}). Set text_field to one.'
+                f'{file}, line {number:,}: the field "{text_field}" is not a text ({error}). Set text_field to one that is.'
             ) from None
 
 
@@ -162,22 +170,26 @@ def _json_lines_zst(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str
     import zstandard
 
     try:
-        yield from _json_lines(_lines(_unpacked(raw)), file, text_field)
+        yield from _json_lines(_lines(_decompressed(raw)), file, text_field)
     except (zstandard.ZstdError, EOFError) as error:
-        raise DataError(f"{file}: damaged or cut short ({error}). Fetch or pack the file again.") from None
+        raise DataError(f"{file}: damaged or truncated ({error}). Download or compress the file again.") from None
 
 
-def _unpacked(raw: IO[bytes]) -> Iterator[bytes]:
-    """Pieces of a zstd file of one or more frames; the library's own reader takes a file cut short for a whole one."""
+def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
+    """Decompressed pieces of a zstd file of one or more frames.
+
+    Raises:
+        EOFError: The file is truncated, which the library's own reader does not report.
+    """
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor(max_window_size=2**WINDOW_LOG)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
     frame = None
-    while packed := raw.read(CHUNK_BYTES):
-        while packed:
-            frame = frame or unpacker.decompressobj()
-            yield frame.decompress(packed)
-            packed = frame.unused_data if frame.eof else b""
+    while chunk := raw.read(CHUNK_BYTES):
+        while chunk:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("its last frame does not end")
@@ -212,16 +224,16 @@ def _parquet(raw: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str | None):
                         raise DataError(
-                            f'{file}: the column "{text_field}" holds {text!r:.40}, not a text. Set text_field to one.'
+                            f'{file}: the column "{text_field}" holds {text!r:.40}, not a text. Set text_field to one that does.'
                         )
                     yield text or ""
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: not a Parquet file that can be read ({error}). Write or fetch it again.") from None
+        raise DataError(f"{file}: not a valid Parquet file ({error}). Write or download it again.") from None
 
 
 def _no_field(where: str, text_field: str, fields: list[str]) -> DataError:
     return DataError(
-        f'{where}: there is no field "{text_field}"; it has {", ".join(sorted(fields)) or "none"}. '
+        f'{where}: there is no field "{text_field}"; the fields are {", ".join(sorted(fields)) or "none"}. '
         "Set text_field to the one that holds the text."
     )
 

@@ -76,7 +76,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("moment", ["1", "47", "200", "manifest"])
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_path, small, moment):
+def test_a_killed_preparation_ends_with_the_same_bytes(text, tmp_path, small, moment):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config = DataConfig(source="text", path=str(text))
     prepare(config, whole, progress=False)
@@ -89,7 +89,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(text, tmp_pat
     assert contents(killed) == contents(whole)
 
 
-def test_a_preparation_goes_on_from_its_checkpoint_and_not_from_the_start(text, tmp_path, small, monkeypatch):
+def test_a_killed_preparation_continues_from_its_progress(text, tmp_path, small, monkeypatch):
     start(text, tmp_path / "killed", "180").communicate()
     added = []
     add = scaling.data.writer.ShardWriter.add
@@ -100,17 +100,17 @@ def test_a_preparation_goes_on_from_its_checkpoint_and_not_from_the_start(text, 
     assert 20 <= len(added) < 40
 
 
-def test_text_that_changed_under_a_killed_preparation_starts_it_over(text, tmp_path, small):
+def test_changed_text_restarts_a_killed_preparation(text, tmp_path, small):
     config = DataConfig(source="text", path=str(text))
     start(text, tmp_path / "killed", "80").communicate()
     first = text / "000.txt"
-    first.write_text(first.read_text().replace("line", "LINE"))  # same size, so the same wish
+    first.write_text(first.read_text().replace("line", "LINE"))  # same size, so the same config hash
     prepare(config, tmp_path / "killed", progress=False)
     prepare(config, tmp_path / "whole", progress=False)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_two_processes_that_prepare_at_once_write_once(text, tmp_path):
+def test_concurrent_preparations_write_once(text, tmp_path):
     children = [start(text, tmp_path / "shards", "slowly") for _ in range(2)]
     written = sorted(int(child.communicate()[0]) for child in children)
     assert written == [0, 200]
@@ -125,13 +125,13 @@ def test_a_second_call_writes_nothing(text, tmp_path):
     assert not (tmp_path / "shards" / PROGRESS).exists()
 
 
-def test_a_cap_stops_after_the_document_that_reaches_it(text, tmp_path):
+def test_train_tokens_stops_after_the_document_that_reaches_it(text, tmp_path):
     config = DataConfig(source="text", path=str(text), train_tokens=5000)
     manifest = prepare(config, tmp_path / "shards", progress=False)
     assert 5000 <= manifest.train.tokens < 5600
 
 
-def test_equal_wishes_share_a_folder_wherever_the_text_lies(text, tmp_path):
+def test_the_default_folder_depends_on_config_and_content(text, tmp_path):
     here = default_folder(DataConfig(source="text", path=str(text)), tmp_path)
     moved = text.rename(tmp_path / "elsewhere")
     config = DataConfig(source="text", path=str(moved))
@@ -144,28 +144,28 @@ def test_equal_wishes_share_a_folder_wherever_the_text_lies(text, tmp_path):
     assert default_folder(config, tmp_path) != here
 
 
-def test_a_folder_of_another_wish_is_refused(text, tmp_path):
+def test_a_folder_of_another_config_is_rejected(text, tmp_path):
     prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards", progress=False)
     with pytest.raises(UserError, match=r"another \[data\] table"):
         prepare(DataConfig(source="text", path=str(text), train_tokens=9), tmp_path / "shards")
 
 
-def test_shards_that_somebody_else_wrote_are_left_alone(text, tmp_path):
+def test_foreign_shards_are_not_overwritten(text, tmp_path):
     (tmp_path / "theirs.bin").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"theirs\.bin and no manifest"):
         prepare(DataConfig(source="text", path=str(text)), tmp_path, progress=False)
     assert (tmp_path / "theirs.bin").read_bytes() == b"precious"
 
 
-def stream(folder, half):
-    tokens = TokenStream(folder, half)
+def stream(folder, split):
+    tokens = TokenStream(folder, split)
     out = np.empty(len(tokens), dtype=np.int64)
     tokens.read_into(out, 0)
     return bytes(out.astype(np.uint8)).split(b"\0")[:-1]
 
 
 @pytest.mark.parametrize(("name", "lines"), [("book.txt", 1), ("rows.jsonl", 50)])
-def test_a_source_of_few_documents_is_split_inside_each(tmp_path, name, lines):
+def test_few_documents_are_divided_inside(tmp_path, name, lines):
     texts = [f"{number} " + "all the words of this document, one after the other. " * 60 for number in range(lines)]
     content = texts[0] if name == "book.txt" else "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / name).write_text(content)
@@ -181,7 +181,7 @@ def test_a_source_of_few_documents_is_split_inside_each(tmp_path, name, lines):
 
 @pytest.mark.parametrize("files", [1, 30, 250])
 @pytest.mark.parametrize("published", [False, True])
-def test_bounds_from_sizes_of_files_hold_and_are_near_where_few_are_split_inside(tmp_path, files, published):
+def test_bounds_from_file_sizes(tmp_path, files, published):
     (tmp_path / "text").mkdir()
     for number in range(files):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number}: größer und größer, 大きい\n" * 40)
@@ -196,8 +196,8 @@ def test_bounds_from_sizes_of_files_hold_and_are_near_where_few_are_split_inside
         assert sum(bounds) - sum(found) <= 4 * files
 
 
-def test_a_source_that_grew_past_the_split_inside_starts_over(tmp_path, small, monkeypatch):
-    # A Hugging Face data set without a revision may grow under an interrupted preparation; files on disk are another wish.
+def test_a_grown_source_restarts_the_preparation(tmp_path, small, monkeypatch):
+    # A Hugging Face data set without a revision can grow during an interrupted preparation.
     texts = [f"{number} and more of the same text\n" * 9 for number in range(210)]
     row = preparation.SOURCES["text"]
 
@@ -224,21 +224,21 @@ def test_a_source_that_grew_past_the_split_inside_starts_over(tmp_path, small, m
     assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
 
 
-def test_a_split_without_validation_documents_is_refused_and_leaves_no_shards(tmp_path):
+def test_an_empty_validation_split_is_rejected_without_shards(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="of 1 documents with 1 bytes, nothing is held out"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
     assert not contents(tmp_path / "shards")
 
 
-def test_empty_text_is_refused(tmp_path):
+def test_empty_text_is_rejected(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match="there is no text in it"):
         prepare(DataConfig(source="text", path=str(tmp_path / "a.txt")), tmp_path / "shards", progress=False)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files, which Unix alone can")
-def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path, small):
+def test_preparation_continues_after_a_full_disk(text, tmp_path, small):
     import resource
     import signal
 
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path,
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-        with pytest.raises(UserError, match=r"shards: no room to write .*it goes on"):
+        with pytest.raises(UserError, match=r"shards: the disk is full .*which continues"):
             prepare(config, folder, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_a_sentence_and_a_state_to_go_on_from(text, tmp_path,
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_log_gets_a_plain_line_now_and_then(text, tmp_path, monkeypatch, capsys):
+def test_a_log_gets_plain_lines(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("scaling.run.progress.LINE_SECONDS", 0.0)
     prepare(DataConfig(source="text", path=str(text)), tmp_path / "shards")
     written = capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_a_log_gets_a_plain_line_now_and_then(text, tmp_path, monkeypatch, capsy
     assert "\x1b" not in written
 
 
-def test_a_damaged_progress_file_is_refused(text, tmp_path):
+def test_a_damaged_progress_file_is_rejected(text, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / PROGRESS).write_text("{")
     with pytest.raises(UserError, match=r"progress\.json: damaged"):

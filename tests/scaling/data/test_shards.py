@@ -32,18 +32,18 @@ def folder(tmp_path):
     return tmp_path / "shards"
 
 
-def documents_of(folder, half):
-    stream = TokenStream(folder, half)
+def documents_of(folder, split):
+    stream = TokenStream(folder, split)
     tokens = np.empty(len(stream), dtype=np.int64)
     stream.read_into(tokens, 0)
     return bytes(tokens.astype(np.uint8)).decode().split("\0")[:-1]
 
 
-def test_what_was_written_is_read_back(folder):
+def test_shards_round_trip(folder):
     assert sorted(documents_of(folder, "train") + documents_of(folder, "validation")) == sorted(TEXTS)
 
 
-def test_the_manifest_counts_documents_tokens_and_bytes(folder):
+def test_manifest_counts(folder):
     manifest = read_manifest(folder)
     assert manifest.train.documents + manifest.validation.documents == len(TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
@@ -51,19 +51,19 @@ def test_the_manifest_counts_documents_tokens_and_bytes(folder):
     assert manifest.train.tokens + manifest.validation.tokens == size + len(TEXTS)
 
 
-def test_the_header_is_256_int32_with_magic_version_and_count(folder):
+def test_header_layout(folder):
     shard = folder / read_manifest(folder).train.shards[0].file
     values = np.fromfile(shard, dtype="<i4", count=256)
     assert list(values[:3]) == [20240520, 1, read_manifest(folder).train.tokens]
     assert not values[3:].any()
 
 
-def test_the_manifest_hash_depends_on_content_alone(folder, tmp_path):
+def test_manifest_hash_depends_only_on_content(folder, tmp_path):
     manifest = read_manifest(folder)
     before = manifest_hash(folder)
     elsewhere = folder.rename(tmp_path / "moved")
     assert manifest_hash(elsewhere) == before
-    renamed = msgspec.structs.replace(manifest, source="hf", options={"path": "/else/where"}, wish="")
+    renamed = msgspec.structs.replace(manifest, source="hf", options={"path": "/else/where"}, config_hash="")
     assert manifest_hash(renamed) == before
     shard = msgspec.structs.replace(manifest.train.shards[0], sha256="0" * 64)
     train = msgspec.structs.replace(manifest.train, shards=(shard,))
@@ -97,7 +97,7 @@ def flip(content, at):
     ],
     ids=["truncated", "torn header", "foreign", "other version", "other shard"],
 )
-def test_a_damaged_shard_is_refused_when_it_is_opened(folder, change, sentence):
+def test_a_damaged_shard_is_rejected_when_opened(folder, change, sentence):
     shard = read_manifest(folder).train.shards[0]
     spoil(folder / shard.file, change)
     with pytest.raises(UserError, match=sentence) as error:
@@ -106,7 +106,7 @@ def test_a_damaged_shard_is_refused_when_it_is_opened(folder, change, sentence):
     assert "prepare the data again" in str(error.value)
 
 
-def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
+def test_verify_finds_a_changed_token(folder):
     verify(folder)
     shard = read_manifest(folder).validation.shards[0]
     spoil(folder / shard.file, lambda content: flip(content, HEADER_BYTES + 3))
@@ -115,7 +115,7 @@ def test_a_changed_token_is_found_by_the_full_check_and_not_by_opening(folder):
         verify(folder)
 
 
-def test_damaged_document_ends_are_refused(folder):
+def test_damaged_document_ends_are_rejected(folder):
     assert document_ends(folder)[-1].tolist() == [
         read_manifest(folder).validation.tokens,
         read_manifest(folder).validation.bytes,
@@ -131,14 +131,14 @@ def test_damaged_document_ends_are_refused(folder):
         verify(folder)
 
 
-def test_a_missing_shard_is_refused(folder):
+def test_a_missing_shard_is_rejected(folder):
     (folder / read_manifest(folder).train.shards[0].file).unlink()
     with pytest.raises(UserError, match=r"train-00000\.bin: cannot be read"):
         TokenStream(folder)
 
 
-def test_a_folder_without_a_finished_preparation_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is not there.*scaling data prepare"):
+def test_a_folder_without_a_manifest_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"does not exist.*scaling data prepare"):
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
         read_manifest(tmp_path)
@@ -149,7 +149,7 @@ def test_a_folder_without_a_finished_preparation_is_refused(tmp_path):
 
 def test_no_validation_document_is_in_training(folder):
     train, validation = (
-        {content_digest(text) for text in documents_of(folder, half)} for half in ("train", "validation")
+        {content_digest(text) for text in documents_of(folder, split)} for split in ("train", "validation")
     )
     assert validation
     assert not train & validation
