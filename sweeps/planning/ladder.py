@@ -16,7 +16,7 @@ from scaling.errors import ConfigError, unknown_name
 from scaling.flops import count_parameters, train_flops_per_token
 from scaling.spec import ModelConfig, ffn_width
 from scaling.units import human
-from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig
+from sweeps.config.campaign import ArmConfig, Campaign, LadderConfig, RungConfig, SharedModelConfig
 from sweeps.config.hyperparameter_rules import HyperparameterRule, rule
 from sweeps.config.toml import located
 
@@ -101,21 +101,9 @@ def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
 
 def _listed(campaign: Campaign, table: RungConfig) -> Rung:
     where = f'{campaign.file}, rung "{table.name}"'
-    model, training = campaign.model, campaign.training
+    training = campaign.training
     with located(where):
-        shape = ModelConfig(
-            layers=table.layers,
-            width=table.width,
-            heads=table.heads,
-            vocabulary=model.vocabulary,
-            context=model.context,
-            ffn_multiple=model.ffn_multiple,
-            tied=model.tied,
-            family=model.family,
-            ffn=table.ffn,
-            moe=model.moe,
-            mla=model.mla,
-        )
+        shape = _shape(campaign.model, table.layers, table.width, table.heads, table.ffn)
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
     parameters = count_parameters(shape).blocks
@@ -266,15 +254,9 @@ def shape_near(parameters: float, campaign: Campaign, table: LadderConfig) -> Mo
         heads = math.sqrt(parameters / (12 * layers)) / table.head_size
         candidates += [(layers, table.head_size * n) for n in {max(1, math.floor(heads)), max(1, math.ceil(heads))}]
     layers, width = min(candidates, key=misfit)
-    return ModelConfig(
-        layers=layers,
-        width=width,
-        heads=width // table.head_size,
-        vocabulary=model.vocabulary,
-        context=model.context,
-        ffn_multiple=model.ffn_multiple,
-        tied=model.tied,
-        family=model.family,
-        moe=model.moe,
-        mla=model.mla,
-    )
+    return _shape(model, layers, width, width // table.head_size)
+
+
+def _shape(model: SharedModelConfig, layers: int, width: int, heads: int, ffn: int | None = None) -> ModelConfig:
+    shared = {name: getattr(model, name) for name in model.__struct_fields__}
+    return ModelConfig(layers=layers, width=width, heads=heads, ffn=ffn, **shared)
