@@ -1,31 +1,24 @@
 """The local executor: trains the missing runs of a plan on this machine, several at once.
 
-Each run has a process of its own, so a run that is killed or runs out of memory does not affect the others. A fork
-server imports the training code once, which takes ten seconds and more, and each run is a fork of it. A run trains only
-while its process holds the run's own lock, so two submitters at once train each run once.
+Each run has a process of its own, so a run that is killed or runs out of memory does not affect the others. A run trains
+only while its process holds the run's own lock, so two submitters at once train each run once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from multiprocessing import connection, forkserver
-from multiprocessing.context import ForkServerProcess
-from types import FrameType, TracebackType
-from typing import Literal, Self
+from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
 from scaling.run.directory import LOG, RunDirectory
 from scaling.run.progress import ProgressReporter
-from scaling.training.pool import begin, device_slots, log_tail, note_kill, train_in_process
+from scaling.training.pool import ProcessPool, device_slots, log_tail, note_kill, train_in_process
+from scaling.training.shutdown import ShutdownRequest
 from sweeps.planning.plan import CampaignPlan, PlannedRun, with_data
 from sweeps.planning.retry import Retry, forget_divergence, placement_changed, retries
 from sweeps.planning.run_state import run_status
@@ -37,9 +30,6 @@ GRACE_SECONDS = 60.0
 """Time between the request to stop and the kill; a checkpoint is saved at the next step boundary."""
 
 POLL_SECONDS = 0.5
-
-REFRESH_SECONDS = 2.0
-"""Time between two readings of the metrics of the runs that train."""
 
 
 class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +52,6 @@ class LocalOutcome(msgspec.Struct, frozen=True, kw_only=True):
         return not self.failed and not self.stopped
 
 
-class _Stop(BaseException):
-    """Ctrl-C or SIGTERM."""
-
-
 def run_local(
     plan: CampaignPlan,
     *,
@@ -82,7 +68,7 @@ def run_local(
             are at most ``runs_per_gpu`` on each of them.
         retry: Which failed or diverged runs are tried again.
         order: Whether the cheapest runs go first.
-        progress: A bar (True), nothing (False), or what the output is fit for (None).
+        progress: Bars (True), a line a minute (False), or bars if stderr is a terminal (None).
 
     Raises:
         UserError: The data cannot be prepared, or there are no workers.
@@ -97,59 +83,42 @@ def run_local(
         threads = max(placement.threads for placement in plan.placements.values())
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
         executor.slots = _slots(plan)
-        workers = min(workers, len(executor.slots) or workers)
-        with CampaignProgress(plan, progress) as shown, _threads(threads), _stop_signals():
-            executor.work(workers, shown)
+        executor.work(min(workers, len(executor.slots) or workers), threads=threads, progress=progress)
     return executor.outcome()
 
 
 class CampaignProgress:
-    """Context manager that shows the progress of the runs that train, and of all runs together by their FLOPs."""
+    """Progress of the active runs, and of all runs together by their FLOPs.
 
-    def __init__(self, plan: CampaignPlan, progress: bool | None) -> None:
-        self.plan = plan
+    Args:
+        plan: The plan.
+        reporter: Its total is the FLOPs of all runs.
+    """
+
+    def __init__(self, plan: CampaignPlan, reporter: ProgressReporter) -> None:
+        self.plan, self.reporter = plan, reporter
         self.flops = {run.id: run.spec.budget.flops for run in plan.distinct()}
-        self.reporter = ProgressReporter(plan.campaign.name, total=1.0, bar=progress)
-        self._active: dict[str, PlannedRun] = {}
-        self._refresh_at = 0.0
+        self._shown: dict[str, PlannedRun] = {}
 
-    def __enter__(self) -> Self:
-        self.reporter.__enter__()
-        self.reporter.update(0.0, state="loading the training code")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.reporter.__exit__(kind, error, trace)
-
-    def update(self, active: Sequence[PlannedRun], *, waiting: Sequence[PlannedRun]) -> None:
-        """Show shares and losses; called often, it reads the metrics every `REFRESH_SECONDS`."""
-        now_active = {run.id: run for run in active}
-        for run in [run for run in self._active.values() if run.id not in now_active]:
+    def update(self, active: Iterable[PlannedRun], waiting: Iterable[PlannedRun]) -> None:
+        """Show shares and losses; the metrics are read only if the reporter is due."""
+        now = {run.id: run for run in active}
+        for run in [run for run in self._shown.values() if run.id not in now]:
             last = run_status(self.plan, run)
             loss = "" if last.loss is None else f", loss {last.loss:.3f}"
             self.reporter.remove_part(f"{run.arm} {run.cell}")
-            self.say(f"{run.arm} {run.cell} {last.state} at {last.share:.0%}{loss}")
-        self._active = now_active
-        if time.monotonic() < self._refresh_at:
+            self.reporter.print(f"{run.arm} {run.cell} {last.state} at {last.share:.0%}{loss}")
+        self._shown = now
+        if not self.reporter.due:
             return
-        self._refresh_at = time.monotonic() + REFRESH_SECONDS
         left = {run.id: 1.0 for run in waiting}
-        for run in active:
-            now = run_status(self.plan, run)
-            left[run.id] = 1.0 - now.share
-            self.reporter.update_part(
-                f"{run.arm} {run.cell}", now.share, **({} if now.loss is None else {"loss": f"{now.loss:.3f}"})
-            )
+        for run in now.values():
+            status = run_status(self.plan, run)
+            left[run.id] = 1.0 - status.share
+            fields = {} if status.loss is None else {"loss": f"{status.loss:.3f}"}
+            self.reporter.update_part(f"{run.arm} {run.cell}", status.share, **fields)
         done = sum(flops * (1.0 - left.get(run, 0.0)) for run, flops in self.flops.items())
-        state = {"state": "waiting for another submitter"} if waiting and not active else {}
-        ended = f"{len(self.flops) - len(left)} of {len(self.flops)} ended"
-        self.reporter.update(done / max(sum(self.flops.values()), 1), runs=ended, **state)
-
-    def say(self, sentence: str) -> None:
-        """Print a line above the bar."""
-        self.reporter.print(sentence)
+        self.reporter.update(done, ended=f"{len(self.flops) - len(left)} of {len(self.flops)} runs")
 
 
 class _LocalExecutor:
@@ -158,7 +127,7 @@ class _LocalExecutor:
     def __init__(self, plan: CampaignPlan, runs: list[PlannedRun], retry: Retry) -> None:
         self.plan = plan
         self.waiting: list[PlannedRun] = []
-        self.active: dict[str, tuple[PlannedRun, ForkServerProcess]] = {}
+        self.active: dict[str, PlannedRun] = {}
         self.slots: list[str] = []
         self.slot_of: dict[str, str] = {}
         self.starts = Counter[str]()
@@ -180,37 +149,40 @@ class _LocalExecutor:
             else:
                 self.waiting.append(run)
 
-    def work(self, workers: int, shown: CampaignProgress) -> None:
+    def work(self, workers: int, *, threads: int, progress: bool | None) -> None:
         """Train until nothing is left or a stop is requested."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["scaling.training.loop"])
+        name, total = self.plan.campaign.name, sum(run.spec.budget.flops for run in self.plan.distinct())
+        stop = ShutdownRequest()
+        with ProgressReporter(name, total, bar=progress) as reporter:
+            reporter.print(f"{name}: {len(self.waiting)} runs to train; loading the training code")
+            shown = CampaignProgress(self.plan, reporter)
+            with ProcessPool(threads=threads) as pool:
+                try:
+                    with stop.listening():
+                        while (self.waiting or self.active) and not stop.due():
+                            while len(self.active) < workers and (run := self._next()) is not None:
+                                self._start(pool, run)
+                            for worker in pool.wait(POLL_SECONDS):
+                                self._ended(self.active.pop(worker.name), worker.code)
+                            shown.update(self.active.values(), self.waiting)
+                    if stop.due():
+                        reporter.print("stopping at the next step; the same command continues from there")
+                finally:
+                    with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends the wait
+                        pool.stop(GRACE_SECONDS)
+        self.stopped += [*self.active, *(run.id for run in self.waiting)]
+
+    def _start(self, pool: ProcessPool, run: PlannedRun) -> None:
+        directory = self.plan.directory(run)
+        # Not earlier: until here the directory holds the placement under which the run last failed.
         try:
-            while self.waiting or self.active:
-                while len(self.active) < workers and (run := self._next()) is not None:
-                    directory = self.plan.directory(run)
-                    # Not earlier: until here the directory holds the placement under which the run last failed.
-                    try:
-                        directory.create(run.spec, run.placement)
-                    except OSError as error:
-                        self.failed[run.id] = os_error_sentence(error)
-                        continue
-                    process = context.Process(target=train_in_process, args=(str(directory.path), self._slot(run)))
-                    begin(process)
-                    self.active[run.id] = run, process
-                    self.starts[run.id] += 1
-                if sentinels := [process.sentinel for _, process in self.active.values()]:
-                    connection.wait(sentinels, timeout=POLL_SECONDS)
-                else:
-                    time.sleep(POLL_SECONDS)
-                for run, process in list(self.active.values()):
-                    if not process.is_alive():
-                        del self.active[run.id]
-                        self._ended(run, process.exitcode or 0)
-                shown.update([run for run, _ in self.active.values()], waiting=self.waiting)
-        except _Stop:
-            shown.say("stopping at the next step; the same command continues from there")
-        finally:
-            self._stop()
+            directory.create(run.spec, run.placement)
+        except OSError as error:
+            self.failed[run.id] = os_error_sentence(error)
+            return
+        pool.start(run.id, train_in_process, str(directory.path), self._slot(run))
+        self.active[run.id] = run
+        self.starts[run.id] += 1
 
     def _slot(self, run: PlannedRun) -> str | None:
         """The GPU for a run: the least used one with a free slot."""
@@ -260,22 +232,6 @@ class _LocalExecutor:
         else:
             self.stopped.append(run.id)
 
-    def _stop(self) -> None:
-        """Request a shutdown of the runs that train, and kill those that still run after `GRACE_SECONDS`."""
-        processes = [process for _, process in self.active.values()]
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
-        with contextlib.suppress(_Stop):  # a second Ctrl-C waits no longer
-            for process in processes:
-                process.join(max(0.0, deadline - time.monotonic()))
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self.stopped += [run.id for run, _ in self.active.values()] + [run.id for run in self.waiting]
-        self.active, self.waiting = {}, []
-
     def outcome(self) -> LocalOutcome:
         return LocalOutcome(
             plan=self.plan,
@@ -296,38 +252,3 @@ def _slots(plan: CampaignPlan) -> list[str]:
 
 def _reason(directory: RunDirectory) -> str:
     return directory.failure() or f"no reason was recorded; see {directory.path / LOG}"
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Start the fork server with this many OpenMP threads: OpenMP reads the environment once, when it is loaded."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(threads)))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["scaling.training.loop"])
-    forkserver.ensure_running()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise _Stop
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.suppress(_Stop):
-            yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from scaling.cli.common import (
-    ID_LETTERS,
+    ID_DIGITS,
     TableName,
     default_root,
     next_step,
@@ -317,7 +317,7 @@ def provenance(frame: pd.DataFrame, root: Path, campaign: Campaign | None = None
 
     records, sources = [], set() if campaign is None else {campaign.data.source}
     for run in frame["run"].dropna().astype(str).unique() if "run" in frame else ():
-        if set(run) <= ID_LETTERS:  # a foreign table may name its runs by paths
+        if set(run) <= ID_DIGITS:  # a foreign table may name its runs by paths
             with contextlib.suppress(UserError):
                 records.append(RunDirectory(root / "runs" / run).record())
     known = [record for record in records if record is not None]

@@ -97,9 +97,9 @@ def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
 
 def _listed(campaign: Campaign, table: RungConfig) -> Rung:
     where = f'{campaign.file}, rung "{table.name}"'
-    model, training = campaign.model, campaign.training
+    training = campaign.training
     with located(where):
-        shape = _shape(model, layers=table.layers, width=table.width, heads=table.heads, ffn=table.ffn)
+        shape = _shape(campaign.model, layers=table.layers, width=table.width, heads=table.heads, ffn=table.ffn)
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
     parameters = count_parameters(shape).blocks

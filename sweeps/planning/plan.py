@@ -22,6 +22,7 @@ from scaling.optim.registry import check_strategy, complete
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunState
 from scaling.spec import Budget, DataSpec, ExecutionConfig, OptimizerSpec, Placement, RunSpec, Schedule, WarmStart
+from scaling.units import largest_divisor
 from sweeps.config.campaign import ArmConfig, Campaign
 from sweeps.config.placement import PlacementConfig
 from sweeps.config.toml import as_value, located
@@ -323,7 +324,7 @@ def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     sequences = spec.batch_tokens // spec.model.context
     if at_most is None or at_most >= sequences:
         return None
-    return next(part for part in range(at_most, 0, -1) if sequences % part == 0)
+    return largest_divisor(sequences, at_most)
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:

@@ -188,10 +188,14 @@ def _wait(totals: dict[str, Any]) -> str:
     return f"{hours_text(totals['wall_hours_left'])} to wait with {together}"
 
 
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _money(totals: dict[str, Any]) -> list[str]:
     price, energy = totals["price"], totals["kilowatt_hours"]
     parts = [f"{price:,.2f} in all"] if price is not None else []
-    return parts + ([f"{energy:,.3g} kWh in all"] if energy is not None else [])
+    return parts + ([f"{_amount(energy)} kWh in all"] if energy is not None else [])
 
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
@@ -220,7 +224,10 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     rows = plan_rows(plan, seen)
     printed = any(row["printed"] for row in rows)
     title = plan.campaign.title or plan.campaign.name
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    # One space between columns: with it a table of long names and a state still fits 80 columns.
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, collapse_padding=True
+    )
     for name in ("arm", "rung", "shape"):
         table.add_column(name, no_wrap=True)
     for name in ("N", "D", "C", "batch", "peak LR", "steps", "time"):
@@ -231,7 +238,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
         table.add_column("state", no_wrap=True)
     seeds = len({row["seed"] for row in rows}) > 1
     for row in rows[:MAX_ROWS]:
-        sequences = f" = {row['batch_sequences']}x{row['shape']['context']}" if printed else ""
+        sequences = f"{row['batch_sequences']}x{row['shape']['context']}"
         table.add_row(
             row["arm"],
             row["cell"] if seeds else row["rung"],
@@ -239,7 +246,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
             row["parameters_text"] if row["parameters"] >= 1e8 else human(row["parameters"]),
             f"{row['tokens'] / 1e9:.2f}B" if row["tokens"] >= 1e9 else human(row["tokens"]),
             f"{row['flops']:.2e}".replace("e+", "e"),
-            f"{row['batch_tokens']:,}{sequences}",
+            sequences if printed else f"{row['batch_tokens']:,}",
             rate_text(row["peak_lr"]),
             f"{row['steps']:,}",
             hours_text(row["hours"]),
@@ -323,11 +330,12 @@ def _notes(plan: CampaignPlan, seen: Outlook) -> list[str]:
     counts = f"{rungs} rung{'s' * (rungs != 1)}, {len(arms)} arm{'s' * (len(arms) != 1)} ({', '.join(arms)})"
     diverged = f", {totals['diverged']} diverged" if totals["diverged"] else ""
     unit = "GPU-hours" if any(table.gpus for table in plan.placements.values()) else "hours of runs"
-    cost = [f"{totals['gpu_hours']:,.3g} {unit}"]
+    cost = [f"{_amount(totals['gpu_hours'])} {unit}"]
     if totals["tuning_gpu_hours"]:
-        cost[0] += f", {totals['tuning_gpu_hours']:,.3g} of them for tuning"
+        cost[0] += f", {_amount(totals['tuning_gpu_hours'])} of them for tuning"
     lines = [
-        "shape: layers x width / heads. N: parameters of the blocks. D: tokens. C: FLOPs, 6ND.",
+        "shape: layers x width / heads. N: parameters of the blocks. D: tokens. C: FLOPs, 6ND. batch: tokens"
+        + (" (sequences x context)." if any(rung.printed for rung in plan.rungs) else "."),
         f"{counts}: {totals['runs']} runs, {totals['finished']} finished{diverged}.",
         f"{totals['flops']:.3g} FLOPs; {hours_text(totals['hours'])} of training, {hours_text(totals['hours_left'])} left; "
         f"{_wait(totals)}{', without tuning' if totals['tuning_gpu_hours'] else ''}.",

@@ -83,26 +83,20 @@ def test_plan_and_status_name_runs_of_other_code(campaigns: Campaigns) -> None:
         assert any("2 runs were trained by other code" in line and "1 file differs" in line for line in said)
 
 
-def test_progress_counts_flops_and_names_ended_runs(campaigns: Campaigns, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reporter(ProgressReporter):
-        def show(self, counts: str, done: float | None) -> None:
-            shown.append((counts, done))
-
-        def say(self, sentence: str) -> None:
-            said.append(sentence)
-
-    shown: list[tuple[str, float | None]] = []
-    said: list[str] = []
-    monkeypatch.setattr("sweeps.local.ProgressReporter", Reporter)
-    monkeypatch.setattr("sweeps.local.REFRESH_SECONDS", 0.0)
+def test_progress_counts_flops_and_names_ended_runs(
+    campaigns: Campaigns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ProgressReporter, "due", True)
     plan = campaigns.plan()
     first, *others = plan.runs
-    with CampaignProgress(plan, False) as progress:
-        assert shown == [("loading the training code", 0.0)]
-        progress.update([first], waiting=others)
-        assert shown[-1] == ("0 of 4 runs ended; adamw a/0 0%", 0.0)
+    total = sum(run.spec.budget.flops for run in plan.runs)
+    with ProgressReporter("tiny", total, bar=False) as reporter:
+        progress = CampaignProgress(plan, reporter)
+        progress.update([first], others)
         write_record(plan.directory(first), first.spec, 3.0)
-        progress.update([], waiting=others)
-        assert said == ["adamw a/0 finished at 100%, loss 3.000"]
-        share = first.spec.budget.flops / sum(run.spec.budget.flops for run in plan.runs)
-        assert shown[-1] == ("1 of 4 runs ended; waiting for another submitter", share)
+        progress.update([], others)
+    assert capsys.readouterr().err.splitlines() == [
+        "tiny: 0%, ended 0 of 4 runs; adamw a/0 0%",
+        "adamw a/0 finished at 100%, loss 3.000",
+        f"tiny: {first.spec.budget.flops / total:.0%}, ended 1 of 4 runs",
+    ]
