@@ -1,6 +1,10 @@
-"""Least absolute deviations, exactly: a sequence of linear programs around the Huber answer.
+"""Least absolute deviations, exactly: a sequence of linear programs that starts at the Huber minimum.
 
-The minimum lies where as many residuals as parameters are zero, a corner that smooth solvers only approach.
+At the minimum as many residuals as parameters are zero, a corner that smooth solvers only approach. Each program is
+
+    min over step, u of sum(u)    with    -u <= r + J step <= u,    |step| <= radius
+
+for residuals r and Jacobian J at the current point. The radius grows when the program predicts the decrease well.
 """
 
 from __future__ import annotations
@@ -16,25 +20,26 @@ if TYPE_CHECKING:
     from analysis.fitting.fit import Certificate
 
 
-ROUNDS = 60
+MAX_LINEAR_PROGRAMS = 60
 
 
 def least_absolute(problem: Problem, theta: Array, certificate: Certificate) -> tuple[Array, Certificate]:
     """The parameters with the least sum of absolute residuals, near a Huber minimum.
 
     Returns:
-        The parameters, and the certificate with the sum itself, and with the last linear program's promise as gap.
+        The parameters, and the certificate with the sum as objective and the decrease that the last program predicts as gap.
     """
     import msgspec
     from scipy.optimize import linprog
 
+    # Huber with a small threshold is almost the sum of absolute values, and brings the start close to the corner.
     for delta in (1e-4, 1e-5):
         theta = minimise(problem._replace(delta=delta), theta).theta[0]
     value, radius, gap = _total(problem, theta), 0.1, np.inf
     rows = len(problem.loss)
-    for _ in range(ROUNDS):
+    for _ in range(MAX_LINEAR_PROGRAMS):
         r, jacobian = _linear(problem, theta)
-        # min sum(u) over step and u, with -u <= r + J step <= u.
+        # Unknowns are (step, u), shapes (parameters,) and (rows,).
         found = linprog(
             np.concatenate([np.zeros(len(theta)), np.ones(rows)]),
             A_ub=np.block([[jacobian, -np.eye(rows)], [-jacobian, -np.eye(rows)]]),

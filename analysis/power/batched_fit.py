@@ -1,10 +1,10 @@
-"""The analysis of one ladder for many synthetic studies at once: the same minima and intervals, batched.
+"""Batched fits and intervals of many synthetic studies of one ladder, with the results of the fit of a single study.
 
-`analysis.fitting.families.fit_family` and `analysis.uncertainty.intervals.t_interval` take a study at a time, with starts of their own, which
-a thousand studies of thirty designs do not allow. Here every study starts from the minimum of the noise-free
-runs, and Gauss-Newton steps are taken for all studies side by side. tests/sweeps/test_design.py holds the two together.
+`analysis.fitting.families.fit_family` and `analysis.uncertainty.intervals.t_interval` fit one study, from many starts, which
+is too slow for a thousand studies of thirty plans. Here every study starts from the minimum of the noise-free runs, and
+Gauss-Newton steps are taken for all studies side by side. tests/sweeps/test_design.py compares the two.
 
-Rows are laid out by arm, then by cell: row ``arm * cells + cell``. A run that was lost has weight zero.
+Rows are ordered by arm, then by cell: row ``arm * cells + cell``. A run that was lost has weight zero.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.data.cells import Array
-from analysis.fitting.families import frontiers
+from analysis.fitting.families import frontiers, ratio_of
 from analysis.fitting.fit import Minimum
-from analysis.fitting.solver import FLOOR_SHARE, predict
-from analysis.uncertainty.intervals import t_quantile
+from analysis.fitting.solver import MAX_STEP, MIN_FLOOR_SHARE, predict
+from analysis.uncertainty.intervals import MIN_FREEDOM, gradient, satterthwaite, t_quantile
 from scaling.units import pflops_days
 
 Flags = NDArray[np.bool_]
 
-STEPS = 80
-"""Gauss-Newton steps at most; a dozen suffice where residuals are a few percent."""
+MAX_STEPS = 80
+"""Gauss-Newton steps at most; a dozen are enough where residuals are a few percent."""
+
+MIN_RUNS = 3
+"""Runs of each arm below which a study has no interval."""
 
 
 class Intervals(NamedTuple):
-    """Log match ratios with their intervals; NaN where a study has no answer. Shape ``(studies, losses)``."""
+    """Log match ratios with their intervals, each of shape ``(studies, losses)``; NaN where a study has none."""
 
     ratio: Array
     low: Array
@@ -36,34 +39,38 @@ class Intervals(NamedTuple):
 
     @property
     def width(self) -> Array:
-        """Of the interval of the ratio itself."""
+        """Width of the interval of the ratio itself."""
         return np.exp(self.high) - np.exp(self.low)
 
 
 def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
     """Parameters of least squares in loss space, shape ``(studies, parameters)``.
 
+    Gauss-Newton with residuals ``e = (P - L)``, zero for lost runs, and Jacobian ``J = P p_k z`` (`analysis.fitting.solver`):
+    ``(J'J + damping * diag(J'J)) step = -J'e``.
+
     Args:
         fitted: The family at the noise-free runs: layout and start.
-        loss: Of every study and row, shape ``(studies, rows)``.
-        kept: Which runs a study has, same shape.
+        loss: Shape ``(studies, rows)``.
+        kept: True for the runs that a study has, same shape.
     """
     z, term = fitted.problem.z, fitted.problem.term
     floors = np.array([not np.any(z[:, term == k] < 0.0) for k in term])
-    lowest = np.log(loss.min() * FLOOR_SHARE)
+    lowest = np.log(loss.min() * MIN_FLOOR_SHARE)
     theta = np.repeat(fitted.theta[None], len(loss), axis=0)
     damping = np.full(len(loss), 1e-6)
 
     def residual(at: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
         log_prediction, shares = predict(fitted.problem, at)
-        height = np.exp(log_prediction)
+        height = np.exp(log_prediction)  # P, (studies, rows)
         jacobian = (height[:, None] * shares[:, term]) * z.T
         left = (height - loss[which]) * kept[which]
         return left, jacobian * kept[which][:, None], np.sum(left**2, axis=1)
 
     active = np.arange(len(loss))
     left, jacobian, value = residual(theta, active)
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
+        # J'J to unit diagonal: floor and exponents differ by decades.
         hessian = np.matmul(jacobian, jacobian.transpose(0, 2, 1))
         gradient = np.matmul(jacobian, left[:, :, None])[:, :, 0]
         scale = np.einsum("bpp->bp", hessian) + 1e-300
@@ -71,7 +78,7 @@ def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
         matrix = hessian * unit[:, :, None] * unit[:, None]
         matrix[:, range(len(term)), range(len(term))] += damping[active, None]
         step = -unit * np.linalg.solve(matrix, (gradient * unit)[:, :, None])[:, :, 0]
-        step *= np.minimum(1.0, 3.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
+        step *= np.minimum(1.0, MAX_STEP / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
         promised = np.abs(np.einsum("bp,bp->b", step, gradient))
         trial = theta[active] + step
         trial[:, floors] = np.maximum(trial[:, floors], lowest)
@@ -80,6 +87,7 @@ def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
         theta[active[better]] = trial[better]
         damping[active] = np.where(better, np.maximum(damping[active] * 0.1, 1e-12), damping[active] * 10.0)
         left[better], jacobian[better], value[better] = new_left[better], new_jacobian[better], new_value[better]
+        # Studies that are done leave the arrays.
         going = (promised > 1e-14 * value + 1e-24) & (damping[active] < 1e8)
         if not going.any():
             break
@@ -90,25 +98,27 @@ def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
 def law_intervals(
     fitted: Minimum, theta: Array, loss: Array, kept: Flags, at: Array, *, level: float = 0.95
 ) -> Intervals:
-    """The t interval of `analysis.uncertainty.intervals.t_interval` in every study: laws' exponents included, paired within cells.
+    """The interval of `analysis.uncertainty.intervals.t_interval` in every study, paired within cells.
+
+    The steps are those of `analysis.uncertainty.intervals.linear` and `Linear.spread`, where they are explained.
 
     Args:
         fitted: The family's layout.
-        theta: As `fit_studies` gives it.
+        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
         loss: Shape ``(studies, rows)``.
         kept: Same shape.
-        at: Losses at which the ratio is wanted.
-        level: Of the interval.
+        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
+        level: Confidence.
     """
     studies, rows = loss.shape
     cells = rows // 2
     z, term = fitted.problem.z, fitted.problem.term
     log_prediction, shares = predict(fitted.problem, theta)
-    jacobian = shares[:, term] * z.T * kept[:, None]
+    jacobian = shares[:, term] * z.T * kept[:, None]  # of ln P, (studies, parameters, rows)
     weight = np.exp(2.0 * log_prediction)
     weighted = jacobian * weight[:, None]
     bread = np.linalg.pinv(np.matmul(weighted, jacobian.transpose(0, 2, 1)), hermitian=True)
-    response = np.matmul(bread, weighted)
+    response = np.matmul(bread, weighted)  # (studies, parameters, rows)
     leverage = np.einsum("spr,spr->sr", jacobian, response).reshape(studies, 2, cells)
     residual = ((np.log(loss) - log_prediction) * kept).reshape(studies, 2, cells)
     held = kept.reshape(studies, 2, cells)
@@ -121,75 +131,48 @@ def law_intervals(
     correlation = np.where(known, np.sum(one * two, axis=1) / np.where(size > 0, size, 1.0), 0.0).clip(-1.0, 1.0)
     noise = np.einsum("si,ij->sij", sigma**2, np.eye(2))
     noise[:, 0, 1] = noise[:, 1, 0] = correlation * sigma[:, 0] * sigma[:, 1]
-    slope = _slopes(fitted, theta, at)
+
+    def log_ratios(at_theta: Array) -> Array:
+        return ratio_of(fitted, at_theta, at)
+
+    slope = gradient(log_ratios, theta)  # (studies, losses, parameters)
     pull = np.matmul(slope, response).reshape(studies, len(at), 2, cells)
-    lean = np.einsum("skic,skjc->skij", pull, pull)
-    product = np.matmul(lean, noise[:, None])
+    A = np.einsum("skic,skjc->skij", pull, pull)
+    product = np.matmul(A, noise[:, None])
     variance = np.trace(product, axis1=2, axis2=3).clip(0.0)
     squares = np.trace(product @ product, axis1=2, axis2=3)
     freedom = by_arm.min(axis=1)
-    error, degrees = np.sqrt(variance), freedom[:, None] * _gain(variance, squares, freedom[:, None])
+    error = np.sqrt(variance)
+    degrees = freedom[:, None] * satterthwaite(variance, squares, freedom[:, None], 2)
     with np.errstate(invalid="ignore"):
         half = t_quantile(np.maximum(degrees, 1e-9), level) * error
-    half = np.where(freedom[:, None] < 0.999, np.nan, half)
-    centre = log_ratios(fitted, theta, at)
-    centre = np.where(_usable(held)[:, None], centre, np.nan)
+    half = np.where(freedom[:, None] < MIN_FREEDOM, np.nan, half)
+    usable = (held.sum(axis=2) >= MIN_RUNS).all(axis=1)
+    centre = np.where(usable[:, None], log_ratios(theta), np.nan)
     return Intervals(centre, centre - half, centre + half)
-
-
-def _gain(variance: Array, squares: Array, nu: Array) -> Array:
-    """Satterthwaite's gain in degrees of freedom, as `analysis.uncertainty.intervals.Linear.spread` has it."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scale = nu / ((nu + 2.0) * (nu - 1.0))
-        first = np.where(nu > 1.0, (variance**2 * (nu + 1.0) - 2.0 * squares) * scale, variance**2)
-        second = np.where(nu > 1.0, (squares * nu - variance**2) * scale, squares)
-        gain = np.where(second > 0, first / second, np.where(nu > 1.0, 2.0, 1.0))
-    return np.clip(gain, 1.0, 2.0)
-
-
-def _usable(held: Flags) -> Flags:
-    """Whether each arm of a study still has three runs; fewer are no law with an error."""
-    return np.asarray((held.sum(axis=2) >= 3).all(axis=1))
-
-
-def log_ratios(fitted: Minimum, theta: Array, at: Array) -> Array:
-    """Log match ratio of every study at each loss, shape ``(studies, losses)``; NaN where a law never gets there."""
-    logs = []
-    for arm in (1, 0):
-        log_scale, power, floor = frontiers(fitted, theta, arm)
-        above = at - floor[:, None]
-        with np.errstate(all="ignore"):
-            logs.append((log_scale[:, None] - np.log(np.where(above > 0.0, above, np.nan))) / power[:, None])
-    return np.asarray(logs[0] - logs[1])
-
-
-def _slopes(fitted: Minimum, theta: Array, at: Array) -> Array:
-    columns = []
-    for j in range(theta.shape[1]):
-        step = np.zeros_like(theta)
-        step[:, j] = 1e-5 * np.maximum(1.0, np.abs(theta[:, j]))
-        upper, lower = log_ratios(fitted, theta + step, at), log_ratios(fitted, theta - step, at)
-        columns.append((upper - lower) / (2 * step[:, j, None]))
-    return np.stack(columns, axis=2)
 
 
 def difference_intervals(
     fitted: Minimum, theta: Array, loss: Array, kept: Flags, flops: Array, at: Array, *, level: float = 0.95
 ) -> Intervals:
-    """The interval of the paired difference line (`analysis.uncertainty.paired`): the baseline's exponent taken as fitted.
+    """The interval of the paired difference line (`analysis.uncertainty.paired`), the baseline's exponent taken as fitted.
+
+    The half width h of the log-loss difference at the challenger's compute becomes the ratio at ``L exp(-h)`` and
+    ``L exp(h)`` under the baseline's law.
 
     Args:
         fitted: The family's layout.
-        theta: As `fit_studies` gives it.
+        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
         loss: Shape ``(studies, rows)``.
         kept: Same shape.
-        flops: Of the cells, shape ``(cells,)``.
-        at: Losses at which the ratio is wanted.
-        level: Of the interval.
+        flops: FLOPs of the cells, shape ``(cells,)``.
+        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
+        level: Confidence.
     """
     studies, rows = loss.shape
     cells = rows // 2
     log, held = np.log(loss).reshape(studies, 2, cells), kept.reshape(studies, 2, cells)
+    # A cell counts where both of its runs were kept; sums over cells are weighted by `pair`, 0 or 1.
     pair = (held[:, 0] & held[:, 1]).astype(np.float64)
     gap = (log[:, 0] - log[:, 1]) * pair
     count = pair.sum(axis=1, keepdims=True)
@@ -212,5 +195,5 @@ def difference_intervals(
             for sign in (-1.0, 1.0)
         ]
     bad = count < 3
-    found = [np.where(bad, np.nan, end) for end in (log_ratios(fitted, theta, at), *ends)]
+    found = [np.where(bad, np.nan, end) for end in (ratio_of(fitted, theta, at), *ends)]
     return Intervals(found[0], np.minimum(found[1], found[2]), np.maximum(found[1], found[2]))

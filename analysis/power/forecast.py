@@ -1,7 +1,7 @@
-"""The forecast of a campaign: its plan, the plan with one thing changed, and the designs that are narrowest for their cost.
+"""Forecast of a campaign: the interval of its plan, of the plan with one change, and of the best plans for their cost.
 
-Designs come in as seeds over a list of points and are compared at one loss, that of the challenger at the largest planned
-rung: dropping that rung then shows what extrapolating to it would cost.
+A plan is a number of seeds at each rung of a list. Plans are compared at one loss, that of the challenger at the largest
+planned rung: a plan without that rung then shows the cost of extrapolating to it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ from analysis.ratio.study import Study
 from analysis.uncertainty.intervals import MAX_CELLS_FOR_T_INTERVAL
 from scaling.errors import UserError
 from scaling.io import Strict
+from scaling.units import FLOPS_PER_PFLOPS_DAY
 
-SCREENED = 150
-"""Studies by which a design of the search is judged before the best get as many as the plan."""
+SCREENING_STUDIES = 150
+"""Studies of each plan of the search; those near the frontier are then simulated in full."""
 
-CLOSE = 1.15
-"""A design is simulated in full where its screened width is within this factor of the frontier."""
-
-Point = tuple[str, float, float, float, float, bool]
-"""Name, parameters, tokens, FLOPs, GPU-hours of one seed of both arms, whether the campaign has it."""
+SCREENING_MARGIN = 1.15
+"""A plan is simulated in full where its width in the screening is within this factor of the frontier."""
 
 
-class Row(Strict, frozen=True):
-    """One design at the target loss."""
+class RungOption(NamedTuple):
+    """A rung that plans may use."""
+
+    name: str
+    params: float
+    tokens: float
+    flops: float
+    hours: float
+    """GPU-hours of one seed of both arms."""
+
+
+class PlanForecast(Strict, frozen=True):
+    """The interval of one plan at the target loss."""
 
     name: str
     design: str
@@ -45,7 +54,7 @@ class Row(Strict, frozen=True):
 
 
 class DesignForecast(Strict, frozen=True):
-    """What a campaign would find out."""
+    """Forecast intervals of a campaign and of other plans for its arms."""
 
     campaign: str
     baseline: str
@@ -57,26 +66,26 @@ class DesignForecast(Strict, frozen=True):
     noise: Noise
     lost: float
     rungs: list[str]
-    """Whose losses the forecasts are at: the challenger's at each planned rung."""
+    """Planned rungs; the forecasts are at the challenger's loss at each."""
     forecasts: list[Forecast]
     target_rung: str
-    plan: Row
-    changed: list[Row]
-    searched: list[Row]
-    """Every design of the search, by rising cost."""
-    frontier: list[Row]
+    plan: PlanForecast
+    changed: list[PlanForecast]
+    searched: list[PlanForecast]
+    """Every plan of the search."""
+    frontier: list[PlanForecast]
     wanted: float | None
     budget: float | None
-    cheapest: Row | None
-    """The cheapest design that reaches the wanted width within the budget."""
+    cheapest: PlanForecast | None
+    """The cheapest plan that reaches the wanted width within the budget."""
     verdict: list[str]
     assumptions: list[str]
 
 
-class _Bench(NamedTuple):
-    """What all simulations of one forecast share."""
+class _Simulator(NamedTuple):
+    """Settings that all simulations of one forecast share."""
 
-    points: Sequence[Point]
+    points: Sequence[RungOption]
     cells: PlannedCells
     truth: Truth
     noise: Noise
@@ -88,10 +97,10 @@ class _Bench(NamedTuple):
     simulated: Callable[[int], None]
     """Takes the number of studies that were simulated, after each design."""
 
-    def row(self, name: str, seeds: Sequence[int], studies: int) -> Row:
-        """One design, simulated."""
+    def forecast(self, name: str, seeds: Sequence[int], studies: int) -> PlanForecast:
+        """The forecast of one plan."""
         which = np.repeat(np.arange(len(self.points)), seeds).astype(np.intp)
-        hours = sum(point[4] * count for point, count in zip(self.points, seeds, strict=True))
+        hours = sum(point.hours * count for point, count in zip(self.points, seeds, strict=True))
         width, excludes, bias = None, 0.0, None
         try:
             found = simulate(
@@ -105,16 +114,16 @@ class _Bench(NamedTuple):
                 seed=self.seed,
             )
         except UserError:
-            pass  # too few cells for the family: no interval, which is what the row says
+            pass  # too few cells for the family, hence no interval
         else:
             one = forecasts(found, self.truth, self.target, margin=self.margin)[0]
             width, excludes = one.width, one.excludes
             bias = one.bias
         self.simulated(studies)
-        return Row(
+        return PlanForecast(
             name=name,
             design=", ".join(
-                f"{point[0]}{f' x{count}' if count > 1 else ''}"
+                f"{point.name}{f' x{count}' if count > 1 else ''}"
                 for point, count in zip(self.points, seeds, strict=True)
                 if count
             ),
@@ -130,7 +139,7 @@ def forecast(
     *,
     campaign: str,
     arms: tuple[str, str],
-    points: Sequence[Point],
+    points: Sequence[RungOption],
     plan: Sequence[int],
     changed: Mapping[str, Sequence[int]],
     searched: Sequence[Sequence[int]],
@@ -145,37 +154,37 @@ def forecast(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> DesignForecast:
-    """The forecast of a plan and of what could stand in its place.
+    """The forecast of a plan and of its alternatives.
 
     Args:
         campaign: Its name.
         arms: Baseline and challenger.
-        points: Sizes with their budgets, by rising compute.
-        plan: Seeds at each point.
-        changed: Plans with one thing changed, by name.
-        searched: Designs among which the cheapest is looked for.
-        laws: Assumed.
-        noise: Assumed.
+        points: Rungs, by rising compute.
+        plan: Seeds at each rung.
+        changed: Plans with one change, by name.
+        searched: Plans among which the cheapest is searched.
+        laws: Assumed laws.
+        noise: Assumed noise.
         family: Row of ``analysis.fitting.families.LAW_FAMILIES``; without it the one that the laws were fitted with, else
             ``lines``, or ``shared-floor`` where the laws have a floor.
         lost: Chance that a run gives no loss.
-        margin: Ratio that the interval is to leave out.
-        wanted: Width that is looked for.
-        budget: Most GPU-hours.
-        studies: Of the plan, its changes and the designs on the frontier.
-        seed: Of the noise.
-        progress: Takes the share of the work that is done, 0 to 1, after each design.
+        margin: Ratio that the interval should exclude.
+        wanted: Wanted width of the interval.
+        budget: GPU-hours at most.
+        studies: Synthetic studies of the plan, its changes and the plans on the frontier.
+        seed: Seed of the noise.
+        progress: Called with the share of the work that is done, 0 to 1, after each plan.
 
     Raises:
         UserError: The plan has too few cells for the family.
     """
-    cells = PlannedCells(*(np.array([point[k] for point in points], dtype=np.float64) for k in (1, 2, 3)))
+    cells = PlannedCells(*(np.array(column, dtype=np.float64) for column in list(zip(*points, strict=True))[1:4]))
     truth = Truth(laws, cells)
     family = family or laws.family or ("shared-floor" if laws.has_floor else "lines")
     own = [at for at, count in enumerate(plan) if count]
     at = truth.loss(cells.flops[own], 1)
-    # How many designs of the search come to the frontier is not known before; a tenth of them is usual.
-    total = len(searched) * (min(SCREENED, studies) + 0.1 * studies) + (1 + len(changed)) * studies
+    # The number of plans near the frontier is not known before the screening; a tenth is usual.
+    total = len(searched) * (min(SCREENING_STUDIES, studies) + 0.1 * studies) + (1 + len(changed)) * studies
     done = 0
 
     def simulated(count: int) -> None:
@@ -184,12 +193,12 @@ def forecast(
         if progress is not None:
             progress(min(done / total, 1.0))
 
-    bench = _Bench(points, cells, truth, noise, at[-1:], family, lost, margin, seed, simulated)
+    simulator = _Simulator(points, cells, truth, noise, at[-1:], family, lost, margin, seed, simulated)
     whole = cells.take(np.repeat(np.arange(len(points)), plan).astype(np.intp))
     found = simulate(whole, truth, noise, at, family=family, lost=lost, studies=studies, seed=seed)
-    rows = [bench.row("", seeds, min(SCREENED, studies)) for seeds in searched]
-    frontier = _frontier(bench, rows, searched, studies)
-    first = bench.row("as planned", plan, studies)
+    rows = [simulator.forecast("", seeds, min(SCREENING_STUDIES, studies)) for seeds in searched]
+    frontier = _frontier(simulator, rows, searched, studies)
+    first = simulator.forecast("as planned", plan, studies)
     cheapest = next(
         (
             row
@@ -208,32 +217,34 @@ def forecast(
         laws=laws,
         noise=noise,
         lost=lost,
-        rungs=[points[k][0] for k in own],
+        rungs=[points[k].name for k in own],
         forecasts=forecasts(found, truth, at, margin=margin),
-        target_rung=points[own[-1]][0],
+        target_rung=points[own[-1]].name,
         plan=first,
-        changed=[bench.row(name, seeds, studies) for name, seeds in changed.items()],
+        changed=[simulator.forecast(name, seeds, studies) for name, seeds in changed.items()],
         searched=rows,
         frontier=frontier,
         wanted=wanted,
         budget=budget,
         cheapest=cheapest,
-        verdict=_verdict(frontier, cheapest, wanted, budget, points[own[-1]][0]),
+        verdict=_verdict(frontier, cheapest, wanted, budget, points[own[-1]].name),
         assumptions=_assumptions(laws, noise, family, lost, len(whole.flops)),
     )
 
 
-def _frontier(bench: _Bench, rows: list[Row], searched: Sequence[Sequence[int]], studies: int) -> list[Row]:
-    """Designs that no cheaper one is as narrow as, by rising cost, each simulated in full."""
+def _frontier(
+    simulator: _Simulator, rows: list[PlanForecast], searched: Sequence[Sequence[int]], studies: int
+) -> list[PlanForecast]:
+    """Plans narrower than every cheaper one, by rising cost, each simulated in full."""
     best = np.inf
     again = []
     for number in sorted(range(len(rows)), key=lambda k: rows[k].hours):
         width = rows[number].width
-        if width is not None and width < best * CLOSE:
+        if width is not None and width < best * SCREENING_MARGIN:
             again.append(number)
             best = min(best, width)
-    full = [bench.row("", searched[number], studies) for number in again]
-    kept: list[Row] = []
+    full = [simulator.forecast("", searched[number], studies) for number in again]
+    kept: list[PlanForecast] = []
     for row in full:
         if row.width is not None and (not kept or row.width < (kept[-1].width or 0.0)):
             kept.append(row)
@@ -241,30 +252,30 @@ def _frontier(bench: _Bench, rows: list[Row], searched: Sequence[Sequence[int]],
 
 
 def _verdict(
-    frontier: list[Row], cheapest: Row | None, wanted: float | None, budget: float | None, rung: str
+    frontier: list[PlanForecast], cheapest: PlanForecast | None, wanted: float | None, budget: float | None, rung: str
 ) -> list[str]:
     if wanted is None:
         return []
     within = f" within {budget:,.4g} hours" if budget is not None else ""
     if cheapest is not None:
         return [
-            f"The cheapest design that reaches a width of {wanted:g} at the loss of {rung}{within}: {cheapest.design}; "
+            f"The cheapest plan that reaches a width of {wanted:g} at the loss of {rung}{within}: {cheapest.design}; "
             f"width {cheapest.width:.3f}, {cheapest.hours:,.3g} hours, {2 * cheapest.cells} runs."
         ]
-    lines = [f"No design of the search reaches a width of {wanted:g} at the loss of {rung}{within}."]
+    lines = [f"No plan of the search reaches a width of {wanted:g} at the loss of {rung}{within}."]
     reaching = [row for row in frontier if row.width is not None and row.width <= wanted]
     affordable = [row for row in frontier if budget is None or row.hours <= budget]
     if affordable:
-        lines.append(f"The narrowest there is: {affordable[-1].design}, width {affordable[-1].width:.3f}.")
+        lines.append(f"The narrowest: {affordable[-1].design}, width {affordable[-1].width:.3f}.")
     elif frontier:
         lines.append(f"The cheapest that gives an interval at all takes {frontier[0].hours:,.3g} hours.")
     if reaching:
         row = reaching[0]
-        lines.append(f"What would: {row.design}; {row.hours:,.3g} hours, width {row.width:.3f}.")
+        lines.append(f"Reached by: {row.design}; {row.hours:,.3g} hours, width {row.width:.3f}.")
     elif frontier and frontier[-1].width is not None:
         factor = (frontier[-1].width / wanted) ** 2
         lines.append(
-            f"What would: about {factor:.1f} times the seeds of {frontier[-1].design} "
+            f"Reached by about {factor:.1f} times the seeds of {frontier[-1].design} "
             f"({frontier[-1].hours * factor:,.3g} hours), or noise {frontier[-1].width / wanted:.1f} times smaller."
         )
     return lines
@@ -284,7 +295,7 @@ def _assumptions(laws: Laws, noise: Noise, family: str, lost: float, cells: int)
 
 
 def laws_of(study: Study, arms: tuple[str, str], name: str) -> Laws:
-    """The laws of a study of one's own.
+    """The laws that a study fitted, as assumed laws.
 
     Raises:
         UserError: It does not compare these arms.
@@ -297,11 +308,11 @@ def laws_of(study: Study, arms: tuple[str, str], name: str) -> Laws:
                 baseline=one.law,
                 challenger=two.law,
                 source=f"{name}, family {found.family}",
-                around=float(np.sqrt(min(ends) * max(ends))) * 8.64e19,
+                around=float(np.sqrt(min(ends) * max(ends))) * FLOPS_PER_PFLOPS_DAY,
                 family=found.family if LAW_FAMILIES[found.family].design == "ladder" else None,
             )
-    told = ", ".join(f"{found.challenger} against {found.baseline}" for found in study.comparisons)
+    pairs = ", ".join(f"{found.challenger} against {found.baseline}" for found in study.comparisons)
     raise UserError(
-        f"--law {name}: it compares {told}, and the campaign {arms[1]} against {arms[0]}. Fit those arms, or name the "
+        f"--law {name}: it compares {pairs}, and the campaign {arms[1]} against {arms[0]}. Fit those arms, or name the "
         "arms with --baseline and --challenger."
     )

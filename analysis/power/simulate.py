@@ -1,8 +1,8 @@
-"""What a planned comparison would say, before it is run: synthetic studies from assumed laws, analysed as real ones are.
+"""Power analysis of a planned comparison: synthetic studies from assumed laws, analysed like real ones.
 
-A `Plan` is a list of cells; `simulate` draws the losses of both arms at each, loses some, and gives them to the analysis
-(`analysis.power.batched_fit`). What comes back are widths, chances and biases of the match ratio at losses that do not move with the
-plan, so that plans can be compared.
+`simulate` draws the losses of both arms at each planned cell, drops some runs, and fits them
+(`analysis.power.batched_fit`). `forecasts` sums up widths, exclusion rates and biases of the match ratio at fixed losses, so
+that plans can be compared.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Laws(Strict, frozen=True):
     challenger: Law
     source: str
     around: float
-    """Training FLOPs at the middle of what they were fitted to."""
+    """Training FLOPs at the middle of the fitted range."""
     family: str | None = None
-    """Row of ``analysis.fitting.families.LAW_FAMILIES`` that they were fitted with, where it is one for ladders."""
+    """Row of ``analysis.fitting.families.LAW_FAMILIES`` of the fit, if it is one for ladders."""
 
     @property
     def has_floor(self) -> bool:
@@ -43,12 +43,12 @@ class Noise(Strict, frozen=True):
     """Standard deviations of ln loss. A row of `NOISES`, or two numbers."""
 
     cell: float
-    """Of what both arms of a cell share: size, schedule, data order, seed."""
+    """The part that both arms of a cell share: size, schedule, data order, seed."""
     difference: float
-    """Of ln loss of one arm minus that of the other within a cell, beyond what the laws say."""
+    """ln loss of one arm minus that of the other within a cell, about the difference of the laws."""
     source: str
     around: float = 0.0
-    """Training FLOPs at the middle of the runs that it was measured on."""
+    """Training FLOPs at the middle of the runs it was measured on."""
 
 
 LAWS_ASSUMED: dict[str, Laws] = {
@@ -63,7 +63,7 @@ LAWS_ASSUMED: dict[str, Laws] = {
         baseline=LossSurface(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
         challenger=LossSurface(E=1.8172, A=482.01, B=2085.43 * 1.25**-0.3658, alpha=0.3478, beta=0.3658),
         source="Chinchilla's surface as refitted by Besiroglu et al. (arXiv:2404.10102); the challenger's tokens are "
-        "assumed to be worth 1.25 of the baseline's, which nobody measured",
+        "assumed to be worth 1.25 of the baseline's, an example and no measurement",
         around=1e21,
     ),
     "quick": Laws(
@@ -108,7 +108,7 @@ def nearest(rows: dict[str, Laws] | dict[str, Noise], flops: float) -> str:
 
 
 class PlannedCells(NamedTuple):
-    """Planned cells, one entry each: both arms train there once."""
+    """Planned cells, arrays of shape ``(cells,)``; both arms train once in each."""
 
     params: Array
     tokens: Array
@@ -122,8 +122,8 @@ class PlannedCells(NamedTuple):
 class Truth:
     """Loss under the assumed laws along one way of splitting compute, and its inverse.
 
-    Power laws ask for compute alone. For a surface, N at a compute between two cells is interpolated in logs, and beyond
-    them it goes on with their overall slope.
+    Laws of compute need no split. For a surface, ln N at a compute between two cells is interpolated linearly in ln C, and
+    beyond them it continues with their overall slope.
     """
 
     def __init__(self, laws: Laws, cells: PlannedCells) -> None:
@@ -170,29 +170,38 @@ class Forecast(Strict, frozen=True):
     """Median of the interval by the paired difference line, the baseline's exponent taken as fitted; None under laws with
     a floor, whose differences of log loss follow no line."""
     excludes: float
-    """Share of studies whose interval leaves out the margin."""
+    """Share of studies whose interval excludes the margin."""
     bias: float | None
     """Median over studies of estimated over true ratio, minus one."""
     coverage: float | None
-    """Share of the studies with an interval whose interval holds the true ratio."""
+    """Share of the intervals that contain the true ratio."""
     unanswered: float
     """Share of studies without an interval at this loss."""
 
 
-class Simulated(NamedTuple):
-    """Studies, before they are summed up."""
+class SyntheticStudies(NamedTuple):
+    """Synthetic studies and their intervals."""
 
     fitted: Minimum
+    """The fit of the noise-free runs."""
     loss: Array
+    """Shape ``(studies, 2 * cells)``."""
     kept: Flags
+    """True for runs that were not lost, same shape."""
     laws: Intervals
+    """From the two laws."""
     paired: Intervals
+    """From the paired difference line."""
 
 
 def draw(
     cells: PlannedCells, truth: Truth, noise: Noise, *, lost: float, studies: int, seed: int
 ) -> tuple[Array, Flags]:
-    """Losses of `studies` studies, shape ``(studies, 2 * cells)``, and which runs were not lost."""
+    """Losses of synthetic studies, shape ``(studies, 2 * cells)``, and True for runs that were not lost.
+
+    ``ln L = ln law + s_cell + e_run`` with independent normal s (`Noise.cell`) and e; the difference of two runs has
+    the deviation `Noise.difference`, so each e has it over the root of two.
+    """
     generator = np.random.default_rng(seed)
     count = len(cells.flops)
     shared = noise.cell * generator.standard_normal((studies, 1, count))
@@ -222,7 +231,7 @@ def simulate(
     lost: float = 0.0,
     studies: int = 1000,
     seed: int = 0,
-) -> Simulated:
+) -> SyntheticStudies:
     """Synthetic studies of one plan through the analysis.
 
     Raises:
@@ -239,7 +248,7 @@ def simulate(
     fitted = fit_family(form, rows_of(cells, clean), 2, best_of=8)
     loss, kept = draw(cells, truth, noise, lost=lost, studies=studies, seed=seed)
     theta = fit_studies(fitted, loss, kept)
-    return Simulated(
+    return SyntheticStudies(
         fitted,
         loss,
         kept,
@@ -248,14 +257,14 @@ def simulate(
     )
 
 
-def forecasts(simulated: Simulated, truth: Truth, at: Array, *, margin: float = 1.0) -> list[Forecast]:
-    """What the studies say at each loss.
+def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: float = 1.0) -> list[Forecast]:
+    """Widths, exclusion rates, bias and coverage over the studies at each loss.
 
     Args:
-        simulated: As `simulate` gives it.
-        truth: The laws that it was drawn from.
-        at: The losses that it was evaluated at.
-        margin: The ratio that an interval is to leave out.
+        simulated: Result of `simulate`.
+        truth: The laws that the studies were drawn from.
+        at: The losses of `simulate`, shape ``(losses,)``.
+        margin: The ratio that an interval should exclude.
     """
     found, other = simulated.laws, simulated.paired
     compute = [truth.flops(at, arm) for arm in (0, 1)]
@@ -288,4 +297,4 @@ def forecasts(simulated: Simulated, truth: Truth, at: Array, *, margin: float = 
     return result
 
 
-BOOTSTRAP_REMARK = f"more than {MAX_CELLS_FOR_T_INTERVAL} cells: the fit itself would take a case bootstrap, for which the t interval stands here"
+BOOTSTRAP_REMARK = f"more than {MAX_CELLS_FOR_T_INTERVAL} cells: the fit itself would take a case bootstrap, which the t interval approximates here"

@@ -16,7 +16,7 @@ from analysis.fitting.fit import Minimum, judge, solve
 from analysis.fitting.laws import LAWS, Law, LawForm
 from analysis.fitting.solver import predict
 from analysis.ratio.study import check_computes, choose_arms, is_ladder
-from analysis.uncertainty.intervals import ROUNDING, Linear, gradient, linear, t_quantile
+from analysis.uncertainty.intervals import MIN_FREEDOM, ROUNDING, Linear, gradient, linear, t_quantile
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
@@ -116,7 +116,7 @@ def _predict(
         here = later & (cells.rung == rung)
         log_loss, error = _at(fitted, rows.take(here), spread)
         half = None
-        if spread.freedom >= 0.999:
+        if spread.freedom >= MIN_FREEDOM:
             noise = float(spread.noise[0, 0]) / here.sum()
             half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
             half = half if half > ROUNDING else None

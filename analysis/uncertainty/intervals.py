@@ -1,8 +1,8 @@
-"""How far a derived quantity may be off: paired where the arms share their cells.
+"""Confidence intervals of derived quantities, paired where the arms share their cells.
 
-Residuals of two arms on the same cells are nearly the same number (Moonlight: correlation 0.99), so a ratio is known
-several times better than either law. `Linear` carries that through any pair of laws: the estimate's response to each
-observation, and the observed covariance of the arms within a cell. Few cells get a t interval from it; many get the
+Residuals of two arms on the same cells are nearly equal (Moonlight: correlation 0.99), so a ratio is known several times
+better than either law. `Linear` propagates that through any pair of laws: the response of the parameters to each
+observation, and the covariance of the arms' residuals within a cell. Few cells get a t interval from it; many get the
 paired case bootstrap, with both laws refitted in every resample.
 """
 
@@ -23,10 +23,13 @@ MAX_CELLS_FOR_T_INTERVAL = 60
 the percentile bootstrap 92.9, 93.1 and 94.7 % (tests/bench/bench_analysis.py --coverage)."""
 
 MAX_REFIT_WORK = 4e6
-"""Rows times resamples up to which every resample is refitted to its minimum."""
+"""Rows times resamples up to which every resample is refitted to its minimum; beyond, each gets one Newton step."""
+
+MIN_FREEDOM = 0.999
+"""Degrees of freedom below which there is no interval: 1, less the rounding of the leverages."""
 
 MAX_RESAMPLED_GROUPS = 10_000
-"""Groups up to which a resample is drawn group by group; beyond, only the distribution of its sum is drawn."""
+"""Groups up to which a resample is drawn group by group; beyond, its sum is drawn from a normal distribution."""
 
 ROUNDING = 1e-12
 """Widths of intervals of a logarithm, and spreads of paired differences, up to which they are rounding errors."""
@@ -34,7 +37,7 @@ ROUNDING = 1e-12
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.intp]
 Quantity = Callable[[Array], Array]
-"""Derived values, shape ``(values,)``, of one vector of parameters; NaN where a law never gets there."""
+"""Function from parameters, shape ``(parameters,)``, to derived values, shape ``(values,)``; NaN where undefined."""
 
 
 def t_quantile(freedom: float | Array, level: float) -> Array:
@@ -50,61 +53,93 @@ class Linear(NamedTuple):
     response: Array
     """Change of each parameter per unit of log loss of each row, shape ``(parameters, rows)``."""
     arm: Numbers
+    """Arm of each row, shape ``(rows,)``."""
     cell: Numbers
+    """Cell of each row, shape ``(rows,)``."""
     freedom: float
-    """Degrees of freedom of the noise estimate: rows of an arm less the parameters they pay for."""
+    """Degrees of freedom of the noise estimate: rows of an arm less their leverages, for the arm with the fewest."""
     noise: Array
     """Covariance of the arms' residuals within a cell, on log loss, shape ``(arms, arms)``."""
     correlation: float | None
-    """Of the first two arms' residuals within a cell; None where fewer than three cells are shared."""
+    """Correlation of the first two arms' residuals within a cell; None where fewer than three cells are shared."""
 
     def spread(self, slope: Array) -> tuple[Array, Array]:
         """Standard errors of derived values and the degrees of freedom of each.
 
-        A value that leans on both arms in different ways averages two noise estimates, and then has more degrees of
-        freedom than either (Satterthwaite's approximation for a Wishart matrix).
+        A value with derivatives g responds to the rows of arm i in cell c by ``g' R_ic``, so with the covariance S of the
+        arms within a cell its variance is
+
+            sum_ij A_ij S_ij = trace(A S),    A_ij = sum_c (g' R_ic) (g' R_jc).
+
+        The degrees of freedom follow from `satterthwaite`.
 
         Args:
             slope: Derivatives in the parameters, shape ``(values, parameters)``.
         """
         arms = len(self.noise)
-        own = [self.response * (self.arm == a) for a in range(arms)]
-        sums = [_by_cell(part, self.cell) for part in own]
-        lean = np.empty((len(slope), arms, arms))
+        own = [self.response * (self.arm == a) for a in range(arms)]  # R of each arm, (parameters, rows)
+        sums = [_by_cell(part, self.cell) for part in own]  # (parameters, cells)
+        A = np.empty((len(slope), arms, arms))
         for i in range(arms):
             for j in range(arms):
+                # Several rows of one arm in a cell have independent noise; rows of two arms share the cell's.
                 product = own[i] @ own[i].T if i == j else sums[i] @ sums[j].T
-                lean[:, i, j] = np.einsum("vp,pq,vq->v", slope, product, slope)
-        product = lean @ self.noise
+                A[:, i, j] = np.einsum("vp,pq,vq->v", slope, product, slope)
+        product = A @ self.noise
         variance = np.trace(product, axis1=1, axis2=2).clip(0.0)
-        # Where the arms' noise cancels, what is left of it is rounding.
-        variance[variance <= ROUNDING * np.einsum("vii,ii->v", lean, self.noise)] = 0.0
+        # Where the arms' noise cancels, the remainder is rounding.
+        variance[variance <= ROUNDING * np.einsum("vii,ii->v", A, self.noise)] = 0.0
         squares = np.trace(product @ product, axis1=1, axis2=2)
-        # The plain quotient of estimates is biased towards 1 where degrees of freedom are few; these two are unbiased.
-        nu = self.freedom
-        first = (variance**2 * (nu + 1.0) - 2.0 * squares) * nu / ((nu + 2.0) * (nu - 1.0)) if nu > 1.0 else variance**2
-        second = (squares * nu - variance**2) * nu / ((nu + 2.0) * (nu - 1.0)) if nu > 1.0 else squares
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gain = np.where(second > 0, first / second, float(arms) if nu > 1.0 else 1.0)
-        return np.sqrt(variance), self.freedom * np.clip(gain, 1.0, arms)
+        gain = satterthwaite(variance, squares, np.asarray(self.freedom), arms)
+        return np.sqrt(variance), self.freedom * gain
+
+
+def satterthwaite(variance: Array, squares: Array, nu: Array, arms: int) -> Array:
+    """Degrees of freedom of an estimated variance ``trace(A S)``, as a multiple of those of S.
+
+    S is a Wishart estimate of Sigma with nu degrees of freedom. Matching the mean and variance of ``trace(A S)`` to a scaled
+    chi-square gives ``nu * T / Q`` with ``T = trace(A Sigma)^2`` and ``Q = trace((A Sigma)^2)``: a value that depends on
+    several arms in different ways averages several noise estimates. The plug-in quotient is biased towards 1 for small nu,
+    since
+
+        E trace(A S)^2 = T + 2 Q / nu,    E trace((A S)^2) = Q + (T + Q) / nu,
+
+    and solving both for T and Q gives unbiased estimates.
+
+    Args:
+        variance: ``trace(A S)``.
+        squares: ``trace((A S)^2)``, same shape.
+        nu: Degrees of freedom of S, broadcast against both.
+        arms: Rows of S, the largest possible multiple.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = (nu + 2.0) * (nu - 1.0)
+        T = np.where(nu > 1.0, (variance**2 * (nu + 1.0) - 2.0 * squares) * nu / scale, variance**2)
+        Q = np.where(nu > 1.0, (squares * nu - variance**2) * nu / scale, squares)
+        # Q is not positive where the noise estimate is rounding alone.
+        gain = np.where(Q > 0, T / Q, np.where(nu > 1.0, float(arms), 1.0))
+    return np.clip(gain, 1.0, arms)
 
 
 def linear(fitted: Minimum, cells: Cells) -> Linear:
-    """How the parameters answer to the observations, paired within cells.
+    """First-order response of the parameters to the observations, and the noise, paired within cells.
 
-    Exact for linear least squares, first-order for the rest; for Huber the rows beyond the threshold count as far as
-    they pull.
+    At a weighted least-squares minimum ``J' W r = 0``. A change dy of the observed log losses moves it by
+    ``R dy`` with ``R = (J' W J)^-1 J' W``. Exact for linear least squares, first-order otherwise; under Huber a row beyond
+    the threshold has the weight ``delta / |r|`` of iteratively reweighted least squares.
     """
     problem = fitted.problem
     log_prediction, shares = predict(problem, fitted.theta[None])
-    jacobian = (shares[0][problem.term] * problem.z.T).T
+    jacobian = (shares[0][problem.term] * problem.z.T).T  # of ln P, (rows, parameters)
     r = fitted.log_residuals()
+    # In loss space the residual is P times that of the logarithm, so its square has weight P^2.
     w = np.exp(2.0 * log_prediction[0]) if problem.space == "loss" else np.ones(len(r))
     if problem.delta is not None:
         size = np.abs(r) * (np.exp(log_prediction[0]) if problem.space == "loss" else 1.0)
         w = w * problem.delta / np.maximum(size, problem.delta)
-    bread = np.linalg.pinv(jacobian.T @ (w[:, None] * jacobian), hermitian=True)
-    response = bread @ (jacobian * w[:, None]).T
+    bread = np.linalg.pinv(jacobian.T @ (w[:, None] * jacobian), hermitian=True)  # (J' W J)^-1
+    response = bread @ (jacobian * w[:, None]).T  # R, (parameters, rows)
+    # The diagonal of J R: the share of a parameter that each row pays for. They sum to the number of parameters.
     leverage = np.einsum("ij,ji->i", jacobian, response)
     arm, cell = cells.rows.arm, cells.cell
     count = len(cells.arms)
@@ -126,6 +161,7 @@ def _by_cell(values: Array, cell: Numbers) -> Array:
 
 
 def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float | None:
+    """Correlation about zero of two arms' mean residuals over the cells that both have; None with fewer than three."""
     counts = _by_cell(np.stack([first, second]).astype(np.float64), cell)
     shared = (counts > 0).all(axis=0)
     if shared.sum() < 3:
@@ -136,20 +172,28 @@ def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float 
 
 
 def gradient(quantity: Quantity, theta: Array) -> Array:
-    """Derivatives of the quantity by central differences, shape ``(values, parameters)``."""
+    """Derivatives of the quantity by central differences, ``(q(theta + h) - q(theta - h)) / 2h``.
+
+    Args:
+        quantity: The derived values.
+        theta: Shape ``(parameters,)`` or ``(studies, parameters)``.
+
+    Returns:
+        Shape ``(values, parameters)`` or ``(studies, values, parameters)``.
+    """
     columns = []
-    for j in range(len(theta)):
-        step = np.zeros(len(theta))
-        step[j] = 1e-5 * max(1.0, abs(float(theta[j])))
-        columns.append((quantity(theta + step) - quantity(theta - step)) / (2 * step[j]))
-    return np.stack(columns, axis=1)
+    for j in range(theta.shape[-1]):
+        step = np.zeros_like(theta)
+        step[..., j] = 1e-5 * np.maximum(1.0, np.abs(theta[..., j]))
+        columns.append((quantity(theta + step) - quantity(theta - step)) / (2 * step[..., j, None]))
+    return np.stack(columns, axis=-1)
 
 
 def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Low and high of each derived value; NaN where nothing is left to estimate the noise from."""
+    """Low and high of each derived value, ``q +- t(nu) * standard error``; NaN without degrees of freedom."""
     found = linear(fitted, cells)
     centre = quantity(fitted.theta)
-    if found.freedom < 0.999:
+    if found.freedom < MIN_FREEDOM:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
     error, freedom = found.spread(gradient(quantity, fitted.theta))
     half = t_quantile(freedom, level) * error
@@ -157,7 +201,7 @@ def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity, *, level: floa
 
 
 def has_width(low: Array, high: Array) -> tuple[Array, Array]:
-    """The ends of intervals of derived logarithms; NaN where they differ by rounding alone, which is no interval."""
+    """The ends of intervals of derived logarithms; NaN where they differ by rounding only, which is no interval."""
     bad = ~(high - low > ROUNDING)
     return np.where(bad, np.nan, low), np.where(bad, np.nan, high)
 
@@ -165,8 +209,8 @@ def has_width(low: Array, high: Array) -> tuple[Array, Array]:
 def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0) -> Array:
     """Parameters refitted to resamples of whole groups (cells, or runs with their checkpoints).
 
-    Each refit starts from the minimum of all data; resamples that end somewhere odd are kept, not dropped. Where rows
-    times resamples pass `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, for which the groups' sums suffice.
+    Each refit starts from the minimum of all data; resamples with extreme results are kept. Where rows times resamples pass
+    `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, which needs only the sums over each group.
 
     Returns:
         Shape ``(resamples, parameters)``.
@@ -175,6 +219,7 @@ def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0
     generator = np.random.default_rng(seed)
     if len(names) > MAX_RESAMPLED_GROUPS and len(groups) * resamples > MAX_REFIT_WORK:
         slopes, curvature = group_slopes(fitted.problem, fitted.theta, inverse)
+        # Resampling groups with replacement adds to their sum a variable with the covariance of the centred slopes.
         sums = slopes.sum(axis=0) + random_sums(slopes - slopes.mean(axis=0), resamples, generator)
         return fitted.theta - newton_steps(curvature, sums)
     counts = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=resamples).astype(np.float64)
@@ -187,23 +232,29 @@ def random_sums(parts: Array, resamples: int, generator: np.random.Generator) ->
     The sum over more than `MAX_RESAMPLED_GROUPS` parts is normal for any such weights (central limit theorem), so it is
     drawn from the normal distribution with its covariance ``parts.T @ parts`` instead of weight by weight.
     """
+    # With parts' parts = V diag(v) V', normal z times sqrt(v) V' has that covariance; rounding may make v negative.
     values, vectors = np.linalg.eigh(parts.T @ parts)
     normal = generator.standard_normal((resamples, parts.shape[1]))
     return np.asarray((normal * np.sqrt(values.clip(0.0))) @ vectors.T)
 
 
 def refit(fitted: Minimum, groups: Numbers, counts: Array) -> Array:
-    """Parameters under each row of `counts`: how often each group ``0 .. groups - 1`` is taken."""
+    """Parameters under each row of `counts`, the number of times that each group ``0 .. groups - 1`` is taken."""
     if len(groups) * len(counts) > MAX_REFIT_WORK:
         return group_steps(fitted.problem, fitted.theta, groups, counts)
     return minimise(fitted.problem, fitted.theta, counts[:, groups], tolerance=1e-7, limit=60).theta
 
 
 def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Low and high of each derived value over resamples, shape ``(resamples, values)`` in; never excluding centre.
+    """Low and high quantiles of each derived value over resamples, widened to contain the centre.
 
-    A resample without an answer (NaN: a law that never reaches the loss) counts as beyond both ends, so that it
-    widens the interval instead of vanishing.
+    A resample without a value (NaN: a law that never reaches the loss) counts as beyond both ends, so that it widens the
+    interval.
+
+    Args:
+        draws: Shape ``(resamples, values)``.
+        centre: Values of the fit to all data, shape ``(values,)``.
+        level: Confidence.
     """
     tail = (1.0 - level) / 2
     bad = np.isnan(draws)

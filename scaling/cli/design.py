@@ -10,7 +10,7 @@ from scaling.cli.common import OnCampaign, print_json
 from scaling.errors import UserError, plain, unknown_name
 
 if TYPE_CHECKING:
-    from analysis.power.forecast import DesignForecast, Row
+    from analysis.power.forecast import DesignForecast, PlanForecast
     from analysis.power.simulate import Laws, Noise
 
 
@@ -46,7 +46,7 @@ class Design(OnCampaign):
     def run(self) -> None:
         """Print the forecast; draw width against cost where the results of this campaign are."""
         from analysis.figures.registry import FigureInputs, save_figures
-        from analysis.power.forecast import forecast
+        from analysis.power.forecast import RungOption, forecast
         from scaling.run.progress import ProgressReporter
         from sweeps.planning import designs
         from sweeps.planning.cost import plan_costs
@@ -60,7 +60,7 @@ class Design(OnCampaign):
             answer = forecast(
                 campaign=plan.campaign.name,
                 arms=arms,
-                points=[(p.name, p.params, p.tokens, p.flops, p.hours, p.planned) for p in points],
+                points=[RungOption(p.name, p.params, p.tokens, p.flops, p.hours) for p in points],
                 plan=planned.seeds,
                 changed={one.name: one.seeds for one in designs.variants(points, planned)},
                 searched=[one.seeds for one in designs.candidates(points)],
@@ -216,9 +216,9 @@ def show(answer: DesignForecast, *, unit: str) -> None:
         print(plain(line))
 
 
-def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:
+def steps(frontier: list[PlanForecast], *, gain: float = 0.85) -> list[PlanForecast]:
     """The rows of a frontier whose width is less than `gain` times that of the previous one."""
-    shown: list[Row] = []
+    shown: list[PlanForecast] = []
     for row in frontier:
         if not shown or (row.width or 0.0) < gain * (shown[-1].width or 0.0):
             shown.append(row)

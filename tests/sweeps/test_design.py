@@ -12,14 +12,14 @@ from analysis.data.cells import Cells as Chosen
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
 from analysis.moonlight import moonlight_table
 from analysis.power.batched_fit import fit_studies, law_intervals
-from analysis.power.forecast import forecast
+from analysis.power.forecast import RungOption, forecast
 from analysis.power.simulate import (
     LAWS_ASSUMED,
     NOISES,
     Laws,
     Noise,
     PlannedCells,
-    Simulated,
+    SyntheticStudies,
     Truth,
     draw,
     forecasts,
@@ -173,13 +173,13 @@ def test_command_names_the_cheapest_design(
 
     poor = json.loads(design(capsys, monkeypatch, *words, "--width", "0.05", "--budget-gpu-hours", "0.001"))
     assert poor["cheapest"] is None
-    assert poor["verdict"][0].startswith("No design of the search reaches a width of 0.05")
-    assert any(line.startswith("What would:") for line in poor["verdict"])
+    assert poor["verdict"][0].startswith("No plan of the search reaches a width of 0.05")
+    assert any(line.startswith("Reached by") for line in poor["verdict"])
 
 
 def test_a_dropped_rung_widens_and_a_seed_narrows() -> None:
     points = [
-        (str(k), float(n), float(t), float(f), 1.0, True)
+        RungOption(str(k), float(n), float(t), float(f), 1.0)
         for k, (n, t, f) in enumerate(zip(*moonlight_cells(), strict=True))
     ]
     answer = forecast(
@@ -202,7 +202,7 @@ def test_fits_end_at_one_minimum() -> None:
     cells = moonlight_cells()
     truth = Truth(MOONLIGHT, cells)
     at = truth.loss(cells.flops, 1)
-    found: Simulated = simulate(cells, truth, NOISES["moonlight"], at, family="lines", studies=30)
+    found: SyntheticStudies = simulate(cells, truth, NOISES["moonlight"], at, family="lines", studies=30)
     moved = found.fitted._replace(theta=found.fitted.theta * 1.3)
     theta = fit_studies(moved, found.loss, found.kept)
     again = law_intervals(moved, theta, found.loss, found.kept, at)
