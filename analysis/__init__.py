@@ -19,7 +19,7 @@ _MODULES = {
     "analysis.fitting.laws": ("LAWS", "LawForm", "LossSurface", "PowerLaw", "TermSum"),
     "analysis.fitting.objective": ("HUBER", "LEAST_SQUARES", "Objective"),
     "analysis.fitting.parameterization": ("Sharing",),
-    "analysis.moonlight": ("moonlight_table",),
+    "analysis.ratio.moonlight": ("moonlight_table",),
     "analysis.power.forecast": ("forecast",),
     "analysis.ratio.study": ("Study", "fit_table", "load_or_fit", "read_study", "write_study"),
     "analysis.single_arm.fit_arm": ("fit_arm",),

@@ -21,7 +21,7 @@ ORDER = {
     ),
     "sweeps": ("config", "planning", "local", "slurm", "tuning", "reporting"),
     "analysis": (
-        *("data", "fitting", "moonlight", "uncertainty", "ratio"),
+        *("data", "fitting", "uncertainty", "ratio"),
         *("single_arm", "power", "audit", "figures", "reporting"),
     ),
 }
@@ -42,7 +42,7 @@ VALUES = {
         "schedule",
     )
 }
-MAX_LOOSE_MODULES = 11
+MAX_LOOSE_MODULES = 10
 HEAVY = {"torch", "lightning", "pandas", "scipy", "matplotlib", "optuna", "submitit"}
 
 

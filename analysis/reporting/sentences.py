@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from analysis.fitting.families import LAW_FAMILIES
 from analysis.fitting.fit import Fit
-from analysis.moonlight import MOONLIGHT_ARROW
 from analysis.ratio.compare import Comparison
 from analysis.ratio.cost_metrics import TIMES
 from analysis.ratio.definitions import ARROW
 from analysis.ratio.formatting import interval_text, law_text, ratio_text
 from analysis.ratio.match import compute_law
+from analysis.ratio.moonlight import MOONLIGHT_ARROW
 from analysis.ratio.study import Study
 
 MOONLIGHT_RATIO = 0.52

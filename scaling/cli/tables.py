@@ -100,7 +100,7 @@ class OnTable:
     def read(self) -> RunsTable:
         """The checked table of runs."""
         from analysis.data.table import read_table
-        from analysis.moonlight import moonlight_table
+        from analysis.ratio.moonlight import moonlight_table
 
         convention = None if self.convention == "none" else self.convention
         if self.is_file:

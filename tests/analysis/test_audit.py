@@ -6,7 +6,7 @@ from synthetic import ADAMW, MUON, ladder
 
 from analysis.audit import CHECKS, AuditCheck, Check, Finding, audit, audit_text
 from analysis.data.table import check_table
-from analysis.moonlight import moonlight_table
+from analysis.ratio.moonlight import moonlight_table
 from analysis.ratio.study import fit_table
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import ADAMW, MUON, ladder
 
-from analysis.moonlight import moonlight_table
+from analysis.ratio.moonlight import moonlight_table
 from analysis.single_arm.holdout import hold_out, holdout_text
 from scaling.errors import UserError
 

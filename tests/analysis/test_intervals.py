@@ -12,7 +12,7 @@ from analysis.data.cells import Array, Cells, select
 from analysis.data.table import check_table
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
 from analysis.fitting.fit import Minimum
-from analysis.moonlight import MOONLIGHT_LINES
+from analysis.ratio.moonlight import MOONLIGHT_LINES
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
 from analysis.uncertainty.paired import difference

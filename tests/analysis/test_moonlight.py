@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis.moonlight import (
+from analysis.ratio.definitions import ARROW
+from analysis.ratio.match import at_loss
+from analysis.ratio.moonlight import (
     MOONLIGHT_BATCH,
     MOONLIGHT_LINES,
     MOONLIGHT_LOSSES,
@@ -11,8 +13,6 @@ from analysis.moonlight import (
     MOONLIGHT_READ,
     moonlight_table,
 )
-from analysis.ratio.definitions import ARROW
-from analysis.ratio.match import at_loss
 from analysis.ratio.study import Study, fit_table, read_study, write_study
 from scaling.power_rule import fit_power_rule
 

@@ -16,7 +16,7 @@ from analysis.figures.laws import law_in_units
 from analysis.figures.registry import FIGURES, Drawing, FigureRow
 from analysis.figures.style import ARM_LABELS, look, new_figure
 from analysis.fitting.laws import LAWS, LossSurface
-from analysis.moonlight import moonlight_table
+from analysis.ratio.moonlight import moonlight_table
 from analysis.ratio.study import Study, fit_table, read_study
 from analysis.reporting.html import write_report
 from analysis.reporting.tables import latex, markdown

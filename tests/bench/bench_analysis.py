@@ -27,7 +27,7 @@ from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
 from analysis.fitting.fit import solve
 from analysis.fitting.laws import LAWS
 from analysis.fitting.objective import HUBER
-from analysis.moonlight import MOONLIGHT_LINES
+from analysis.ratio.moonlight import MOONLIGHT_LINES
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import bootstrap, percentile, t_interval
 

@@ -15,8 +15,8 @@ import pandas as pd
 from analysis.data.cells import Array
 from analysis.data.cells import Cells as Chosen
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
-from analysis.moonlight import moonlight_table
 from analysis.power.simulate import LAWS_ASSUMED, NOISES, PlannedCells, Truth, draw, forecasts, rows_of, simulate
+from analysis.ratio.moonlight import moonlight_table
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import t_interval
 

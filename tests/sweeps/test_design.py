@@ -10,7 +10,6 @@ import pytest
 from analysis.data.cells import Array, select
 from analysis.data.cells import Cells as Chosen
 from analysis.fitting.families import LAW_FAMILIES, fit_family, ratio_of
-from analysis.moonlight import moonlight_table
 from analysis.power.batched_fit import fit_studies, law_intervals
 from analysis.power.forecast import RungOption, forecast
 from analysis.power.simulate import (
@@ -26,6 +25,7 @@ from analysis.power.simulate import (
     rows_of,
     simulate,
 )
+from analysis.ratio.moonlight import moonlight_table
 from analysis.ratio.study import fit_table
 from analysis.uncertainty.intervals import linear, t_interval
 from analysis.uncertainty.paired import difference
