@@ -290,9 +290,11 @@ class Report(OnTable):
         return page, study
 
     def campaign(self, frame: pd.DataFrame) -> Campaign | None:
-        """The campaign that a table was collected from, where its file is still there."""
+        """The campaign that the table was collected from; None for other tables, and where its file is gone."""
         from sweeps.config.campaign import COLLECTED_FILE, Collected, built_in, load_campaign
 
+        if self.collected() is None:  # such as the paper's points, which no campaign of that name trained
+            return None
         identity, named = self.results() / COLLECTED_FILE, set(frame.get("campaign", ()))
         names = [read_json(identity, Collected).file] if identity.exists() else []
         names += [self.table] if self.table.endswith(".toml") else []

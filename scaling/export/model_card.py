@@ -29,7 +29,7 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         "Model": f"{shape.family}: {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
         f"feed-forward {shape.ffn_width}, context {shape.context}, vocabulary {shape.vocabulary:,}, "
         f"{'tied' if shape.tied else 'untied'} embeddings",
-        "Parameters": f"{record.parameters['total']:,}, of which {record.parameters['blocks']:,} in the blocks' matrices",
+        "Parameters": f"{record.parameters['total']:,}, of which {record.parameters['blocks']:,} in the matrices of the blocks",
         "Training tokens": f"{record.tokens:,} in batches of {spec.batch_tokens:,}",
         "Training FLOPs": ", ".join(f"{flops:.4g} (`{name}`)" for name, flops in record.flops.items()),
         "Optimizer": f"{optimizer}, peak learning rate {spec.optimizer.peak_lr:g}, "

@@ -20,7 +20,7 @@ from analysis.ratio.moonlight import moonlight_table
 from analysis.ratio.study import Study, fit_table, read_study
 from analysis.reporting.html import write_report
 from analysis.reporting.tables import latex, markdown
-from scaling.cli.tables import provenance
+from scaling.cli.tables import Report, provenance
 from scaling.run.directory import RunDirectory
 
 
@@ -65,6 +65,14 @@ def test_provenance_comes_from_the_records(tmp_path: Path) -> None:
         "Data": f"text, manifest {'f' * 12}",
     }
     assert set(provenance(frame.drop(columns="manifest"), tmp_path / "elsewhere").values()) == {"not recorded"}
+
+
+def test_published_points_belong_to_no_campaign(tmp_path: Path) -> None:
+    assert Report("moonlight", root=tmp_path).campaign(moonlight_table()) is None
+    kept = Path(__file__).parents[2] / "results" / "demo"
+    campaign = Report(str(kept), root=tmp_path).campaign(pd.read_csv(kept / "runs.csv"))
+    assert campaign is not None
+    assert campaign.title == "Muon against AdamW on Python source text, byte by byte"
 
 
 def test_an_outside_figure_appears_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
