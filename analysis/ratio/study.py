@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_RESAMPLES = 1000
 
 MAX_ARMS = 50
-"""Arms of one study: each gets a figure and a comparison of its own."""
+"""Arms of one study; each has a figure and a comparison."""
 
 FITS_FILE = "fits.json"
 
@@ -51,11 +51,11 @@ class Study(Strict, frozen=True):
     table: str
     """Name of the table."""
     design: str
-    """``ladder``: one allocation at each compute, laws of compute. ``grid``: many, surfaces over N and D."""
+    """``ladder``: one allocation at each compute, and laws of compute. ``grid``: several, and surfaces over N and D."""
     baseline: str
     arms: list[str]
     fits: dict[str, Fit]
-    """Each arm alone."""
+    """The simplest law of the design, fitted to each arm by itself."""
     comparisons: list[Comparison]
     left_out: list[LeftOut]
     resamples: int
@@ -87,9 +87,9 @@ def fit_table(
         baseline: The arm compared against; ``adamw`` where there is one.
         challenger: The arm compared; every other arm when not given.
         family: Row of ``analysis.fitting.families.LAW_FAMILIES``; chosen by the error at rungs left out when not given.
-        extrapolate: Give a ratio even where the arms have no loss in common, marked as extrapolated.
+        extrapolate: Return a ratio, marked as extrapolated, even where the arms have no loss in common.
         resamples: Refits of the bootstrap, used for more than thirty cells.
-        seed: Of the bootstrap's draws.
+        seed: Seed of the bootstrap.
 
     Raises:
         UserError: The table cannot be used, an arm is unknown or alone, an arm has fewer than three distinct computes, or
@@ -273,7 +273,7 @@ def load_or_fit(
     )
     file = Path(folder) / FITS_FILE
     if file.is_file():
-        # A damaged file, or one of another version, is worth no error: the fit replaces it.
+        # A damaged file, or one of another version, is no error here: a new fit replaces it.
         with contextlib.suppress(UserError):
             study = read_study(file)
             if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, options):
