@@ -86,17 +86,18 @@ class OnTable:
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
 
-    def read(self) -> RunsTable:
-        """The checked table of runs."""
-        from analysis.data.table import read_table
+    def read(self, columns: tuple[str, ...] | None = None) -> RunsTable:
+        """The checked table of runs; `columns` are the counts that it needs, all of them when not given."""
+        from analysis.data.table import COUNTS, read_table
         from analysis.moonlight import moonlight_table
 
         convention = None if self.convention == "none" else self.convention
+        columns = COUNTS if columns is None else columns
         if self.is_file:
-            return read_table(Path(self.table), convention=convention)
+            return read_table(Path(self.table), convention=convention, columns=columns)
         collected = self.collected()
         if collected is not None:
-            table = read_table(collected, convention=convention)
+            table = read_table(collected, convention=convention, columns=columns)
             # A page that is sent on names no folder.
             return replace(table, name=f"campaign {collected.parent.name}")
         if self.table == "moonlight":
@@ -213,10 +214,11 @@ class Fit(OnTable):
         next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
 
     def _one_law(self, law: str) -> None:
+        from analysis.fitting.laws import LAWS
         from analysis.reporting import terminal
         from analysis.single_arm.fit_arm import fit_arm
 
-        found = fit_arm(self.read(), law, self.arm, objective=_objective(self.delta))
+        found = fit_arm(self.read(LAWS.row(law).columns), law, self.arm, objective=_objective(self.delta))
         if self.json:
             print_json(found)
         else:

@@ -24,7 +24,7 @@ def runs() -> pd.DataFrame:
     return check_table(pd.DataFrame(rows, columns=["arm", "rung", "cell", "params", "tokens", "flops", "loss"])).frame
 
 
-def test_a_small_difference_is_seen_through_the_spread_of_seeds() -> None:
+def test_pairing_shows_a_difference_below_the_spread_of_seeds() -> None:
     from scipy.stats import ttest_rel
 
     frame = runs()
@@ -39,14 +39,14 @@ def test_a_small_difference_is_seen_through_the_spread_of_seeds() -> None:
     assert muon.spread > 10 * abs(muon.difference) / 4
 
 
-def test_one_seed_has_a_difference_and_no_interval_and_an_unpaired_seed_counts_for_neither() -> None:
+def test_one_paired_seed_has_a_difference_without_interval() -> None:
     frame = runs()
     alone = frame[(frame["cell"] == "a/0") | ((frame["cell"] == "a/1") & (frame["arm"] == "muon"))]
     muon = outcomes(alone, ("adamw", "muon"))[1]
     assert (muon.seeds, muon.pairs, muon.low, muon.high) == (2, 1, None, None)
 
 
-def test_sizes_are_budgets_of_their_own_without_a_column_rung() -> None:
+def test_sizes_are_budgets_without_a_column_rung() -> None:
     small, large = runs().drop(columns="rung"), runs().drop(columns="rung")
     both = pd.concat([small, large.assign(params=3e6, tokens=6e7, flops=1.08e15, loss=large["loss"] - 1)])
     found = outcomes(check_table(both), ("adamw", "muon"))
