@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from analysis.fitting.laws import LAWS
 from analysis.ratio.compare import Comparison, compare
 from scaling.errors import UserError, unknown_name
 from scaling.io import read_json, write_json
-from scaling.spec import Strict, as_dict
+from scaling.spec import Strict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,38 +247,21 @@ def _alone(table: RunsTable, arm: str, *, ladder: bool) -> Fit:
     )
 
 
-def load_or_fit(
-    table: RunsTable | pd.DataFrame,
-    folder: Path | str,
-    *,
-    baseline: str | None = None,
-    challenger: str | None = None,
-    family: str | None = None,
-    extrapolate: bool = False,
-    resamples: int = DEFAULT_RESAMPLES,
-    seed: int = 0,
-) -> Study:
+def load_or_fit(table: RunsTable | pd.DataFrame, folder: Path | str, **options: Any) -> Study:
     """The study in ``folder/fits.json`` if it was made from this table with these options, else a new fit.
 
-    Writes nothing. Arguments as in `fit_table`.
+    Writes nothing. The options are those of `fit_table`.
     """
     table = check_table(table)
-    options = StudyOptions(
-        baseline=baseline,
-        challenger=challenger,
-        family=family,
-        extrapolate=extrapolate,
-        resamples=resamples,
-        seed=seed,
-    )
+    requested = StudyOptions(**options)
     file = Path(folder) / FITS_FILE
     if file.is_file():
         # A damaged file, or one of another version, is no error here: a new fit replaces it.
         with contextlib.suppress(UserError):
             study = read_study(file)
-            if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, options):
+            if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, requested):
                 return study
-    return fit_table(table, **as_dict(options))
+    return fit_table(table, **options)
 
 
 def write_study(study: Study, path: Path | str) -> None:

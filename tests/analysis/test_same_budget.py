@@ -24,7 +24,7 @@ def runs() -> pd.DataFrame:
     return check_table(pd.DataFrame(rows, columns=["arm", "rung", "cell", "params", "tokens", "flops", "loss"])).frame
 
 
-def test_pairing_shows_a_difference_below_the_spread_of_seeds() -> None:
+def test_pairing_by_seed_removes_the_spread_of_seeds() -> None:
     from scipy.stats import ttest_rel
 
     frame = runs()
@@ -39,7 +39,7 @@ def test_pairing_shows_a_difference_below_the_spread_of_seeds() -> None:
     assert muon.spread > 10 * abs(muon.difference) / 4
 
 
-def test_one_paired_seed_has_a_difference_without_interval() -> None:
+def test_one_pair_has_no_interval_and_unpaired_seeds_are_left_out() -> None:
     frame = runs()
     alone = frame[(frame["cell"] == "a/0") | ((frame["cell"] == "a/1") & (frame["arm"] == "muon"))]
     muon = outcomes(alone, ("adamw", "muon"))[1]
