@@ -47,7 +47,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\
 """Control characters, line separators, changes of writing direction and lone surrogates: a terminal executes them."""
 
 FINISHED_STATUS = frozenset({"", "finished", "done", "ok", "completed", "complete", "success"})
-"""Values of `status` that mean the loss is that of a whole run."""
+"""Values of `status` of a run that was trained to its end."""
 
 ANY = "any"
 """Convention: accept any count of `flops`, but not single rows that break the pattern of their arm."""
@@ -92,7 +92,7 @@ class RunsTable:
     """Name in errors and reports."""
 
     def __repr__(self) -> str:
-        """One line, whatever the number of rows."""
+        """Name, number of rows and arms."""
         return f"RunsTable({self.name!r}, {len(self.frame):,} rows, arms {', '.join(self.arms)})"
 
     @property
@@ -118,7 +118,7 @@ class RunsTable:
 
     @property
     def sha256(self) -> str:
-        """Hash of the rows: equal for equal content, in whatever file format it was stored."""
+        """Hash of the rows: equal for equal content, in all file formats."""
         import pandas as pd
 
         # Cells of Parquet may be lists, which cannot be hashed.

@@ -133,6 +133,7 @@ def frontiers(fitted: Minimum, theta: Array, arm: int) -> tuple[Array, Array, Ar
     constants, exponents = fitted.layout.parameters(np.atleast_2d(theta), arm)
     with np.errstate(all="ignore"):
         log_scale, power, floor = fitted.layout.form.frontier(constants, exponents, fitted.layout.ladders[arm])
+    # A law that rises with a column has no best split and no inverse.
     bad = (exponents <= 0.0).any(axis=1)
     return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
 
@@ -154,6 +155,7 @@ def ratio_of(fitted: Minimum, theta: Array, losses: Array, baseline: int = 0, ch
         Shape ``(losses,)`` or ``(draws, losses)``.
     """
     logs = []  # ln C of each arm, shape (draws, losses)
+    # A loss at or below a floor has no compute: NaN, which intervals count as beyond both ends.
     for arm in (challenger, baseline):
         log_scale, power, floor = frontiers(fitted, theta, arm)
         above = losses - floor[:, None]
@@ -166,6 +168,7 @@ def log_loss_of(fitted: Minimum, theta: Array, compute: Array, arm: int) -> Arra
     """Log loss of an arm's law at each compute in PFLOP/s-days, shaped as in `ratio_of`."""
     log_scale, power, floor = frontiers(fitted, theta, arm)
     with np.errstate(all="ignore"):
+        # floor + exp(log_scale) * C^-exponent, with the power as exp of logarithms so that it cannot overflow.
         values = np.log(floor[:, None] + np.exp(log_scale[:, None] - power[:, None] * np.log(compute)))
     return values.reshape(*theta.shape[:-1], len(compute))
 
@@ -192,6 +195,7 @@ def factors(fitted: Minimum, draws: Array, arm: int, name: str) -> Factors:
             with np.errstate(all="ignore"):
                 return np.asarray(np.exp((theta[..., first] - theta[..., own]) / theta[..., exponent]))
 
+        # Resamples in which the exponent vanishes have no factor.
         low, high = np.nanquantile(values(draws), [0.025, 0.975])
         return Factor(value=float(values(fitted.theta)), low=float(low), high=float(high))
 
@@ -212,14 +216,17 @@ def left_out_error(family: LawFamily, cells: Cells, fitted: Minimum) -> float | 
     arms = len(cells.arms)
     for arm in range(arms):
         own = arm_of == arm
+        # Shared parameters are paid for by all arms in equal parts.
         per_arm = family.size(arms) / arms if arms > 1 else family.size(1)
         if np.any(weights[:, own].sum(axis=1) < max(2.0, per_arm)):
             return None
+    # A line needs two computes, and a floor a third.
     if len(rungs) - 1 < 2 + family.has_floor:
         return None
     found = minimise(problem, fitted.theta, weights, tolerance=1e-10, limit=150)
     errors = []
     for row, rung in enumerate(rungs):
+        # All rows are predicted; only those of the rung left out are scored.
         log_prediction = predict(problem, found.theta[row][None])[0][0]
         errors.append((np.log(loss) - log_prediction)[rung_of == rung])
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))

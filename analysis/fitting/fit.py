@@ -48,6 +48,7 @@ def tied_to_scale(form: LawForm, rows: Rows) -> Objective:
 
     The scale is the median absolute deviation of the residuals of the conventional fit, as a standard deviation.
     """
+    # A few starts are enough: the scale of the residuals hardly depends on the last digits of the fit.
     r = solve(form, rows, HUBER, best_of=4).log_residuals()
     scale = float(np.median(np.abs(r - np.median(r)))) / SD_OF_MEDIAN_DEVIATION
     return Objective(function="huber", delta=max(EFFICIENT_DELTA * scale, 1e-12))
@@ -140,16 +141,21 @@ def solve(
         best_of: Continue only this many starts, those with the lowest objective; all when not given.
     """
     layout = parameterize(form, rows, arms=arms, sharing=sharing)
+    # Least absolute deviations start at the minimum of Huber with the usual threshold, which is smooth.
     delta = {"huber": objective_.delta, "least-squares": None, "absolute": HUBER_DELTA}[objective_.function]
     problem = layout.problem(rows, space=objective_.space, delta=delta)
     thin = sample_rows(len(rows.loss), MAX_SEARCH_ROWS)
+    # Large tables are searched in a sample; every start costs a pass over its rows in each step.
     starts = layout.starts(rows.take(thin))
     # A sample of many rows is enough to choose the basin; the last descent uses all rows.
     searched = problem if len(thin) == len(rows.loss) else problem._replace(z=problem.z[thin], loss=problem.loss[thin])
+    # A start with a lower objective usually ends lower, so where many fits are made only the first few are continued.
     if best_of is not None and best_of < len(starts):
         starts = starts[np.argsort(objective(searched, starts), kind="stable")[:best_of]]
     found = minimise(searched, starts, limit=SEARCH_STEPS)
+    # Starts that left the range of floats have a NaN objective.
     best = int(np.nanargmin(found.objective))
+    # A best start that converged on all rows needs no last descent.
     last = minimise(problem, found.theta[best]) if found.gap[best] > 1e-9 or searched is not problem else None
     theta = found.theta[best] if last is None else last.theta[0]
     certificate = _certificate(found, best, last)
@@ -161,6 +167,7 @@ def solve(
 
 
 def _certificate(found: Solution, best: int, last: Solution | None) -> Certificate:
+    # Agreement is judged among the starts at the end of the search, the rest at the end of the last descent.
     end, at = (found, best) if last is None else (last, 0)
     lowest = float(end.objective[at])
     agreeing = np.mean(found.objective <= float(found.objective[best]) * (1.0 + 1e-6) + 1e-18)
@@ -248,9 +255,11 @@ def judge(fitted: Minimum) -> tuple[Status, str]:
     exponents = np.array([value for slot, value in zip(layout.slots, theta, strict=True) if slot.column])
     if not np.all(np.isfinite(theta)):
         return "failed", "the search left the range of floating-point numbers; no law of this form fits."
+    # The order matters: a law that does not fall is reported as such, even where it is a fine minimum.
     if np.any(exponents <= 0.0):
         worst = float(exponents.min())
         return "at_bound", f"an exponent is {worst:.3g}: loss does not fall with it, so the law predicts nothing."
+    # A floor is a term without columns; the search stops far below any loss if the data need none.
     floor = [j for j, slot in enumerate(layout.slots) if slot.column is None and not form.terms[slot.term]]
     if any(np.exp(theta[j]) < 1e-4 * problem.loss.min() for j in floor):
         return "at_bound", "the floor ends at 0: these runs need none. Use the law without a floor."
@@ -262,6 +271,7 @@ def judge(fitted: Minimum) -> tuple[Status, str]:
             "compute, or add runs that split the same compute otherwise."
         )
     if floor:
+        # On a ladder floor and exponent trade against each other; on a grid two terms fall at different rates.
         low, high = profile_floor(fitted, floor[0])
         if low <= 0.0 and form.design == "ladder":
             return "not_identified", (
@@ -308,6 +318,7 @@ def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tup
     top = float(problem.loss.min())
     if freedom < 1:
         return 0.0, top
+    # F test of one more parameter: the increase of the objective over its value per degree of freedom.
     allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, level)) / freedom)
     # From hardly any floor to nearly the smallest loss; all floors are minimised side by side.
     shares = np.concatenate([[1e-9], np.linspace(0.0, 1.0, PROFILE_STEPS + 1)[1:-1], [0.999]])
@@ -315,6 +326,7 @@ def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tup
     start[:, position] = np.log(shares * top)
     free = np.arange(len(theta)) != position
     within = shares[minimise(problem, start, free=free).objective <= allowed] * top
+    # The fitted floor is inside by definition, even where it lies between two steps of the grid.
     best = float(np.exp(theta[position]))
     low, high = min([best, *within]), max([best, *within])
     return (0.0 if low <= 1e-6 * top else float(low)), float(high)

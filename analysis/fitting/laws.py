@@ -146,7 +146,7 @@ class LossSurface(Strict, frozen=True, tag="surface"):
                 f"the surface has exponents {self.alpha:.3g} (parameters) and {self.beta:.3g} (tokens); a best split "
                 "of compute needs both above zero. Fit runs that vary both parameters and tokens."
             )
-        half = flops / 6.0
+        half = flops / 6.0  # N D
         lean = (self.alpha * self.A / (self.beta * self.B)) ** (1.0 / (self.alpha + self.beta))
         params = lean * half ** (self.beta / (self.alpha + self.beta))
         tokens = half / params
@@ -155,6 +155,7 @@ class LossSurface(Strict, frozen=True, tag="surface"):
     def frontier(self) -> PowerLaw:
         """Loss of the best split as a law of compute: exactly a power law with floor `E`."""
         exponent = self.alpha * self.beta / (self.alpha + self.beta)
+        # The scale is the loss above E at the best split of one PFLOP/s-day.
         at_one = self.optimum(flops_from_pflops_days(1.0))
         return PowerLaw(scale=at_one.loss - self.E, exponent=exponent, floor=self.E)
 
@@ -278,6 +279,7 @@ def along_ladder(terms: tuple[tuple[str, ...], ...], constants: Array, exponents
     """
     (falling,) = (number for number, names in enumerate(terms) if names)
     floors = [number for number, names in enumerate(terms) if not names]
+    # Constants and exponents are in units of the table; the ladder converts to PFLOP/s-days.
     log_scale, power = np.log(constants[:, falling]), np.zeros(len(constants))
     for j, name in enumerate(terms[falling]):
         level, slope = ladder[name]
@@ -297,6 +299,7 @@ def surface_frontier(constants: Array, exponents: Array) -> Frontier:
         constants: E, A, B, shape ``(draws, 3)``.
         exponents: alpha, beta, shape ``(draws, 2)``.
     """
+    # NaN or infinite where an exponent is not positive; the caller masks those draws.
     floor, alpha, beta = constants[:, 0], exponents[:, 0], exponents[:, 1]
     power = alpha * beta / (alpha + beta)
     log_k = (np.log(alpha * constants[:, 1]) - np.log(beta * constants[:, 2])) / (alpha + beta)
@@ -368,6 +371,7 @@ class LawForm(NamedTuple):
             exponents: Shape ``(draws, columns)``.
             ladder: As in `law`.
         """
+        # Law by law, so that a resample is on exactly the scale of the value; extreme resamples may overflow.
         with np.errstate(all="ignore"):
             rows = [self.law(c, e, ladder).parameters() for c, e in zip(constants, exponents, strict=True)]
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}

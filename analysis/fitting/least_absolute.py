@@ -47,11 +47,14 @@ def least_absolute(problem: Problem, theta: Array, certificate: Certificate) -> 
             bounds=[(-radius, radius)] * len(theta) + [(0, None)] * rows,
             method="highs",
         )
+        # Without a solution the last point stays; its gap says how good it is.
         if found.x is None or found.fun is None:
             break
         step = found.x[: len(theta)]
         promised, new = value - float(found.fun), _total(problem, theta + step)
         gap = max(promised, 0.0) / value if value > 0 else 0.0
+        # Accept any decrease. The trust radius doubles where more than half of the predicted decrease came true, and shrinks
+        # to a quarter where the step raised the sum.
         if new < value:
             theta, value = theta + step, new
             radius = min(2.0 * radius, 1.0) if value - new > 0.5 * promised else radius

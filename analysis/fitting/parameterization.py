@@ -87,6 +87,7 @@ class Parameterization(NamedTuple):
         for term, names in enumerate(self.form.terms):
             log = theta[..., self.position(term, arm, None)]
             for name in names:
+                # c + sum_j p_j m_j: the centres move back into the constant.
                 power = theta[..., self.position(term, arm, name)]
                 exponents.append(power)
                 log = log + power * self.centres[name]
@@ -128,6 +129,7 @@ class Parameterization(NamedTuple):
         # Each term without its constant, in units of the observed loss: (starts, rows, constants).
         basis = np.empty((len(theta), len(rows.loss), int(constants.sum())))
         for at, j in enumerate(np.flatnonzero(constants)):
+            # exp of the exponents' part of term k, and zero on the rows of other arms.
             own = (unit.term == unit.term[j]) & ~constants
             basis[:, :, at] = np.exp(theta[:, own] @ unit.z[:, own].T) * (unit.z[:, j] != 0.0) / rows.loss
         normal = np.matmul(basis.transpose(0, 2, 1), basis)  # G'G, (starts, constants, constants)
@@ -150,6 +152,7 @@ def parameterize(form: LawForm, rows: Rows, *, arms: int = 1, sharing: Sharing |
             "column to the table, or fit another law."
         )
     sharing = sharing or Sharing((False,) * len(form.terms), (False,) * sum(map(len, form.terms)))
+    # The constant of a term first, then its exponents, in the order in which `Sharing` counts them.
     slots: list[Slot] = []
     power = 0
     for term, names in enumerate(form.terms):
@@ -173,6 +176,7 @@ def ladder_of(form: LawForm, rows: Rows, arm: int) -> Ladder:
         if name == "flops":
             found[name] = (FLOPS_LEVEL, 1.0)
         elif len(x) and np.ptp(x) > 0.0:
+            # Runs on a ladder lie close to such a line; `analysis.ratio.study.is_ladder` bounds the scatter.
             slope, level = np.polyfit(x, np.log(rows.columns[name][own]), 1)
             found[name] = (float(level), float(slope))
     return found

@@ -95,9 +95,11 @@ def predict(problem: Problem, theta: Array) -> tuple[Array, Array]:
         np.matmul(theta[:, own], problem.z[:, own].T, out=shares[:, k])
     top = shares.max(axis=1) if problem.terms > 1 else shares[:, 0].copy()
     np.clip(top, -MAX_LOG_PREDICTION, MAX_LOG_PREDICTION, out=top)
+    # Terms far above a clipped top are bounded too, so that a wild start gives a huge loss and no infinity.
     shares -= top[:, None]
     np.minimum(shares, 80.0, out=shares)
     np.exp(shares, out=shares)
+    # ln P = m + ln(sum), shares = exp(u - m) / sum.
     total = shares.sum(axis=1)
     shares /= total[:, None]
     np.log(total, out=total)
@@ -208,6 +210,7 @@ def _solve_chunk(
     log_prediction, shares = predict(problem, theta)
     r = residuals(problem, log_prediction)
     value = _value(problem, r, weights)
+    # Each problem has its own damping, and leaves `active` when it is done.
     damping = np.full(count, 1e-4)
     gradient_size, gap = np.full(count, np.inf), np.full(count, np.inf)
     active = np.arange(count)
@@ -222,8 +225,10 @@ def _solve_chunk(
         hessian = hessian[:, free[:, None], free]
         # A parameter without effect has scale 0, which damping could not bound.
         scale = np.maximum(scale, 1e-12 * scale.max(axis=1, keepdims=True) + 1e-300)
+        # The scale-free gradient: by Cauchy-Schwarz |J'r| <= |J| |r|, and |r| is the root of the objective.
         base = np.maximum(value[active], 1e-300)
         gradient_size[active] = np.abs(gradient).max(axis=1) / np.sqrt(base * heavy[active])
+        # Problems whose step was not accepted yet; the others keep their new point for the next iteration.
         pending = np.arange(len(active))
         done = np.zeros(len(active), dtype=bool)
         for _ in range(MAX_DAMPING_TRIALS):
@@ -233,6 +238,7 @@ def _solve_chunk(
             # Scaled to unit diagonal, the solve stays exact when floor and exponents differ by decades.
             unit = 1.0 / np.sqrt(scale[pending])
             step = -unit * _solve(matrix * unit[:, :, None] * unit[:, None], gradient[pending] * unit)
+            # Longer steps leave the region in which the quadratic model holds.
             step *= np.minimum(1.0, MAX_STEP / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
             # The decrease of the quadratic model at its minimum is minus half of gradient times step.
             promised = np.abs(0.5 * np.einsum("bp,bp->b", step, gradient[pending]))
@@ -242,8 +248,10 @@ def _solve_chunk(
             here, parts = predict(problem, trial)
             left = residuals(problem, here)
             new = _value(problem, left, weights[which])
+            # Equal counts as accepted: at the minimum rounding alone decides.
             ok = (new <= value[which]) & np.isfinite(new)
             small = promised <= tolerance * base[pending] + 1e-24 * heavy[which]
+            # Relative to the objective, or to rounding of its sum where the fit is exact.
             gap[which] = promised / np.maximum(base[pending], 1e-18 * heavy[which])
             # A heavily damped step is small by itself, which says nothing about the distance from the minimum.
             done[pending] = small & (damping[which] <= 1e-2)
@@ -251,6 +259,7 @@ def _solve_chunk(
             theta[taken], value[taken] = trial[ok], new[ok]
             log_prediction[taken], shares[taken], r[taken] = here[ok], parts[ok], left[ok]
             damping[taken] = np.maximum(damping[taken] * 0.1, 1e-12)
+            # A rejected step raises the damping to at least 1e-5, so that a few trials are enough.
             damping[which[~ok]] = np.clip(damping[which[~ok]], 1e-6, 1e11) * 10.0
             pending = pending[~ok & ~done[pending]]
             if not len(pending):
@@ -275,6 +284,7 @@ def group_slopes(problem: Problem, theta: Array, groups: NDArray[np.intp]) -> tu
     r = residuals(problem, log_prediction)
     ones = np.ones((1, len(problem.loss)))
     curvature = _derivatives(problem, log_prediction, shares, r, ones)[1][0]
+    # The same first derivatives as in `_derivatives`, kept apart by group instead of summed over all rows.
     pull = r[0] if problem.delta is None else np.clip(r[0], -problem.delta, problem.delta)
     if problem.space == "loss":
         pull = pull * np.exp(log_prediction[0])
@@ -335,6 +345,7 @@ def minimise(
     w = np.broadcast_to(w, (count, w.shape[1]))
     moving = np.flatnonzero(np.ones(theta.shape[1], dtype=bool) if free is None else free)
     chunk = max(1, min(PROBLEMS_PER_CHUNK, ROWS_PER_CHUNK // len(problem.loss)))
+    # Chunks are independent: problems share the rows and differ in start and weights.
     parts = [
         _solve_chunk(problem, theta[at : at + chunk], w[at : at + chunk].astype(float), moving, limit, tolerance)
         for at in range(0, count, chunk)

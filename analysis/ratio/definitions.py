@@ -51,6 +51,7 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
     same = np.abs(x - other) <= SAME_COMPUTE
     if not same.any():
         return None
+    # With several seeds the largest compute has several cells; their mean counts.
     top = x[same] >= x[same].max() - SAME_COMPUTE
     gap = float((two[same][top] - one[same][top]).mean())
     compute, loss = float(np.exp(x[same][top].mean())), float(np.exp(two[same][top].mean()))

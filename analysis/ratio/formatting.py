@@ -29,7 +29,7 @@ def interval_text(low: float | None, high: float | None) -> str:
 
 
 def ratio_text(value: float) -> str:
-    """A ratio with three digits, whatever its size."""
+    """A ratio of any size with three digits."""
     if not math.isfinite(value):
         return "unbounded"
     if value == 0:

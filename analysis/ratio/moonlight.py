@@ -1,13 +1,12 @@
-"""Published numbers with their sources: what a fit must give back before it is believed on anything else.
+"""Published numbers of Moonlight with their sources: a reference that every fit must reproduce.
 
 Moonlight (arXiv:2502.16982) prints no table of its losses; the ten stars of its Fig. 1a are read here from the vector
 paths of the figure, and so are the two lines through them, whose coefficients the paper prints with four digits.
 
-Two sources for the same numbers: the stars were read to five decimals, which leaves the exponent of a line through
-five of them open by about 2.5e-5 of itself, and the drawn lines give it to seven digits. `moonlight_table` uses
-both: the losses nearest to the readings, none further than the half unit that rounding hides, through which the
-authors' lines are the least-squares lines. With ``reconciled=False`` it gives the readings as they are; the exponents
-then come out 2e-5 larger.
+The stars are read to five decimals, which fixes the exponent of a line through five of them within 2.5e-5 of itself; the
+drawn lines give it to seven digits. `moonlight_table` combines both: the losses nearest to the readings, none further than
+half a unit of their last digit, through which the authors' lines are the least-squares lines. With ``reconciled=False`` it
+returns the readings as they are, and the exponents are 2e-5 larger.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ MOONLIGHT_ARROW = 0.519
 """Printed over the arrow of Fig. 1a."""
 
 MOONLIGHT_PARAMS = (339_000_000, 545_000_000, 822_000_000, 1_100_000_000, 1_500_000_000)
-"""N of the compute axis: what makes every vertex of Fig. 3 fall on a whole step. Table 2 prints 399M for the first."""
+"""N of the compute axis: with these every vertex of Fig. 3 falls on a whole step. Table 2 prints 399M for the first."""
 
 MOONLIGHT_TRUE_PARAMS = (339_738_624, 545_914_880, 822_083_584, 1_146_617_856, 1_585_971_200)
-"""Weights of the blocks by the shapes of Table 2 and Llama's rule for the feed-forward width."""
+"""Parameters of the blocks by the shapes of Table 2 and Llama's rule for the feed-forward width."""
 
 MOONLIGHT_BATCH = (96, 128, 160, 192, 256)
 """Sequences of 8192 tokens, Table 2."""
@@ -52,7 +51,7 @@ MOONLIGHT_LOSSES = {
     "adamw": (2.8509751, 2.6813882, 2.5885508, 2.5019727, 2.4207944),
     "muon": (2.7255359, 2.5743985, 2.4875306, 2.4080121, 2.3358735),
 }
-"""The same, with the digits that rounding hid chosen so that the drawn lines are the least-squares lines."""
+"""`MOONLIGHT_READ` with further digits, chosen so that the drawn lines are the least-squares lines."""
 
 
 def moonlight_table(*, reconciled: bool = True) -> RunsTable:

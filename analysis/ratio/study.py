@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from analysis.fitting.laws import LAWS
 from analysis.ratio.compare import Comparison, compare
 from scaling.errors import UserError, unknown_name
 from scaling.io import Strict, read_json, write_json
-from scaling.spec import as_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_RESAMPLES = 1000
 
 MAX_ARMS = 50
-"""Arms of one study: each gets a figure and a comparison of its own."""
+"""Arms of one study; each has a figure and a comparison."""
 
 FITS_FILE = "fits.json"
 
@@ -51,11 +50,11 @@ class Study(Strict, frozen=True):
     table: str
     """Name of the table."""
     design: str
-    """``ladder``: one allocation at each compute, laws of compute. ``grid``: many, surfaces over N and D."""
+    """``ladder``: one allocation at each compute, and laws of compute. ``grid``: several, and surfaces over N and D."""
     baseline: str
     arms: list[str]
     fits: dict[str, Fit]
-    """Each arm alone."""
+    """The simplest law of the design, fitted to each arm by itself."""
     comparisons: list[Comparison]
     left_out: list[LeftOut]
     resamples: int
@@ -87,9 +86,9 @@ def fit_table(
         baseline: The arm compared against; ``adamw`` where there is one.
         challenger: The arm compared; every other arm when not given.
         family: Row of ``analysis.fitting.families.LAW_FAMILIES``; chosen by the error at rungs left out when not given.
-        extrapolate: Give a ratio even where the arms have no loss in common, marked as extrapolated.
+        extrapolate: Return a ratio, marked as extrapolated, even where the arms have no loss in common.
         resamples: Refits of the bootstrap, used for more than thirty cells.
-        seed: Of the bootstrap's draws.
+        seed: Seed of the bootstrap.
 
     Raises:
         UserError: The table cannot be used, an arm is unknown or alone, an arm has fewer than three distinct computes, or
@@ -247,38 +246,21 @@ def _alone(table: RunsTable, arm: str, *, ladder: bool) -> Fit:
     )
 
 
-def load_or_fit(
-    table: RunsTable | pd.DataFrame,
-    folder: Path | str,
-    *,
-    baseline: str | None = None,
-    challenger: str | None = None,
-    family: str | None = None,
-    extrapolate: bool = False,
-    resamples: int = DEFAULT_RESAMPLES,
-    seed: int = 0,
-) -> Study:
+def load_or_fit(table: RunsTable | pd.DataFrame, folder: Path | str, **options: Any) -> Study:
     """The study in ``folder/fits.json`` if it was made from this table with these options, else a new fit.
 
-    Writes nothing. Arguments as in `fit_table`.
+    Writes nothing. The options are those of `fit_table`.
     """
     table = check_table(table)
-    options = StudyOptions(
-        baseline=baseline,
-        challenger=challenger,
-        family=family,
-        extrapolate=extrapolate,
-        resamples=resamples,
-        seed=seed,
-    )
+    requested = StudyOptions(**options)
     file = Path(folder) / FITS_FILE
     if file.is_file():
-        # A damaged file, or one of another version, is worth no error: the fit replaces it.
+        # A damaged file, or one of another version, is no error here: a new fit replaces it.
         with contextlib.suppress(UserError):
             study = read_study(file)
-            if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, options):
+            if (study.table, study.table_sha256, study.options) == (table.name, table.sha256, requested):
                 return study
-    return fit_table(table, **as_dict(options))
+    return fit_table(table, **options)
 
 
 def write_study(study: Study, path: Path | str) -> None:

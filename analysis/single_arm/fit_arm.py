@@ -58,7 +58,7 @@ class Influence(Strict, frozen=True):
     residual: float
     """ln(observed / fitted)."""
     moves: dict[str, float]
-    """Change of each parameter when the fit is made without the point."""
+    """Change of each parameter when the point is left out of the fit."""
 
 
 class Variant(Strict, frozen=True):
@@ -78,7 +78,7 @@ class ArmFit(Strict, frozen=True):
     """Unit of resampling: cells, or runs with their checkpoints."""
     units: int
     effective: float
-    """Rows that would carry as much if they were independent; less than the rows where checkpoints repeat a run."""
+    """Number of independent rows with the same information; less than the rows where checkpoints repeat a run."""
     variants: list[Variant]
     influence: list[Influence]
     """Largest first; empty where there are too many points to try each."""
@@ -104,8 +104,8 @@ def fit_arm(
         objective: The law's own when not given; ``robust`` ties Huber's threshold to the residuals
             (`analysis.fitting.fit.tied_to_scale`).
         checkpoints: Fit every checkpoint of a run, and resample whole runs. By default as the law says (the surface does).
-        resamples: Of the bootstrap; 0 for none.
-        seed: Of its draws.
+        resamples: Refits of the bootstrap; 0 for none.
+        seed: Seed of the bootstrap.
 
     Raises:
         UserError: The arm or the law is not known, or the runs are too few.

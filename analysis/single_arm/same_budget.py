@@ -1,7 +1,6 @@
-"""Arms at one budget: by how much the losses differ, where no ladder of sizes asks for FLOPs to match.
+"""Comparison of arms at one budget: final losses with paired differences to a baseline, and differences along the runs.
 
-For studies of one setting at one size (weight decay, the size of the update): final held-out losses with the paired
-differences to a baseline, and the same differences along the runs.
+For studies of one setting at one size (weight decay, the size of the update), which have no ladder for FLOPs to match.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class BudgetOutcome(Strict, frozen=True):
 
 
 class Overtaking(NamedTuple):
-    """An arm whose mean curve falls below another's for good, and by how much it ends below."""
+    """An arm whose mean curve crosses below another's and stays below, with the gap at the end."""
 
     rung: str
     arm: str
@@ -57,8 +56,8 @@ def outcomes(table: RunsTable | pd.DataFrame, arms: Sequence[str]) -> list[Budge
     """Every arm at every rung.
 
     Args:
-        table: A table of runs; `cell` and `seed` say what is paired. Without a column `rung`, runs
-            within 2 % of one size and one number of tokens share a budget.
+        table: A table of runs, paired by `cell` and `seed`. Without a column `rung`, runs within 2 % of one size and one
+            number of tokens share a budget.
         arms: The arms to compare, the baseline first: `analysis.ratio.study.choose_arms`.
 
     Raises:
@@ -101,15 +100,15 @@ def outcomes(table: RunsTable | pd.DataFrame, arms: Sequence[str]) -> list[Budge
 
 
 def _budgets(used: pd.DataFrame, name: str) -> pd.Series:
-    """The name of each run's budget: `rung` where there is one, else its size, and its tokens where a size has several."""
+    """Name of each run's budget: the column `rung`, else the size, with its tokens where a size has several budgets."""
     from scaling.units import human
 
     if "rung" in used:
         empty = used["rung"].isna() | (used["rung"].astype(str).str.strip() == "")
         if empty.any():
             raise UserError(
-                f"{name}, column rung, row {int(used.index[empty.to_numpy()][0]) + 1}: found nothing; the name of a budget is "
-                "wanted in every row. Fill the column, or take it out to compare runs of equal params and tokens."
+                f"{name}, column rung, row {int(used.index[empty.to_numpy()][0]) + 1}: found nothing; every row needs the "
+                "name of a budget. Fill the column, or remove it to compare runs of equal params and tokens."
             )
         return used["rung"].astype(str).str.strip()
     at = used[["params", "tokens"]].apply(lambda counts: rungs(counts.to_numpy(dtype=float)))
@@ -120,19 +119,19 @@ def _budgets(used: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _pairs(used: pd.DataFrame) -> pd.Series:
-    """What pairs the arms of a budget: `cell`, where that holds several runs of an arm `seed` too, then their order."""
+    """Pair number of each run: by `cell`, by `seed` too where a cell has several runs of an arm, then by their order."""
     keys = used[["rung", "arm"]]
     for column in ("cell", "seed"):
         if column in used and keys.duplicated().any():
             keys = keys.assign(**{column: used[column].astype(str)})
-    if len(keys.columns) == 2:  # nothing tells which runs belong together
+    if len(keys.columns) == 2:  # no column pairs the runs
         return used.index.to_series()
     keys = keys.assign(number=keys.groupby(list(keys.columns), sort=False).cumcount())
     return keys.drop(columns=["rung", "arm"]).groupby(list(keys.columns[2:]), sort=False).ngroup()
 
 
 def _check_budgets(used: pd.DataFrame, name: str) -> None:
-    """Refuse arms whose runs of one rung differ in size or tokens: their mean would be no loss of any budget."""
+    """Refuse arms whose runs of one rung differ in size or tokens: their mean loss would belong to no budget."""
     for column in ("params", "tokens"):
         ends = used.groupby(["rung", "arm"], sort=False)[column].agg(["min", "max"])
         wide = ends[ends["max"] > (1.0 + SAME_COMPUTE) * ends["min"]]
@@ -145,7 +144,7 @@ def _check_budgets(used: pd.DataFrame, name: str) -> None:
 
 
 def mean_interval(values: Array, *, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """The t interval of a mean; nothing where there are fewer than two values, or where all are equal to rounding."""
+    """The t interval of a mean; None with fewer than two values, or where all are equal up to rounding."""
     if len(values) < 2 or float(np.ptp(values)) <= ROUNDING:
         return None, None
     half = float(t_quantile(len(values) - 1, level)) * float(values.std(ddof=1)) / len(values) ** 0.5
@@ -173,17 +172,17 @@ def gaps(curves: pd.DataFrame, *, baseline: str) -> pd.DataFrame:
         apart = (group["validation_loss"] - group["reference"]).to_numpy()
         low, high = mean_interval(apart)
         rows.append((rung, arm, tokens, apart.mean(), low, high))
-    made = pd.DataFrame(rows, columns=["rung", "arm", "tokens", "gap", "low", "high"])
-    made = made.astype({"tokens": float, "gap": float, "low": float, "high": float})
-    return made.sort_values(["rung", "arm", "tokens"], kind="stable").reset_index(drop=True)
+    result = pd.DataFrame(rows, columns=["rung", "arm", "tokens", "gap", "low", "high"])
+    result = result.astype({"tokens": float, "gap": float, "low": float, "high": float})
+    return result.sort_values(["rung", "arm", "tokens"], kind="stable").reset_index(drop=True)
 
 
 def overtakings(curves: pd.DataFrame, arms: Sequence[str]) -> list[Overtaking]:
-    """Who overtakes whom along the way and is surely below at the end: crossings within the noise are left out.
+    """Pairs of arms whose curves cross and whose gap at the end excludes zero; crossings within the noise are left out.
 
     Args:
         curves: As for `gaps`.
-        arms: The arms, in the order of the answer.
+        arms: The arms, in the order of the result.
     """
     found = []
     for other in arms:
@@ -207,7 +206,7 @@ def last_crossing(along: pd.DataFrame) -> float | None:
         along: The rows of one rung and arm of what `gaps` returns.
 
     Returns:
-        None where the gap does not end below zero; the first tokens where it lies below from the start.
+        None where the gap does not end below zero; the first tokens where it is below zero from the start.
     """
     tokens, gap = along["tokens"].to_numpy(dtype=float), along["gap"].to_numpy(dtype=float)
     if not len(gap) or gap[-1] >= 0:

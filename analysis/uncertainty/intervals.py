@@ -166,6 +166,7 @@ def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float 
     shared = (counts > 0).all(axis=0)
     if shared.sum() < 3:
         return None
+    # Means over the rows of a cell, so that a cell with several runs of an arm counts once.
     one, two = _by_cell(np.stack([r * first, r * second]), cell)[:, shared] / counts[:, shared]
     size = float(np.sqrt(np.sum(one**2) * np.sum(two**2)))
     return float(np.clip(np.sum(one * two) / size, -1.0, 1.0)) if size > 0 else None
@@ -222,6 +223,7 @@ def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0
         # Resampling groups with replacement adds to their sum a variable with the covariance of the centred slopes.
         sums = slopes.sum(axis=0) + random_sums(slopes - slopes.mean(axis=0), resamples, generator)
         return fitted.theta - newton_steps(curvature, sums)
+    # Drawing n groups of n with replacement is a multinomial count of each; a refit weights its rows by the count.
     counts = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=resamples).astype(np.float64)
     return refit(fitted, inverse, counts)
 
@@ -256,6 +258,7 @@ def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Arr
         centre: Values of the fit to all data, shape ``(values,)``.
         level: Confidence.
     """
+    # "nearest" keeps an infinite end infinite; interpolation would make NaN of it.
     tail = (1.0 - level) / 2
     bad = np.isnan(draws)
     low = np.quantile(np.where(bad, -np.inf, draws), tail, axis=0, method="nearest")

@@ -66,6 +66,7 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
     """
     from scipy.special import stdtr
 
+    # Both arms at the same cells, by cell: ln loss and ln compute.
     one, x = cell_means(cells, baseline)
     two, other = cell_means(cells, challenger)
     same = np.abs(x - other) <= SAME_COMPUTE

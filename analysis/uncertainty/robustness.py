@@ -61,6 +61,7 @@ def intervals_by_method(
         return ratio_of(fitted, theta, losses)
 
     centre = quantity(fitted.theta)
+    # Every row in a cell of its own: no covariance between the arms.
     apart = cells._replace(cell=np.arange(len(cells.cell)))
     paired, alone = t_interval(fitted, cells, quantity), t_interval(fitted, apart, quantity)
     # No paired interval at all (NaN) means that the arms' noise cancels.
@@ -85,6 +86,7 @@ def intervals_by_method(
     if line is not None:
         baseline, challenger = (fitted.law(arm).frontier() for arm in (0, 1))
         if not baseline.floor and not challenger.floor:
+            # d ln L = -exponent * d ln C: a half width in log loss, over the exponent, is one in log compute.
             half = line.at(challenger.compute(loss))[1] / baseline.exponent
             ends = (centre - half, centre + half)
             found.append(_interval("t of the paired differences", ends, "the exponent taken as fitted: too narrow"))
@@ -129,6 +131,7 @@ def jackknife(fitted: Minimum, cells: Cells, loss: float) -> list[RatioWithoutRu
     left = [np.unique(cells.rung[(cells.rows.arm == arm)]) for arm in range(len(cells.arms))]
     if min(len(own) for own in left) < 4 or len(rungs) > MAX_RUNGS_FOR_JACKKNIFE:
         return []
+    # One refit a rung, shape (rungs, rows): zero weight on the rung left out.
     weights = cells.rung != rungs[:, None]
     theta = minimise(fitted.problem, fitted.theta, weights, tolerance=1e-10, limit=150).theta
     values = ratio_of(fitted, theta, np.array([loss]))[:, 0]

@@ -97,17 +97,18 @@ class OnTable:
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
 
-    def read(self) -> RunsTable:
-        """The checked table of runs."""
-        from analysis.data.table import read_table
+    def read(self, columns: tuple[str, ...] | None = None) -> RunsTable:
+        """The checked table of runs; `columns` are the counts that it needs, all of them when not given."""
+        from analysis.data.table import COUNTS, read_table
         from analysis.ratio.moonlight import moonlight_table
 
         convention = None if self.convention == "none" else self.convention
+        columns = COUNTS if columns is None else columns
         if self.is_file:
-            return read_table(Path(self.table), convention=convention)
+            return read_table(Path(self.table), convention=convention, columns=columns)
         collected = self.collected()
         if collected is not None:
-            table = read_table(collected, convention=convention)
+            table = read_table(collected, convention=convention, columns=columns)
             # A page that is sent on names no folder.
             return replace(table, name=f"campaign {collected.parent.name}")
         if self.table == "moonlight":
@@ -137,12 +138,13 @@ class OnTable:
         )
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
-        """Fits and ratios of the table, and the table."""
-        from analysis.ratio.study import fit_table
+        """Fits and ratios of the table, from fits.json if they are there for this table and these options, and the table."""
+        from analysis.ratio.study import load_or_fit
 
         table = self.read()
-        study = fit_table(
+        study = load_or_fit(
             table,
+            self.results(),
             baseline=self.baseline,
             challenger=self.challenger,
             family=self.family,
@@ -226,12 +228,12 @@ class Fit(OnTable):
         next_step(shlex.join(["scaling", "report", self.table, *root_option(self.root), *self.analysis_options()]))
 
     def _one_law(self, law: str) -> None:
+        from analysis.fitting.laws import LAWS
         from analysis.reporting import terminal
         from analysis.single_arm.fit_arm import fit_arm
 
-        print_result(
-            fit_arm(self.read(), law, self.arm, objective=_objective(self.delta)), self.json, terminal.arm_text
-        )
+        found = fit_arm(self.read(LAWS.row(law).columns), law, self.arm, objective=_objective(self.delta))
+        print_result(found, self.json, terminal.arm_text)
 
     def _allocate(self) -> None:
         from analysis.single_arm.isoflop import allocations, allocations_text

@@ -66,15 +66,15 @@ def test_least_absolute_deviations_are_the_published_table(table: pd.DataFrame) 
 
 @pytest.mark.parametrize(("delta", "beta", "floor"), [(0.1, 0.406, 1.865), (1e-2, 0.382, 1.838), (1e-4, 0.365, 1.816)])
 def test_sweep_over_the_threshold(found: ArmFit, delta: float, beta: float, floor: float) -> None:
-    told = {variant.objective: variant.law for variant in found.variants}[f"Huber, delta {delta:g}, on log loss"]
-    assert isinstance(told, LossSurface)
-    assert (told.beta, told.E) == pytest.approx((beta, floor), abs=6e-4)
+    law = {variant.objective: variant.law for variant in found.variants}[f"Huber, delta {delta:g}, on log loss"]
+    assert isinstance(law, LossSurface)
+    assert (law.beta, law.E) == pytest.approx((beta, floor), abs=6e-4)
 
 
 def test_raw_loss_moves_beta(found: ArmFit) -> None:
-    told = {variant.objective: variant.law for variant in found.variants}["Huber, delta 0.001, on loss"]
-    assert isinstance(told, LossSurface)
-    assert told.beta == pytest.approx(0.3730, abs=2e-4)
+    law = {variant.objective: variant.law for variant in found.variants}["Huber, delta 0.001, on loss"]
+    assert isinstance(law, LossSurface)
+    assert law.beta == pytest.approx(0.3730, abs=2e-4)
 
 
 def test_influence_names_the_points_that_matter(found: ArmFit) -> None:

@@ -1,4 +1,4 @@
-"""A price that differs from FLOPs by a known factor moves the ratio by that factor."""
+"""Ratios in other costs: a cost that differs from FLOPs by a known factor moves the ratio by that factor."""
 
 import numpy as np
 import pytest

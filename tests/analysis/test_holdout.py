@@ -15,7 +15,7 @@ def test_a_law_predicts_its_own_largest_run() -> None:
     assert all(abs(p.error) < 1e-6 for p in found.predictions if p.form == "power")
 
 
-def test_moonlights_largest_runs_are_worse_than_the_smaller_ones_said() -> None:
+def test_moonlights_largest_runs_are_worse_than_predicted() -> None:
     found = [p for p in hold_out(moonlight_table()).predictions if p.form == "power"]
     assert [p.error for p in found] == pytest.approx([0.0027, 0.0031], abs=2e-4)
     assert all(p.inside for p in found)

@@ -137,8 +137,8 @@ def test_difference_line_is_the_textbook_regression() -> None:
     assert found is not None
     one, two = (cells.rows.loss[cells.rows.arm == arm] for arm in (0, 1))
     x = np.log(cells.rows.columns["flops"][cells.rows.arm == 0] / 8.64e19)
-    told = linregress(x, np.log(one / two))
-    assert (found.slope, found.p) == pytest.approx((told.slope, told.pvalue))
+    expected = linregress(x, np.log(one / two))
+    assert (found.slope, found.p) == pytest.approx((expected.slope, expected.pvalue))
 
 
 @pytest.mark.parametrize("columns", [["cell", "seed"], ["cell"]])
@@ -165,7 +165,7 @@ def test_no_interval_has_width_zero() -> None:
     assert copied.p == 1.0
 
 
-def test_sums_of_many_resamples_have_the_spread_of_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normal_resamples_have_the_spread_of_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = ladder({"adamw": ADAMW, "muon": MUON}, rungs=8, seeds=30, shared=0.004, own=0.001)
     cells = select(check_table(frame), ("adamw", "muon"))
     fitted = fit_family(LAW_FAMILIES["lines"], cells.rows, 2)

@@ -1,4 +1,4 @@
-"""Every law comes back from its own points, and a fit says how it knows."""
+"""Laws: every form is recovered from its own points, and a new row works everywhere."""
 
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def test_too_few_runs_for_a_law() -> None:
         fit_arm(frame, "powerfloor")
 
 
-def test_a_floor_that_the_points_do_not_ask_for_is_said_to_be_zero() -> None:
+def test_a_floor_that_the_points_do_not_need() -> None:
     rows = points(LAWS["power"])
     frame = pd.DataFrame({"arm": "a", "loss": rows.loss, **rows.columns})
     assert fit_arm(frame, "power-floor", resamples=0).fit.status in ("at_bound", "not_identified")
@@ -118,7 +118,7 @@ def tokens_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tokens_row")
-def test_a_new_row_is_fitted_with_intervals_that_hold_its_estimate() -> None:
+def test_intervals_of_a_new_row_contain_its_estimate() -> None:
     truth = PowerLaw(scale=0.92, exponent=0.155, floor=1.69)
     frame = ladder({"adamw": truth}, rungs=8, own=0.001, seeds=2)
     found = fit_arm(frame, "tokens-floor")
@@ -153,7 +153,7 @@ def test_a_new_row_is_held_out_with_the_others() -> None:
     assert {p.form for p in found.predictions} == {"power", "power-floor", "tokens-floor"}
 
 
-def test_a_sum_without_a_law_of_compute_says_so() -> None:
+def test_a_sum_of_two_falling_terms_has_no_law_of_compute() -> None:
     law = TermSum(terms=[[], ["params"], ["tokens"]], constants=[1.7, 400.0, 2000.0], exponents=[0.3, 0.4], ladder={})
     surface = LossSurface(E=1.7, A=400.0, B=2000.0, alpha=0.3, beta=0.4)
     columns = {"params": np.array([1e8]), "tokens": np.array([2e9])}
@@ -184,7 +184,7 @@ GRID = np.geomspace(1e7, 1e9, 8)
     ],
     ids=["a ladder", "one size", "one budget", "a scattered ladder", "a grid"],
 )
-def test_a_surface_is_told_only_from_runs_that_split_compute_in_several_ways(
+def test_a_surface_needs_runs_that_split_compute_in_several_ways(
     params: np.ndarray, tokens: np.ndarray, status: str
 ) -> None:
     frame = pd.DataFrame({"arm": "a", "params": params, "tokens": tokens, "flops": 6 * params * tokens})
@@ -192,7 +192,7 @@ def test_a_surface_is_told_only_from_runs_that_split_compute_in_several_ways(
     assert fit_arm(frame, "surface", resamples=0).fit.status == status
 
 
-def test_a_threshold_tied_to_the_residuals_finds_their_scale_through_outliers() -> None:
+def test_a_robust_threshold_finds_the_scale_in_spite_of_outliers() -> None:
     form = LAWS["power"]
     noise = np.random.default_rng(5)
     flops = np.geomspace(1e17, 1e21, 200)

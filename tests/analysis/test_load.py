@@ -1,4 +1,4 @@
-"""Tables that cannot carry a fit are refused in one sentence that names table, column, row and remedy."""
+"""Tables that cannot be fitted: errors in one sentence that names table, column, row and remedy."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_a_strict_convention_refuses_another_count(table: pd.DataFrame) -> None:
     assert "6 * params * tokens" in error(table.assign(flops=table["flops"] * 1.3), convention="6nd")
 
 
-def test_a_consistent_other_count_is_taken_as_it_is(table: pd.DataFrame) -> None:
+def test_a_consistent_other_count_is_accepted(table: pd.DataFrame) -> None:
     counted = table.assign(flops=table["flops"] * (1.0 + 0.5 * (table["params"] / 1e7) ** -0.2))
     assert fit_table(check_table(counted)).comparisons[0].headline.ratio < 1.0
 
@@ -113,7 +113,7 @@ def test_two_conventions_in_one_ratio(table: pd.DataFrame) -> None:
     assert fit_table(check_table(table.assign(convention="6nd"))).comparisons
 
 
-def test_losses_in_bits_beside_nats_get_a_remark(table: pd.DataFrame) -> None:
+def test_a_remark_on_losses_in_bits(table: pd.DataFrame) -> None:
     bits = table["loss"].where(table["arm"] == "adamw", table["loss"] / np.log(2))
     (remark,) = fit_table(check_table(table.assign(loss=bits))).comparisons[0].remarks
     assert "muon may be in bits and adamw in nats" in remark
@@ -139,12 +139,12 @@ def test_too_many_rows_and_arms(table: pd.DataFrame, monkeypatch: pytest.MonkeyP
     assert "found 2 arms; at most 1 are compared at once" in error(table)
 
 
-def test_runs_that_diverged_are_named_where_too_few_are_left(table: pd.DataFrame) -> None:
+def test_diverged_runs_are_counted_where_too_few_remain(table: pd.DataFrame) -> None:
     status = ["diverged" if arm == "muon" and row < 6 else "finished" for row, arm in enumerate(table["arm"])]
     assert "2 usable runs (3 diverged)" in error(table.assign(status=status))
 
 
-def test_a_column_that_stands_twice_in_a_file(table: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_repeated_column_in_a_file(table: pd.DataFrame, tmp_path: Path) -> None:
     pd.concat([table, table[["loss"]] * 2], axis=1).to_csv(tmp_path / "runs.csv", index=False)
     with pytest.raises(TableError, match="found column loss twice"):
         read_table(tmp_path / "runs.csv")
@@ -160,7 +160,7 @@ def test_a_diverged_run_is_left_out_by_name(table: pd.DataFrame) -> None:
     assert study.fits["adamw"].points == 4
 
 
-def test_a_row_that_stands_twice_counts_once(table: pd.DataFrame) -> None:
+def test_a_repeated_row_counts_once(table: pd.DataFrame) -> None:
     twice = pd.concat([table, table], ignore_index=True)
     assert fit_table(check_table(twice)).comparisons == fit_table(check_table(table)).comparisons
 
@@ -188,7 +188,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_table(tmp_path / "nowhere.csv")
 
 
-def test_a_written_study_serves_until_the_table_or_the_options_change(table: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_written_study_is_reused_for_the_same_table_and_options(table: pd.DataFrame, tmp_path: Path) -> None:
     runs = check_table(table)
     study = load_or_fit(runs, tmp_path)
     assert not list(tmp_path.iterdir())

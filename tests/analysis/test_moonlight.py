@@ -1,4 +1,4 @@
-"""The published study from its ten points: what a fit must give back before it is believed on anything else."""
+"""The published study from its ten points, which every fit must reproduce."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_reconciled_losses_round_to_the_readings(arm: str) -> None:
     assert np.round(MOONLIGHT_LOSSES[arm], 5).tolist() == list(MOONLIGHT_READ[arm])
 
 
-def test_readings_alone_give_the_lines_as_far_as_five_decimals_carry() -> None:
+def test_readings_alone_give_the_lines_to_five_decimals() -> None:
     study = fit_table(moonlight_table(reconciled=False))
     for arm, line in MOONLIGHT_LINES.items():
         assert study.fits[arm].law.exponent == pytest.approx(line.exponent, rel=2.5e-5)
@@ -87,7 +87,7 @@ def test_five_points_cannot_choose_a_floor() -> None:
     assert fit_law("power-floor", cells.rows, arm="muon").status == "not_identified"
 
 
-def test_tokens_are_whole_batches_up_to_the_middle_of_the_last_80_steps() -> None:
+def test_tokens_end_in_the_middle_of_the_last_80_steps() -> None:
     table = moonlight_table().frame
     assert table["flops"].max() / 8.64e19 == pytest.approx(4.03777, rel=1e-5)
     assert sorted(set(table["params"])) == sorted(MOONLIGHT_PARAMS)
@@ -105,7 +105,7 @@ def test_one_loss_gives_one_ratio(study: Study) -> None:
     assert point.ratio == comparison.headline.ratio
 
 
-def test_interval_depends_on_the_method_as_much_as_it_is_said_to(study: Study) -> None:
+def test_width_of_the_interval_depends_on_the_method(study: Study) -> None:
     widths = {item.method: item.high - item.low for item in study.comparisons[0].intervals}
     assert widths["t, arms independent"] > 2 * widths["t, paired"]
     assert widths["t of the paired differences"] < widths["wild bootstrap, paired"] < widths["t, paired"]

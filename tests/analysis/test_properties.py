@@ -1,4 +1,4 @@
-"""What must hold for any table."""
+"""Properties that hold for every table."""
 
 import numpy as np
 import pandas as pd

@@ -46,7 +46,7 @@ def test_one_pair_has_no_interval_and_unpaired_seeds_are_left_out() -> None:
     assert (muon.seeds, muon.pairs, muon.low, muon.high) == (2, 1, None, None)
 
 
-def test_sizes_are_budgets_of_their_own_without_a_column_rung() -> None:
+def test_sizes_are_budgets_without_a_column_rung() -> None:
     small, large = runs().drop(columns="rung"), runs().drop(columns="rung")
     both = pd.concat([small, large.assign(params=3e6, tokens=6e7, flops=1.08e15, loss=large["loss"] - 1)])
     found = outcomes(check_table(both), ("adamw", "muon"))
