@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from scaling.errors import ConfigError
+from scaling.errors import UserError
 from scaling.flops import train_flops, train_flops_per_token
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
@@ -105,7 +105,7 @@ def records_under(root: Path) -> dict[str, RunRecord]:
     """Records of runs under a root by id, of whichever campaign; unreadable ones are left out."""
     found = {}
     for file in sorted((root / "runs").glob("*/record.json")):
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(UserError):
             record = RunDirectory(file.parent).record()
             if record is not None:
                 found[file.parent.name] = record
