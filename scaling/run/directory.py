@@ -5,7 +5,7 @@
         spec.json            RunSpec: the requested run
         placement.json       Placement: where and how it executes; replaced by each submission
       written by the process that trains (rank 0)
-        attempts.jsonl       Attempt: a line when an attempt starts, one when it ends, one when its job exits
+        attempts.jsonl       Attempt: a line when an attempt starts, when it ends, and when its SLURM job exits
         metrics.jsonl        MetricsRow: a line per logged step
         dynamics.jsonl       DynamicsRow: a line per measured step, if the spec requests measurements
         log.txt              output of the process, of all attempts
@@ -21,7 +21,6 @@
         began                token of the array whose job last started the run
         lease.json           job that trains the run, renewed while it does; reaches nodes that flock does not
         cancelled            exists if a person cancelled the run
-        endings.jsonl        how each job of the run exited
 
 The state is derived from these files and never stored. Whole files are written under a temporary name in the same
 folder, flushed to disk and renamed, so readers see a complete file or none; a JSON line that cannot be read is ignored.
@@ -148,7 +147,11 @@ class RunDirectory:
         return None
 
     def attempts(self) -> list[Attempt]:
-        """Starts, ends and job exits of all attempts in order."""
+        """Starts and ends of all attempts in order."""
+        return [line for line in self.history() if line.event in ("start", "end")]
+
+    def history(self) -> list[Attempt]:
+        """All lines of attempts.jsonl: `attempts` with the exits of SLURM jobs and the retries between them."""
         return read_lines(self.attempts_file, Attempt)
 
     def state(self) -> RunState:
@@ -160,27 +163,22 @@ class RunDirectory:
             if self.is_locked():
                 return "running"
             self._check_files()
-            last = self._last_attempt()
+            attempts = self.attempts()
         except UserError:
             return "failed"
-        if last is None:
+        if not attempts:
             return "planned"
-        return "failed" if last.outcome == "failed" else "preempted"
+        return "failed" if attempts[-1].outcome == "failed" else "preempted"
 
     def failure(self) -> str | None:
         """Why the run is in the state ``failed``, as a sentence; None if no reason was recorded."""
         try:
             self.record()
             self._check_files()
-            last = self._last_attempt()
+            attempts = self.attempts()
         except UserError as error:
             return str(error)
-        return last.reason if last else None
-
-    def _last_attempt(self) -> Attempt | None:
-        """The last line of the attempts that decides the state; the exit of a job does so only with an outcome."""
-        telling = [attempt for attempt in self.attempts() if attempt.event != "exit" or attempt.outcome]
-        return telling[-1] if telling else None
+        return attempts[-1].reason if attempts else None
 
     def _check_files(self) -> None:
         """Raise if spec or placement exists and cannot be used. A run without them has not been submitted yet."""
@@ -232,8 +230,8 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def note(self, event: Literal["start", "end", "exit"], *, step: int, **fields: Any) -> None:
-        """Append a line to the attempts; `fields` are further ones of `Attempt`."""
+    def note(self, event: Literal["start", "end", "exit", "retry"], *, step: int, **fields: Any) -> None:
+        """Append a line to attempts.jsonl; `fields` are further ones of `Attempt`."""
         append_line(
             self.attempts_file,
             Attempt(event=event, time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=step, **fields),

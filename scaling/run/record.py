@@ -54,10 +54,13 @@ class DynamicsRow(Strict, frozen=True):
 
 
 class Attempt(Strict, frozen=True):
-    """One line of attempts.jsonl, the history of a run."""
+    """One line of attempts.jsonl: the history of a run.
 
-    event: Literal["start", "end", "exit"]
-    """``start`` and ``end`` of an attempt; ``exit`` of its job, which the hook after a SLURM job writes."""
+    The training process writes ``start`` and ``end``. After a SLURM job of the run has exited, ``exit`` is written from
+    outside, and ``retry`` when a failed run is submitted again: exits before it no longer count.
+    """
+
+    event: Literal["start", "end", "exit", "retry"]
     time: float
     """Seconds since the epoch."""
     host: str
@@ -70,11 +73,13 @@ class Attempt(Strict, frozen=True):
     job: str | None = None
     """The scheduler's job id; null without a scheduler."""
     exit_status: int | None = None
-    """With ``exit``: status of the job's process, 128 plus the signal if one killed it."""
+    """Exit status of the job's process, as a shell counts it: 128 + n after signal n."""
     node: str | None = None
-    """With ``exit``: the node, by SLURM's name for it."""
+    """Node of the job, if it had a single one."""
     slurm_state: str | None = None
-    """With ``exit``: the job's state, by SLURM's name for it, such as ``NODE_FAIL``."""
+    """SLURM's state of the job, if SLURM ended it before it could record its exit itself."""
+    restart: int = 0
+    """Times that SLURM had requeued the job."""
 
 
 class Device(Strict, frozen=True):
