@@ -215,7 +215,7 @@ def test_a_damaged_root_gives_output_or_one_sentence(whole: Root, name: str, fau
 @pytest.mark.parametrize(
     ("name", "fault", "expected"),
     [
-        ("record.json", "cut", "rename the file, to record.json.damaged"),
+        ("record.json", "cut", "rename the file, for instance to record.json.damaged"),
         ("record.json", "negative", "not a valid RunRecord"),
         ("record.json", "foreign", "the record of run"),
         ("attempts.jsonl", "folder", "Is a directory"),
