@@ -215,12 +215,12 @@ def test_a_damaged_root_gives_output_or_one_sentence(whole: Root, name: str, fau
 @pytest.mark.parametrize(
     ("name", "fault", "expected"),
     [
-        ("record.json", "cut", "rename the file, to record.json.damaged"),
+        ("record.json", "cut", "rename the file, for instance to record.json.damaged"),
         ("record.json", "negative", "not a valid RunRecord"),
         ("record.json", "foreign", "the record of run"),
         ("attempts.jsonl", "folder", "Is a directory"),
         ("spec.json", "foreign", "not edited in place"),
-        ("spec.json", "folder", "There is a folder where a file is needed"),
+        ("spec.json", "folder", "cannot be read (Is a directory)"),
     ],
 )
 def test_submit_reports_a_damaged_run(whole: Root, name: str, fault: str, expected: str) -> None:

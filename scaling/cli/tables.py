@@ -44,18 +44,15 @@ class OnTable:
     """Arguments of a verb on a table of runs."""
 
     table: Positional[TableName]
-    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a collected campaign, or the folder of its
-    runs.csv; or "moonlight" for the ten points of the paper."""
+    """CSV or Parquet file with arm, params, tokens, flops, loss; a collected campaign or its folder; or "moonlight"."""
     baseline: str | None = None
     """Arm to compare with; default: "adamw" if there is one."""
     challenger: str | None = None
     """Arm to compare; default: every other one."""
     convention: str = "any"
-    """Check of the column flops: "6nd" accepts 6ND within 1 %, "any" one convention throughout an arm, "none"
-    everything."""
+    """Check of the column flops: "6nd" accepts 6ND within 1 %, "any" one convention per arm, "none" everything."""
     family: str | None = None
-    """Law family: lines, parallel-lines, shared-floor, ...; default: the one that best predicts rungs that are left
-    out of its fit."""
+    """Law family: lines, parallel-lines, shared-floor, ...; default: the best predictor of rungs left out of its fit."""
     extrapolate: bool = False
     """Give a ratio, marked as extrapolated, even if the arms' runs have no loss in common."""
     root: Path = field(default_factory=default_root)

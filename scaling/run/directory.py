@@ -5,7 +5,7 @@
         spec.json            RunSpec: the requested run
         placement.json       Placement: where and how it executes; replaced by each submission
       written by the process that trains (rank 0)
-        attempts.jsonl       Attempt: a line when an attempt starts, one when it ends, one when its SLURM job exits, one at a retry
+        attempts.jsonl       Attempt: a line when an attempt starts, when it ends, when its SLURM job exits, at a retry
         metrics.jsonl        MetricsRow: a line per logged step
         dynamics.jsonl       DynamicsRow: a line per measured step, if the spec requests measurements
         log.txt              output of the process, of all attempts
@@ -163,27 +163,22 @@ class RunDirectory:
             if self.is_locked():
                 return "running"
             self._check_files()
-            last = self._last_attempt()
+            attempts = self.attempts()
         except UserError:
             return "failed"
-        if last is None:
+        if not attempts:
             return "planned"
-        return "failed" if last.outcome == "failed" else "preempted"
+        return "failed" if attempts[-1].outcome == "failed" else "preempted"
 
     def failure(self) -> str | None:
         """Why the run is in the state ``failed``, as a sentence; None if no reason was recorded."""
         try:
             self.record()
             self._check_files()
-            last = self._last_attempt()
+            attempts = self.attempts()
         except UserError as error:
             return str(error)
-        return last.reason if last else None
-
-    def _last_attempt(self) -> Attempt | None:
-        """The last line of the attempts that decides the state; the exit of a job does so only with an outcome."""
-        telling = [attempt for attempt in self.attempts() if attempt.event != "exit" or attempt.outcome]
-        return telling[-1] if telling else None
+        return attempts[-1].reason if attempts else None
 
     def _check_files(self) -> None:
         """Raise if spec or placement exists and cannot be used. A run without them has not been submitted yet."""
@@ -236,7 +231,7 @@ class RunDirectory:
             os.close(descriptor)
 
     def note(self, event: Literal["start", "end", "exit", "retry"], *, step: int, **fields: Any) -> None:
-        """Append a line to attempts.jsonl."""
+        """Append a line to attempts.jsonl; `fields` are further ones of `Attempt`."""
         append_line(
             self.attempts_file,
             Attempt(event=event, time=time.time(), host=os.uname().nodename, pid=os.getpid(), step=step, **fields),

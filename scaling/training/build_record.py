@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from scaling.data.batches import held_out
 from scaling.flops import CONVENTIONS, count_parameters, train_flops, train_flops_per_token
 from scaling.io import file_sha256
 from scaling.optim import registry
@@ -48,6 +47,7 @@ def build_record(
     *,
     device: Device,
     steps: int,
+    bytes_per_token: float,
     charged: dict[str, int],
     attention: str | None,
     weights: str | None,
@@ -60,11 +60,12 @@ def build_record(
         metrics: Its metrics.
         device: Where it trained.
         steps: Optimizer steps taken.
+        bytes_per_token: UTF-8 bytes per token of the held-out sample.
         charged: FLOPs of the run whose weights it started from, by convention.
         attention: Name of the attention kernel, if one was chosen.
         weights: SHA-256 of the weights file, if there is one.
     """
-    spec, placement = module.spec, module.placement
+    spec = module.spec
     tokens = steps * spec.batch_tokens
     parameters = count_parameters(spec.model)
     groups: dict[str, list[str]] = {}
@@ -95,9 +96,7 @@ def build_record(
             "activated": parameters.activated,
         },
         groups=groups,
-        bytes_per_token=held_out(
-            placement.data, context=spec.model.context, tokens=spec.evaluation.tokens
-        ).bytes_per_token,
+        bytes_per_token=bytes_per_token,
         seconds=metrics.wall_time.seconds,
         cpu_seconds=metrics.cpu_time.seconds,
         tokens_per_second=rate,

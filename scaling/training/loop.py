@@ -115,14 +115,14 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    sequences = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).sequences
+    sample = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens)
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # processes that measure could choose different kernels
         kernel = chosen_kernel(directory.path, spec.model, sequences=micro_batch, device=at, precision=spec.precision)
     if placement.compile:
         _use_compiler_cache(directory.path.parent.parent / "cache" / "inductor")
-    metrics = MetricsLogger(directory, spec, device=device, held_out=sequences, charged=charged.get("6nd", 0))
+    metrics = MetricsLogger(directory, spec, device=device, held_out=sample.sequences, charged=charged.get("6nd", 0))
     checkpoints = Checkpoints(
         directory.checkpoints,
         seconds=placement.checkpoint_seconds,
@@ -157,6 +157,7 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
         metrics,
         device=device,
         steps=step,
+        bytes_per_token=sample.bytes_per_token,
         charged=charged,
         attention=kernel.name if kernel else None,
         weights=weights,

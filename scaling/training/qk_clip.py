@@ -106,14 +106,17 @@ def clip_attention_(model: nn.Module, largest: dict[str, Tensor], *, bound: floa
 
 
 def _row_factors(attention: nn.Module, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Query and key weights of an attention, each with a factor per row."""
+    """Query and key weights of an attention, each with a factor per row; `factors` has shape ``(heads,)``."""
+    # A logit is the product of a query and a key, so each takes the square root.
     root = factors.sqrt()
     if isinstance(attention, MultiHeadLatentAttention):
         sizes = attention.sizes
+        # Rows of the query are ordered by head, and within a head as (without position, rotary). The rotary part of the
+        # key is shared by all heads and stays, so that of the query takes the whole factor.
         query = torch.cat(
             [root[:, None].expand(-1, sizes.qk_nope_head_dim), factors[:, None].expand(-1, sizes.qk_rope_head_dim)],
             dim=1,
-        )
+        )  # (heads, qk_nope_head_dim + qk_rope_head_dim)
         return [
             (attention.query.weight, query.flatten()),
             (attention.key.weight, root.repeat_interleave(sizes.qk_nope_head_dim)),
@@ -124,8 +127,9 @@ def _row_factors(attention: nn.Module, factors: Tensor) -> list[tuple[Tensor, Te
 
 
 def _scale_rows_(weight: Tensor, by_row: Tensor) -> None:
-    scale = by_row.to(weight.dtype).unsqueeze(1)
+    scale = by_row.to(weight.dtype).unsqueeze(1)  # (rows, 1)
     if isinstance(weight, DTensor):
+        # Every process has all factors; marked as replicated, each applies those of its own rows.
         mesh = weight.device_mesh
         scale = DTensor.from_local(scale, mesh, [Replicate()] * mesh.ndim, run_check=False)
     weight.mul_(scale)

@@ -1,4 +1,4 @@
-"""One run on several processes is the run on one, and what goes wrong there is one sentence with the remedy."""
+"""One run in several processes: the same numbers as in one process, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def same(several: Path, one: Path, record: RunRecord, reference: RunRecord) -> None:
-    """Equal within another order of summation: a router's choice between near equals may tip, so losses are compared."""
+    """Equal up to the order of summation; a router can choose differently between near equals, so losses are compared."""
     assert record.tokens == reference.tokens
     assert record.validation_loss == pytest.approx(reference.validation_loss, abs=2e-3)
     assert record.train_loss == pytest.approx(reference.train_loss, abs=2e-3)
