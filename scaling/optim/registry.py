@@ -139,6 +139,7 @@ MATRIX_SEARCH = (
     RATE,
     DECAY,
     SearchRange(name="momentum", scale="complement", low=0.85, high=0.985, least=0.5, most=0.999),
+    # Relative to the run's peak, so that it stays right while peak_lr is searched.
     SearchRange(name="adamw_lr_factor", scale="log", low=0.25, high=4.0, least=0.01, most=100.0),
     _second_moment("adamw_beta2"),
 )
@@ -152,9 +153,11 @@ def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupR
     """Moonlight's division: `algorithm` for the matrices of the blocks, AdamW for embedding, head and norms."""
 
     def rules(options: MatrixOptions) -> tuple[GroupRule, ...]:
+        # Heads of a projection are blocks of its rows; output and latent projections mix heads and stay whole.
         per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
         feed_forward = r"blocks\.\d+\.feed_forward\."
         return (
+            # Vectors, and the matrices whose rows belong to tokens, stay with AdamW (Moonlight, Section 2.1).
             GroupRule(pattern=r"(embedding|head)\.weight", algorithm=ADAMW),
             GroupRule(pattern=r"(.+[._])?norm\.weight", algorithm=ADAMW),
             GroupRule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm=algorithm, view=per_head),
@@ -342,6 +345,7 @@ def build(
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise UserError(f"parameters {', '.join(twice)} were given twice; pass model.named_parameters() once.")
+    # By identity: two equal tensors are two parameters, one tensor under two names is one.
     names: dict[int, str] = {}
     for name, parameter in named:
         if (first := names.setdefault(id(parameter), name)) != name:
@@ -352,6 +356,7 @@ def build(
     hyper = OPTIMIZERS.row(spec.name).groups(spec, options_of(spec))
     parameters = dict(named)
     algorithms: dict[str, Algorithm] = {}
+    # One group for each algorithm and view, so that equal matrices of all layers are in one group and can be batched.
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for assignment in assign(spec, {name: tuple(parameter.shape) for name, parameter in named}):
         algorithm = algorithms.setdefault(assignment.algorithm.name, assignment.algorithm)
