@@ -51,16 +51,16 @@ def no_matrix_products(options: Any, rows: int, columns: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What a parameter group takes: how it is updated, and what that costs."""
+    """The algorithm of a parameter group: its update, and the FLOPs of it."""
 
     name: str
     """Its name in parameter groups, and so in checkpoints."""
     update: Callable[[], Update]
     """Makes its state and step: an `ElementwiseUpdate` or a `MatrixUpdate` of `scaling.optim.optimizer`."""
     is_matrix: bool = False
-    """Whether it treats matrices as a whole; its parameters are then seen through the view of their rule."""
+    """True if it treats matrices as a whole; its parameters are then seen through the view of their rule."""
     supports_zero1: bool = True
-    """Whether each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
+    """True if each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
     flops: Callable[[Any, int, int], int] = no_matrix_products
     """Matrix-product FLOPs of a step of one matrix, from the completed options, its rows and its columns."""
 

@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("schedule", KINDS.values(), ids=KINDS.keys())
-def test_ends_on_the_final_fraction_after_a_warm_up_that_starts_above_zero(schedule: Schedule) -> None:
+def test_warm_up_starts_above_zero_and_decay_ends_exactly(schedule: Schedule) -> None:
     assert lr_fraction(schedule, TOTAL, total=TOTAL) == pytest.approx(schedule.final_fraction, abs=1e-12)
     assert 0 < lr_fraction(schedule, BATCH, total=TOTAL) == BATCH / schedule.warmup_tokens
     assert lr_fraction(schedule, schedule.warmup_tokens, total=TOTAL) == 1.0

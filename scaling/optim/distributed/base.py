@@ -44,7 +44,7 @@ class Batch:
     """Matrices of one shape ``(m, n)`` that take the step together."""
 
     weights: list[Tensor]
-    """What this process updates: matrices ``(m, n)``, or its pieces of them."""
+    """Weights that this process updates: matrices ``(m, n)``, or its pieces of them."""
     gradients: list[Tensor]
     """Gradients of the parts whose state is on this process, each of shape `part`."""
     states: list[State]
