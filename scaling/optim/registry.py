@@ -173,7 +173,7 @@ def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupR
 
 def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[str, Any]]:
     return {
-        "adamw": {
+        ADAMW.name: {
             "lr": spec.peak_lr,
             "weight_decay": spec.weight_decay,
             "betas": (options.beta1, options.beta2),
@@ -203,7 +203,7 @@ def matrix_groups(algorithm: Algorithm) -> Callable[[OptimizerSpec, MatrixOption
                 "update_rms": "exact",
                 **own,
             },
-            "adamw": {
+            ADAMW.name: {
                 "lr": spec.peak_lr * options.adamw_lr_factor,
                 "weight_decay": spec.weight_decay * options.adamw_decay_factor,
                 "betas": (options.adamw_beta1, options.adamw_beta2),
