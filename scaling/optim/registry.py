@@ -335,7 +335,7 @@ def build(
         strategy: `scaling.spec.Placement.strategy`, for several processes.
 
     Raises:
-        UserError: As `assign` and `check_strategy`; or two parameters have one name, or one parameter two.
+        UserError: `assign` or `check_strategy` fails, two parameters have one name, or one parameter has two names.
     """
     from scaling.optim.distributed.select import sharding_strategy_for
     from scaling.optim.optimizer import GroupedOptimizer, MatrixUpdate

@@ -5,14 +5,14 @@ process keeps the momentum of its shard alone. A step is::
 
     1 average the gradients                    DDP's all-reduce: clipping needs the whole gradient
     2 momentum of the local shard
-    3 gather the matrices that a border cuts   point to point, in the iteration's format
+    3 gather the matrices that are cut         point to point, in the iteration's format
     4 orthogonalise every matrix that has a piece in the local shard
     5 apply the local piece of its update
     6 all-gather the weights                   4 bytes an entry
 
-State is one buffer where AdamW has two, and a matrix is sent only where a border of two shards cuts it. A matrix that
-is cut is orthogonalised by each process that has a piece; `scaling.optim.distributed.ddp` orthogonalises none twice.
-What an element-wise algorithm takes is replicated, as under DDP.
+State is one buffer where AdamW has two, and only matrices that the boundary of two shards cuts are sent. Each process
+that has a piece of such a matrix orthogonalises it; `scaling.optim.distributed.ddp` orthogonalises none twice.
+Parameters of element-wise algorithms and their state are replicated, as under DDP.
 """
 
 from __future__ import annotations
