@@ -64,7 +64,7 @@ def count_parameters(shape: ModelConfig) -> ParamCount:
     experts and latent attention the same sum returns its 15.29B and 2.24B activated (Section 3.3).
 
     Raises:
-        UserError: As `scaling.models.registry.check_family`.
+        UserError: The shape does not fit its family (`scaling.models.registry.check_family`).
     """
     return _count(check_family(shape).weights, shape)
 
@@ -91,7 +91,7 @@ def depth_line(shape: ModelConfig) -> DepthLine:
     sum over every layer of every candidate.
 
     Raises:
-        UserError: As `count_parameters`.
+        UserError: The shape does not fit its family.
     """
     first = 1 + (shape.moe.dense_layers if shape.moe else 0)
     weights = check_family(shape).weights(msgspec.structs.replace(shape, layers=first + 1))

@@ -66,6 +66,46 @@ def outside_blocks(shape: ModelConfig) -> list[HubWeight]:
 
 
 DENSE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+LLAMA_ATTENTION = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+"""Modules of a block by our name; rotary halves have the same layout on both sides, so no weight is permuted."""
+
+
+def _renamed(layer: int, names: Mapping[str, str]) -> list[HubWeight]:
+    return [
+        HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
+        for ours, theirs in names.items()
+    ]
+
+
+def _shared_config(shape: ModelConfig, *, hidden: int) -> dict[str, Any]:
+    """Entries of config.json that all formats have, `hidden` the width of the feed-forward or of an expert."""
+    from scaling.models.decoder import NORM_EPSILON
+
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": NORM_EPSILON,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+    }
+
+
+def _rope(theta: float) -> dict[str, Any]:
+    # The first is read by version 4 of transformers, the second by 5.
+    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
 def interleaved(rows: Tensor) -> Tensor:
@@ -156,7 +196,6 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: The router is not DeepSeek-V3's, or no expert is shared.
     """
-    from scaling.models.decoder import NORM_EPSILON
     from scaling.models.moe import scale_of
 
     mixture, latent = _parts(shape)
@@ -168,13 +207,8 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn_width,
+        **_shared_config(shape, hidden=shape.ffn_width),
         "moe_intermediate_size": shape.expert_width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
         "n_routed_experts": mixture.num_experts,
         "n_shared_experts": mixture.num_shared_experts,
         "num_experts_per_tok": mixture.top_k,
@@ -195,15 +229,9 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
         "v_head_dim": latent.v_head_dim,
         "head_dim": latent.qk_rope_head_dim,
         "rope_interleave": True,
-        "rope_theta": latent.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": latent.rope_theta},
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": NORM_EPSILON,
+        **_rope(latent.rope_theta),
         "attention_bias": False,
         "num_nextn_predict_layers": 0,
-        "tie_word_embeddings": shape.tied,
-        "use_cache": True,
     }
 
 
@@ -212,20 +240,13 @@ def mixtral_weights(shape: ModelConfig) -> list[HubWeight]:
     assert shape.moe is not None
     weights = outside_blocks(shape)
     for layer in range(shape.layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        names = {
-            "attention_norm": "input_layernorm",
-            "attention.query": "self_attn.q_proj",
-            "attention.key": "self_attn.k_proj",
-            "attention.value": "self_attn.v_proj",
-            "attention.output": "self_attn.o_proj",
-            "feed_forward_norm": "post_attention_layernorm",
-            "feed_forward.router": "block_sparse_moe.gate",
-        }
-        weights += [HubWeight(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for here, there in names.items()]
+        weights += _renamed(layer, {**LLAMA_ATTENTION, "feed_forward.router": "block_sparse_moe.gate"})
         numbered = {"gate": "w1", "up": "w3", "down": "w2"}
         weights += _experts(
-            f"{ours}.feed_forward.experts", f"{theirs}.block_sparse_moe.experts", shape.moe.num_experts, numbered
+            f"blocks.{layer}.feed_forward.experts",
+            f"model.layers.{layer}.block_sparse_moe.experts",
+            shape.moe.num_experts,
+            numbered,
         )
     return weights
 
@@ -236,7 +257,7 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: The model has a part that Mixtral lacks: a bias, shared experts, dense layers, or other scores.
     """
-    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
+    from scaling.models.decoder import ROPE_BASE
     from scaling.models.moe import scale_of
 
     mixture = shape.moe
@@ -255,24 +276,13 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.expert_width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
+        **_shared_config(shape, hidden=shape.expert_width),
         "head_dim": shape.head_size,
         "num_local_experts": mixture.num_experts,
         "num_experts_per_tok": mixture.top_k,
         "sliding_window": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": NORM_EPSILON,
-        "rope_theta": ROPE_BASE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        **_rope(ROPE_BASE),
         "router_aux_loss_coef": 0.0,
-        "tie_word_embeddings": shape.tied,
-        "use_cache": True,
     }
 
 
@@ -288,56 +298,27 @@ def _experts(ours: str, theirs: str, experts: int, names: dict[str, str]) -> lis
     ]
 
 
-LLAMA_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-"""Modules of a block by our name; rotary halves lie alike on both sides, so no weight is permuted."""
-
-
 def llama_weights(shape: ModelConfig) -> list[HubWeight]:
     """Weights of a ``decoder`` model."""
-    return [
-        *outside_blocks(shape),
-        *(
-            HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
-            for layer in range(shape.layers)
-            for ours, theirs in LLAMA_BLOCK.items()
-        ),
-    ]
+    weights = outside_blocks(shape)
+    for layer in range(shape.layers):
+        dense = {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in DENSE.items()}
+        weights += _renamed(layer, LLAMA_ATTENTION | dense)
+    return weights
 
 
 def llama_config(shape: ModelConfig) -> dict[str, Any]:
     """Llama's config.json."""
-    from scaling.models.decoder import NORM_EPSILON, ROPE_BASE
+    from scaling.models.decoder import ROPE_BASE
 
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn_width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
+        **_shared_config(shape, hidden=shape.ffn_width),
         "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": NORM_EPSILON,
-        # The first is read by version 4 of the library, the second by 5.
-        "rope_theta": ROPE_BASE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        **_rope(ROPE_BASE),
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": shape.tied,
-        "use_cache": True,
     }
 
 

@@ -96,7 +96,7 @@ def build_model(shape: ModelConfig) -> Decoder:
     """An uninitialised model of a shape.
 
     Raises:
-        UserError: As `check_family`; or the model has other parameters than its family declares.
+        UserError: The shape does not fit its family (`check_family`), or the model has other parameters than its family declares.
     """
     family = check_family(shape)
     model, declared = family.build(shape), family.weights(shape)

@@ -42,6 +42,7 @@ def update_rms(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> dict[s
     """
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     counts: dict[str, int] = defaultdict(int)
+    # Root mean square of a class over all its parameters: sums of squares and counts, divided at the end.
     starts = iter(before)
     for group in optimizer.param_groups:
         for name, parameter, start in zip(group["param_names"], group["params"], starts, strict=False):
@@ -73,6 +74,7 @@ def svd_entropy(optimizer: torch.optim.Optimizer) -> dict[str, float]:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if not torch.isfinite(whole).all():
                 continue
+            # Energy of each direction, p = s^2 / sum s^2; log n is the entropy of n equal ones.
             values = torch.linalg.svdvals(whole.float())
             shares = values.double().square()
             shares /= shares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)

@@ -36,6 +36,7 @@ class NorMuon(Muon):
         # The squared norm of a row over its length is the mean of its squares; summed in fp32.
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
         second_moment.lerp_(mean_square, 1 - group["second_moment_beta"])
+        # Rows of one size; the common factor is set by the exact mode of the step that follows.
         x.div_(second_moment.sqrt().add_(group["second_moment_epsilon"]))
         if shards:  # and back to where the state is kept
             torch._foreach_copy_(shards, list(batch.scatter(second_moment).unbind()))

@@ -69,7 +69,7 @@ class AdamW(ElementwiseUpdate):
             gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
+            [],  # maxima of the second moment, for amsgrad alone
             [state["step"] for state in states],
             fused=True,
             amsgrad=False,
@@ -98,7 +98,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[Group], updates: Mapping[str, Update], sharding: ShardingStrategy) -> None:
-        self.updates = dict(updates)
+        self.updates = dict(updates)  # before torch's constructor, which calls add_param_group
         super().__init__(list(groups), {})
         self.sharding = sharding
         self.workspace = Workspace()
@@ -107,6 +107,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _make_state(self, groups: list[Group]) -> None:
         for group in groups:
             _refuse_low_precision(group)
+        # Owners are assigned to the matrices of all groups at once, so that they share the cost evenly.
         self.sharding.plan([g for g in groups if self._is_matrix(g)], [g for g in groups if not self._is_matrix(g)])
         for group in groups:
             update = self.updates[group["algorithm"]]
@@ -141,7 +142,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every group."""
         loss = None
-        if closure is not None:
+        if closure is not None:  # Lightning computes the loss and its gradients in here
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
@@ -170,6 +171,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _with_matrix_state(self, saved: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         """A state dict with the state of every matrix parameter changed; the given one stays as it is."""
+        # Element-wise state is the same in every process, or a DTensor that the checkpoint can read.
         state = dict(saved["state"])
         for group, stored in zip(self.param_groups, saved["param_groups"], strict=True):
             if self._is_matrix(group):

@@ -51,16 +51,16 @@ def no_matrix_products(options: Any, rows: int, columns: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What a parameter group takes: how it is updated, and what that costs."""
+    """The algorithm of a parameter group: its update, and the FLOPs of it."""
 
     name: str
     """Its name in parameter groups, and so in checkpoints."""
     update: Callable[[], Update]
     """Makes its state and step: an `ElementwiseUpdate` or a `MatrixUpdate` of `scaling.optim.optimizer`."""
     is_matrix: bool = False
-    """Whether it treats matrices as a whole; its parameters are then seen through the view of their rule."""
+    """True if it treats matrices as a whole; its parameters are then seen through the view of their rule."""
     supports_zero1: bool = True
-    """Whether each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
+    """True if each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
     flops: Callable[[Any, int, int], int] = no_matrix_products
     """Matrix-product FLOPs of a step of one matrix, from the completed options, its rows and its columns."""
 
@@ -139,6 +139,7 @@ MATRIX_SEARCH = (
     RATE,
     DECAY,
     SearchRange(name="momentum", scale="complement", low=0.85, high=0.985, least=0.5, most=0.999),
+    # Relative to the run's peak, so that it stays right while peak_lr is searched.
     SearchRange(name="adamw_lr_factor", scale="log", low=0.25, high=4.0, least=0.01, most=100.0),
     _second_moment("adamw_beta2"),
 )
@@ -152,9 +153,11 @@ def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupR
     """Moonlight's division: `algorithm` for the matrices of the blocks, AdamW for embedding, head and norms."""
 
     def rules(options: MatrixOptions) -> tuple[GroupRule, ...]:
+        # Heads of a projection are blocks of its rows; output and latent projections mix heads and stay whole.
         per_head = "whole" if options.head_blocks == 1 else f"rows/{options.head_blocks}"
         feed_forward = r"blocks\.\d+\.feed_forward\."
         return (
+            # Vectors, and the matrices whose rows belong to tokens, stay with AdamW (Moonlight, Section 2.1).
             GroupRule(pattern=r"(embedding|head)\.weight", algorithm=ADAMW),
             GroupRule(pattern=r"(.+[._])?norm\.weight", algorithm=ADAMW),
             GroupRule(pattern=r"blocks\.\d+\.attention\.(query|key|value)\.weight", algorithm=algorithm, view=per_head),
@@ -170,7 +173,7 @@ def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupR
 
 def _adamw_groups(spec: OptimizerSpec, options: AdamWOptions) -> dict[str, dict[str, Any]]:
     return {
-        "adamw": {
+        ADAMW.name: {
             "lr": spec.peak_lr,
             "weight_decay": spec.weight_decay,
             "betas": (options.beta1, options.beta2),
@@ -200,7 +203,7 @@ def matrix_groups(algorithm: Algorithm) -> Callable[[OptimizerSpec, MatrixOption
                 "update_rms": "exact",
                 **own,
             },
-            "adamw": {
+            ADAMW.name: {
                 "lr": spec.peak_lr * options.adamw_lr_factor,
                 "weight_decay": spec.weight_decay * options.adamw_decay_factor,
                 "betas": (options.adamw_beta1, options.adamw_beta2),
@@ -332,7 +335,7 @@ def build(
         strategy: `scaling.spec.Placement.strategy`, for several processes.
 
     Raises:
-        UserError: As `assign` and `check_strategy`; or two parameters have one name, or one parameter two.
+        UserError: `assign` or `check_strategy` fails, two parameters have one name, or one parameter has two names.
     """
     from scaling.optim.distributed.select import sharding_strategy_for
     from scaling.optim.optimizer import GroupedOptimizer, MatrixUpdate
@@ -342,6 +345,7 @@ def build(
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise UserError(f"parameters {', '.join(twice)} were given twice; pass model.named_parameters() once.")
+    # By identity: two equal tensors are two parameters, one tensor under two names is one.
     names: dict[int, str] = {}
     for name, parameter in named:
         if (first := names.setdefault(id(parameter), name)) != name:
@@ -352,6 +356,7 @@ def build(
     hyper = OPTIMIZERS.row(spec.name).groups(spec, options_of(spec))
     parameters = dict(named)
     algorithms: dict[str, Algorithm] = {}
+    # One group for each algorithm and view, so that equal matrices of all layers are in one group and can be batched.
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for assignment in assign(spec, {name: tuple(parameter.shape) for name, parameter in named}):
         algorithm = algorithms.setdefault(assignment.algorithm.name, assignment.algorithm)

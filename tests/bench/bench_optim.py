@@ -1,4 +1,4 @@
-"""How long an optimizer step takes: ours, torch's Muon and AdamW, in one run, so that their ratios mean something.
+"""Times of an optimizer step: ours, torch's Muon and AdamW, in one run, so that their ratios are comparable.
 
     make bench                                                            CPU: 12 layers of width 768, and small models
     OMP_NUM_THREADS=1 .venv/bin/python tests/bench/bench_optim.py --layers 2    the same in seconds, two layers

@@ -10,8 +10,8 @@ On a GPU the same file measures Moonlight's smallest and largest rung, small run
     python tests/bench/bench_train.py --cuda --only 339M-2048,small,packing
 
 Both sides take the same batches through the same model with the same optimizer settings (AdamW, clipping at 1). MFU
-counts 6 x (blocks + head) + causal attention against the device's dense peak. Times of one step vary with whatever
-else the machine does, so what counts is the ratio within one call; sides take turns, and medians are compared.
+counts 6 x (blocks + head) + causal attention against the device's dense peak. Other work on
+the machine changes the time of a step, so only ratios within one call count; sides take turns, and medians are compared.
 """
 
 from __future__ import annotations

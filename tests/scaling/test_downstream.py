@@ -54,7 +54,7 @@ def test_the_exported_run_is_scored_with_the_usual_shots(run: Path, calls: list[
     assert calls[0]["config"]["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_programs_of_the_model_are_run_only_with_leave(run: Path, calls: list[dict[str, Any]]) -> None:
+def test_programs_of_the_model_run_only_where_allowed(run: Path, calls: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="humaneval: scoring runs the programs"):
         score_tasks(run, ["mmlu", "humaneval"])
     assert calls == []

@@ -104,7 +104,7 @@ def test_unlike_text_is_harder_than_the_text_it_learned(run: Path, tmp_path: Pat
     assert other.bits_per_byte > evaluate(run).bits_per_byte + 1
 
 
-def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_scored_are_refused(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such directory"):
         evaluate(tmp_path / "nowhere")
     unfinished = place(make_spec(seed=5, manifest=manifest_hash(read_manifest(tiny_shards))), tmp_path, tiny_shards)
@@ -114,7 +114,7 @@ def test_what_cannot_be_scored_is_refused(run: Path, tiny_shards: Path, tmp_path
         evaluate(run, data=tmp_path)
 
 
-def test_damaged_weights_are_refused_wherever_they_are_read(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_by_every_reader(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
     directory = RunDirectory(run)
     content = directory.weights_file.read_bytes()
     record = directory.record()

@@ -1,4 +1,4 @@
-"""A run's identity: equal wishes have equal ids, any change that moves a number moves the id, nonsense is refused."""
+"""Run ids: equal for equal specifications, different after any change of a number; contradictions are refused."""
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ def test_id_survives_a_round_trip_through_json() -> None:
     assert again.id == spec.id
 
 
-def test_id_includes_defaults_so_stating_a_default_changes_nothing() -> None:
+def test_stating_a_default_does_not_change_the_id() -> None:
     spec = make_spec()
     stated = msgspec.to_builtins(spec)
     bare = {name: value for name, value in stated.items() if name not in ("precision", "clip_norm")}
@@ -27,7 +27,7 @@ def test_id_includes_defaults_so_stating_a_default_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"clip_norm": None}, {"precision": "bf16"}, {"evaluation": {"tokens": 512, "times": 0}}]
 )
-def test_any_change_that_moves_a_number_moves_the_id(change: dict[str, object]) -> None:
+def test_a_change_of_any_number_changes_the_id(change: dict[str, object]) -> None:
     spec = make_spec()
     changed = msgspec.convert({**msgspec.to_builtins(spec), **change}, RunSpec)
     assert changed.id != spec.id
@@ -49,14 +49,14 @@ def test_a_count_written_as_a_float_is_refused() -> None:
         msgspec.convert({**built, "batch_tokens": 1e3 + 0.5}, RunSpec)
 
 
-def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do() -> None:
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(
         (UserError, msgspec.ValidationError), match=r"2304 is not a multiple of heads 20\. Use 18 heads"
     ):
         ModelConfig(layers=18, width=2304, heads=20, vocabulary=256, context=128)
 
 
-def test_flops_that_shape_and_tokens_do_not_give_are_refused() -> None:
+def test_flops_that_do_not_fit_shape_and_tokens_are_refused() -> None:
     built = msgspec.to_builtins(make_spec())
     built["budget"]["flops"] += 1
     with pytest.raises((UserError, msgspec.ValidationError), match="convention"):

@@ -44,7 +44,7 @@ class Batch:
     """Matrices of one shape ``(m, n)`` that take the step together."""
 
     weights: list[Tensor]
-    """What this process updates: matrices ``(m, n)``, or its pieces of them."""
+    """Weights that this process updates: matrices ``(m, n)``, or its pieces of them."""
     gradients: list[Tensor]
     """Gradients of the parts whose state is on this process, each of shape `part`."""
     states: list[State]
@@ -105,6 +105,7 @@ class Replicated(StateLikeParameters):
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Chunks of equal matrices."""
         view = group["view"]
+        # (weight, gradient, state) of every matrix, as views into the parameters.
         entries: list[tuple[Tensor, Tensor, State]] = []
         for parameter in parameters:
             states = state_by_matrix(state[parameter], view)
@@ -126,12 +127,13 @@ def state_by_matrix(state: State, view: str) -> list[State]:
 
 def local_batches(group: Group, matrices: Iterable[tuple[Tensor, Tensor, State]]) -> Iterator[Batch]:
     """Chunks of equal matrices (weight, gradient, state), each whole on this process."""
+    # One batched product for all matrices of a shape costs fewer launches than a product each.
     by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for entry in matrices:
         by_shape[entry[0].shape[0], entry[0].shape[1]].append(entry)
     for (rows, columns), entries in by_shape.items():
         dtype, length = iteration_format(group, rows, columns, entries[0][0].device)
-        for start in range(0, len(entries), length):
+        for start in range(0, len(entries), length):  # a chunk fits the cache, with its products
             weights, gradients, states = (list(part) for part in zip(*entries[start : start + length], strict=True))
             yield Batch(weights=weights, gradients=gradients, states=states, part=(rows, columns), dtype=dtype)
 

@@ -27,6 +27,7 @@ def assign_owners(shapes: Sequence[tuple[int, int]], processes: int) -> list[int
     """
     order = sorted(range(len(shapes)), key=lambda index: (-newton_schulz_flops(*shapes[index], steps=1), shapes[index]))
     owners = [0] * len(shapes)
+    # Costs of equal shapes are equal, so going round keeps the sum of each process within one matrix of the others.
     for position, index in enumerate(order):
         owners[index] = position % processes
     return owners
@@ -75,7 +76,7 @@ class OwnerSharding:
     def gather_state(self, parameter: Tensor, shard: Tensor) -> Tensor:
         """The sum of all processes' contributions: each entry is zero everywhere but at its owner."""
         entry = self._owned[parameter]
-        total = shard.new_zeros(*parameter.shape[:-1], shard.shape[-1])
+        total = shard.new_zeros(*parameter.shape[:-1], shard.shape[-1])  # the width of the state, not of the parameter
         for index, matrix in zip(entry.owned_by(self.rank), shard, strict=True):
             split(total, entry.view)[index].copy_(matrix)
         dist.all_reduce(total, group=self.group)
@@ -102,6 +103,7 @@ class OwnerSharding:
                 yield self._batch(members[start : start + length], state, dtype)
 
     def _batch(self, members: list[tuple[Tensor, int]], state: Mapping[Tensor, State], dtype: torch.dtype) -> Batch:
+        # The chunk sorted by owner: each process orthogonalises its own section, and updates arrive in this order.
         by_owner: list[list[tuple[Tensor, int]]] = [[] for _ in range(self.processes)]
         for parameter, index in members:
             by_owner[self._owned[parameter].owners[index]].append((parameter, index))

@@ -58,7 +58,7 @@ class RowSharding(StateLikeParameters):
 
     def batches(self, group: Group, parameters: list[Tensor], state: Mapping[Tensor, State]) -> Iterator[Batch]:
         """Experts on the process that holds them; other matrices in chunks with an owner each."""
-        if group["view"] == "experts":
+        if group["view"] == "experts":  # fully_shard divides the stack (E, m, n) along E: whole experts, no traffic
             entries: list[tuple[Tensor, Tensor, State]] = []
             for parameter in parameters:
                 states = state_by_matrix({name: local(tensor) for name, tensor in state[parameter].items()}, "experts")
@@ -68,12 +68,14 @@ class RowSharding(StateLikeParameters):
         by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             by_shape[parameter.shape[0], parameter.shape[1]].append(parameter)
+        # Blocks of rows (heads) are cut by shards too, so a matrix is gathered whole and then split into its blocks.
         blocks = row_blocks(group["view"])
         for (rows, columns), members in by_shape.items():
             process_group = process_group_of(members[0])
             dtype, length = iteration_format(group, rows // blocks, columns, members[0].device)
             length = max(dist.get_world_size(process_group), length // blocks)
             for start in range(0, len(members), length):
+                # Sorted by owner, so that the matrices for one process are contiguous in the send buffer.
                 chunk = sorted(members[start : start + length], key=lambda member: self._owner[member])
                 transfer = _RowAllToAll(process_group, rows, blocks, [self._owner[member] for member in chunk])
                 yield Batch(
@@ -108,6 +110,7 @@ class _RowAllToAll:
         arrived = parts.new_empty(sum(sizes))
         sent = [count * self.rows[self.rank] * width for count in self.owned]
         dist.all_to_all_single(arrived, parts.reshape(-1), sizes, sent, group=self.group)
+        # Each process sent its rows of all matrices owned here; put the rows of each matrix below one another.
         shards = [
             shard.view(owned, rows, width) for shard, rows in zip(torch.split(arrived, sizes), self.rows, strict=True)
         ]
@@ -117,7 +120,7 @@ class _RowAllToAll:
         """The inverse of `gather`: ``(owned * blocks, m, w)`` to ``(matrices, local rows, w)``."""
         width = gathered.shape[-1]
         shards = torch.split(gathered.view(self.owned[self.rank], sum(self.rows), width), self.rows, dim=1)
-        sent = torch.cat([shard.reshape(-1) for shard in shards])
+        sent = torch.cat([shard.reshape(-1) for shard in shards])  # what gather received, in the same order
         sizes = [count * self.rows[self.rank] * width for count in self.owned]
         arrived = gathered.new_empty(sum(sizes))
         dist.all_to_all_single(arrived, sent, sizes, [shard.numel() for shard in shards], group=self.group)

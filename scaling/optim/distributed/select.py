@@ -27,6 +27,7 @@ def sharding_strategy_for(parameters: Iterable[Tensor], *, zero1: bool = False) 
         parameters: All parameters of the optimizer.
         zero1: Distribute replicated weights by Moonlight's Algorithm 1.
     """
+    # Sharded rows are recognised by their type, as fully_shard leaves them; plain tensors are equal in all processes.
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return RowSharding()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

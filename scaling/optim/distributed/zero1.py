@@ -5,14 +5,14 @@ process keeps the momentum of its shard alone. A step is::
 
     1 average the gradients                    DDP's all-reduce: clipping needs the whole gradient
     2 momentum of the local shard
-    3 gather the matrices that a border cuts   point to point, in the iteration's format
+    3 gather the matrices that are cut         point to point, in the iteration's format
     4 orthogonalise every matrix that has a piece in the local shard
     5 apply the local piece of its update
     6 all-gather the weights                   4 bytes an entry
 
-State is one buffer where AdamW has two, and a matrix is sent only where a border of two shards cuts it. A matrix that
-is cut is orthogonalised by each process that has a piece; `scaling.optim.distributed.ddp` orthogonalises none twice.
-What an element-wise algorithm takes is replicated, as under DDP.
+State is one buffer where AdamW has two, and only matrices that the boundary of two shards cuts are sent. Each process
+that has a piece of such a matrix orthogonalises it; `scaling.optim.distributed.ddp` orthogonalises none twice.
+Parameters of element-wise algorithms and their state are replicated, as under DDP.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Zero1Sharding:
         for group in matrix_groups:
             total = sum(_aligned(parameter.numel()) for parameter in group["params"])
             length = _aligned(-(-total // self.processes))
+            # Shard p holds the entries from p * length to (p + 1) * length; the end of the last one may be empty.
             offset = 0
             for parameter in group["params"]:
                 self._place[parameter] = _Place(offset, length)
@@ -119,6 +120,7 @@ class Zero1Sharding:
         cut: list[_CutMatrix] = []
         whole: list[tuple[Tensor, Tensor, State]] = []
         for parameter in parameters:
+            # Matrices of a parameter (blocks of rows, experts) are contiguous in it, one after another.
             count, rows, columns = matrices("parameter", tuple(parameter.shape), group["view"])
             local = self._local(parameter)
             for index in range(count):
@@ -126,11 +128,12 @@ class Zero1Sharding:
                 pieces = self._place[parameter].pieces(start, start + rows * columns)
                 if len(pieces) > 1:
                     cut.append(_CutMatrix(parameter, start, (rows, columns), pieces))
-                elif self.rank in pieces:
+                elif self.rank in pieces:  # state is flat, and starts at this process's first entry
                     here = slice(start - local.start, start - local.start + rows * columns)
                     states = {name: tensor[here].view(rows, columns) for name, tensor in state[parameter].items()}
                     views = (split(tensor, group["view"])[index] for tensor in (parameter, gradient(parameter)))
                     whole.append((*views, states))  # type: ignore[arg-type]
+        # Cut matrices first: they wait for other processes, which are then still at their own cut matrices.
         for matrix in _rounds(cut):
             if self.rank in matrix.pieces:
                 yield self._cut_batch(group, matrix, state[matrix.parameter])
@@ -149,6 +152,7 @@ class Zero1Sharding:
             inside = {
                 p: flat[piece.start - matrix.start : piece.stop - matrix.start] for p, piece in matrix.pieces.items()
             }
+            # Every holder sends its piece of the direction to all others, and then has the whole matrix.
             inside[self.rank].copy_(part.flatten())
             transfers = [
                 dist.P2POp(operation, inside[piece], group=self.group, group_peer=process)
@@ -181,6 +185,7 @@ class Zero1Sharding:
             local, start = self._local(parameter), self._place[parameter].offset - self.rank * length
             if local.stop > local.start:
                 shard[start + local.start : start + local.stop] = parameter.view(-1)[local]
+        # The weights in fp32: the only full-size traffic beside the gradients.
         flat = shard.new_empty(length * self.processes)
         dist.all_gather_into_tensor(flat, shard, group=self.group)
         for parameter in parameters:

@@ -90,7 +90,7 @@ def orthogonalise(
     Returns:
         A new tensor of the same shape. A matrix of zeros stays zero.
     """
-    result = stack.to(dtype, copy=True).contiguous()
+    result = stack.to(dtype, copy=True).contiguous()  # iterated in place, chunk by chunk
     rows, columns = stack.shape[-2:]
     length = chunk_length(rows, columns, dtype, stack.device.type)
     workspace = workspace or Workspace()
@@ -117,6 +117,7 @@ def normalise(stack: Tensor) -> Tensor:
     """
     # The Frobenius norm bounds the largest singular value, and below one the polynomials converge.
     norms = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32).add_(EPSILON)
+    # A zero matrix stays zero, because EPSILON keeps the norm above it.
     if not by_panels(stack):
         return stack.div_(norms)
     for matrix, norm in zip(stack, norms.flatten().tolist(), strict=True):

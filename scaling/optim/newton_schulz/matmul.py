@@ -28,6 +28,7 @@ def by_panels(x: Tensor) -> bool:
 
 def gram(x: Tensor, out: Tensor) -> Tensor:
     """``X X^T`` of wide and ``X^T X`` of tall matrices: ``(k, m, n)`` to ``(k, s, s)``, s the shorter side."""
+    # The shorter side is in front, so that the square is (s, s); a transposed view costs nothing.
     factor = x.mT if x.shape[-2] > x.shape[-1] else x  # (k, s, l)
     if by_panels(x):
         for matrix, result in zip(factor, out, strict=True):
@@ -55,11 +56,13 @@ def _by_panels(
     for start in range(0, len(out), PANEL):
         stop = min(start + PANEL, len(out))
         narrow, rest = slice(start, stop), slice(start, None)
+        # The panel of this step: PANEL columns from the diagonal down, or PANEL rows from the diagonal to the right.
         rows, columns = (narrow, rest) if upper else (rest, narrow)
         panel = out[rows, columns]
         if add is None:
             torch.mm(x[rows], x[columns].T, out=panel)
         else:
             torch.addmm(add[rows, columns], x[rows], x[columns].T, beta=beta, alpha=alpha, out=panel)
+        # Its part off the diagonal is the transpose of the part on the other side.
         below, beside = out[stop:, narrow], out[narrow, stop:]
         below.copy_(beside.T) if upper else beside.copy_(below.T)

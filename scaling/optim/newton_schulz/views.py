@@ -33,7 +33,7 @@ def matrices(name: str, shape: tuple[int, ...], view: str) -> tuple[int, int, in
         )
     if view == "experts":
         return shape[0], shape[1], shape[2]
-    blocks = row_blocks(view)
+    blocks = row_blocks(view)  # chunk would make the last block shorter, so the rows must divide evenly
     if shape[0] % blocks:
         raise UserError(
             f"{name} has {shape[0]} rows, which {blocks} blocks do not divide. Use head_blocks 1 or the number of heads."
@@ -43,6 +43,7 @@ def matrices(name: str, shape: tuple[int, ...], view: str) -> tuple[int, int, in
 
 def split(parameter: Tensor, view: str) -> tuple[Tensor, ...]:
     """The matrices of a parameter as views into it, each ``(m, n)``."""
+    # All are views that share memory with the parameter: an update in place changes it.
     if view == "whole":
         return (parameter,)
     return parameter.unbind() if view == "experts" else parameter.chunk(row_blocks(view))

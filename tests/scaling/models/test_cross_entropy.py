@@ -59,7 +59,7 @@ def test_no_tensor_is_larger_than_a_chunk_forward_or_backward(autocast: bool) ->
     assert seen.elements == 8 * vocabulary  # of 64 * vocabulary
 
 
-def test_low_precision_products_give_what_autocast_gives_to_the_plain_road() -> None:
+def test_chunks_under_autocast_equal_the_plain_loss() -> None:
     torch.manual_seed(0)
     hidden, head, targets = torch.randn(32, 16), torch.randn(50, 16), torch.randint(0, 50, (32,))
     losses, gradients = [], []

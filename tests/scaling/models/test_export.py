@@ -45,7 +45,7 @@ def make_run(folder, shape, data, status="finished"):
     model = build_model(shape)
     model.initialise(1)
     generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():  # norms too: at 1 they could be exchanged and nobody would see
+    for parameter in model.parameters():  # norms too: at 1 they could be exchanged without notice
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     save_file({name: value.detach() for name, value in model.named_parameters()}, directory.weights_file)
     parameters = {name: value for name, value in as_dict(count_parameters(shape)).items() if name != "tied"}
@@ -133,7 +133,7 @@ def test_the_exported_files_are_a_llama_with_the_same_logits(run, tmp_path):
     assert expected.std() > 0.5
 
 
-def test_transformers_loads_the_export_gives_the_same_logits_and_generates(run, tmp_path):
+def test_transformers_gives_the_same_logits_and_generates(run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that library's own deprecations are not ours
         import transformers
@@ -187,7 +187,7 @@ def test_the_byte_tokenizer_file_encodes_as_the_shards_do():
     assert tokenizer.get_vocab_size() == 256
 
 
-def test_the_tokenizer_of_the_data_is_exported_without_cutting_or_padding(tmp_path):
+def test_the_tokenizer_is_exported_without_truncation_or_padding(tmp_path):
     pytest.importorskip("tokenizers")
     vocabulary = {"</s>": 0, "a": 1, "b": 2}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -212,7 +212,7 @@ def test_the_tokenizer_of_the_data_is_exported_without_cutting_or_padding(tmp_pa
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["eos_token_id"] == 0
 
 
-def test_the_card_states_the_loss_and_bits_per_byte_of_the_record(untied_run, tmp_path):
+def test_the_card_states_loss_and_bits_per_byte(untied_run, tmp_path):
     export_hf(untied_run.path, tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "2.0000 nats per token, 5.7708 bits per byte" in card  # 2 / ln 2 / 0.5
@@ -220,7 +220,7 @@ def test_the_card_states_the_loss_and_bits_per_byte_of_the_record(untied_run, tm
     assert "AdamW, peak learning rate 0.01" in card
 
 
-def test_a_model_whose_data_are_gone_is_exported_without_tokenizer_and_the_card_says_so(untied_run, tmp_path):
+def test_export_without_data_has_no_tokenizer(untied_run, tmp_path):
     spec = untied_run.spec()
     untied_run.create(spec, Placement(data=str(tmp_path / "gone")))
     export_hf(untied_run.path, tmp_path / "hub")

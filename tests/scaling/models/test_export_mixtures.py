@@ -147,14 +147,14 @@ def written_out(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return norm(x, "model.norm", config["rms_norm_eps"]) @ weights[head].T
 
 
-def test_the_exported_files_are_the_published_architecture_with_the_same_logits(run: Path, tmp_path: Path) -> None:
+def test_exported_files_give_the_same_logits(run: Path, tmp_path: Path) -> None:
     export_hf(run, tmp_path / "hub")
     expected = our_logits(run, some_tokens())
     torch.testing.assert_close(written_out(tmp_path / "hub", some_tokens()).float(), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.5
 
 
-def test_transformers_loads_the_export_gives_the_same_logits_and_generates(run: Path, tmp_path: Path) -> None:
+def test_transformers_gives_the_same_logits_and_generates(run: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that library's own deprecations are not ours
         import transformers
@@ -171,7 +171,7 @@ def test_transformers_loads_the_export_gives_the_same_logits_and_generates(run: 
         assert len(tokenizer.decode(written[0])) > len("12 plus")
 
 
-def test_what_other_readers_need_is_written_though_transformers_does_not_ask(tmp_path: Path, tiny_shards: Path) -> None:
+def test_fields_that_only_vllm_needs_are_written(tmp_path: Path, tiny_shards: Path) -> None:
     export_hf(trained(MOONLIGHT, tmp_path, tiny_shards), tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["scoring_func"] == "sigmoid"
@@ -190,7 +190,7 @@ def test_what_other_readers_need_is_written_though_transformers_does_not_ask(tmp
     ],
     ids=["moonlight", "mixtral"],
 )
-def test_what_the_other_side_cannot_say_is_refused_before_anything_is_written(
+def test_a_model_without_counterpart_is_refused_before_writing(
     shape: ModelConfig, sentence: str, tmp_path: Path, tiny_shards: Path
 ) -> None:
     assert shape.moe is not None

@@ -1,5 +1,6 @@
 """A model family from outside the package is one row: counted, laid out on a ladder, trained, refused where it is wrong."""
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from scaling.export.huggingface import export_hf
 from scaling.flops import count_parameters, depth_line, train_flops
 from scaling.model_config import ModelConfig
 from scaling.models.registry import FAMILIES, build_model, build_model_on_meta
+from scaling.models.weights import decoder_weights
 from scaling.optim.optimizer_flops import update_flops
 from scaling.optim.registry import assign
 from scaling.run.directory import RunDirectory
@@ -50,7 +52,7 @@ def test_muon_takes_its_matrices() -> None:
     assert update_flops(muon, weights(SHAPE)) > 0
 
 
-def test_its_options_are_part_of_the_id_and_absent_options_of_none() -> None:
+def test_its_options_are_part_of_the_id() -> None:
     spec = make_spec(shape=SHAPE)
     other = make_spec(shape=msgspec.structs.replace(SHAPE, family_options={"num_kv_heads": 1}))
     assert spec.id != other.id
@@ -74,6 +76,12 @@ def test_a_wrong_option_is_refused(options: dict[str, int], sentence: str) -> No
 def test_options_of_a_family_without_any_are_refused() -> None:
     with pytest.raises(UserError, match="option of the family decoder"):
         build_model(msgspec.structs.replace(TINY, family_options={"num_kv_heads": 1}))
+
+
+def test_a_row_that_declares_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "grouped-query", dataclasses.replace(ROW, weights=decoder_weights))
+    with pytest.raises(UserError, match=r"declares the shape 32x32 for the parameter blocks\.0\.attention\.key"):
+        build_model(SHAPE)
 
 
 def test_a_ladder_finds_its_sizes() -> None:

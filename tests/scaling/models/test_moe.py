@@ -34,7 +34,7 @@ from scaling.training.loop import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_product_is_the_loop_to_the_bit_also_with_idle_experts(dtype: torch.dtype) -> None:
+def test_grouped_product_equals_the_loop_with_idle_experts(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([5, 0, 11, 1, 0])
     outcomes = []
@@ -131,7 +131,7 @@ def test_the_bias_rule_evens_out_the_load_of_real_text() -> None:
     assert ruled - 1 < 0.6 * (left_alone - 1)
 
 
-def test_the_bias_moves_by_the_sign_of_the_shortage_and_keeps_its_mean() -> None:
+def test_the_bias_moves_by_sign_and_keeps_its_mean() -> None:
     model = build_model(TINY_MOONLIGHT)
     assert isinstance(model, MoEDecoder)
     (layer,) = model.mixtures()
@@ -157,13 +157,13 @@ def test_an_evaluation_is_no_load() -> None:
     assert int(layer.router.load.sum()) == 4 * 16 * TINY_MOONLIGHT.moe.top_k
 
 
-def test_sequence_loss_is_one_where_load_is_even_and_the_number_of_experts_where_one_takes_all() -> None:
+def test_sequence_loss_of_even_and_of_extreme_load() -> None:
     assert float(sequence_loss(torch.full((4, 8), 0.5), 2, 1)) == pytest.approx(1.0)
     alone = torch.zeros(4, 8).index_fill_(1, torch.tensor([3]), 1.0)
     assert float(sequence_loss(alone, 1, 1)) == pytest.approx(8.0)
 
 
-def test_sequence_loss_is_deepseeks_equations_whatever_the_selection_bias() -> None:
+def test_sequence_loss_ignores_the_selection_bias() -> None:
     shape = msgspec.structs.replace(TINY_MOONLIGHT, moe=msgspec.structs.replace(TINY_MOONLIGHT.moe, sequence_loss=1.0))
     model = build_model(shape)
     model.initialise(0)
@@ -189,7 +189,7 @@ def test_gate_scale_is_the_one_of_appendix_c() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_claimed_and_experts_are_matrices_of_their_own(optimizer: str) -> None:
+def test_every_parameter_is_claimed_and_experts_are_matrices(optimizer: str) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in build_model(TINY_MOONLIGHT).named_parameters()}
     claimed = {row.name: row for row in assign(complete(OptimizerSpec(name=optimizer, peak_lr=1e-3)), shapes)}
@@ -240,7 +240,7 @@ def test_a_family_without_its_parts_is_refused(family: str, parts: dict[str, MoE
         build_model(shape)
 
 
-def test_impossible_mixtures_are_refused_with_what_would_do() -> None:
+def test_impossible_mixtures_are_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match="Use top_k = 4 or fewer"):
         MoEConfig(num_experts=4, top_k=5)
     with pytest.raises(UserError, match="granularity 3 does not divide the 32 hidden units"):

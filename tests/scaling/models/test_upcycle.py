@@ -59,7 +59,7 @@ def test_the_first_logits_are_the_dense_models(experts: int, active: int) -> Non
     torch.testing.assert_close(model(tokens), dense(tokens), rtol=0, atol=2e-6)
 
 
-def test_softmax_before_topk_starts_with_a_share_of_the_feed_forward() -> None:
+def test_softmax_before_topk_starts_with_a_share() -> None:
     dense, model = dense_model(), build_model(with_experts(score="softmax-topk"))
     model.load_state_dict(upcycled(dense.state_dict(), with_experts(score="softmax-topk"), seed=1))
     x = torch.randn(1, 64, 16)
@@ -87,7 +87,7 @@ def _load_sharded(file: str) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
 
 
-def test_a_sharded_model_takes_only_its_rows_and_is_the_whole_one(tmp_path: Path) -> None:
+def test_a_sharded_model_loads_its_own_rows(tmp_path: Path) -> None:
     dense = dense_model()
     save_file(dict(dense.named_parameters()), tmp_path / "weights.safetensors")
     expected = upcycled(dense.state_dict(), with_experts(experts=3), seed=1)
@@ -110,7 +110,7 @@ def child_of(path: Path, *, charged: bool = True, shape: ModelConfig | None = No
 
 
 @pytest.mark.parametrize("charged", [True, False])
-def test_an_upcycled_run_starts_where_its_parent_ended_and_says_what_that_cost(
+def test_an_upcycled_run_starts_from_its_parent_and_records_its_flops(
     parent: Path, tiny_shards: Path, charged: bool
 ) -> None:
     before = RunDirectory(parent).record()
@@ -128,7 +128,7 @@ def test_an_upcycled_run_starts_where_its_parent_ended_and_says_what_that_cost(
     assert RunDirectory(parent.parent / spec.id).metrics()[-1].flops == record.flops["6nd"]
 
 
-def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
+def test_a_stopped_upcycled_run_continues_from_its_checkpoint(
     parent: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -152,7 +152,7 @@ def test_a_stopped_upcycled_run_does_not_start_from_its_parent_again(
     assert numbers(whole) == expected
 
 
-def test_a_parent_that_is_not_there_or_of_another_shape_is_refused(parent: Path, tiny_shards: Path) -> None:
+def test_a_missing_or_unlike_parent_is_refused(parent: Path, tiny_shards: Path) -> None:
     orphan = msgspec.structs.replace(child_of(parent), warm_start=WarmStart(run="0" * 12, method="upcycle"))
     with pytest.raises(UserError, match=r"which is nowhere\. Train that run first"):
         finish(place(orphan, parent.parent, tiny_shards))

@@ -25,7 +25,7 @@ SECONDS = 120
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function(*arguments)`` returned in each of `world` processes of one gloo group."""
+    """Results of ``function(*arguments)`` in each of `world` processes of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             CONTEXT.Process(target=_work, args=(rank, world, Path(folder), function, arguments))

@@ -132,7 +132,7 @@ def continued(way: str, optimizer: OptimizerSpec, saved: bytes, steps: range) ->
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_checkpoint_moves_between_one_process_replicas_and_shards(name):
+def test_a_checkpoint_moves_between_strategies(name):
     alone = weights_after("alone", spec(name), 4)
     saved = Run("alone", spec(name)).train(range(1)).saved()
     for way, world, steps in [("ddp", 2, range(1, 2)), ("fsdp2", 2, range(2, 3)), ("ddp", 3, range(3, 4))]:
@@ -156,7 +156,7 @@ def test_owners_share_the_momentum_evenly():
     assert max(shares) - min(shares) <= 32 * 86
 
 
-def test_matrices_are_dealt_to_within_one_of_each_shape_and_of_the_dearest_in_all():
+def test_owners_have_equal_numbers_and_costs_within_one_matrix():
     large, small = (64, 96), (32, 32)
     owners = assign_owners([small] * 3 + [large] * 7 + [small] * 3, 4)
     counts = [(owners[3:10].count(process), (owners[:3] + owners[10:]).count(process)) for process in range(4)]
@@ -206,7 +206,7 @@ def test_uneven_and_empty_shards_and_experts_take_the_same_step():
             torch.testing.assert_close(moment, expected, rtol=1e-6, atol=0)
 
 
-def test_owners_of_single_experts_take_the_same_step_and_store_the_whole_state():
+def test_owners_of_single_experts_store_the_whole_state():
     alone = steps_and_state(False)
     assert all(equal(tensors, alone) for tensors in run(4, steps_and_state, False))
 

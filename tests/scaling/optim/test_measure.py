@@ -27,7 +27,7 @@ def test_layers_share_a_class():
     assert parameter_class("embedding.weight") == "embedding"
 
 
-def test_the_first_step_of_adamw_has_size_one_and_decay_is_left_out():
+def test_adamws_first_step_has_size_one_without_decay():
     sizes = one_step(OptimizerSpec(name="adamw", peak_lr=1e-2, weight_decay=0.5))
     # Both moments are the gradient itself; entries near epsilon fall short. Rare tokens have no gradient at all.
     assert {name: size for name, size in sizes.items() if name != "embedding"} == {
@@ -35,7 +35,7 @@ def test_the_first_step_of_adamw_has_size_one_and_decay_is_left_out():
     }
 
 
-def test_muon_falls_short_of_its_nominal_size_and_exact_mode_does_not():
+def test_exact_mode_reaches_the_nominal_size():
     nominal = one_step(OptimizerSpec(name="muon", peak_lr=1e-2))
     exact = one_step(OptimizerSpec(name="muon", peak_lr=1e-2, options={"update_rms": "exact"}))
     matrices = [name for name in nominal if name.startswith(("attention.", "feed_forward."))]
@@ -53,7 +53,7 @@ def test_a_frozen_group_is_left_out():
     assert update_rms(optimizer, before) == {}
 
 
-def test_the_entropy_of_a_spectrum_is_one_where_flat_and_known_where_two_values_stand_alone():
+def test_entropy_of_known_spectra():
     def built(weight):
         name = "blocks.0.attention.query.weight" if weight.ndim == 2 else "blocks.0.feed_forward.experts.up"
         return build(OptimizerSpec(name="adamw", peak_lr=1.0), [(name, nn.Parameter(weight))])

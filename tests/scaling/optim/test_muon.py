@@ -84,7 +84,7 @@ def test_two_steps_are_the_papers_formula_in_float64(shape, nesterov):
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OPTIMIZERS), ("muon", {"update_rms": "exact"})])
-def test_decay_is_the_plain_learning_rate_times_lambda_on_every_parameter(name, options):
+def test_decay_is_the_learning_rate_times_lambda_everywhere(name, options):
     model = model_at()
     before = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def test_fifty_steps_stay_with_torchs_muon_and_adamw():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_is_complete_and_tensors_only_before_the_first_step(name):
+def test_the_state_is_complete_before_the_first_step(name):
     model = model_at()
     optimizer = build(spec(name), model.named_parameters())
     fresh = optimizer.state_dict()
@@ -195,7 +195,7 @@ def test_a_parameter_without_gradient_is_left_alone():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 80), (80, 24)])
-def test_exact_mode_gives_each_update_the_root_mean_square_it_declares(shape):
+def test_exact_mode_gives_each_update_its_rms(shape):
     weight = nn.Parameter(torch.zeros(shape))
     optimizer = build(spec(peak_lr=1.0, update_rms="exact"), [("blocks.0.attention.output.weight", weight)])
     weight.grad = torch.randn(shape)
@@ -213,7 +213,7 @@ def test_the_momentum_itself_is_never_normalised(ns_dtype):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_signal_inside_a_step_cannot_tear_the_checkpoint_of_its_border(seed):
+def test_a_signal_inside_a_step_leaves_the_checkpoint_whole(seed):
     """The signal only sets a flag; the state is taken at the border that follows, and continues bit for bit."""
     whole = model_at()
     train(whole, build(spec(), whole.named_parameters()), range(6))

@@ -1,4 +1,4 @@
-"""The optimizer's FLOPs are what torch counts of a real step, for every kind of model; the plan knows them without torch."""
+"""The optimizer's FLOPs equal torch's count of a real step for every kind of model, and need no torch."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_a_steps_flops_are_what_torch_counts(name: str, options: dict[str, int |
     assert counter.get_total_flops() == update_flops(spec, decoder_weights(shape))
 
 
-def test_a_run_is_charged_for_its_whole_steps_and_muon_costs_moonlights_share() -> None:
+def test_flops_of_a_run_and_muons_share_at_moonlights_size() -> None:
     spec = make_spec(optimizer="muon", steps=12, windows=8)
     one = update_flops(spec.optimizer, decoder_weights(spec.model))
     assert run_optimizer_flops(spec) == 12 * one > 0

@@ -27,7 +27,7 @@ def test_the_largest_logit_is_found_below_the_diagonal_only():
     assert largest_logits(query, key) == 4.0 * 3.0 / 2
 
 
-def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
+def test_heads_above_the_bound_are_scaled_down_to_it():
     torch.manual_seed(0)
     attention = Attention(SHAPE)
     torch.nn.init.normal_(attention.query.weight)
@@ -39,7 +39,7 @@ def test_heads_above_the_bound_come_down_to_it_and_the_others_stay():
     torch.testing.assert_close(logits_of(attention, x), before.clamp(max=bound), rtol=1e-4, atol=0)
 
 
-def test_latent_attention_is_clipped_to_the_bound_and_its_shared_rotary_key_stays():
+def test_latent_attention_is_clipped_without_its_shared_key():
     latent = MLAConfig(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12)
     shape = msgspec.structs.replace(SHAPE, mla=latent)
     torch.manual_seed(0)

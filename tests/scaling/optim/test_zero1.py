@@ -1,4 +1,4 @@
-"""Moonlight's Algorithm 1: the weights of one process, one buffer of state, little traffic, checkpoints, refusals."""
+"""Moonlight's Algorithm 1: the weights of one process, one buffer of state, little traffic, checkpoints, errors."""
 
 import copy
 import functools
