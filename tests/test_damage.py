@@ -158,7 +158,7 @@ FAULTS: dict[str, Callable[[Path, float, Path], None]] = {
 ANYWHERE = ("folder", "loop")
 """Faults of files that need not be there."""
 FILES = ("spec.json", "placement.json", "record.json", "attempts.jsonl", "metrics.jsonl")
-OTHER_FILES = ("dynamics.jsonl", "endings.jsonl", "lock", "log.txt", "checkpoint", "began", "claim")
+OTHER_FILES = ("dynamics.jsonl", "lease.json", "lock", "log.txt", "checkpoint", "began", "claim")
 
 
 @settings(max_examples=60, deadline=None)
