@@ -1,12 +1,12 @@
 # Two commands for a fresh machine with Python 3.11+ and make: `make demo` and `make test`.
-# Each sets up .venv from requirements.lock (hashes checked) through uv; when nothing changed that takes no time.
+# Each first installs requirements.lock (with hashes) into .venv through uv, unless it is up to date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 OWN_UV := $(filter .uv/bin/uv,$(UV))
-# One thread a process: two runs side by side beat two threads in one run on small models.
+# One thread per process: for small models, two runs at a time are faster than two threads per run.
 export OMP_NUM_THREADS ?= 1
 export UV_LINK_MODE ?= hardlink
 
@@ -32,7 +32,7 @@ unit: $(READY)
 notebooks: $(READY)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -W default notebooks
 
-# What is kept under results/, again from its records: reports of ladders, comparisons of arms at one budget.
+# Regenerate the kept results from their tables: reports of ladders, comparisons of arms at one budget.
 results: $(READY)
 	for table in results/*/runs.csv; do folder=$${table%/runs.csv}; \
 	    if [ -f $$folder/compare.md ]; then verb=compare; else verb=report; fi; $(BIN)/scaling $$verb $$folder || exit 1; done

@@ -1,4 +1,4 @@
-"""The console of every verb: names and titles come from files of anybody, and are shown as they stand."""
+"""The console of all verbs, which shows text from files without interpreting markup or control characters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from scaling.errors import plain
 
 class _PlainConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments of a renderable: a control character of a text is shown, those of rich itself pass."""
+        """Segments of a renderable, with control characters replaced in texts and kept in rich's own control codes."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
 def console(**options: Any) -> Console:
-    """A console without markup and emoji codes, for which control characters in a text have no effect.
+    """A console that ignores markup, emoji codes and control characters in texts.
 
     Args:
-        options: Further ones of `rich.console.Console`.
+        options: Further options of `rich.console.Console`.
     """
     return _PlainConsole(markup=False, emoji=False, **options)

@@ -6,9 +6,25 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit statuses of the command line and of processes that train. Those of SLURM jobs are in `sweeps.slurm`."""
+
+    SUCCESS = 0
+    FAILURE = 1
+    """A check failed or runs are not complete; also an unexpected exception."""
+    USER_ERROR = 2
+    """A `UserError`, an error of the operating system, or a command line that cannot be parsed."""
+    STOPPED = 75
+    """A run was stopped at a checkpoint and can continue (EX_TEMPFAIL)."""
+    INTERRUPTED = 130
+    """Ctrl-C, as in shells."""
+
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters other than tab and line feed: a terminal may obey them."""
+"""Control characters other than tab and line feed, which a terminal may interpret."""
 
 
 class UserError(Exception):
@@ -20,12 +36,12 @@ class UserError(Exception):
 
 
 def plain(text: str) -> str:
-    """Text for a terminal or a table: each control character is replaced by one that is seen (``ESC`` by ``␛``)."""
+    """Text for a terminal or a table, with control characters replaced by visible ones (``ESC`` by ``␛``)."""
     return CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "\ufffd", text)
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """Text to quote in a sentence: of a long one the beginning."""
+    """Text to quote in a sentence: the beginning if it is long."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -58,20 +74,20 @@ REMEDIES = {
     errno.EROFS: "Choose a folder that you may write, for instance with --root.",
     errno.EACCES: "Choose a folder that you may read and write, for instance with --root.",
     errno.EPERM: "Choose a folder that you may read and write, for instance with --root.",
-    errno.ENOTDIR: "A file stands where a folder is needed: move it aside, or choose another folder.",
-    errno.EEXIST: "A file stands where a folder is needed: move it aside, or choose another folder.",
-    errno.EISDIR: "A folder stands where a file is needed: move it aside, or choose another name.",
+    errno.ENOTDIR: "There is a file where a folder is needed: move it, or choose another folder.",
+    errno.EEXIST: "There is a file where a folder is needed: move it, or choose another folder.",
+    errno.EISDIR: "There is a folder where a file is needed: move it, or choose another name.",
     errno.ENAMETOOLONG: "Use a shorter name, or a folder with a shorter path.",
-    errno.ELOOP: "A link there leads to itself: remove it.",
+    errno.ELOOP: "A link refers to itself: remove it.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
     errno.ENOENT: "Check the path.",
 }
-"""What a user can do about an error of the operating system, by its number."""
+"""Remedies for errors of the operating system, by number."""
 
 
 def os_error_sentence(error: OSError) -> str:
     """An error of the operating system as a sentence: where, what was found, what to do."""
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
     place = f"{' -> '.join(paths)}: " if paths else ""
-    remedy = REMEDIES.get(error.errno or 0, "What was written before is complete; the same command continues.")
+    remedy = REMEDIES.get(error.errno or 0, "Files written so far are complete; the same command continues.")
     return f"{place}{error.strerror or error}. {remedy}"

@@ -17,17 +17,19 @@ from scaling.errors import UserError
 T = TypeVar("T", bound=msgspec.Struct)
 
 TAIL_BYTES = 4096
-"""More than a line of metrics, torn or not."""
+"""Enough for the last two lines of metrics."""
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a whole file, or leave the old one: same folder, flushed, renamed.
+    """Write a whole file, or keep the old one: under a temporary name in the same folder, flushed, renamed.
 
-    With `durable` false it is not flushed to disk, which is a hundred times quicker, and a power cut can lose it: for
-    files that are written again when they are missed.
+    With `durable` false the file is not flushed to disk. That is a hundred times faster, but a power cut can lose the
+    file, so use it only for files that are written again if they are missing.
     """
     if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: a file name cannot hold a NUL character. Rename what the file is named after.")
+        raise UserError(
+            f"{str(path)!r}: a file name cannot contain a NUL character. Rename what the file is named after."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -41,19 +43,16 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = (
-                str(path),
-                None,
-            )  # write() names no file, and nobody knows the temporary one
+            error.filename, error.filename2 = str(path), None  # write() sets no name, and replace() the temporary one
         raise
     if durable:
         _sync_folder(path.parent)
 
 
 def temporary_name(path: Path) -> Path:
-    """A name that no other process uses, in the folder of `path`: a rename across file systems would not be atomic.
+    """A unique name in the folder of `path`, because a rename is atomic only within a file system.
 
-    The process id alone is not enough, because two containers that share a file system can have equal ones.
+    It is random, because process ids are not unique between containers that share a file system.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
@@ -67,22 +66,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: msgspec.Struct, *, durable: bool = True) -> None:
-    """A value as indented JSON, atomically; see `write_atomic`."""
+    """Write a value as indented JSON with `write_atomic`."""
     write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n", durable=durable)
 
 
 def read_json(path: Path, kind: type[T], *, remedy: str = "Restore it, or name another file.") -> T:
-    """A value from a JSON file, strictly.
+    """The value in a JSON file, checked strictly.
 
     Args:
         path: The file.
-        kind: The Struct to read.
-        remedy: What to do if it cannot be read: a sentence for the end of the error. Only the caller knows what
-            writes the file again and what would be lost without it.
+        kind: Type of the value.
+        remedy: What to do, the last sentence of the error. Only the caller knows how to write the file again and what
+            is lost without it.
 
     Raises:
-        UserError: The file is missing or is not a file, is not JSON, has an unknown or a missing field, or a value that
-            cannot be.
+        UserError: The file does not exist or is not JSON, or a field is unknown, missing or invalid.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
@@ -95,7 +93,7 @@ def read_json(path: Path, kind: type[T], *, remedy: str = "Restore it, or name a
 
 
 def append_line(path: Path, value: msgspec.Struct) -> None:
-    """One JSON line at the end of a file; a torn last line of a killed writer is closed first."""
+    """Append a JSON line; a torn last line, left by a killed writer, is terminated first."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -105,19 +103,19 @@ def append_line(path: Path, value: msgspec.Struct) -> None:
 
 
 def write_lines(path: Path, values: Iterable[msgspec.Struct]) -> None:
-    """A whole JSON-lines file, atomically."""
+    """Write a whole JSON-lines file atomically."""
     write_atomic(path, b"".join(msgspec.json.encode(value) + b"\n" for value in values))
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Values of a JSON-lines file, torn and damaged lines left out; empty where there is no file.
+    """Values of a JSON-lines file without torn and damaged lines; empty if there is no file.
 
     Raises:
-        UserError: It cannot be read at all, or is not a file.
+        UserError: The file cannot be read, or is not a file.
     """
     decoder = msgspec.json.Decoder(kind)
     values = []
-    for line in _read_bytes(path).splitlines():
+    for line in read_bytes(path).splitlines():
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             values.append(decoder.decode(line))
     return values
@@ -129,8 +127,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_bytes(path: Path, *, last: int | None = None) -> bytes:
-    """The content of a log, or its `last` bytes; empty where there is no file."""
+def read_bytes(path: Path, *, last: int | None = None) -> bytes:
+    """The content of a log, or its `last` bytes; empty if there is no file."""
     try:
         with path.open("rb") as file:
             if last is not None:

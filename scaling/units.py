@@ -1,4 +1,4 @@
-"""Units of compute, counts as text, and divisors. Code computes in FLOPs; PFLOP/s-days appear only through this file."""
+"""Units of compute. FLOPs inside the code; PFLOP/s-days only through this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on the CPU for tests: a directory, its end, its numbers, and something that happens at a step."""
+"""Runs on the CPU for tests: directories, training, numbers to compare, and actions at a step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from scaling.training.metrics import MetricsLogger
 
 
 def place(spec: RunSpec, folder: Path, shards: Path, *, every: float = 0.0, micro_batch: int | None = None) -> Path:
-    """A run directory on the CPU that saves a checkpoint at every step unless told otherwise."""
+    """A run directory on the CPU; by default it saves a checkpoint at every step."""
     directory = RunDirectory(folder / spec.id)
     directory.create(spec, Placement(data=str(shards), device="cpu", checkpoint_seconds=every, micro_batch=micro_batch))
     return directory.path
 
 
 def numbers(path: Path) -> tuple[object, ...]:
-    """Everything that must be equal, not close: weights, losses, and the metrics without their clocks."""
+    """Everything that must be equal, not close: weights, losses, and metrics without durations."""
     directory = RunDirectory(path)
     record = directory.record()
     assert record is not None
@@ -40,7 +40,7 @@ def finish(path: Path) -> RunRecord:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
-    """Call `act` once, in the middle of the callbacks that follow optimizer step `step`."""
+    """Call `act` once, among the callbacks after optimizer step `step`."""
     original, done = MetricsLogger.on_train_batch_end, []
 
     def hooked(self: MetricsLogger, trainer: object, *rest: object) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: sentences instead of tracebacks, and the road from campaign to ratio."""
+"""The command line: sentences instead of tracebacks, help, names of runs, next steps, and whole pipelines."""
 
 from __future__ import annotations
 
@@ -80,21 +80,21 @@ CAMPAIGN_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("change", "said"), CAMPAIGN_FAULTS.values(), ids=CAMPAIGN_FAULTS.keys())
-def test_a_faulty_campaign_is_one_sentence_and_status_2(
+@pytest.mark.parametrize(("change", "expected"), CAMPAIGN_FAULTS.values(), ids=CAMPAIGN_FAULTS.keys())
+def test_a_faulty_campaign_is_one_sentence(
     campaign: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: tuple[str, str],
-    said: list[str],
+    expected: list[str],
 ) -> None:
     campaign.write_text(campaign.read_text().replace(*change, 1))
     assert run(monkeypatch, "plan", campaign, "--root", tmp_path) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert message.count("\n") == 1, "one line"
-    assert [part for part in said if part not in message] == []
+    assert [part for part in expected if part not in message] == []
 
 
 TABLE_FAULTS = {
@@ -105,68 +105,71 @@ TABLE_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("change", "said"), TABLE_FAULTS.values(), ids=TABLE_FAULTS.keys())
-def test_a_faulty_table_is_one_sentence_and_status_2(
+@pytest.mark.parametrize(("change", "expected"), TABLE_FAULTS.values(), ids=TABLE_FAULTS.keys())
+def test_a_faulty_table_is_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: tuple[str, str],
-    said: list[str],
+    expected: list[str],
 ) -> None:
     table = tmp_path / "runs.csv"
     table.write_text(TABLE.replace(*change, 1))
     assert run(monkeypatch, "fit", table) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
-    assert [part for part in said if part not in message] == []
+    assert [part for part in expected if part not in message] == []
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (("--law", "power", "--arm", "muon", "--delta", "nan"), "--delta nan: give a number above 0"),
         (("--law", "power", "--arm", "muon", "--delta", "-1"), "--delta -1: give a number above 0"),
-        (("--delta", "0.01"), "--delta belongs to --law"),
+        (("--delta", "0.01"), "--delta needs --law"),
         (("--holdout", "0"), "at least one rung is left out"),
         (("--law", "surface", "--arm", "muon"), "these runs carry no law surface"),
     ],
 )
-def test_a_fit_that_cannot_be_meant_is_one_sentence_and_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+def test_inconsistent_fit_options_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: str
 ) -> None:
     assert run(monkeypatch, "fit", "moonlight", *words) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert said in message
+    assert expected in message
 
 
-def test_the_answer_is_printed_before_a_folder_that_cannot_be_written_is_reported(
+def test_a_fit_is_printed_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "runs.csv"
     table.write_bytes((Path(__file__).parents[1] / "results" / "demo" / "runs.csv").read_bytes())
     (tmp_path / "fits.json").mkdir()
     assert run(monkeypatch, "fit", tmp_path) == 2
-    said = capsys.readouterr()
-    assert "FLOPs" in said.out
-    assert re.fullmatch(rf"scaling: .*{tmp_path}/fits.json: Is a directory. A folder stands .*\n", said.err)
+    output = capsys.readouterr()
+    assert "FLOPs" in output.out
+    assert re.fullmatch(rf"scaling: .*{tmp_path}/fits.json: Is a directory. There is a folder .*\n", output.err)
 
 
 @pytest.mark.parametrize(
-    ("root", "said"),
-    [("/dev/null", "Not a directory. A file stands where"), ("/tmp/" + 300 * "a", "File name too long. Use a shorter")],
+    ("root", "expected"),
+    [
+        ("/dev/null", "Not a directory. There is a file where"),
+        ("/tmp/" + 300 * "a", "File name too long. Use a shorter"),
+    ],
 )
-def test_an_error_of_the_operating_system_is_one_sentence_and_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: str, said: str
+def test_an_operating_system_error_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: str, expected: str
 ) -> None:
     assert run(monkeypatch, "plan", "quick", "--root", root) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert root in message
-    assert said in message
+    assert expected in message
 
 
-def test_one_run_has_one_name_in_every_verb(
+def test_names_of_runs(
     campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "plan", campaign, "--json", "--root", tmp_path) == 0
@@ -193,7 +196,7 @@ def test_one_run_has_one_name_in_every_verb(
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_the_help_of_a_verb_ends_in_an_example_that_can_be_run(
+def test_the_example_of_each_verb_can_be_run(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, example = cli.VERBS[verb]
@@ -208,24 +211,24 @@ def test_the_help_of_a_verb_ends_in_an_example_that_can_be_run(
 
 
 @pytest.mark.parametrize(
-    ("called", "on_path", "said"),
+    ("called", "on_path", "expected"),
     [
         (".venv/bin/scaling", None, ".venv/bin/scaling"),
         (".venv/bin/scaling", "/usr/bin/scaling", "scaling"),
         ("/code/scaling/__main__.py", None, f"{sys.executable} -m scaling"),
     ],
 )
-def test_a_next_step_is_a_command_that_the_shell_finds(
+def test_a_next_step_can_be_run_in_the_shell(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     called: str,
     on_path: str | None,
-    said: str,
+    expected: str,
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: on_path)
     monkeypatch.setattr(sys, "argv", [called, "plan"])
     next_step("scaling submit scaling.toml")
-    assert capsys.readouterr().out == f"Next: {said} submit scaling.toml\n"
+    assert capsys.readouterr().out == f"Next: {expected} submit scaling.toml\n"
 
 
 def test_the_demo_ends_with_the_next_step(
@@ -240,20 +243,18 @@ def test_the_demo_ends_with_the_next_step(
     monkeypatch.setattr(sys, "argv", [".venv/bin/scaling", "demo", "--root", str(tmp_path)])
     cli.main()
     *_, hint, last = capsys.readouterr().out.splitlines()
-    assert hint.startswith('"source ')
+    assert hint.startswith("To put the command scaling on the PATH of this shell: source ")
     assert last == f"Next: .venv/bin/scaling status quick --root {tmp_path}"
 
 
-def test_a_newcomer_finds_the_version_and_the_campaigns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_version_and_campaigns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert re.fullmatch(r"scaling \S.*\n", capsys.readouterr().out)
     assert run(monkeypatch, "campaigns") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-2]] == built_in()
 
 
-def test_fits_are_kept_of_a_tables_own_answer_alone(
+def test_fits_json_is_written_only_without_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "demo"
@@ -267,7 +268,7 @@ def test_fits_are_kept_of_a_tables_own_answer_alone(
     assert f"Wrote {folder / 'fits.json'}" in capsys.readouterr().out
 
 
-def test_the_papers_points_stand_until_a_campaign_of_that_name_has_a_run(
+def test_moonlight_is_the_paper_until_a_run_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "collect", "moonlight", "--root", tmp_path) == 0
@@ -276,7 +277,7 @@ def test_the_papers_points_stand_until_a_campaign_of_that_name_has_a_run(
     assert json.loads(capsys.readouterr().out)["fits"]["adamw"]["points"] == 5
 
 
-def test_plan_of_moonlight_is_table_2_to_every_printed_digit(
+def test_plan_of_moonlight_is_table_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "plan", "moonlight", "--json", "--root", tmp_path) == 0
@@ -305,14 +306,14 @@ def test_plan_of_moonlight_is_table_2_to_every_printed_digit(
         assert [row["parameters_text"] for row in of_arm] == ["339.7M", "545.9M", "822.1M", "1146.6M", "1586.0M"]
 
 
-def test_the_whole_road_twice_trains_once(
+def test_the_pipeline_trains_each_run_once(
     campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = ["--root", tmp_path]
     assert run(monkeypatch, "submit", campaign, "--workers", "2", *root) == 0
-    assert "6 trained, 0 were there" in capsys.readouterr().out
+    assert "6 trained, 0 were done before" in capsys.readouterr().out
     assert run(monkeypatch, "submit", campaign, *root) == 0
-    assert "0 trained, 6 were there" in capsys.readouterr().out
+    assert "0 trained, 6 were done before" in capsys.readouterr().out
     assert run(monkeypatch, "collect", campaign, *root) == 0
     table = pd.read_csv(tmp_path / "results" / "tiny" / "runs.csv")
     assert (table["status"] == "finished").all()
@@ -326,21 +327,19 @@ def test_the_whole_road_twice_trains_once(
     assert re.findall(r'(?:src|xlink:href|url\()\s*=?\s*["\']?https?:|<link|<script[^>]+src', page) == []
 
 
-def test_fit_reads_no_table_of_another_file_and_cancel_says_what_there_is(
+def test_fit_rejects_the_table_of_another_campaign(
     campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "root"
     assert run(monkeypatch, "collect", campaign, "--root", root, "--set", "seeds=[3]") == 0
     assert run(monkeypatch, "fit", campaign, "--root", root) == 2
-    said = capsys.readouterr().err
-    assert "collected from tiny.toml with another content than tiny.toml has now" in said
+    message = capsys.readouterr().err
+    assert "collected from tiny.toml with another content than tiny.toml has now" in message
     assert run(monkeypatch, "cancel", campaign, "--root", root) == 0
-    assert "none of its runs waits or runs on SLURM" in capsys.readouterr().out
+    assert "none of its runs is queued or running on SLURM" in capsys.readouterr().out
 
 
-def test_a_search_that_was_stopped_exits_1_so_that_what_follows_it_in_a_script_does_not_run(
-    monkeypatch: pytest.MonkeyPatch, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_search_exits_1(monkeypatch: pytest.MonkeyPatch, tiny_text: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny-tuned.toml"
     file.write_text(tuned.CAMPAIGN.format(text=tiny_text, tune=TUNE))
     monkeypatch.setattr(
@@ -351,7 +350,7 @@ def test_a_search_that_was_stopped_exits_1_so_that_what_follows_it_in_a_script_d
     assert run(monkeypatch, "tune", file, "--root", tmp_path / "root", "--status") == 0
 
 
-def test_a_campaign_with_a_dot_in_its_name_is_fitted_by_its_name(
+def test_a_campaign_name_can_contain_a_dot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "results" / "v1.5"

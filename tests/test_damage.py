@@ -1,4 +1,4 @@
-"""Damaged run roots: one run is reported, the others go on, and no verb ends in a traceback."""
+"""Damaged run roots: the damaged run is reported, the others are unaffected, and no verb ends in a traceback."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Ended(NamedTuple):
 
 
 def scaling(*words: str | Path) -> Ended:
-    """What ``scaling WORDS`` prints, and its exit status; an exception that is not caught fails the test."""
+    """Output and exit status of ``scaling WORDS``; an uncaught exception fails the test."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch("sys.argv", ["scaling", *map(str, words)]),
@@ -170,7 +170,7 @@ OTHER_FILES = ("dynamics.jsonl", "endings.jsonl", "lock", "log.txt", "checkpoint
     ),
     at=st.floats(0.0, 1.0, exclude_max=True),
 )
-def test_a_damaged_run_leaves_the_others_as_they_were(
+def test_a_damaged_run_does_not_affect_others(
     whole: Root, undamaged: tuple[dict[str, Any], pd.DataFrame], run: int, damage: tuple[str, str], at: float
 ) -> None:
     name, fault = damage
@@ -198,7 +198,7 @@ def test_a_damaged_run_leaves_the_others_as_they_were(
     fault=st.sampled_from(["folder", "loop", "file"]),
     verb=st.sampled_from(["plan", "status", "collect", "fit", "clean"]),
 )
-def test_a_damaged_root_ends_in_output_or_one_sentence(whole: Root, name: str, fault: str, verb: str) -> None:
+def test_a_damaged_root_gives_output_or_one_sentence(whole: Root, name: str, fault: str, verb: str) -> None:
     with copy_of(whole) as root:
         place = root.path / name
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
@@ -213,17 +213,17 @@ def test_a_damaged_root_ends_in_output_or_one_sentence(whole: Root, name: str, f
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "said"),
+    ("name", "fault", "expected"),
     [
         ("record.json", "cut", "rename the file, to record.json.damaged"),
         ("record.json", "negative", "not a valid RunRecord"),
         ("record.json", "foreign", "the record of run"),
         ("attempts.jsonl", "folder", "Is a directory"),
         ("spec.json", "foreign", "not edited in place"),
-        ("spec.json", "folder", "A folder stands where a file is needed"),
+        ("spec.json", "folder", "There is a folder where a file is needed"),
     ],
 )
-def test_submit_reports_a_damaged_run_and_keeps_its_files(whole: Root, name: str, fault: str, said: str) -> None:
+def test_submit_reports_a_damaged_run(whole: Root, name: str, fault: str, expected: str) -> None:
     with copy_of(whole) as root:
         damaged = 3 if name != "record.json" else 2
         for run in range(4):
@@ -233,12 +233,12 @@ def test_submit_reports_a_damaged_run_and_keeps_its_files(whole: Root, name: str
         before = {file: file.read_bytes() for file in root.file(damaged, "").iterdir() if file.is_file()}
         ended = root.verb("submit")
         assert ended.status == 1
-        assert "0 trained, 3 were there, 1 failed." in ended.out
-        assert re.search(rf"{root.runs[damaged]} failed: .*{re.escape(said)}", ended.out)
+        assert "0 trained, 3 were done before, 1 failed." in ended.out
+        assert re.search(rf"{root.runs[damaged]} failed: .*{re.escape(expected)}", ended.out)
         assert all(file.read_bytes() == content for file, content in before.items())
 
 
-def test_a_torn_record_set_aside_lets_the_run_continue(whole: Root) -> None:
+def test_a_run_continues_after_its_torn_record_is_renamed(whole: Root) -> None:
     with copy_of(whole) as root:
         record = root.file(0, "record.json")
         cut(record, 0.5, record)
@@ -247,7 +247,7 @@ def test_a_torn_record_set_aside_lets_the_run_continue(whole: Root) -> None:
         assert root.rows()[root.runs[0]]["state"] == "preempted"
 
 
-def test_a_spec_that_cannot_be_read_is_written_again(whole: Root) -> None:
+def test_an_unreadable_spec_is_written_again(whole: Root) -> None:
     with copy_of(whole) as root:
         directory = RunDirectory(root.file(0, ""))
         spec = directory.spec()
@@ -256,7 +256,7 @@ def test_a_spec_that_cannot_be_read_is_written_again(whole: Root) -> None:
         assert directory.spec() == spec
 
 
-def test_the_last_readable_line_counts(whole: Root) -> None:
+def test_the_last_readable_line_is_used(whole: Root) -> None:
     with copy_of(whole) as root:
         directory = RunDirectory(root.file(3, ""))
         for file in (directory.metrics_file, directory.attempts_file):

@@ -1,8 +1,23 @@
-"""The command line: one verb a class, its fields the arguments, its docstrings the help.
+"""The command line: one class per verb; its fields are the arguments, its docstrings the help.
 
-The only package that imports all three others. Each verb imports what it needs when it runs, so that ``scaling --help``
-answers at once. An error that the user can act on (`UserError`, or one of the operating system) becomes one sentence on
-stderr and exit status 2; anything else is a defect of this program and ends in a traceback.
+This is the only package that imports scaling, sweeps and analysis. Each verb imports what it needs when it runs, so that
+``scaling --help`` takes a fraction of a second. An error that the user can act on (`UserError`, or one of the operating
+system) becomes one sentence on stderr and exit status 2; any other exception is a defect and ends in a traceback. Exit
+statuses are in `scaling.errors.ExitCode`.
+
+Environment variables, and other state of the process, that the program reads or sets:
+
+* ``SCALING_ROOT``: default of ``--root`` (`scaling.cli.common.default_root`).
+* ``SCALING_SLURM_PROFILE``: the user's file of SLURM settings (`sweeps.config.placement`).
+* ``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``: set for worker processes to the placement's threads, since OpenMP reads them
+  only when it is loaded (`scaling.training.pool.ProcessPool`). `train` also calls ``torch.set_num_threads``.
+* ``CUDA_VISIBLE_DEVICES``: respected, and set for each of several runs that share a machine's GPUs
+  (`scaling.training.pool.train_in_process`).
+* ``TORCHINDUCTOR_CACHE_DIR``: set to ``<root>/cache/inductor`` for compiled runs, unless the user has set it
+  (`scaling.training.loop`).
+* ``LOCAL_RANK``, ``NODE_RANK``, ``GROUP_RANK``, ``SLURM_PROCID``, ``SLURM_NTASKS``: the rank of a process in its run
+  (`scaling.training.launch.rank_of`); ``MASTER_ADDR``, ``MASTER_PORT`` and ``WORLD_SIZE`` are set for launched ranks.
+* Handlers of SIGTERM, SIGINT and SIGUSR2 are replaced while a run trains (`scaling.training.shutdown`).
 """
 
 from __future__ import annotations
@@ -23,7 +38,7 @@ from scaling.cli.compare import Compare
 from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
 from scaling.cli.tables import Audit, Fit, Report
-from scaling.errors import UserError, os_error_sentence, plain
+from scaling.errors import ExitCode, UserError, os_error_sentence, plain
 
 VERBS: dict[str, tuple[type, str]] = {
     "demo": (Demo, "scaling demo --root /tmp/demo"),
@@ -47,15 +62,12 @@ VERBS: dict[str, tuple[type, str]] = {
     "evaluate": (Evaluate, "scaling evaluate quick/muon/21k/0 --text book.txt"),
     "export": (Export, "scaling export quick/muon/21k/0 my-model"),
 }
-"""Each verb's class and an example of its use, which ends its help."""
+"""Class of each verb, and the example at the end of its help."""
 
-DESCRIPTION = """How much training compute does one way of training save over another at the same loss?
+DESCRIPTION = """Measure how much training compute one way of training saves over another at the same loss.
 
-Begin with: scaling campaigns. scaling VERB --help explains a verb and gives an example; scaling --version names the
+Start with: scaling campaigns. scaling VERB --help explains a verb and gives an example; scaling --version prints the
 version; scaling --tyro-print-completion bash (or zsh, tcsh) prints a completion script for your shell."""
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main() -> None:
@@ -72,23 +84,23 @@ def main() -> None:
             config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
         )
         verb.run()
-        sys.stdout.flush()  # here, where a full disk or a reader that has left can still be handled
+        sys.stdout.flush()  # here, so that the handlers below see a full disk or a closed pipe
     except UserError as error:
         print(f"scaling: {plain(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.USER_ERROR)
     except KeyboardInterrupt:
         print("scaling: interrupted; the same command continues.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        _finish_output()  # the reader has left (`| head`), which is no error
+        _flush_or_discard_output()  # the reader has ended (`| head`), which is no error
     except OSError as error:
-        _finish_output()
+        _flush_or_discard_output()
         print(f"scaling: {os_error_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.USER_ERROR)
 
 
 def _subcommands(words: list[str]) -> Any:
-    """The verbs as a union that tyro understands; an example ends the help of the verb that is asked for."""
+    """The verbs as a union for tyro; the help of the requested verb ends with its example."""
     verbs = []
     for name, (kind, example) in VERBS.items():
         description = f"{kind.__doc__}\n\nExample: {example}" if words[:1] == [name] else None
@@ -96,8 +108,8 @@ def _subcommands(words: list[str]) -> Any:
     return functools.reduce(operator.or_, verbs)
 
 
-def _finish_output() -> None:
-    """Print what was printed so far, or discard it where it cannot be, so that the interpreter does not fail at its end."""
+def _flush_or_discard_output() -> None:
+    """Flush stdout, or discard it if that fails, because the interpreter would flush it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Verbs from a campaign to its table of runs: plan, tune, submit, status, collect, and all of them for the demo."""
+"""Verbs from a campaign to its table of runs: plan, tune, submit, status, collect; and the demo."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaling.cli.common import OnCampaign, default_root, next_step, print_json, program, under
+from scaling.cli.common import OnCampaign, default_root, next_step, print_json, program, root_option
 from scaling.cli.tables import Report
-from scaling.errors import plain
+from scaling.errors import ExitCode, plain
 
 if TYPE_CHECKING:
     from sweeps.local import LocalOutcome
@@ -26,27 +26,27 @@ class Campaigns:
     """List the built-in campaigns."""
 
     def run(self) -> None:
-        """Print name and title of each, and where their files are."""
+        """Print name and title of each, and their folder."""
         from importlib import resources
 
         from sweeps.config.campaign import built_in, load_campaign
 
         for name in built_in():
             print(f"{name:16} {load_campaign(name).title}")
-        print(f"Files: {resources.files('sweeps') / 'campaigns'}; copy one to begin your own.")
+        print(f"Files: {resources.files('sweeps') / 'campaigns'}; copy one to start your own.")
         next_step("scaling plan quick")
 
 
 @dataclass(frozen=True)
 class Plan(OnCampaign):
-    """Show a campaign's runs and what they will cost; train nothing."""
+    """Show the runs of a campaign and their cost; train nothing."""
 
     hyperparameters: Literal["listed", "law"] | None = None
-    """Take tokens, batch and learning rate as the file lists them, or from the law that it names."""
+    """Take tokens, batch and learning rate from the file's rungs, or from the hyper-parameter rule that it names."""
     groups: bool = False
-    """Show which parameters each arm's optimizer gets, and by which rule."""
+    """Show which algorithm updates each parameter of an arm, and by which rule."""
     json: bool = False
-    """Print rows for machines instead of the table."""
+    """Print JSON instead of the table."""
 
     def run(self) -> None:
         """Print the plan and write plan.jsonl, which `submit` executes."""
@@ -57,34 +57,34 @@ class Plan(OnCampaign):
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:
-            seen = outlook(plan)
-            print_json({"runs": plan_table.plan_rows(plan, seen), "totals": plan_table.plan_totals(plan, seen)})
+            costs = outlook(plan)
+            print_json({"runs": plan_table.plan_rows(plan, costs), "totals": plan_table.plan_totals(plan, costs)})
         elif self.groups:
             plan_table.groups(plan)
         else:
             plan_table.plan(plan)
             if saved := saved_flops(plan):
-                print(f"Branches start from their trunks' checkpoints and save {saved:.3g} FLOPs.")
+                print(f"Branches start from checkpoints of their trunks, which saves {saved:.3g} FLOPs.")
             self.next_step("tune" if plan.campaign.untuned else "submit")
 
 
 @dataclass(frozen=True)
 class Tune(OnCampaign):
-    """Search hyper-parameters as the campaign's [tune] says; each trial is an ordinary run, and nothing runs twice."""
+    """Search hyper-parameters by the campaign's [tune]; each trial is an ordinary run, and no run is trained twice."""
 
     executor: Literal["local", "slurm"] = "local"
-    """Where trials train."""
+    """Train on this machine (local) or on the cluster (slurm)."""
     workers: int | None = None
-    """local: trials at once on this machine; by default as many as the processors allow."""
+    """local: concurrent trials; default: as many as the processors allow."""
     no_wait: bool = False
-    """slurm: hand over what is to be trained now and return; the same command goes on later."""
+    """slurm: submit the next trials and return; the same command continues later."""
     status: bool = False
-    """Show how far the studies are and train nothing."""
+    """Show the progress of the studies and train nothing."""
     json: bool = False
-    """Print the studies for machines."""
+    """Print JSON instead of the table."""
 
     def run(self) -> None:
-        """Tune to the end, or as far as it goes now."""
+        """Tune and show the studies; exit status 1 if they are not complete."""
         from sweeps.reporting.tuning_table import show, study_rows
         from sweeps.tuning.tuner import tune, tuning_status
 
@@ -98,32 +98,32 @@ class Tune(OnCampaign):
             show(tuning)
             self.next_step("submit" if tuning.complete else "tune")
         if not (tuning.complete or self.status or self.no_wait):
-            sys.exit(1)
+            sys.exit(ExitCode.FAILURE)
 
 
 @dataclass(frozen=True)
 class Submit(OnCampaign):
-    """Train what is missing of a campaign; finished runs stay as they are."""
+    """Train the runs of a campaign that are not done."""
 
     executor: Literal["local", "slurm"] = "local"
-    """This machine, or the cluster that [placement.slurm] describes."""
+    """Train on this machine (local) or on the cluster of [placement.slurm] (slurm)."""
     workers: int | None = None
-    """local: runs at once; by default as many as the processors allow at each run's threads."""
+    """local: concurrent runs; default: as many as the processors allow with each run's threads."""
     retry: Literal["none", "failed", "diverged", "cancelled", "all"] = "none"
-    """Which runs that ended badly, or that a person cancelled, are tried again."""
+    """Also train runs that failed, diverged or were cancelled."""
     rerun: Literal["none", "changed-code"] = "none"
-    """Which finished runs are trained again: those that other code trained. Their old directories move to replaced/."""
+    """Also train finished runs again whose code has changed since; their old directories move to replaced/."""
     order: Literal["cheap", "expensive"] = "cheap"
-    """Which rungs go first."""
+    """Rungs that are trained first."""
     dry_run: bool = False
-    """slurm: show the table, the batch scripts and the cost, and submit nothing; works without SLURM."""
+    """slurm: show the runs, the batch scripts and the cost, and submit nothing; works without SLURM."""
     max_gpu_hours: float | None = None
-    """slurm: refuse to submit more than this, as predicted."""
+    """slurm: submit nothing if the predicted cost is higher."""
     working_tree: bool = False
-    """slurm: jobs run the working tree, and not a copy of the code as it is now."""
+    """slurm: run the code of the working tree, instead of a snapshot taken now."""
 
     def run(self) -> None:
-        """Prepare the data if need be, then train here or hand over."""
+        """Prepare the data if needed, then train or submit; exit status 1 if runs are not complete."""
         if self.rerun == "changed-code":
             self._set_aside()
         if self.executor == "slurm":
@@ -135,7 +135,7 @@ class Submit(OnCampaign):
         report_outcome(outcome)
         self.next_step("collect" if outcome.complete else "status")
         if not outcome.complete:
-            sys.exit(1)
+            sys.exit(ExitCode.FAILURE)
 
     def _set_aside(self) -> None:
         from sweeps.planning.plan import with_data
@@ -144,10 +144,10 @@ class Submit(OnCampaign):
         plan = self.planned() if self.dry_run else with_data(self.planned())
         runs = changed_code(plan)
         if self.dry_run:
-            print(f"{len(runs)} runs of other code would be trained again; they count as done below.")
+            print(f"{len(runs)} runs of changed code would be trained again; they count as done below.")
         else:
             moved = set_aside(plan, runs)
-            print(f"{len(moved)} runs of other code are trained again; the old ones are in {plan.root / 'replaced'}.")
+            print(f"{len(moved)} runs of changed code are trained again; the old ones are in {plan.root / 'replaced'}.")
 
     def _slurm(self) -> None:
         from sweeps.reporting import plan_table
@@ -171,15 +171,15 @@ class Submit(OnCampaign):
 
 @dataclass(frozen=True)
 class Status(OnCampaign):
-    """Show how far a campaign is, from the files of its runs and, where it was submitted, from SLURM."""
+    """Show the progress of a campaign, from the files of its runs and, if it was submitted, from SLURM."""
 
     watch: bool = False
-    """Show it again every few seconds until Ctrl-C."""
+    """Update the table every few seconds until Ctrl-C."""
     json: bool = False
-    """Print rows for machines instead of the table."""
+    """Print JSON instead of the table."""
 
     def run(self) -> None:
-        """Print the table, once or again and again."""
+        """Print the table, once or repeatedly."""
         from sweeps.reporting import status
 
         plan = self.planned()
@@ -196,7 +196,7 @@ class Collect(OnCampaign):
     """Gather the records of a campaign into runs.csv and curves.parquet."""
 
     overwrite: bool = False
-    """Replace the tables of another campaign of the same name; its runs stay under runs/."""
+    """Replace the tables of another campaign of the same name; its runs are kept."""
 
     def run(self) -> None:
         """Write both files."""
@@ -210,22 +210,24 @@ class Collect(OnCampaign):
             if status == "failed":
                 print(plain(f"  {run} failed: {reason or 'no reason was recorded'}"))
         if finished and self.set:
-            next_step(shlex.join(["scaling", "fit", str(plan.results)]))  # the file alone is another campaign
+            next_step(
+                shlex.join(["scaling", "fit", str(plan.results)])
+            )  # without the settings, the file is another campaign
         else:
             self.next_step("fit" if finished else "submit")
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Run the built-in campaign quick from plan to report; minutes on two cores, and nothing twice."""
+    """Run the built-in campaign quick from plan to report, which takes minutes on two cores."""
 
     root: Path = field(default_factory=default_root)
-    """Folder that holds data/, runs/ and results/."""
+    """Folder of data/, runs/ and results/."""
     workers: int | None = None
-    """Runs at once; by default as many as the processors allow."""
+    """Concurrent runs; default: as many as the processors allow."""
 
     def run(self) -> None:
-        """Plan, train what is missing, collect, fit, report."""
+        """Plan, train the runs that are not done, collect, fit, report."""
         from analysis.reporting import terminal
         from sweeps.local import run_local
         from sweeps.reporting import plan_table
@@ -233,27 +235,27 @@ class Demo:
 
         planned = OnCampaign("quick", self.root).planned()
         plan_table.plan(planned)
-        # A demo that was killed is started again to be finished, so what failed is tried again too.
+        # Failed runs too: a demo is started again in order to finish it.
         outcome = run_local(planned, workers=self.workers, retry="failed")
         report_outcome(outcome)
         if outcome.stopped:
             next_step("scaling demo")
-            sys.exit(1)
+            sys.exit(ExitCode.FAILURE)
         collect(outcome.plan)
         page, study = Report("quick", root=self.root).write()
         terminal.show(study)
         print(f"Report: {page}")
         if program() != "scaling":
             activate = Path(sys.executable).with_name("activate")
-            print(f'"source {activate}" puts the command scaling on the PATH of this shell.')
-        next_step(shlex.join(["scaling", "status", "quick", *under(self.root)]))
+            print(f"To put the command scaling on the PATH of this shell: source {activate}")
+        next_step(shlex.join(["scaling", "status", "quick", *root_option(self.root)]))
 
 
 def report_outcome(outcome: LocalOutcome) -> None:
-    """Say what one call on this machine did."""
+    """Print what one call of the local executor did."""
     from sweeps.reporting.status import RETRY_FAILED, reasons
 
-    parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were there"]
+    parts = [f"{len(outcome.trained)} trained", f"{len(outcome.present)} were done before"]
     parts += [f"{len(outcome.failed)} failed"] if outcome.failed else []
     parts += [f"{len(outcome.stopped)} interrupted"] if outcome.stopped else []
     print(f"{outcome.plan.campaign.name}: {', '.join(parts)}.")
@@ -261,12 +263,12 @@ def report_outcome(outcome: LocalOutcome) -> None:
         print(plain(f"  {line}"))
     if outcome.failed:
         print(f"  To train failed runs again: {RETRY_FAILED}")
-    for line in _other_code(outcome.plan, outcome.present):
+    for line in _changed_code_notes(outcome.plan, outcome.present):
         print(plain(f"  {line}"))
 
 
-def _other_code(plan: CampaignPlan, done: Iterable[str]) -> list[str]:
-    """Sentences on runs that are done and that other code trained."""
+def _changed_code_notes(plan: CampaignPlan, done: Iterable[str]) -> list[str]:
+    """Sentences on done runs whose code has changed since."""
     from scaling.run.directory import RunDirectory
     from scaling.run.provenance import changed_files
     from sweeps.reporting.plan_table import code_notes
@@ -276,16 +278,16 @@ def _other_code(plan: CampaignPlan, done: Iterable[str]) -> list[str]:
 
 
 def report_submission(submission: Submission, *, dry_run: bool) -> None:
-    """Say what one submission did, or would do."""
+    """Print what one submission did or, with `dry_run`, would do."""
     queued = len(submission.missing) if dry_run else len(submission.queued)
     counts = {
         "would be submitted" if dry_run else "submitted": queued,
         "done": len(submission.done),
-        "waiting or running": len(submission.joined),
+        "queued or running": len(submission.joined),
         "failed (--retry failed)": len(submission.failed),
         "cancelled (--retry cancelled)": len(submission.cancelled),
-        "not looked up": len(submission.unknown),
-        "not accepted now": len(submission.left),
+        "not checked": len(submission.unknown),
+        "not accepted by SLURM": len(submission.left),
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     print(f"{submission.plan.campaign.name}: {named or 'nothing to do'}.")
@@ -295,5 +297,5 @@ def report_submission(submission: Submission, *, dry_run: bool) -> None:
         print(f"Predicted: {hours:,.1f} GPU-hours.")
     if submission.jobs:
         print(f"Jobs: {', '.join(submission.jobs)}.")
-    for note in [*submission.notes, *_other_code(submission.plan, submission.done)]:
+    for note in [*submission.notes, *_changed_code_notes(submission.plan, submission.done)]:
         print(plain(f"  {note}"))

@@ -1,4 +1,4 @@
-"""Verbs about runs that were submitted: is the cluster fit, what does a run say, end it, clear up after it."""
+"""Verbs on the cluster and on submitted runs: doctor, logs, cancel, clean."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from scaling.cli.common import OnCampaign, OnRun
+from scaling.errors import ExitCode
 
 if TYPE_CHECKING:
     from sweeps.planning.plan import CampaignPlan, PlannedRun
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Doctor(OnCampaign):
-    """Check the cluster before money is spent: partitions, limits, GPUs, the shared root, the environment."""
+    """Check the cluster before submitting: partitions, limits, GPUs, the shared root, the environment."""
 
     probe: bool = False
-    """Submit a job of at most a minute for each kind of placement, and wait for it."""
+    """Also submit a job of at most one minute for each distinct placement, and wait for it."""
 
     def run(self) -> None:
-        """Print the checks; status 1 if one fails."""
+        """Print the checks; exit status 1 if one fails."""
         from sweeps.slurm.doctor import examine, show
 
         checks = examine(self.planned(), probe=self.probe)
         show(checks)
         if any(check.verdict == "fail" for check in checks):
-            sys.exit(1)
+            sys.exit(ExitCode.FAILURE)
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class _OnRuns(OnCampaign):
     rung: str | None = None
     """Only runs of this rung."""
     only: str | None = None
-    """Only the run whose id begins so."""
+    """Only the run whose id starts with these digits."""
 
     def chosen(self, plan: CampaignPlan) -> list[PlannedRun]:
-        """The runs that the options name; all without any."""
+        """The runs that the options select, all by default."""
         from sweeps.slurm.operations import select
 
         return select(plan, arm=self.arm, rung=self.rung, run=self.only)
@@ -49,10 +50,10 @@ class _OnRuns(OnCampaign):
 
 @dataclass(frozen=True)
 class Logs(OnRun):
-    """Print what a run has printed."""
+    """Print the log of a run."""
 
     follow: Annotated[bool, arg(aliases=["-f"])] = False
-    """Go on as it prints more, until it is done."""
+    """Continue with new output until the run is done."""
 
     def run(self) -> None:
         """Print the log."""
@@ -64,10 +65,10 @@ class Logs(OnRun):
 
 @dataclass(frozen=True)
 class Cancel(_OnRuns):
-    """End runs on SLURM, each at a checkpoint; they stay cancelled until they are asked for again."""
+    """Stop runs on SLURM, each at a checkpoint; submit --retry cancelled continues them."""
 
     def run(self) -> None:
-        """Cancel the jobs of the runs chosen."""
+        """Cancel the jobs of the selected runs."""
         from sweeps.slurm.operations import cancel
 
         plan = self.planned()
@@ -76,25 +77,25 @@ class Cancel(_OnRuns):
         here = [run.id for run in chosen if plan.directory(run).is_locked()]
         if here and not jobs:
             print(
-                f"{plan.campaign.name}: {len(here)} runs train on this machine and not as jobs. Press Ctrl-C where scaling "
-                "submit runs, or send its process SIGTERM: each run stops at a checkpoint, and submit continues it."
+                f"{plan.campaign.name}: {len(here)} runs train on this machine and not as jobs. To stop them at a "
+                "checkpoint, press Ctrl-C where scaling submit runs, or send that process SIGTERM."
             )
             return
         if not jobs:
-            print(f"{plan.campaign.name}: none of its runs waits or runs on SLURM, so there is nothing to cancel.")
+            print(f"{plan.campaign.name}: none of its runs is queued or running on SLURM; nothing to cancel.")
             return
-        print(f"{plan.campaign.name}: {len(jobs)} jobs were asked to end{': ' if jobs else ''}{', '.join(jobs)}.")
+        print(f"{plan.campaign.name}: requested {len(jobs)} jobs to stop: {', '.join(jobs)}.")
 
 
 @dataclass(frozen=True)
 class Clean(_OnRuns):
-    """Delete the checkpoints of runs that are done; weights, metrics and records stay."""
+    """Delete the checkpoints of runs that are done; weights, metrics and records are kept."""
 
     dry_run: bool = False
-    """Only say what would go."""
+    """Only print what would be deleted."""
 
     def run(self) -> None:
-        """Delete, and say how much."""
+        """Delete the checkpoints and print their size."""
         from sweeps.slurm.operations import clean
 
         plan = self.planned()

@@ -1,4 +1,4 @@
-"""What several verbs share: the campaign argument, the root folder, and how values are printed."""
+"""Arguments that several verbs share (campaign, run, root folder), and output of values and next steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
@@ -19,38 +20,40 @@ if TYPE_CHECKING:
     from sweeps.config.campaign import Campaign
     from sweeps.planning.plan import CampaignPlan
 
+T = TypeVar("T")
+
 CampaignName = Annotated[str, arg(metavar="CAMPAIGN")]
 TableName = Annotated[str, arg(metavar="TABLE")]
 RunName = Annotated[str, arg(metavar="RUN")]
 
-ID_LETTERS = frozenset("0123456789abcdef")
+ID_DIGITS = frozenset("0123456789abcdef")
 
 
 def default_root() -> Path:
-    """The folder that SCALING_ROOT names, else this one."""
+    """The folder in the environment variable SCALING_ROOT, or the current one."""
     return Path(os.environ.get("SCALING_ROOT", "."))
 
 
-def under(root: Path) -> list[str]:
-    """The option that names a root, where it is not the default."""
+def root_option(root: Path) -> list[str]:
+    """The words of the option --root, if the root is not the default."""
     return [] if root == default_root() else ["--root", str(root)]
 
 
 @dataclass(frozen=True)
 class OnCampaign:
-    """A verb about a campaign."""
+    """Arguments of a verb on a campaign."""
 
     campaign: Positional[CampaignName]
     """Campaign file (TOML), or the name of a built-in one: quick, moonlight, ..."""
     root: Path = field(default_factory=default_root)
-    """Folder that holds data/, runs/ and results/; the environment variable SCALING_ROOT sets another default."""
+    """Folder of data/, runs/ and results/; the environment variable SCALING_ROOT sets another default."""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """TABLE.KEY=VALUE in place of what the file says, such as placement.slurm.partition=short; may be repeated."""
+    """TABLE.KEY=VALUE replaces a value of the file, as in placement.slurm.partition=short; can be repeated."""
 
     def next_step(self, verb: str) -> None:
-        """What a reader does now with this campaign, under the same root and settings."""
-        settings = () if verb == "fit" else self.set  # a table of runs has its settings behind it
-        words = [*under(self.root), *(word for setting in settings for word in ("--set", setting))]
+        """Print the next command on this campaign, with the same root and settings."""
+        settings = () if verb == "fit" else self.set  # the table of runs already depends on them
+        words = [*root_option(self.root), *(word for setting in settings for word in ("--set", setting))]
         next_step(shlex.join(["scaling", *verb.split(), self.campaign, *words]))
 
     def loaded(self, *, hyperparameters: str | None = None) -> Campaign:
@@ -60,7 +63,7 @@ class OnCampaign:
         return load_campaign(self.campaign, hyperparameters=hyperparameters, settings=self.set)
 
     def planned(self, *, hyperparameters: str | None = None) -> CampaignPlan:
-        """The campaign's runs against what the disk holds."""
+        """The campaign's runs, and which of them exist on disk."""
         from sweeps.planning.plan import plan
 
         return plan(self.loaded(hyperparameters=hyperparameters), self.root)
@@ -77,12 +80,12 @@ class OnCampaign:
 
 @dataclass(frozen=True)
 class OnRun:
-    """A verb about one run."""
+    """Arguments of a verb on one run."""
 
     named: Positional[RunName]
     """The start of the run's id, its directory, or CAMPAIGN/ARM/RUNG/SEED, such as quick/muon/21k/0."""
     root: Path = field(default_factory=default_root)
-    """Folder that holds runs/; the environment variable SCALING_ROOT sets another default."""
+    """Folder of runs/; the environment variable SCALING_ROOT sets another default."""
 
     @property
     def run_dir(self) -> Path:
@@ -91,27 +94,27 @@ class OnRun:
 
 
 def find_run(name: str, root: Path) -> Path:
-    """The directory of the run that a name means: see `OnRun.named`.
+    """The directory of a run by its name, as described at `OnRun.named`.
 
     Raises:
-        UserError: No run has that name, or several have.
+        UserError: No run or several runs have that name.
     """
     if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return Path(name)
     runs, (campaign, *parts) = root / "runs", name.rsplit("/", 3)
-    if name and set(name) <= ID_LETTERS:
+    if name and set(name) <= ID_DIGITS:
         found = sorted(path for path in runs.glob(f"{name}*") if path.is_dir())
         if len(found) == 1:
             return found[0]
         if found:
             raise UserError(
-                f'{runs}: {len(found)} runs begin with "{name}": {", ".join(path.name for path in found[:5])}'
-                f"{', ...' if len(found) > 5 else ''}. Give more of the id."
+                f'{runs}: the ids of {len(found)} runs start with "{name}": {", ".join(path.name for path in found[:5])}'
+                f"{', ...' if len(found) > 5 else ''}. Give more digits."
             )
     elif len(parts) == 3 and (campaign.endswith(".toml") or (campaign and "/" not in campaign)):
         return _in_campaign(campaign, *parts, root=root)
     raise UserError(
-        f'{runs}: no run is called "{name}". Give the start of an id as scaling status shows it, the path of its directory, '
+        f'{runs}: there is no run "{name}". Give the start of an id from scaling status, the path of its directory, '
         "or CAMPAIGN/ARM/RUNG/SEED."
     )
 
@@ -125,29 +128,37 @@ def _in_campaign(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -
         if str(run.seed) == seed:
             return plan.directory(run).path
     seeds = ", ".join(str(run.seed) for run in chosen)
-    raise UserError(f"{plan.campaign.file}: {arm} has no run of rung {rung} with seed {seed}. Seeds there: {seeds}.")
+    raise UserError(f"{plan.campaign.file}: arm {arm} has no run on rung {rung} with seed {seed}. Its seeds: {seeds}.")
 
 
 def print_json(value: Any) -> None:
-    """A value, msgspec's or plain, with all its digits."""
+    """Print a value as JSON with all digits."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+def print_result(value: T, json: bool, text: Callable[[T], str]) -> None:
+    """Print a value as JSON, or as text."""
+    if json:
+        print_json(value)
+    else:
+        print(plain(text(value)))
+
+
 def next_step(command: str) -> None:
-    """Print what to do now: a command that the reader's shell finds, even where the environment is not activated."""
+    """Print the next command, in a form that works in this shell even if the environment is not activated."""
     print(plain(f"Next: {command.replace('scaling', program(), 1)}"))
 
 
 def program() -> str:
-    """How this shell calls the command line: by its name if that is on the PATH, else as it was called now."""
-    called = sys.argv[0]
-    if shutil.which("scaling") or "/" not in called:
+    """The command in this shell: ``scaling`` if it is on the PATH, otherwise the way in which it was just called."""
+    command = sys.argv[0]
+    if shutil.which("scaling") or "/" not in command:
         return "scaling"
-    return shlex.join([sys.executable, "-m", "scaling"]) if called.endswith("__main__.py") else shlex.quote(called)
+    return shlex.join([sys.executable, "-m", "scaling"]) if command.endswith("__main__.py") else shlex.quote(command)
 
 
 def version() -> str:
-    """The installed version; "not installed" where the code runs from a folder."""
+    """The installed version, or "not installed" if the code runs from a folder."""
     from importlib import metadata
 
     try:

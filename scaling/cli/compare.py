@@ -1,4 +1,4 @@
-"""The verb about arms at one budget: which loss each ends with, and how the difference went along the runs."""
+"""The verb compare: losses of arms at equal budgets, and their differences during training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compare(OnTable):
-    """Compare the arms at each budget: held-out losses, paired differences over seeds, figures of both."""
+    """Compare arms at equal budgets: held-out losses, paired differences over seeds, and figures."""
 
     json: bool = False
-    """Print everything with full precision."""
+    """Print JSON with all digits."""
 
     def run(self) -> None:
-        """Print the table; write the figures where the results of this table are."""
+        """Print the comparison; write it and its figures to the results folder of the table."""
         from analysis.ratio.study import choose_arms
         from analysis.reporting.tables import markdown_table, markdown_text
         from analysis.single_arm.same_budget import gaps, outcomes, overtakings
@@ -41,7 +41,7 @@ class Compare(OnTable):
             return
         folder = self.results()
         curves = _read(folder / "curves.parquet") if (folder / "curves.parquet").exists() else None
-        if curves is not None:  # their names of rungs are printed too, and only those of the table were checked
+        if curves is not None:  # only the rung names of the table were checked for control characters
             curves = curves[curves["rung"].astype(str).isin({outcome.rung for outcome in found})]
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
@@ -86,7 +86,7 @@ def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], li
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) -> Table:
-    """For a terminal of 80 columns, hence without a column that the file has."""
+    """A table for a terminal of 80 columns, which omits one column of the file."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -1,4 +1,4 @@
-"""The verb that comes before spending: what a campaign would find out, and what would find out more for less."""
+"""The verb design: a power analysis of a campaign, and cheaper or more precise alternatives."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Design(OnCampaign):
-    """Simulate a campaign before it is run: how wide will the match ratio's interval be, and what would narrow it?"""
+    """Predict the width of the match ratio's interval before running a campaign, and compare alternative designs."""
 
     law: str | None = None
-    """Assumed laws: moonlight, chinchilla, quick, or a fits.json of your own; by default the row measured nearest."""
+    """Assumed laws: moonlight, chinchilla, quick, or the path of a fits.json; default: measured at the nearest compute."""
     noise: str | None = None
-    """Assumed noise of ln loss: moonlight, quick, seeds-124m, or two numbers CELL,DIFFERENCE; by default the nearest."""
+    """Assumed noise of ln loss: moonlight, quick, seeds-124m, or two numbers CELL,DIFFERENCE; default: as for --law."""
     baseline: str | None = None
-    """Arm compared against; adamw where there is one."""
+    """Arm to compare with; default: adamw if there is one."""
     challenger: str | None = None
-    """Arm compared; the first other one by default."""
+    """Arm to compare; default: the first other one."""
     family: str | None = None
-    """Family of laws that the studies are analysed with; by default one with a floor where the assumed laws have one."""
+    """Law family for the analysis of each study; default: one with a floor if the assumed laws have one."""
     lost: float = 0.0
-    """Chance that a run diverges, fails or is pruned, so that its cell is lost to the pairing."""
+    """Probability that a run diverges, fails or is pruned, which removes its cell from the paired comparison."""
     margin: float = 1.0
-    """Ratio that the interval is to leave out."""
+    """Ratio that the interval should exclude."""
     width: float | None = None
-    """Wanted width of the 95 % interval of the ratio: name the cheapest design that reaches it."""
+    """Requested width of the ratio's 95 % interval; the cheapest design that reaches it is named."""
     budget_gpu_hours: float | None = None
-    """Look no further than this; on a CPU, hours of runs."""
+    """Largest cost of an alternative design; on a CPU, in hours of runs."""
     studies: int = 1000
-    """Synthetic studies of the plan and of each changed plan."""
+    """Synthetic studies for the plan and for each change of it."""
     seed: int = 0
-    """Of their noise."""
+    """Seed of the noise."""
     json: bool = False
-    """Print everything with full precision."""
+    """Print JSON with all digits."""
 
     def run(self) -> None:
-        """Print the forecast; draw width against cost where the results of this campaign are."""
+        """Print the forecast; draw width against cost in the results folder of the campaign."""
         from analysis.power.forecast import forecast
         from scaling.run.progress import ProgressReporter
         from sweeps.planning import designs as designs
@@ -89,10 +89,12 @@ class Design(OnCampaign):
             raise UserError(f"--family: {unknown_name('family', self.family, ladders)}")
         if not 0.0 <= self.lost < 1.0:
             raise UserError(
-                f"--lost: found {self.lost:g}, and a chance lies between 0 and 1. Give 0.05 for one run in twenty."
+                f"--lost: found {self.lost:g}, and a probability is between 0 and 1. Give 0.05 for one run in twenty."
             )
         if self.studies < 20:
-            raise UserError(f"--studies: found {self.studies}; widths and chances need 20 or more. Give 1000.")
+            raise UserError(
+                f"--studies: found {self.studies}; estimates of widths and probabilities need 20 or more. Give 1000."
+            )
         for flag, value in (
             ("--margin", self.margin),
             ("--width", self.width),
@@ -132,7 +134,9 @@ def _noise(text: str | None, middle: float) -> Noise:
             "that a cell shares and of the difference of its arms, as in --noise 0.0045,0.0008."
         ) from None
     if min(cell, difference) < 0.0 or difference == 0.0:
-        raise UserError(f"--noise: found {text}; the first must not be negative, the second must be above 0.")
+        raise UserError(
+            f"--noise: found {text}; the first number must not be negative, and the second must be above 0."
+        )
     return Noise(cell=cell, difference=difference, source="given on the command line")
 
 
@@ -144,7 +148,7 @@ def _draw(answer: DesignForecast, folder: Path) -> Path:
 
 
 def show(answer: DesignForecast, *, unit: str) -> None:
-    """The forecast as tables and sentences."""
+    """Print the forecast as tables and sentences."""
     from rich.table import Table
 
     from scaling.console import console
@@ -182,8 +186,8 @@ def show(answer: DesignForecast, *, unit: str) -> None:
         )
     )
     print(
-        "width: of the 95 % interval of the ratio, median and 10th to 90th percentile over studies; paired line: the "
-        "interval of the paired differences, which takes the baseline's exponent as fitted; none under laws with a floor.\n"
+        "width: width of the ratio's 95 % interval, median and 10th to 90th percentile over studies; paired line: width "
+        "of the interval from paired differences, with the baseline's exponent as fitted; none for laws with a floor.\n"
     )
     to.print(
         table(
@@ -218,7 +222,7 @@ def show(answer: DesignForecast, *, unit: str) -> None:
 
 
 def steps(frontier: list[Row], *, gain: float = 0.85) -> list[Row]:
-    """The rows of a frontier that are clearly narrower than the one shown before."""
+    """The rows of a frontier whose width is less than `gain` times that of the previous one."""
     shown: list[Row] = []
     for row in frontier:
         if not shown or (row.width or 0.0) < gain * (shown[-1].width or 0.0):

@@ -1,4 +1,4 @@
-"""Verbs about one run and its data: prepare shards, train, evaluate, export."""
+"""Verbs on one run and its data: data, train, evaluate, export."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, subcommand
 
 from scaling.cli.common import OnCampaign, OnRun, print_json
-
-STOPPED = 75
-"""Exit status of a run that was asked to stop and can continue: EX_TEMPFAIL."""
+from scaling.errors import ExitCode
 
 
 @dataclass(frozen=True)
 class Prepare(OnCampaign):
-    """Write the token shards of a campaign's [data]; goes on where it was stopped."""
+    """Write the token shards of a campaign's [data]; continues an interrupted preparation."""
 
     def run(self) -> None:
-        """Prepare, and say what there is."""
+        """Prepare the shards and print their size."""
         from scaling.units import human
         from sweeps.planning.plan import with_data
 
@@ -39,12 +37,12 @@ class Verify(OnCampaign):
     """Check every shard of a campaign against the SHA-256 in its manifest."""
 
     def run(self) -> None:
-        """Read all shards once."""
+        """Verify the shards."""
         from scaling.data.shards import verify
 
         plan = self.planned()
         verify(plan.data)
-        print(f"{plan.data}: every shard is what its manifest says.")
+        print(f"{plan.data}: all shards match the manifest.")
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,22 @@ class Data:
     verb: Annotated[Prepare, subcommand("prepare")] | Annotated[Verify, subcommand("verify")]
 
     def run(self) -> None:
-        """Run the verb below."""
+        """Run the chosen verb."""
         self.verb.run()
 
 
 @dataclass(frozen=True)
 class Train(OnRun):
-    """Train one run that was submitted, from its last checkpoint if there is one."""
+    """Train one submitted run on this machine, from its last checkpoint if there is one."""
 
     def run(self) -> None:
-        """Train, and say what came out."""
+        """Train and print the result."""
         from scaling.training.loop import train
 
         record = train(self.run_dir)
         if record is None:
             print("Stopped at a checkpoint; the same command continues.")
-            sys.exit(STOPPED)
+            sys.exit(ExitCode.STOPPED)
         print(f"{record.status}, held-out loss {record.validation_loss} nats per token")
 
 
@@ -78,18 +76,18 @@ class Evaluate(OnRun):
     """Loss and bits per byte of a finished run on its validation split, or on any other text."""
 
     text: str | None = None
-    """A file, folder or glob of text; without it the run's validation split."""
+    """A file, folder or glob of text; by default the run's validation split."""
     data: Path | None = None
-    """The run's data folder, where it was moved."""
+    """The run's data folder, if it was moved."""
     tokens: int | None = None
-    """Score no more than so many: of the validation split a sample, of another text its beginning."""
+    """Score at most this many tokens: a sample of the validation split, or the beginning of another text."""
     device: str = "cpu"
-    """Where to compute, in torch's words."""
+    """Device for the computation: cpu, cuda, cuda:1."""
     json: bool = False
-    """Print all digits."""
+    """Print JSON with all digits."""
 
     def run(self) -> None:
-        """Score and print."""
+        """Score the text and print the result."""
         from scaling.data.sources.registry import DataConfig
         from scaling.evaluation.loss import evaluate
 
@@ -111,17 +109,17 @@ class Evaluate(OnRun):
 
 @dataclass(frozen=True)
 class Export(OnRun):
-    """Write a finished run as a model that other tools load: safetensors, configuration, tokenizer, model card."""
+    """Export a finished run as a model for other tools: safetensors, configuration, tokenizer, model card."""
 
     folder: Positional[Path] = field(kw_only=True)
-    """Where to write."""
+    """Folder for the model."""
     to: Literal["hf"] = "hf"
-    """The layout of Hugging Face transformers."""
+    """Format: hf for Hugging Face transformers."""
     data: Path | None = None
-    """The run's data folder, where it was moved; the tokenizer comes from it."""
+    """The run's data folder, if it was moved; it holds the tokenizer."""
 
     def run(self) -> None:
-        """Write, and name the files."""
+        """Write the model and print its files."""
         from scaling.export.huggingface import export_hf
 
         for file in export_hf(self.run_dir, self.folder, data=self.data):

@@ -1,4 +1,4 @@
-"""Verbs about a table of runs, whoever made it: fit, audit, report."""
+"""Verbs on a table of runs of any origin: fit, audit, report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from scaling.cli.common import TableName, default_root, next_step, print_json, under
-from scaling.errors import UserError, plain
+from scaling.cli.common import TableName, default_root, next_step, print_json, print_result, root_option
+from scaling.errors import ExitCode, UserError
 from scaling.spec import as_dict
 
 if TYPE_CHECKING:
@@ -29,36 +29,36 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class OnTable:
-    """A verb about a table of runs."""
+    """Arguments of a verb on a table of runs."""
 
     table: Positional[TableName]
-    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a campaign that was collected, or a folder
-    with its runs.csv; or "moonlight" for the ten points of the paper."""
+    """A CSV or Parquet file with columns arm, params, tokens, flops, loss; a collected campaign, or the folder of its
+    runs.csv; or "moonlight" for the ten points of the paper."""
     baseline: str | None = None
-    """Arm that is compared against; "adamw" where there is one."""
+    """Arm to compare with; default: "adamw" if there is one."""
     challenger: str | None = None
-    """Arm that is compared; every other one by default."""
+    """Arm to compare; default: every other one."""
     convention: str = "any"
-    """What the column flops is held to: "6nd" to 6ND within 1 %, "any" to one count throughout an arm, "none" to
-    nothing."""
+    """Check of the column flops: "6nd" accepts 6ND within 1 %, "any" one convention throughout an arm, "none"
+    everything."""
     family: str | None = None
-    """Laws that the arms share: lines, parallel-lines, shared-floor, ...; without it the one that predicts rungs left
-    out best."""
+    """Law family: lines, parallel-lines, shared-floor, ...; default: the one that best predicts rungs that are left
+    out of its fit."""
     extrapolate: bool = False
-    """Give a ratio, marked as extrapolated, even where the arms' runs have no loss in common."""
+    """Give a ratio, marked as extrapolated, even if the arms' runs have no loss in common."""
     root: Path = field(default_factory=default_root)
-    """Folder that holds results/ of campaigns."""
+    """Folder of results/."""
 
     @property
     def is_file(self) -> bool:
-        """Whether the table is named by its path, and not by a campaign, whose name may have a dot in it."""
+        """True if the table is given as a path, and not as a campaign, whose name may contain a dot."""
         path = Path(self.table)
         if self.table.endswith(".toml") or (self.root / "results" / self.table / "runs.csv").exists():
             return False
         return bool(path.suffix) and (path.suffix in TABLE_SUFFIXES or path.is_file() or len(path.parts) > 1)
 
     def results(self) -> Path:
-        """Where fits, figures and report of this table go: its folder, the campaign's, or one named after the file."""
+        """Folder for fits, figures and report: that of the table, of the campaign, or one named after the file."""
         if (Path(self.table) / "runs.csv").exists():
             return Path(self.table)
         if self.is_file:
@@ -73,20 +73,20 @@ class OnTable:
         return self.root / "results" / self.table
 
     def collected(self) -> Path | None:
-        """The campaign's table, where it has one; the paper's points stand until a campaign of that name has a run."""
+        """The campaign's table, if there is one. For "moonlight", the paper's points are used until a run has finished."""
         file = self.results() / "runs.csv"
         if not file.exists() or (self.table == "moonlight" and _nothing_finished(file)):
             return None
         return file
 
-    def chosen(self) -> list[str]:
-        """Options that ask for another answer than the table's own, as they are written."""
+    def analysis_options(self) -> list[str]:
+        """The words of the options that change the analysis."""
         named = [("--baseline", self.baseline), ("--challenger", self.challenger), ("--family", self.family)]
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
 
     def read(self) -> pd.DataFrame:
-        """The table of runs, its columns checked."""
+        """The table of runs, with its columns checked."""
         from analysis.data.table import read_table
         from analysis.moonlight import moonlight_table
 
@@ -96,17 +96,17 @@ class OnTable:
         collected = self.collected()
         if collected is not None:
             frame = read_table(collected, convention=convention)
-            frame.attrs["name"] = f"campaign {collected.parent.name}"  # a page that is sent on names no folder
+            frame.attrs["name"] = f"campaign {collected.parent.name}"  # not the folder: a report may be passed on
             return frame
         if self.table == "moonlight":
             return moonlight_table()
         raise UserError(
-            f"{self.results() / 'runs.csv'}: there is no such table. Collect the campaign first (scaling collect {self.table}), "
-            "or give the path of a CSV or Parquet file."
+            f"{self.results() / 'runs.csv'}: there is no such table. "
+            f"Collect the campaign first (scaling collect {self.table}), or give the path of a CSV or Parquet file."
         )
 
     def search(self) -> TuningTables | None:
-        """The search for settings, where the folder of the results has its trials."""
+        """The tuning trials, if the results folder has them."""
         import pandas as pd
 
         from analysis.data.table import read_table
@@ -115,18 +115,18 @@ class OnTable:
         from sweeps.config.tuning_results import Tuning
         from sweeps.reporting.tuning_table import notes
 
-        file, facts = self.results() / "trials.csv", self.results() / "tuning.json"
+        file, results = self.results() / "trials.csv", self.results() / "tuning.json"
         if not file.exists():
             return None
-        if not facts.exists():
+        if not results.exists():
             return TuningTables(read_table(file))
-        tuning = read_json(facts, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
+        tuning = read_json(results, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
         return TuningTables(
             read_table(file), pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
         )
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
-        """The table's fits and ratios, and the table."""
+        """Fits and ratios of the table, and the table."""
         from analysis.ratio.study import fit_table
 
         frame = self.read()
@@ -162,29 +162,31 @@ def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
 
 @dataclass(frozen=True)
 class Fit(OnTable):
-    """Fit a law to each arm and give the FLOPs-to-match ratio with its interval."""
+    """Fit a law to each arm, and compute the FLOPs-to-match ratio with its interval."""
 
     law: str | None = None
-    """Fit this law alone to one arm: power, power-floor, surface, ..."""
+    """Fit only this law, to one arm: power, power-floor, surface, ..."""
     delta: str | None = None
-    """With --law: Huber's threshold on log loss, or "robust" to tie it to the scale of the residuals."""
+    """With --law: Huber threshold on log loss, or "robust" to derive it from the scale of the residuals."""
     arm: str | None = None
-    """The arm of --law and --allocation; not needed where the table has one."""
+    """Arm for --law and --allocation; not needed if the table has one."""
     allocation: bool = False
-    """Give one arm's compute-optimal N and D by all three of Chinchilla's approaches, with their known bias."""
+    """Estimate one arm's compute-optimal N and D by Chinchilla's three approaches, with their known bias."""
     holdout: int | None = None
-    """Leave out so many of the largest rungs, predict them from the rest, and score the prediction."""
+    """Predict this many of the largest rungs from the others, and score the prediction."""
     json: bool = False
-    """Print everything with full precision."""
+    """Print JSON with all digits."""
 
     def run(self) -> None:
-        """Print the fits; for a campaign, write fits.json too, unless options ask for something else than its own answer."""
+        """Print the fits; for a campaign without options that change the analysis, also write fits.json."""
         if self.delta is not None and self.law is None:
-            raise UserError("--delta belongs to --law, which is not given. Add --law power, or leave --delta out.")
+            raise UserError("--delta needs --law, which is not given. Add --law power, or remove --delta.")
         if self.arm is not None and self.law is None and not self.allocation:
-            raise UserError("--arm belongs to --law, which is not given. Add --law power, or leave --arm out.")
+            raise UserError(
+                "--arm needs --law or --allocation, and neither is given. Add --law power, or remove --arm."
+            )
         if self.holdout is not None and (self.law is not None or self.allocation):
-            raise UserError("--holdout scores laws of both arms. Leave out --law and --allocation.")
+            raise UserError("--holdout cannot be combined with --law and --allocation. Remove these.")
         if self.law is not None:
             self._one_law(self.law)
         elif self.allocation:
@@ -203,76 +205,66 @@ class Fit(OnTable):
             print_json(study)
         else:
             terminal.show(study)
-        if self.collected() is not None and not self.chosen():  # after the answer, for the folder may be read-only
+        if (
+            self.collected() is not None and not self.analysis_options()
+        ):  # after printing, because the folder may be read-only
             write_study(study, self.results() / "fits.json")
             if not self.json:
                 print(f"Wrote {self.results() / 'fits.json'}")
         if self.json:
             return
-        next_step(shlex.join(["scaling", "report", self.table, *under(self.root), *self.chosen()]))
+        next_step(shlex.join(["scaling", "report", self.table, *root_option(self.root), *self.analysis_options()]))
 
     def _one_law(self, law: str) -> None:
         from analysis.reporting import terminal
         from analysis.single_arm.fit_arm import fit_arm
 
-        found = fit_arm(self.read(), law, self.arm, objective=_objective(self.delta))
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(terminal.arm_text(found)))
+        print_result(
+            fit_arm(self.read(), law, self.arm, objective=_objective(self.delta)), self.json, terminal.arm_text
+        )
 
     def _allocate(self) -> None:
         from analysis.single_arm.isoflop import allocations, allocations_text
 
-        found = allocations(self.read(), self.arm)
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(allocations_text(found)))
+        print_result(allocations(self.read(), self.arm), self.json, allocations_text)
 
     def _hold_out(self, rungs: int) -> None:
         from analysis.single_arm.holdout import hold_out, holdout_text
 
         found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
-        if self.json:
-            print_json(found)
-        else:
-            print(plain(holdout_text(found)))
+        print_result(found, self.json, holdout_text)
 
 
 @dataclass(frozen=True)
 class Audit(OnTable):
-    """Run the checks that a sceptic would: each passes, warns or fails, with its evidence and the remedy."""
+    """Check the validity of a comparison: each check passes, warns or fails, with evidence and a remedy."""
 
     json: bool = False
-    """Print the checks for machines."""
+    """Print JSON instead of sentences."""
 
     def run(self) -> None:
-        """Print the checks; status 1 if one fails."""
+        """Print the checks; exit status 1 if one fails."""
         from analysis.audit import audit, audit_text
 
         study, frame = self.fitted()
         search = self.search()
         checks = audit(frame, study, None if search is None else search.trials)
-        if self.json:
-            print_json(checks)
-        else:
-            print(plain(audit_text(checks)))
+        print_result(checks, self.json, audit_text)
         if any(check.verdict == "fail" for check in checks):
-            sys.exit(1)
+            sys.exit(ExitCode.FAILURE)
 
 
 @dataclass(frozen=True)
 class Report(OnTable):
-    """Write the report: one HTML page that needs no network, and the figures as SVG, PDF and PNG."""
+    """Write a report: a self-contained HTML page, and the figures as SVG, PDF and PNG."""
 
     def run(self) -> None:
-        """Write the page and say where it is."""
+        """Write the page and print its path."""
         page, _ = self.write()
         print(f"Report: {page}")
 
     def write(self) -> tuple[Path, Study]:
-        """Fit, draw, write; the page and what it shows."""
+        """Fit, draw and write; the page and the study that it shows."""
         import pandas as pd
 
         from analysis.reporting.html import write_report

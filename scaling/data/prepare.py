@@ -52,7 +52,7 @@ DISK_FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Progress(Strict, frozen=True):
-    """How much of a preparation has been flushed to disk."""
+    """The part of a preparation that has been flushed to disk."""
 
     config_hash: str
     documents: int = 0

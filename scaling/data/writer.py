@@ -19,7 +19,7 @@ SHARD_TOKENS = 100_000_000
 
 
 class ShardWriterState(Strict, frozen=True):
-    """How much of one split has been flushed to disk."""
+    """The part of one split that has been flushed to disk."""
 
     shards: tuple[Shard, ...] = ()
     """Finished shards, each full."""

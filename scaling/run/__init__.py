@@ -1,1 +1,1 @@
-"""A run's directory: its files, its record, its state and where it ran. Imports no torch."""
+"""The run directory: files, record, state and provenance of a run, and progress output. Imports no torch."""

@@ -42,7 +42,7 @@ from typing import Any, Literal
 import msgspec
 
 from scaling.errors import UserError, os_error_sentence
-from scaling.io import TAIL_BYTES, _read_bytes, append_line, file_sha256, read_json, read_lines, write_json
+from scaling.io import TAIL_BYTES, append_line, file_sha256, read_bytes, read_json, read_lines, write_json
 from scaling.run.record import Attempt, DynamicsRow, MetricsRow, RunRecord, RunState
 from scaling.spec import Placement, RunSpec
 
@@ -99,7 +99,7 @@ class RunDirectory:
         return spec
 
     def placement(self) -> Placement:
-        """Where and how the run executes."""
+        """The run's placement."""
         return read_json(self.placement_file, Placement, remedy=SUBMIT_AGAIN)
 
     def record(self) -> RunRecord | None:
@@ -142,7 +142,7 @@ class RunDirectory:
 
     def last_row(self) -> MetricsRow | None:
         """The last readable line of the metrics, found without reading the others; None if there is none."""
-        for line in reversed(_read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
+        for line in reversed(read_bytes(self.metrics_file, last=TAIL_BYTES).splitlines()):
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 return msgspec.json.decode(line, type=MetricsRow)
         return None
@@ -178,7 +178,7 @@ class RunDirectory:
         return last.reason if last else None
 
     def _last_attempt(self) -> Attempt | None:
-        """The last line of the attempts that tells whether the run failed: a job's exit need not."""
+        """The last line of the attempts that decides the state; the exit of a job does so only with an outcome."""
         telling = [attempt for attempt in self.attempts() if attempt.event != "exit" or attempt.outcome]
         return telling[-1] if telling else None
 

@@ -73,7 +73,7 @@ class ProgressReporter:
 
     @property
     def due(self) -> bool:
-        """Whether the next `update` is shown; fields that are expensive to compute are needed only then."""
+        """True if the next `update` will be shown; fields that are expensive to compute are needed only then."""
         return time.monotonic() - self._shown_at >= (LINE_SECONDS if self._bar is None else BAR_SECONDS)
 
     def update(self, completed: float | None, **fields: str) -> None:

@@ -1,4 +1,4 @@
-"""Device and code of a run, as its record states them."""
+"""Provenance of a run: the device and the code, as its record states them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
-"""Folder that holds the package `scaling` which runs now."""
+"""Folder of the running package `scaling`."""
 
 LIBRARIES = ("torch", "lightning", "numpy", "msgspec", "scaling-harness")
-"""Distributions whose versions can move a result."""
+"""Distributions whose versions can change a result."""
 
 
 def describe_device(device: torch.device, *, precision: str, count: int = 1) -> Device:
-    """The device of a run, with its dense peak from Lightning's table where that table has it.
+    """The device of a run, with its dense peak if Lightning's table contains it.
 
     Args:
-        device: Where the model lies.
-        precision: The run's, ``fp32`` or ``bf16``; the peak depends on it.
-        count: Devices that share the run.
+        device: Device of the model.
+        precision: The run's precision, ``fp32`` or ``bf16``, which the peak depends on.
+        count: Devices of the run.
     """
     import torch
     from lightning.fabric.utilities.throughput import get_available_flops
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 @functools.cache
 def describe_code() -> Code:
-    """Commit, uncommitted changes, versions and file hashes of the code that runs now."""
+    """Commit, uncommitted changes, versions and file hashes of the running code."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -67,10 +67,10 @@ def describe_code() -> Code:
     here = CODE_ROOT
     files = code_hashes()
     snapshot = here / "code.json"
-    if snapshot.exists():  # a copy taken for SLURM jobs (`sweeps.slurm.snapshot`) says where it was taken from
-        taken = read_json(snapshot, Code)
-        return Code(commit=taken.commit, dirty=taken.dirty, versions=versions, files=files)
-    if not (here / ".git").exists():  # an installed copy; a repository further up would be somebody else's
+    if snapshot.exists():  # a copy for SLURM jobs (`sweeps.slurm.snapshot`) records its origin
+        origin = read_json(snapshot, Code)
+        return Code(commit=origin.commit, dirty=origin.dirty, versions=versions, files=files)
+    if not (here / ".git").exists():  # an installed copy; a repository further up would be another project's
         return Code(commit=None, dirty=None, versions=versions, files=files)
     commit = _git(here, "rev-parse", "HEAD")
     status = _git(here, "status", "--porcelain", "--untracked-files=no")
@@ -79,15 +79,14 @@ def describe_code() -> Code:
 
 @functools.cache
 def code_hashes(root: Path = CODE_ROOT) -> dict[str, str]:
-    """Hashes of the source files that decide a run's numbers, by path: ``scaling/training/loop.py`` and all that it imports.
+    """Hashes of the source files that decide a run's numbers, by path: ``scaling/training/loop.py`` and its imports.
 
-    Only modules of the package ``scaling`` are followed. Comments, docstrings, layout and the messages of exceptions do
-    not count, so editing them changes no hash. Not covered: the preparation of data (a run's spec has the hash of what was
-    prepared), libraries (`Code.versions`), and optimizers or model families that live outside the package. Another
-    version of Python can spell a file differently, and so change its hash.
+    Imports are followed within the package ``scaling``. Comments, docstrings, formatting and messages of exceptions do
+    not count. Not covered: the preparation of data (the spec has the hash of the shards), libraries (`Code.versions`),
+    and optimizers or model families outside the package. Another version of Python can change the hashes.
 
     Args:
-        root: Folder that holds the package.
+        root: Folder of the package.
     """
     found: dict[str, str] = {}
     waiting = ["scaling.training.loop"]
@@ -104,7 +103,7 @@ def code_hashes(root: Path = CODE_ROOT) -> dict[str, str]:
 
 
 def changed_files(code: Code) -> tuple[str, ...] | None:
-    """Source files in which the code of a record differs from the code that runs now; None where it has no hashes."""
+    """Source files in which a record's code differs from the running code; None if the record has no hashes."""
     if not code.files:
         return None
     now = code_hashes()
@@ -121,7 +120,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 class _Numeric(ast.NodeTransformer):
-    """A syntax tree without what cannot change a number: strings that stand alone, and messages of exceptions."""
+    """Removes from a syntax tree what cannot change a number: docstrings and messages of exceptions."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         return ast.Pass() if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics, attempts, and the record of a completed run."""
+"""Values in the files of a run: rows of metrics and dynamics, attempts, and the record of a run that is done."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ RunState = Literal["planned", "queued", "running", "finished", "diverged", "fail
 
 
 class MetricsRow(Strict, frozen=True):
-    """One logged step. Losses in nats per token; a loss that was not measured, or is not finite, is null."""
+    """One logged step. Losses are in nats per token, and null if not measured or not finite."""
 
     step: NonNegative
     tokens: NonNegative
     flops: NonNegative
     """Convention ``6nd``."""
     train_loss: NonNegativeFloat | None
-    """Mean over the steps since the row before."""
+    """Mean over the steps since the previous row."""
     learning_rate: float
     grad_norm: float | None
     """Global norm before clipping, at this step."""
     tokens_per_second: NonNegativeFloat
     mfu: float | None
-    """Share of the device's peak, convention ``attention``; null where no peak is known."""
+    """Share of the device's peak, convention ``attention``; null if the peak is unknown."""
     validation_loss: NonNegativeFloat | None = None
     load_imbalance: float | None = None
-    """With experts: load of the busiest over the mean, in the worst layer of this step; no token is ever dropped."""
+    """With experts: maximum over mean load, in the worst layer of this step. No token is ever dropped."""
 
 
 class DynamicsRow(Strict, frozen=True):
-    """What one step did to the weights, and what they are after it; by class of matrix, which layers share."""
+    """Measurements of one step, by class of parameter (the name without the layer)."""
 
     step: int
     tokens: int
     update_rms: dict[str, float]
-    """Root mean square of the step's update in units of the learning rate, decay left out; by class of parameter."""
+    """Root mean square of the step's update in units of the learning rate, without weight decay."""
     largest_logit: dict[str, float]
-    """Largest attention logit of any head over the first held-out windows, after the step; by attention."""
+    """Largest attention logit of any head over the first held-out sequences, after the step; by attention."""
     svd_entropy: dict[str, float]
     """``-sum p log p / log n`` of a matrix's squared singular values over their sum, mean over a class (Moonlight,
     Section 3.4): 1 where all are equal."""
     clipped_heads: int | None = None
-    """Heads that QK-clip has shrunk so far, counted once a step; null without it."""
+    """Heads that QK-clip has clipped so far, counted once per step; null without QK-clip."""
 
 
 class Attempt(Strict, frozen=True):
@@ -78,84 +78,83 @@ class Attempt(Strict, frozen=True):
 
 
 class Device(Strict, frozen=True):
-    """What a run ran on."""
+    """The device of a run."""
 
     name: str
     kind: str
     count: int = 1
     peak_flops: float | None = None
-    """Dense peak of one device at the run's precision, in FLOP/s; null where unknown."""
+    """Dense peak of one device at the run's precision, in FLOP/s; null if unknown."""
 
 
 class Code(Strict, frozen=True):
-    """Which code ran: commit and whether the tree had uncommitted changes; null where there was no checkout."""
+    """The code of a run; `commit` and `dirty` (uncommitted changes) are null without a checkout."""
 
     commit: str | None
     dirty: bool | None
     versions: dict[str, str]
-    """Python and the libraries whose numbers reach the result."""
+    """Versions of Python and of the libraries that can change a result."""
     files: dict[str, str] = msgspec.field(default_factory=dict)
     """Hashes of the source files that decide a run's numbers (`scaling.run.provenance.code_hashes`), by path."""
 
     @property
     def digest(self) -> str | None:
-        """One hash over `files`; None where none were recorded."""
+        """One hash over `files`; None if none were recorded."""
         text = "".join(f"{name} {self.files[name]}\n" for name in sorted(self.files))
         return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
 
 
 class RunRecord(Strict, frozen=True):
-    """What a run was and what came out; the centre of everything that is analysed later.
+    """The result of a run, which all analysis starts from.
 
-    A diverged run has `validation_loss` null and status ``diverged``: never NaN.
+    A diverged run has the status ``diverged`` and a null `validation_loss`, never NaN.
     """
 
     spec: RunSpec
     status: Literal["finished", "diverged"]
     validation_loss: NonNegativeFloat | None
-    """Mean over the sampled held-out tokens (`Evaluation.tokens`) after the last step, nats per token."""
+    """Mean over the held-out sample (`Evaluation.tokens`) after the last step, nats per token."""
     train_loss: NonNegativeFloat | None
     """Mean over the last tenth of the steps, nats per token: fresh batches, not the held-out set."""
     tokens: NonNegative
-    """Tokens trained on: whole batches."""
+    """Tokens trained on."""
     flops: dict[str, NonNegative]
     """Training FLOPs under every convention of ``scaling.flops.CONVENTIONS``."""
     parameters: dict[str, NonNegative]
-    """By part: embedding, blocks, head, norms, total; and activated, the blocks' matrices that one token meets."""
+    """Parameters by part: embedding, blocks, head, norms, total; and activated, those of the blocks' matrices per token."""
     groups: dict[str, list[str]]
     """Parameter names by the algorithm that updates them."""
     bytes_per_token: float
-    """Of the evaluated held-out tokens; bits per byte are loss / ln 2 / this."""
+    """UTF-8 bytes per held-out token; bits per byte are loss / ln 2 / this."""
     seconds: NonNegativeFloat
-    """Training time of all attempts whose steps were kept, evaluation left out."""
+    """Training time over all attempts, without evaluation and without steps that were repeated."""
     tokens_per_second: NonNegativeFloat
     mfu: float | None
     device: Device
     code: Code
     manifest: str
-    """SHA-256 of the data manifest that was read."""
+    """SHA-256 of the manifest of the shards (`scaling.data.shards.manifest_hash`)."""
     attempts: int
     finished_at: float
     reason: str | None = None
-    """Why a run ended early: the step and the loss at which it diverged."""
+    """Why the run ended early: where and at which learning rate it diverged."""
     initial_flops: dict[str, int] = msgspec.field(default_factory=dict)
-    """What `flops` includes for the run whose weights this one started from; empty where nothing was charged."""
+    """Part of `flops` that was charged for the run whose weights this one started from, by convention."""
     peak_memory: int | None = None
-    """Most bytes that the last attempt held in one process: on a GPU of tensors, on a CPU of everything."""
+    """Peak bytes of one process in the last attempt: of tensors on a GPU, of the process on a CPU."""
     optimizer_seconds: float | None = None
-    """Clipping and optimizer step, mean over the steps that were timed in the last attempt."""
+    """Duration of clipping and optimizer step, mean over the timed steps of the last attempt."""
     attention: str | None = None
-    """Torch's attention kernel by name, where one was chosen; null leaves the choice to torch."""
+    """Name of the chosen attention kernel; null if the choice was torch's."""
     optimizer_flops: int | None = None
-    """Of all optimizer steps, their matrix products alone (`scaling.optim.optimizer_flops`); in no row of `flops`."""
+    """FLOPs of the matrix products of all optimizer steps (`scaling.optim.optimizer_flops`), which `flops` excludes."""
     cpu_seconds: float | None = None
-    """What `seconds` cost the processors, all threads of the run's first process: on a CPU the clock to trust where
-    others shared the machine."""
+    """CPU time during `seconds`, over all threads of the first process: on a shared machine more reliable than `seconds`."""
     weights_sha256: str | None = None
-    """SHA-256 of weights.safetensors, checked where weights are read; null in records of earlier versions."""
+    """SHA-256 of weights.safetensors, which readers of the weights check; null in records of earlier versions."""
 
     def __post_init__(self) -> None:
-        """Reject a record that no run can have written; msgspec reports a ValueError as a value that is not valid."""
+        """Reject a record that no run can have written; msgspec reports a ValueError as an invalid value."""
         if self.status == "finished" and self.validation_loss is None:
             raise ValueError("status is finished, and validation_loss is null")
         if missing := sorted(CONVENTIONS.keys() - self.flops.keys()):

@@ -1,4 +1,4 @@
-"""What a run leaves behind when it ends: its weights, and the record of what it cost and came to."""
+"""Results of a run at its end: the weights file and the record."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from scaling.training.module import TrainingModule
 
 
 def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | None:
-    """Write the weights, whole, in the names of the model; every process takes part, and the first one writes.
+    """Gather and write the weights under the model's names; a collective operation, in which the first process writes.
 
     Returns:
         SHA-256 of the file; None in the other processes.
     """
-    # Not the state as it is: a tied head is named once, and what is recomputed from the shape stays out.
+    # Without the second name of a tied head, and without buffers that are recomputed from the shape.
     state = module.model.state_dict()
     named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
     weights = {name: full_tensor(state[name].detach()).cpu().contiguous() for name in named}
@@ -44,7 +44,7 @@ def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | No
 def build_record(
     directory: RunDirectory,
     module: TrainingModule,
-    logbook: MetricsLogger,
+    metrics: MetricsLogger,
     *,
     device: Device,
     steps: int,
@@ -55,14 +55,14 @@ def build_record(
     """The record of a run that has ended, finished or diverged.
 
     Args:
-        directory: Where the run lies.
-        module: What was trained.
-        logbook: What it wrote down.
-        device: What it ran on.
-        steps: Steps that it took.
-        charged: FLOPs of the run that it started from, by convention.
-        attention: The attention kernel that was chosen, where one was.
-        weights: SHA-256 of the weights file, where there is one.
+        directory: The run's directory.
+        module: The trained module.
+        metrics: Its metrics.
+        device: Where it trained.
+        steps: Optimizer steps taken.
+        charged: FLOPs of the run whose weights it started from, by convention.
+        attention: Name of the attention kernel, if one was chosen.
+        weights: SHA-256 of the weights file, if there is one.
     """
     spec, placement = module.spec, module.placement
     tokens = steps * spec.batch_tokens
@@ -71,13 +71,13 @@ def build_record(
     shapes = {name: tuple(parameter.shape) for name, parameter in module.model.named_parameters()}
     for claimed in registry.assign(spec.optimizer, shapes):
         groups.setdefault(claimed.algorithm, []).append(claimed.name)
-    rate = tokens / max(logbook.watch.seconds, 1e-9)
+    rate = tokens / max(metrics.wall_time.seconds, 1e-9)
     peak = device.peak_flops
     return RunRecord(
         spec=spec,
-        status="diverged" if logbook.diverged else "finished",
-        validation_loss=logbook.validation_loss,
-        train_loss=None if logbook.diverged else logbook.train_loss,
+        status="diverged" if metrics.diverged else "finished",
+        validation_loss=metrics.validation_loss,
+        train_loss=None if metrics.diverged else metrics.train_loss,
         tokens=tokens,
         flops={name: train_flops(spec.model, tokens, name) + charged.get(name, 0) for name in CONVENTIONS},
         initial_flops=charged,
@@ -98,8 +98,8 @@ def build_record(
         bytes_per_token=held_out(
             placement.data, context=spec.model.context, tokens=spec.evaluation.tokens
         ).bytes_per_token,
-        seconds=logbook.watch.seconds,
-        cpu_seconds=logbook.work.seconds,
+        seconds=metrics.wall_time.seconds,
+        cpu_seconds=metrics.cpu_time.seconds,
         tokens_per_second=rate,
         mfu=rate * train_flops_per_token(spec.model, "attention") / (peak * device.count) if peak else None,
         device=device,
@@ -107,5 +107,5 @@ def build_record(
         manifest=str(spec.data.manifest),
         attempts=sum(attempt.event == "start" for attempt in directory.attempts()),
         finished_at=time.time(),
-        reason=logbook.diverged,
+        reason=metrics.diverged,
     )

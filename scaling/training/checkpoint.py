@@ -1,9 +1,9 @@
 """Checkpoints: when a run saves its state, how the file is written, and which file it continues from.
 
-Three habits of Lightning are not used, each for a measured reason. Its checkpoint is written to the node's temporary
-folder and moved, which truncates the old one in place on another file system; its signal handlers save in the middle of a
-step; its loader continues at the wrong batch. Here a signal only sets a flag, the state is saved at the border of an
-optimizer step, and a file gets its name, which carries its own checksum, by a rename in its own folder.
+Three mechanisms of Lightning are replaced, each for a measured reason. It writes a checkpoint to the node's temporary
+folder and moves it, which on another file system truncates the old one in place; its signal handlers save in the middle
+of a step; its loader continues at the wrong batch. Here a signal only sets a flag, the state is saved at a step boundary,
+and a file is renamed within its folder to a name that contains its checksum.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from scaling.io import temporary_name
-from scaling.training.shutdown import ShutdownRequest as ShutdownRequest
+from scaling.training.shutdown import ShutdownRequest
 
-KEPT = 2
-"""Checkpoints that stay on disk: the newest, and the one before it in case the newest cannot be read."""
+MAX_CHECKPOINTS = 2
+"""Checkpoints that stay on disk: the newest, and the previous one in case the newest is damaged."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -35,7 +35,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`, then forget all but the newest `KEPT`."""
+        """Write `checkpoint`, then delete all but the newest `MAX_CHECKPOINTS`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(path)
@@ -49,61 +49,66 @@ class AtomicCheckpointIO(CheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        for old in checkpoint_files(path.parent)[KEPT:]:
+        for old in checkpoint_files(path.parent)[MAX_CHECKPOINTS:]:
             self.remove_checkpoint(old)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The state in a file; never more than tensors and plain values, whatever the caller asks for."""
+        """The state in a file, restricted to tensors and plain values; `weights_only` is always true."""
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a file; one that is gone already is fine."""
+        """Delete a file if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:
-    """Of a file in ``<run>/checkpoint/``, the run's name included: another run's checkpoint is as good as damaged."""
+    """Checksum of a file in ``<run>/checkpoint/`` with the run's id, so that another run's checkpoint does not match."""
     run = path.absolute().parent.parent.name.encode()
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.sha256(run)).hexdigest()[:16]
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoint files of a run, newest first, unchecked."""
+    """Checkpoints of a run, newest first, unchecked."""
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step that a checkpoint was saved after."""
+    """The optimizer step after which a checkpoint was saved."""
     return int(path.name.split(".")[0].rpartition("-")[2])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest file whose content still has the checksum in its name; damaged ones are passed over, which is said."""
+    """The newest checkpoint whose content matches its checksum; damaged ones are reported on stderr."""
     for path in checkpoint_files(folder):
-        if _whole(path):
+        if _is_intact(path):
             return path
-        print(f"{path.name}: damaged, or another run's; continuing from the one before it", file=sys.stderr, flush=True)
+        print(f"{path.name}: damaged, or another run's; using the previous checkpoint", file=sys.stderr, flush=True)
     return None
 
 
 def branch_checkpoint(folder: Path, step: int) -> Path | None:
-    """The point that a trunk kept for branches after `step`, whole; None if there is none."""
-    return next(filter(_whole, sorted(folder.glob(f"branch-{step:08d}.*.ckpt"))), None)
+    """The checkpoint that a trunk kept after `step` for branches; None if there is no intact one."""
+    return next(filter(_is_intact, sorted(folder.glob(f"branch-{step:08d}.*.ckpt"))), None)
 
 
-def _whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     return path.suffixes[-2:-1] == [f".{_digest(path)}"]
 
 
 class Checkpoints(Callback):
-    """Saves at a step boundary every `seconds`, and whenever a stop is asked for, which then ends the run.
+    """Callback that saves at a step boundary every `seconds`, and before a requested shutdown, which it carries out.
 
-    All processes of a run take the same decision, so that a collective save cannot hang. At the steps of `keep` it
-    saves a point under another name, which nothing deletes, for the runs that branch off there.
+    All processes of a run take the same decision, because saving is a collective operation.
+
+    Args:
+        folder: Where to save.
+        seconds: Time between checkpoints.
+        stop: The shutdown request.
+        keep: Steps at which a checkpoint is saved permanently, for runs that branch off there.
     """
 
     def __init__(self, folder: Path, *, seconds: float, stop: ShutdownRequest, keep: Iterable[int] = ()) -> None:
@@ -117,23 +122,23 @@ class Checkpoints(Callback):
         self._listening = contextlib.ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals from Lightning, which registered its own handlers a moment ago."""
+        """Replace the signal handlers that Lightning has just registered."""
         self._listening.enter_context(self.stop.listening())
         self._saved_at = time.monotonic()
         self._saved_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._listening.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._listening.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time or a stop was asked for."""
+        """Save if it is time to, or if a shutdown was requested."""
         if trainer.global_step == self._saved_step or trainer.global_step >= trainer.max_steps or trainer.should_stop:
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches:

@@ -60,9 +60,9 @@ def share_of_batch(spec: RunSpec, placement: Placement) -> tuple[int, int]:
     share = sequences // processes
     micro_batch = placement.micro_batch or share
     if share % micro_batch:
-        whose = f"each of {processes} processes trains on" if processes > 1 else "a batch holds"
+        relation = f"each of {processes} processes trains on" if processes > 1 else "a batch holds"
         raise UserError(
-            f"placement: micro_batch {micro_batch} does not divide the {share} sequences that {whose}. "
+            f"placement: micro_batch {micro_batch} does not divide the {share} sequences that {relation}. "
             f"Use one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}."
         )
     return share, micro_batch
@@ -169,10 +169,10 @@ def _train_rank(path: str, rank: int, processes: int, port: int, reason: Connect
     }
     import torch.distributed
 
-    from scaling.training.loop import train_one_process
+    from scaling.training.loop import train_rank
 
     try:
-        train_one_process(path)
+        train_rank(path)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:

@@ -1,9 +1,8 @@
-"""One run, from its directory to its record: `train(run_dir)`.
+"""Training of one run: `train` reads spec.json and placement.json of a run directory and writes record.json last.
 
-What is trained is in spec.json, where it runs in placement.json; what came out is record.json, written last. A run that
-was stopped at any moment continues from its last checkpoint and ends with the numbers it would have had: batch k is a
-function of the seed and k alone, the learning rate is a function of tokens alone, and everything else is in the resume
-point.
+A run that was stopped at any moment continues from its last checkpoint and ends with the numbers of an uninterrupted
+run: batch k depends only on the seed and k, the learning rate depends only on tokens, and the checkpoint contains
+everything else.
 """
 
 from __future__ import annotations
@@ -31,25 +30,27 @@ from scaling.run.record import Device, RunRecord
 from scaling.spec import Placement, RunSpec
 from scaling.training.attention_backend import attending_by, chosen_kernel
 from scaling.training.build_record import build_record, save_weights
-from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, ShutdownRequest, newest_checkpoint, step_of
+from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest_checkpoint, step_of
 from scaling.training.diagnostics import Dynamics
 from scaling.training.launch import launch_ranks, rank_of, share_of_batch, strategy_of
 from scaling.training.memory import is_out_of_memory, out_of_memory
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import StepBatches, TrainingModule
 from scaling.training.progress import ProgressCallback
+from scaling.training.shutdown import ShutdownRequest
 from scaling.training.warm_start import charged_flops, load_initial, trunk_checkpoint
 
 
 def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | None:
-    """Train the run of a directory to its end, from its last checkpoint if there is one.
+    """Train a run to its end, from its last checkpoint if there is one.
 
     Args:
         run_dir: A run directory with spec and placement.
-        progress: A bar (True), a plain line a minute (False), or what the output is fit for (None).
+        progress: A bar (True), a line a minute (False), or a bar if stderr is a terminal (None).
 
     Returns:
-        The record, also of a run that diverged or was finished before; None if it was asked to stop and can continue.
+        The record, also of a run that diverged or had finished before; None after a shutdown request, which the next
+        call continues from.
 
     Raises:
         UserError: The directory, the data or the placement cannot be used.
@@ -58,11 +59,10 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
     if not directory.spec_file.exists():
         raise UserError(
             f"{directory.path}: not a run directory, because it holds no spec.json. "
-            "Name a directory under runs/, as scaling submit writes it."
+            "Name a directory under runs/ that scaling submit wrote."
         )
     if directory.placement_file.exists() and rank_of(directory.placement()):
-        # Not the run's first process, which keeps its books.
-        return directory.record() or train_one_process(run_dir)
+        return directory.record() or train_rank(run_dir)  # only rank 0 locks the run and writes its files
     with directory.claim():
         record = directory.record()
         if record is not None:
@@ -78,14 +78,14 @@ def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | N
                 record, step = _train(directory, checkpoint, progress=progress)
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: `error` is then the one to report
-                directory.note("end", step=_last_step(directory), outcome="failed", reason=_sentence(error))
+                directory.note("end", step=_last_step(directory), outcome="failed", reason=_reason(error))
             raise
         directory.note("end", step=step, outcome=record.status if record else "preempted")
         return record
 
 
-def train_one_process(run_dir: Path | str) -> RunRecord | None:
-    """The part that one of several processes has in a run; the first of them writes what is written."""
+def train_rank(run_dir: Path | str) -> RunRecord | None:
+    """Train in one of several processes of a run, without the bookkeeping of `train`."""
     directory = RunDirectory(run_dir)
     checkpoint = newest_checkpoint(directory.checkpoints) or trunk_checkpoint(directory)
     return _train(directory, checkpoint, progress=False)[0]
@@ -108,31 +108,31 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
     if placement.graphs and not (placement.compile and micro_batch == share and placement.processes == 1):
         raise UserError(
             "placement: graphs = true needs compile = true, one device and no micro_batch smaller than the batch, "
-            "because gradients that are added up over replays would be overwritten. Set them so, or remove graphs."
+            "because replays of a graph overwrite accumulated gradients. Set these, or remove graphs."
         )
     charged = charged_flops(directory, spec.warm_start)
     initial = spec.warm_start if checkpoint is None else None
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
     device = _device(placement, spec)
-    held = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).sequences
+    sequences = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens).sequences
     at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
-    if placement.processes == 1 or at.type == "cpu":  # several processes would have to agree on a measured choice
-        kernel = chosen_kernel(directory.path, spec.model, windows=micro_batch, device=at, precision=spec.precision)
+    if placement.processes == 1 or at.type == "cpu":  # processes that measure could choose different kernels
+        kernel = chosen_kernel(directory.path, spec.model, sequences=micro_batch, device=at, precision=spec.precision)
     if placement.compile:
         _use_compiler_cache(directory.path.parent.parent / "cache" / "inductor")
-    logbook = MetricsLogger(directory, spec, device=device, held_out=held, charged=charged.get("6nd", 0))
-    resume = Checkpoints(
+    metrics = MetricsLogger(directory, spec, device=device, held_out=sequences, charged=charged.get("6nd", 0))
+    checkpoints = Checkpoints(
         directory.checkpoints,
         seconds=placement.checkpoint_seconds,
         stop=ShutdownRequest(),
         keep=[tokens // spec.batch_tokens for tokens in placement.keep_tokens],
     )
-    dynamics = Dynamics(directory, spec, placement, logbook=logbook)
+    dynamics = Dynamics(directory, spec, placement, metrics=metrics)
     with _expected_warnings():
         trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
-            dynamics, logbook, resume, ProgressCallback(spec, name=directory.path.name, bar=progress)
+            dynamics, metrics, checkpoints, ProgressCallback(spec, name=directory.path.name, bar=progress)
         ])  # fmt: skip
         try:
             with attending_by(kernel):
@@ -146,15 +146,15 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
                 raise
             raise out_of_memory(placement, share=share, micro_batch=micro_batch, device=at) from error
     step = trainer.global_step
-    if resume.preempted:
+    if checkpoints.preempted:
         return None, step
     weights = None
-    if logbook.diverged is None:
+    if metrics.diverged is None:
         weights = save_weights(module, directory.weights_file, first=trainer.is_global_zero)
     record = build_record(
         directory,
         module,
-        logbook,
+        metrics,
         device=device,
         steps=step,
         charged=charged,
@@ -167,7 +167,7 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
 
 
 def _set_threads(threads: int) -> None:
-    # Far too many threads end in a crash of OpenMP, which has no message.
+    # OpenMP crashes without a message if there are far too many threads.
     processors = os.cpu_count() or 1
     if threads > 8 * processors:
         raise UserError(
@@ -178,13 +178,13 @@ def _set_threads(threads: int) -> None:
 
 
 def _use_compiler_cache(folder: Path) -> None:
-    """Keep compiled code beside the runs, so that the second run of a shape finds what the first one compiled.
+    """Keep compiled code next to the runs, so that later runs of the same shape reuse it.
 
-    torch writes its default, a folder under the temporary one that anybody may make first, into the environment when
-    it is imported, and reads the environment at each use. Another value there is the user's, and stays.
+    torch's default is a folder in the temporary directory, which any user can create first. Importing torch writes it to
+    the environment, which torch reads at each use. Another value there was set by the user, and is kept.
 
     Raises:
-        UserError: The folder is another user's, who could put code into it.
+        UserError: The folder belongs to another user, who could place code in it.
     """
     from torch._inductor import codecache
     from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -194,32 +194,32 @@ def _use_compiler_cache(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             raise UserError(
-                f"{folder}: it is a link or belongs to another user, and compiled code that lies there is executed. Remove "
+                f"{folder}: it is a link or belongs to another user, and compiled code in it is executed. Remove "
                 f"it, set the environment variable {variable} to a folder of your own, or set compile = false in [placement]."
             )
         folder.chmod(0o700)
         os.environ[variable] = str(folder.absolute())
-    # torch keeps precompiled headers under its default whatever the environment says.
+    # torch ignores the environment for precompiled headers.
     codecache._HEADER_DIR = str(Path(cache_dir()) / "precompiled_headers")
 
 
 def _open_data(spec: RunSpec, placement: Placement) -> Batches:
     if spec.data.manifest is None:
         raise UserError(
-            "this run was planned before its data were prepared, so nobody can say which tokens it would see. "
-            "Prepare the data, plan again, and start the run that the new plan names."
+            "this run was planned before its data was prepared, so its tokens are not determined. "
+            "Prepare the data, plan again, and start the run of the new plan."
         )
     manifest = read_manifest(Path(placement.data))
     if manifest.vocabulary > spec.model.vocabulary:
         raise UserError(
-            f"{placement.data}: the tokenizer of these shards has {manifest.vocabulary:,} ids, and the model has rows "
-            f"for {spec.model.vocabulary:,}. Set vocabulary = {manifest.vocabulary} in [model] and plan again."
+            f"{placement.data}: the tokenizer of these shards has {manifest.vocabulary:,} ids, and the model has "
+            f"{spec.model.vocabulary:,} embeddings. Set vocabulary = {manifest.vocabulary} in [model] and plan again."
         )
     found = manifest_hash(manifest)
     if found != spec.data.manifest:
         raise UserError(
             f"{placement.data}: these shards have the manifest {found[:12]}, and the run was planned for "
-            f"{spec.data.manifest[:12]}. Put the old data back, or plan the campaign again for the new ones."
+            f"{spec.data.manifest[:12]}. Restore the old shards, or plan the campaign again for the new ones."
         )
     return Batches(
         Path(placement.data),
@@ -244,7 +244,7 @@ def _trainer(
         accumulate_grad_batches=micro_batches,
         precision="bf16-mixed" if spec.precision == "bf16" else "32-true",
         callbacks=callbacks,
-        # One requeue, and it is not Lightning's: its handler would save in the middle of a step.
+        # Without Lightning's own requeue, whose signal handler saves in the middle of a step.
         plugins=[
             AtomicCheckpointIO(),
             SLURMEnvironment(auto_requeue=False)
@@ -266,14 +266,14 @@ def _device(placement: Placement, spec: RunSpec) -> Device:
     return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision, count=placement.processes)
 
 
-def _sentence(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return os_error_sentence(error)
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _quiet() -> None:
-    """Leave Lightning's hints on devices and loggers out of a log that is read for its numbers."""
+    """Keep Lightning's hints on devices and loggers out of the log."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -281,11 +281,11 @@ def _quiet() -> None:
 @contextlib.contextmanager
 def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        # The trainer is told by `should_stop`; it has no minimum of epochs to insist on.
+        # `should_stop` ends the training early on purpose.
         warnings.filterwarnings("ignore", message=".*Trainer was signaled to stop but the required.*")
-        # One process, on a machine that happens to have SLURM.
+        # A single process on a machine that has SLURM.
         warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")
-        # Under autocast a norm inside latent attention gets bf16 activations and has fp32 parameters.
+        # Under autocast, norms inside latent attention have bf16 activations and fp32 parameters.
         warnings.filterwarnings("ignore", message=".*Mismatch dtype between input and weight.*")
         # Lightning 2.6 on torch 2.14 and later.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, the held-out loss, and whether the loss is still finite."""
+"""Metrics of a run: metrics.jsonl, the held-out loss, divergence, and the time that training and optimizer take."""
 
 from __future__ import annotations
 
@@ -22,69 +22,76 @@ if TYPE_CHECKING:
     from scaling.training.module import TrainingModule
 
 
-ROWS = 200
-"""Metrics rows of one run, at most; the last step always has one."""
+MAX_ROWS = 200
+"""Evenly spaced rows of metrics per run; evaluated steps add theirs."""
 
 
 def evaluation_steps(spec: RunSpec) -> set[int]:
-    """Steps after which the held-out loss is measured: equal distances, and the last."""
+    """Steps after which the held-out loss is measured: evenly spaced, with the last."""
     return spread(spec.evaluation.times + 1, spec.steps)
 
 
 def spread(count: int, steps: int) -> set[int]:
-    """At most `count` of the steps 1 to `steps`, at equal distances, the last among them; all of them if `count` is more."""
+    """At most `count` of the steps 1 to `steps`, evenly spaced, with the last."""
     count = min(count, steps)
     return {max(1, round(steps * part / count)) for part in range(1, count + 1)}
 
 
 @torch.no_grad()
-def held_out_loss(module: TrainingModule, windows: Tensor, *, micro_batch: int) -> float:
-    """Mean next-token loss over all windows, nats per token.
+def held_out_loss(module: TrainingModule, sequences: Tensor, *, micro_batch: int) -> float:
+    """Mean next-token loss over all sequences, nats per token.
 
     Args:
         module: The model with its precision.
-        windows: Shape ``(windows, context + 1)``, int64, in host memory.
-        micro_batch: Windows of one forward pass; the mean does not depend on it but for rounding.
+        sequences: Shape ``(sequences, context + 1)``, int64, in host memory.
+        micro_batch: Sequences per forward pass; the mean depends on it only by rounding.
     """
     total = torch.zeros((), dtype=torch.float64, device=module.device)
     with module.trainer.precision_plugin.forward_context():
-        for part in torch.split(windows, micro_batch):
+        for part in torch.split(sequences, micro_batch):
             total += module.model.loss(part.to(module.device)).double() * len(part)
-    return float(total) / len(windows)
+    return float(total) / len(sequences)
 
 
 class Stopwatch:
-    """Seconds of training alone, over all attempts: paused while the run evaluates or saves.
+    """Seconds of training over all attempts, paused while the run evaluates or saves.
 
     Args:
-        clock: What counts: the time that passes, or with `time.process_time` the time that processors work.
+        clock: The clock: wall time, or CPU time with `time.process_time`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._kept = 0.0
+        self._counted = 0.0
         self._since: float | None = None
 
     @property
     def seconds(self) -> float:
-        """What has been counted up to now."""
-        return self._kept + (self._clock() - self._since if self._since is not None else 0.0)
+        """Seconds counted so far."""
+        return self._counted + (self._clock() - self._since if self._since is not None else 0.0)
 
     def start(self, seconds: float | None = None) -> None:
-        """Run, from `seconds` on where given."""
+        """Start, from `seconds` if given."""
         if seconds is not None:
-            self._kept = seconds
+            self._counted = seconds
         self._since = self._clock()
 
     def stop(self) -> None:
         """Pause."""
-        self._kept, self._since = self.seconds, None
+        self._counted, self._since = self.seconds, None
 
 
 class MetricsLogger(Callback):
-    """Writes a metrics row every few steps and ends the run when its loss is no longer finite.
+    """Callback that writes rows of metrics and ends the run when its loss is not finite.
 
-    Its running sums are part of the checkpoint, so a resumed run writes the rows it would have written.
+    Its running sums are part of the checkpoint, so a resumed run writes the same rows as an uninterrupted one.
+
+    Args:
+        directory: Where the rows are written.
+        spec: The run.
+        device: For its peak, which model FLOPs utilisation refers to.
+        held_out: Sequences of the evaluation, shape ``(sequences, context + 1)``.
+        charged: FLOPs of the run whose weights this one starts from, which count in the rows.
     """
 
     def __init__(
@@ -95,57 +102,60 @@ class MetricsLogger(Callback):
         self.spec = spec
         self.device = device
         self.held_out = torch.from_numpy(held_out)
-        self.every = max(1, spec.steps // ROWS)
+        self.every = max(1, spec.steps // MAX_ROWS)
         self.evaluate_at = evaluation_steps(spec)
         self.tail_starts = spec.steps - max(1, spec.steps // 10)
-        self.watch, self.work = Stopwatch(), Stopwatch(time.process_time)
+        self.wall_time, self.cpu_time = Stopwatch(), Stopwatch(time.process_time)
         self.diverged: str | None = None
         self.validation_loss: float | None = None
-        # Sums stay on the device, so that a GPU is asked for a number once a row and not once a step.
+        # Sums stay on the device, so that the host waits for a GPU once per row and not once per step.
         self.row_sum, self.row_count = torch.zeros((), dtype=torch.float64), 0
         self.tail_sum, self.tail_count = torch.zeros((), dtype=torch.float64), 0
         self.row_step, self.row_seconds = 0, 0.0
-        self._restored_seconds, self._restored_work = 0.0, 0.0
+        self._restored_seconds, self._restored_cpu_seconds = 0.0, 0.0
 
     @property
     def train_loss(self) -> float | None:
-        """Mean over the last tenth of the steps, nats per token; None before they are reached."""
+        """Mean over the last tenth of the steps, nats per token; None before them."""
         return float(self.tail_sum) / self.tail_count if self.tail_count else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "row": (float(self.row_sum), self.row_count),
             "tail": (float(self.tail_sum), self.tail_count),
             "row_step": self.row_step,
             "row_seconds": self.row_seconds,
-            "seconds": self.watch.seconds,
-            "cpu_seconds": self.work.seconds,
+            "seconds": self.wall_time.seconds,
+            "cpu_seconds": self.cpu_time.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Restore the state of a checkpoint."""
         (row, self.row_count), (tail, self.tail_count) = state_dict["row"], state_dict["tail"]
         self.row_sum = torch.tensor(row, dtype=torch.float64)
         self.tail_sum = torch.tensor(tail, dtype=torch.float64)
         self.row_step, self.row_seconds = state_dict["row_step"], state_dict["row_seconds"]
-        self._restored_seconds, self._restored_work = state_dict["seconds"], state_dict["cpu_seconds"]
+        self._restored_seconds, self._restored_cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the rows that an earlier attempt wrote after its last checkpoint."""
+        """Remove the rows that an earlier attempt wrote after its last checkpoint."""
         self.row_sum, self.tail_sum = self.row_sum.to(pl_module.device), self.tail_sum.to(pl_module.device)
         if trainer.global_step <= self.tail_starts:
-            self.tail_sum, self.tail_count = torch.zeros_like(self.tail_sum), 0  # a trunk's tail is not its branch's
+            self.tail_sum, self.tail_count = (
+                torch.zeros_like(self.tail_sum),
+                0,
+            )  # a branch does not count the last tenth of its trunk
         if trainer.is_global_zero:
             kept = [row for row in self.directory.metrics() if row.step <= trainer.global_step]
             write_lines(self.directory.metrics_file, kept)
-        self.watch.start(self._restored_seconds)
-        self.work.start(self._restored_work)
+        self.wall_time.start(self._restored_seconds)
+        self.cpu_time.start(self._restored_cpu_seconds)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the micro-batch's loss; at the end of an optimizer step, write the row that is due."""
+        """Add the loss of the micro-batch; at the end of an optimizer step, write a row if one is due."""
         module = cast("TrainingModule", pl_module)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step if stepped else trainer.global_step + 1
@@ -157,20 +167,20 @@ class MetricsLogger(Callback):
             self.tail_count += 1
         evaluate = step in self.evaluate_at
         if stepped and (evaluate or step % self.every == 0):
-            self.pause()
+            self.pause_timers()
             self._row(step, module, evaluate=evaluate)
             trainer.should_stop |= self.diverged is not None
-            self.go_on()
+            self.resume_timers()
 
-    def pause(self) -> None:
-        """Stop the clocks: what follows is not training."""
-        self.watch.stop()
-        self.work.stop()
+    def pause_timers(self) -> None:
+        """Pause the timers for work that is not training."""
+        self.wall_time.stop()
+        self.cpu_time.stop()
 
-    def go_on(self) -> None:
-        """Let the clocks run."""
-        self.watch.start()
-        self.work.start()
+    def resume_timers(self) -> None:
+        """Continue the timers."""
+        self.wall_time.start()
+        self.cpu_time.start()
 
     def _row(self, step: int, module: TrainingModule, *, evaluate: bool) -> None:
         shape, tokens = self.spec.model, step * self.spec.batch_tokens
@@ -178,7 +188,7 @@ class MetricsLogger(Callback):
         finite = math.isfinite(loss)
         validation = None
         if evaluate and finite:
-            validation = held_out_loss(module, self.held_out, micro_batch=module.evaluation_windows)
+            validation = held_out_loss(module, self.held_out, micro_batch=module.evaluation_sequences)
             finite = math.isfinite(validation)
         if not finite:
             self.diverged = (
@@ -188,7 +198,7 @@ class MetricsLogger(Callback):
         elif step == self.spec.steps:
             self.validation_loss = validation
             self.tail_sum = torch.tensor(module.mean_over_processes(self.tail_sum), dtype=torch.float64)
-        rate = (step - self.row_step) * self.spec.batch_tokens / max(self.watch.seconds - self.row_seconds, 1e-9)
+        rate = (step - self.row_step) * self.spec.batch_tokens / max(self.wall_time.seconds - self.row_seconds, 1e-9)
         peak = self.device.peak_flops
         norm = float(module.grad_norm)
         row = MetricsRow(
@@ -206,25 +216,25 @@ class MetricsLogger(Callback):
         if module.trainer.is_global_zero:
             append_line(self.directory.metrics_file, row)
         self.row_sum, self.row_count = torch.zeros_like(self.row_sum), 0
-        self.row_step, self.row_seconds = step, self.watch.seconds
+        self.row_step, self.row_seconds = step, self.wall_time.seconds
 
 
-EVERY = 16
-"""One step in so many is timed on a GPU, where the host would otherwise have to wait for every step."""
+GPU_TIMING_INTERVAL = 16
+"""Steps per timed step on a GPU; each one takes two events, which are read at the end of the run."""
 
 
 class OptimizerStepTimer:
-    """Times optimizer steps: all of them on a CPU, some on a GPU, by events that cost the host nothing."""
+    """Mean duration of optimizer steps: of all steps on a CPU; on a GPU of some, by events, so that the host never waits."""
 
     def __init__(self) -> None:
-        self._seconds, self._steps, self._seen = 0.0, 0, 0
+        self._seconds, self._steps, self._started = 0.0, 0, 0
         self._since: float | None = None
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._open: torch.cuda.Event | None = None
 
     @property
     def mean(self) -> float | None:
-        """Mean over the timed steps; None before the first. Waits for the GPU."""
+        """Seconds, mean over the timed steps; None before the first. Waits for the GPU."""
         seconds, steps = self._seconds, self._steps
         for begin, end in self._events:
             end.synchronize()
@@ -233,26 +243,26 @@ class OptimizerStepTimer:
         return seconds / steps if steps else None
 
     def start(self, device: torch.device) -> None:
-        """The gradients are there."""
-        self._seen += 1
+        """Call it when the gradients are complete."""
+        self._started += 1
         if device.type == "cuda":
-            if self._seen % EVERY == 0:
-                self._open = _mark()
+            if self._started % GPU_TIMING_INTERVAL == 0:
+                self._open = _recorded_event()
         else:
             self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """The weights are changed, or this was a micro-batch without a step."""
+        """Call it after the weights were changed, and after a micro-batch without a step."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._steps += 1
             self._since = None
         if self._open is not None:
-            self._events.append((self._open, _mark()))
+            self._events.append((self._open, _recorded_event()))
             self._open = None
 
 
-def _mark() -> torch.cuda.Event:
+def _recorded_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -1,8 +1,9 @@
-"""Attention logits watched and bounded: after a step, QK-clip shrinks query and key of heads whose logits grew too large.
+"""QK-clip: after a step, query and key weights of heads whose attention logits exceed a bound are scaled down.
 
-Moonlight saw logits above 100 under Muon (arXiv:2502.16982, Appendix D); Kimi K2 bounds them so (arXiv:2507.20534).
-Query and key of a head take the root of the factor each; of latent attention, where heads share the key's rotary part,
-that part stays and the query's takes the whole factor.
+Moonlight observed logits above 100 under Muon (arXiv:2502.16982, Appendix D); Kimi K2 bounds them so (arXiv:2507.20534).
+A head whose largest logit is ``s`` gets the factor ``min(1, bound / s)``. Query and key each take its square root. In
+latent attention the heads share the rotary part of the key, which stays, so the rotary part of the query takes the whole
+factor.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ def largest_logits(query: Tensor, key: Tensor) -> Tensor:
     """The largest causal attention logit of each head, scaled by 1 / sqrt(head size): shape ``(heads,)``, fp32.
 
     Args:
-        query: As attention multiplies it, rotary embedding applied: ``(windows, heads, tokens, head size)``.
-        key: Likewise.
+        query: Shape ``(sequences, heads, tokens, head size)``, with rotary embedding applied.
+        key: The same shape.
     """
     length = query.shape[-2]
     ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
     largest = query.new_full((query.shape[1],), -torch.inf, dtype=torch.float32)
-    for one_query, one_key in zip(query, key, strict=True):  # a window at a time: scores are tokens x tokens
+    for one_query, one_key in zip(query, key, strict=True):  # one sequence at a time: (heads, tokens, tokens)
         scores = (one_query @ one_key.mT).float().masked_fill_(ahead, -torch.inf)
         largest = torch.maximum(largest, scores.amax(dim=(-2, -1)))
     return largest.div_(query.shape[-1] ** 0.5)
 
 
 def _query_and_key(attention: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """What an attention is about to multiply: twice ``(windows, heads, tokens, channels)``."""
+    """Query and key of an attention for its inputs, each of shape ``(sequences, heads, tokens, channels)``."""
     x, rotary = inputs
     if isinstance(attention, MultiHeadLatentAttention):
         return attention.query_and_key(x, rotary)
@@ -51,14 +52,17 @@ def _query_and_key(attention: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tenso
 
 @contextlib.contextmanager
 def observed_logits(model: nn.Module, *, training_only: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The largest logit of each head, by the name of its attention, over the forward passes inside the block.
+    """Context that observes the largest logit of each head, by the name of its attention, over all forward passes.
 
-    It recomputes query and key of every attention and costs about as much as the attention, so unless logits are to
-    be bounded it belongs at chosen steps. A compiled model shows nothing. Over processes, reduce with the maximum.
+    It recomputes query and key of every attention, which costs about as much as the attention itself. It observes
+    nothing in a compiled model. Over processes, reduce with the maximum.
 
     Args:
-        model: Holds the attentions of `scaling.models.registry`.
-        training_only: Whether passes without gradient, evaluations, are left out.
+        model: A model with the attentions of `scaling.models`.
+        training_only: Skip passes without gradient.
+
+    Yields:
+        Logits of shape ``(heads,)`` per attention; updated by each pass.
     """
     largest: dict[str, Tensor] = {}
 
@@ -81,20 +85,20 @@ def observed_logits(model: nn.Module, *, training_only: bool = False) -> Iterato
 
 @torch.no_grad()
 def clip_attention_(model: nn.Module, largest: dict[str, Tensor], *, bound: float = 100.0) -> int:
-    """QK-clip of a model after a step: heads whose largest logit passed `bound` shrink so that it would have been `bound`.
+    """Scale the heads whose largest logit exceeds `bound` so that it would have been `bound`.
 
     Args:
         model: Its weights, whole or sharded by rows, change in place.
-        largest: What `observed_logits` saw at this step, over all processes.
+        largest: Result of `observed_logits` at this step, over all processes.
         bound: Kimi K2's tau.
 
     Returns:
-        How many heads were clipped.
+        Number of clipped heads.
     """
     clipped = []
-    for name, seen in largest.items():
+    for name, logits in largest.items():
         attention = model.get_submodule(name)
-        factors = torch.where(seen > bound, bound / seen, 1.0)  # (heads,)
+        factors = torch.where(logits > bound, bound / logits, 1.0)  # (heads,)
         for weight, by_row in _row_factors(attention, factors):
             _scale_rows_(weight, by_row)
         clipped.append((factors < 1).sum())
@@ -102,7 +106,7 @@ def clip_attention_(model: nn.Module, largest: dict[str, Tensor], *, bound: floa
 
 
 def _row_factors(attention: nn.Module, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Weights of an attention, each with the factor of every row."""
+    """Query and key weights of an attention, each with a factor per row."""
     root = factors.sqrt()
     if isinstance(attention, MultiHeadLatentAttention):
         sizes = attention.sizes
@@ -128,10 +132,10 @@ def _scale_rows_(weight: Tensor, by_row: Tensor) -> None:
 
 
 class QkClip:
-    """QK-clip of a model while it trains; `watching` the training passes of a step, then `after_step`.
+    """QK-clip during training: `start` observes the training passes, `after_step` clips.
 
     Attributes:
-        clipped: Heads that were shrunk so far, counted once a step.
+        clipped: Heads that were clipped so far, counted once per step.
     """
 
     def __init__(self, bound: float) -> None:
@@ -140,18 +144,18 @@ class QkClip:
         self._model: nn.Module | None = None
         self._hooks = contextlib.ExitStack()
 
-    def watch(self, model: nn.Module) -> None:
-        """Look at every training pass from here on."""
+    def start(self, model: nn.Module) -> None:
+        """Observe every training pass of a model."""
         self._model, self._largest = model, self._hooks.enter_context(observed_logits(model, training_only=True))
 
-    def forget(self) -> None:
-        """Leave the model without hooks."""
+    def stop(self) -> None:
+        """Remove the hooks from the model."""
         self._hooks.close()
 
     def after_step(self, maximum: Callable[[Tensor], Tensor]) -> None:
-        """Bound the logits of the step's batch; `maximum` takes it over processes."""
+        """Clip by the logits of the step's batch; `maximum` is the elementwise maximum over processes."""
         assert self._model is not None
         names = sorted(self._largest)
-        whole = maximum(torch.stack([self._largest[name] for name in names]))
-        self.clipped += clip_attention_(self._model, dict(zip(names, whole, strict=True)), bound=self.bound)
+        logits = maximum(torch.stack([self._largest[name] for name in names]))  # (attentions, heads)
+        self.clipped += clip_attention_(self._model, dict(zip(names, logits, strict=True)), bound=self.bound)
         self._largest.clear()

@@ -1,7 +1,6 @@
-"""Learning-rate schedules in tokens, as pure functions.
+"""Learning-rate schedules: the share of the peak as a pure function of tokens trained on.
 
-A schedule is a share of the peak at a number of tokens seen. Nothing is remembered, so a resumed run has the rates it
-would have had, and a run on twice the devices has the same rates per token.
+There is no state, so a resumed run and a run on more devices have the same rate at every token.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from scaling.spec import Schedule
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
-    # Each maps (share of the way from the end of warm-up to the end of training, final share) to a share of the peak.
+    # Share of the peak, by the share of the way from the end of warm-up to the end of training, and the final share.
     "cosine": lambda way, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * way)),
     "linear": lambda way, final: 1 + (final - 1) * way,
     "constant": lambda way, final: 1.0,
@@ -22,12 +21,12 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 def lr_fraction(schedule: Schedule, tokens: int, *, total: int) -> float:
     """Share of the peak learning rate for the step that ends at `tokens`.
 
-    Counting the step's own tokens makes the first step of a warm-up more than zero, and the last step of a decay end
-    exactly on `final_fraction`. A warm-up as long as the run ends at the peak.
+    The step's own tokens count, so the first step of a warm-up has a rate above zero, and the last step of a decay has
+    exactly `final_fraction`. A warm-up as long as the run ends at the peak.
 
     Args:
-        schedule: Its kind and its lengths in tokens.
-        tokens: Tokens seen when the step is done, in ``(0, total]``.
+        schedule: Kind, and lengths in tokens.
+        tokens: Tokens trained on after the step, in ``(0, total]``.
         total: Tokens of the whole run.
     """
     if tokens <= schedule.warmup_tokens:

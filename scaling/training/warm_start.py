@@ -1,7 +1,7 @@
-"""Runs that start from the weights of another: where those are, and what they cost.
+"""Runs that start from another run: from its final weights (warm start), or as a branch from one of its checkpoints.
 
-The other run's directory lies beside this one. Whether its FLOPs are charged is part of the spec; what was charged is
-stated in the record.
+The directory of the other run is next to that of this one. The spec states whether a warm start is charged with the FLOPs
+of its parent, and the record states what was charged.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def parent(directory: RunDirectory, initial: WarmStart, *, weights: bool = True)
 
 
 def charged_flops(directory: RunDirectory, initial: WarmStart | None) -> dict[str, int]:
-    """What the parent cost under every convention, its own parents included where they were charged; empty if not charged."""
+    """FLOPs of the parent by convention, including those that it was charged with; empty if none are charged."""
     parents = charged_parents(directory, initial)
     return dict(parents[0].flops) if parents else {}
 
 
 def charged_parents(directory: RunDirectory, initial: WarmStart | None) -> list[RunRecord]:
-    """Records of the runs that a run stands on and pays for, the nearest first.
+    """Records of the runs that a run is charged for: its parent, that run's parent, and so on.
 
     Raises:
-        UserError: One of them is not there.
+        UserError: One of them has not finished.
     """
     if initial is None or not initial.charged:
         return []
@@ -61,13 +61,13 @@ def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) ->
 
 
 def trunk_checkpoint(directory: RunDirectory) -> Path | None:
-    """The checkpoint that a run may start from in its trunk's directory, beside its own.
+    """The checkpoint of its trunk from which a branch can start.
 
     Returns:
-        None for a run without `branch_of`, and for one whose trunk is not there or kept no point at that step.
+        None for a run that is no branch, and if the trunk does not exist or kept no checkpoint at that step.
 
     Raises:
-        UserError: What `branch_of` names is not a trunk of this run: its first steps would be other steps.
+        UserError: The run of `branch_of` takes other first steps than this one.
     """
     spec = directory.spec()
     if spec.branch_of is None:
@@ -75,23 +75,23 @@ def trunk_checkpoint(directory: RunDirectory) -> Path | None:
     trunk = RunDirectory(directory.path.parent / spec.branch_of)
     if not trunk.spec_file.exists():
         return None
-    refuse_foreign(spec, trunk.spec())
-    # Torch lives behind this import, and planning reads `refuse_foreign` without it.
+    check_branch(spec, trunk.spec())
+    # Imported here because it imports torch, which planning must not load for `check_branch`.
     from scaling.training.checkpoint import branch_checkpoint
 
     return branch_checkpoint(trunk.checkpoints, spec.branch_tokens // spec.batch_tokens)
 
 
-def refuse_foreign(branch: RunSpec, trunk: RunSpec) -> None:
-    """Refuse a trunk whose steps are not the branch's own up to the branch's decay.
+def check_branch(branch: RunSpec, trunk: RunSpec) -> None:
+    """Check that a trunk takes the same steps as its branch until the branch's decay.
 
     Raises:
-        UserError: The sentence names the fields that differ, or the lengths that do not fit.
+        UserError: It does not; the sentence names the fields that differ, or the lengths that do not fit.
     """
     if branch.schedule.kind != "wsd" or trunk.schedule.kind != "wsd":
         raise UserError(
             f'a branch and its trunk need the schedule "wsd"; these have "{branch.schedule.kind}" and '
-            f'"{trunk.schedule.kind}". Other kinds decay from the start, so no two lengths share a step.'
+            f'"{trunk.schedule.kind}". Other kinds decay from the start, so runs of different lengths share no step.'
         )
     differing = [
         field
@@ -103,11 +103,11 @@ def refuse_foreign(branch: RunSpec, trunk: RunSpec) -> None:
     if differing:
         raise UserError(
             f"run {branch.id} is no branch of {branch.branch_of}: they differ in {', '.join(differing)}. "
-            "A branch may differ from its trunk in its tokens and its decay alone."
+            "A branch may differ from its trunk only in its tokens and its decay."
         )
     if branch.branch_tokens > trunk.branch_tokens:
         raise UserError(
-            f"run {branch.id} leaves its trunk at {branch.branch_tokens:,} tokens, and the trunk {branch.branch_of} "
+            f"run {branch.id} branches off at {branch.branch_tokens:,} tokens, and the trunk {branch.branch_of} "
             f"decays from {trunk.branch_tokens:,} on. Make the trunk longer, or train the run whole."
         )
 

@@ -8,7 +8,7 @@ import msgspec
 
 from scaling.errors import UserError
 from scaling.flops import train_flops
-from scaling.training.warm_start import refuse_foreign
+from scaling.training.warm_start import check_branch
 
 if TYPE_CHECKING:
     from sweeps.planning.plan import CampaignPlan, PlannedRun
@@ -46,7 +46,7 @@ def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
                 continue
             try:
                 branch = _with_spec(made[number], branch_of=made[longest].id)
-                refuse_foreign(branch.spec, made[longest].spec)
+                check_branch(branch.spec, made[longest].spec)
             except UserError:
                 continue
             made[number] = branch

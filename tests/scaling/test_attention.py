@@ -1,4 +1,4 @@
-"""Which attention kernel a run uses is measured once, and then stays."""
+"""Choice of the attention kernel: measured once, then fixed for the run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ LATENT = ModelConfig(
 
 
 @pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["plain", "latent"])
-def test_kernels_that_take_the_shape_are_measured(shape: ModelConfig) -> None:
+def test_supported_kernels_are_measured(shape: ModelConfig) -> None:
     seconds = attention_backend.measure(
-        shape, windows=2, device=torch.device("cpu"), precision="fp32", candidates=(SDPBackend.MATH,)
+        shape, sequences=2, device=torch.device("cpu"), precision="fp32", candidates=(SDPBackend.MATH,)
     )
     assert seconds["MATH"] > 0
 
 
-def test_the_choice_of_the_first_attempt_is_the_choice_of_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([{"MATH": 2.0, "FLASH_ATTENTION": 1.0}, {"MATH": 1.0, "FLASH_ATTENTION": 2.0}])
     monkeypatch.setattr(attention_backend, "measure", lambda *_, **__: next(answers))
     gpu = torch.device("cuda")
     first, second = (
-        attention_backend.chosen_kernel(tmp_path, SHAPE, windows=2, device=gpu, precision="bf16") for _ in range(2)
+        attention_backend.chosen_kernel(tmp_path, SHAPE, sequences=2, device=gpu, precision="bf16") for _ in range(2)
     )
     assert first is second is SDPBackend.FLASH_ATTENTION
 
@@ -42,9 +40,9 @@ def test_the_choice_of_the_first_attempt_is_the_choice_of_the_next(
 @pytest.mark.parametrize(
     ("precision", "context", "kernel"), [("fp32", 16, None), ("bf16", 16, SDPBackend.MATH), ("bf16", 512, None)]
 )
-def test_on_a_cpu_the_choice_follows_from_the_run_alone(
+def test_the_cpu_choice_depends_only_on_the_run(
     tmp_path: Path, precision: str, context: int, kernel: SDPBackend | None
 ) -> None:
     shape, cpu = msgspec.structs.replace(SHAPE, context=context), torch.device("cpu")
-    assert attention_backend.chosen_kernel(tmp_path, shape, windows=2, device=cpu, precision=precision) is kernel
+    assert attention_backend.chosen_kernel(tmp_path, shape, sequences=2, device=cpu, precision=precision) is kernel
     assert not list(tmp_path.iterdir())

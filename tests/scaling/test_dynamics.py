@@ -1,4 +1,4 @@
-"""What a run measures of its updates and weights, and QK-clip: read without touching, and the same after a stop."""
+"""Training dynamics and QK-clip: measuring changes no number, and a resumed run measures and clips the same."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def measured(path: Path) -> list[DynamicsRow]:
     return RunDirectory(path).dynamics()
 
 
-def test_measuring_changes_no_number_of_the_run_and_says_something_of_every_class(
-    tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_measuring_changes_no_number(tiny_shards: Path, tmp_path: Path) -> None:
     watched = place(a_spec(tiny_shards, update_rms="exact"), tmp_path, tiny_shards)
     alone = place(a_spec(tiny_shards, times=None, update_rms="exact"), tmp_path, tiny_shards)
     record = finish(watched)
@@ -58,7 +56,7 @@ def test_measuring_changes_no_number_of_the_run_and_says_something_of_every_clas
 
 
 @pytest.mark.parametrize("bound", [None, 0.1])
-def test_a_stopped_run_measures_and_clips_as_if_it_had_never_stopped(
+def test_a_stopped_run_measures_and_clips_the_same(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float | None
 ) -> None:
     spec = a_spec(tiny_shards, **({} if bound is None else {"qk_clip": bound}))
@@ -72,9 +70,7 @@ def test_a_stopped_run_measures_and_clips_as_if_it_had_never_stopped(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_qk_clip_holds_the_logits_of_a_run_where_they_would_have_grown(
-    tiny_shards: Path, tmp_path: Path, optimizer: str
-) -> None:
+def test_qk_clip_bounds_the_logits(tiny_shards: Path, tmp_path: Path, optimizer: str) -> None:
     free, bound = (
         place(a_spec(tiny_shards, optimizer=optimizer, **options), tmp_path, tiny_shards, micro_batch=4)
         for options in ({}, {"qk_clip": 0.1})
@@ -83,7 +79,7 @@ def test_qk_clip_holds_the_logits_of_a_run_where_they_would_have_grown(
     finish(bound)
     before, after = (max(measured(path)[-1].largest_logit.values()) for path in (free, bound))
     assert before > 0.3
-    assert after < 0.2  # 0.1 on the batch before the step; on other windows and after it, a little more
+    assert after < 0.2  # 0.1 on the batch before the step; on other sequences and after it, a little more
     assert measured(free)[-1].clipped_heads is None
     assert STEPS < measured(bound)[-1].clipped_heads <= 4 * STEPS  # two heads in each of two layers
 
@@ -97,7 +93,7 @@ def test_a_compiled_model_cannot_be_clipped(tiny_shards: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_measure_and_clip_as_one(tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
+def test_two_processes_measure_and_clip_the_same(tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
     spec = a_spec(tiny_shards, qk_clip=0.1)
     one = place(spec, tmp_path / "one", tiny_shards, every=1e9)
     two = RunDirectory(tmp_path / "two" / spec.id)

@@ -1,4 +1,4 @@
-"""Runs beside each other on one device: a failed or killed one is alone in it."""
+"""Runs side by side: a failed or killed run does not affect the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _kill(path: Path) -> None:
     os.kill(directory.attempts()[-1].pid, signal.SIGKILL)
 
 
-def test_neighbours_of_a_failed_and_of_a_killed_run_end_as_if_alone(tiny_shards: Path, tmp_path: Path) -> None:
+def test_runs_next_to_failed_and_killed_ones_are_unaffected(tiny_shards: Path, tmp_path: Path) -> None:
     manifest = manifest_hash(read_manifest(tiny_shards))
     good = make_spec(seed=1, manifest=manifest)
     alone = place(good, tmp_path / "alone", tiny_shards)
@@ -59,7 +59,7 @@ def test_neighbours_of_a_failed_and_of_a_killed_run_end_as_if_alone(tiny_shards:
     assert numbers(paths["good"]) == numbers(alone)
 
 
-def test_slots_fill_every_device_before_a_second_run_goes_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_use_every_device_before_sharing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_slots(2) == ["0", "1", "0", "1"]
@@ -70,7 +70,7 @@ def test_slots_fill_every_device_before_a_second_run_goes_to_one(monkeypatch: py
 
 
 @pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
-def test_a_killed_fork_server_is_one_sentence(
+def test_a_killed_fork_server_is_reported(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def start(self: object) -> None:
@@ -89,7 +89,7 @@ def _sleep(path: str) -> None:
     time.sleep(600)
 
 
-def test_a_pool_kills_workers_that_do_not_end_in_the_grace_period(tmp_path: Path) -> None:
+def test_a_pool_kills_workers_after_the_grace_period(tmp_path: Path) -> None:
     with ProcessPool() as pool:
         pool.start("sleeper", _sleep, str(tmp_path / "started"))
         until((tmp_path / "started").exists, "the worker did not start")

@@ -1,4 +1,4 @@
-"""One run on several processes is the run on one, and what goes wrong there is one sentence with the remedy."""
+"""One run in several processes: the same numbers as in one process, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def same(several: Path, one: Path, record: RunRecord, reference: RunRecord) -> None:
-    """Equal within another order of summation: a router's choice between near equals may tip, so losses are compared."""
+    """Equal up to the order of summation; a router can choose differently between near equals, so losses are compared."""
     assert record.tokens == reference.tokens
     assert record.validation_loss == pytest.approx(reference.validation_loss, abs=2e-3)
     assert record.train_loss == pytest.approx(reference.train_loss, abs=2e-3)
@@ -55,7 +55,7 @@ def same(several: Path, one: Path, record: RunRecord, reference: RunRecord) -> N
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
+def test_four_processes_match_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
     one = directory_for(spec, tmp_path / "one", tiny_shards)
     four = directory_for(spec, tmp_path / "four", tiny_shards, devices=4, strategy=strategy)
     reference = finish(one)
@@ -66,7 +66,7 @@ def test_four_processes_are_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_processes_that_are_stopped_together_continue_together(
+def test_a_killed_rank_stops_the_run_which_then_continues(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
     from scaling.training.checkpoint import newest_checkpoint
@@ -100,7 +100,7 @@ MOVES = ["one", "fsdp2", "ddp", "one", "ddp", "fsdp2", "one"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_continues_under_every_other_strategy(name: str, tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_run_continues_under_another_strategy(name: str, tiny_shards: Path, tmp_path: Path) -> None:
     shape = msgspec.structs.replace(
         TINY, layers=2
     )  # one layer's parameters have the same order in groups and in the model
@@ -126,9 +126,7 @@ def test_a_run_continues_under_every_other_strategy(name: str, tiny_shards: Path
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_bf16_means_the_same_in_several_processes(
-    spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_bf16_in_several_processes_matches_one(spec: RunSpec, tiny_shards: Path, tmp_path: Path, strategy: str) -> None:
     spec = msgspec.structs.replace(spec, precision="bf16", evaluation=Evaluation(tokens=512, times=0))
     rows = []
     for folder, placed in (("one", {}), ("two", {"devices": 2, "strategy": strategy, "recompute": True})):
@@ -142,7 +140,7 @@ def test_bf16_means_the_same_in_several_processes(
 
 
 def _kill_a_worker(path: Path) -> None:
-    """As soon as there is a checkpoint, kill one of the processes that train."""
+    """Kill one of the ranks once there are two checkpoints."""
     import multiprocessing
     import os
     import signal
@@ -156,7 +154,7 @@ def _kill_a_worker(path: Path) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_what_would() -> None:
+def test_processes_must_divide_the_batch() -> None:
     with pytest.raises(
         UserError, match=r"3 processes do not divide the 8 sequences .* Use 2 of them, or a batch of 144\."
     ):
@@ -166,20 +164,20 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_what_wo
     assert share_of_batch(make_spec(windows=8), Placement(data="x", devices=4, micro_batch=1)) == (2, 1)
 
 
-def test_several_nodes_are_not_started_from_one_process(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_several_nodes_need_a_launcher(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Start one process per device with srun or torchrun"):
         finish(directory_for(spec, tmp_path, tiny_shards, devices=2, nodes=2))
 
 
-def test_too_little_memory_fails_the_run_with_the_micro_batch_that_fits(
+def test_out_of_memory_names_a_smaller_micro_batch(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = Decoder.loss
 
-    def hungry(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
-        if len(windows) > 2 and torch.is_grad_enabled():
+    def hungry(self: Decoder, sequences: torch.Tensor) -> torch.Tensor:
+        if len(sequences) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return loss(self, windows)
+        return loss(self, sequences)
 
     monkeypatch.setattr(Decoder, "loss", hungry)
     path = directory_for(spec, tmp_path, tiny_shards)
@@ -194,7 +192,7 @@ def test_too_little_memory_fails_the_run_with_the_micro_batch_that_fits(
     assert finish(path).status == "finished"
 
 
-def test_recomputed_activations_change_no_number(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_recomputation_changes_no_number(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
     kept = directory_for(spec, tmp_path / "kept", tiny_shards)
     again = directory_for(spec, tmp_path / "again", tiny_shards, recompute=True)
     assert finish(kept).validation_loss == finish(again).validation_loss
@@ -202,7 +200,7 @@ def test_recomputed_activations_change_no_number(spec: RunSpec, tiny_shards: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_optimizer_seconds_leave_evaluation_and_saving_out(
+def test_optimizer_seconds_exclude_evaluation(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scaling.training import metrics

@@ -1,4 +1,4 @@
-"""Code of a run: its hashes follow what decides numbers, and nothing else."""
+"""Hashes of the code of a run: they change with what decides its numbers, and with nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from scaling.run.provenance import CODE_ROOT, changed_files, code_hashes, describe_code
 from scaling.run.record import Code
 
-MUON, INITIAL = "scaling/optim/muon.py", "scaling/training/warm_start.py"
+MUON, WARM_START = "scaling/optim/muon.py", "scaling/training/warm_start.py"
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,12 @@ MUON, INITIAL = "scaling/optim/muon.py", "scaling/training/warm_start.py"
     [
         (MUON, "Muon beside AdamW as one", "AdamW and Muon as one", []),
         (MUON, "from __future__", "# a comment\n\n\nfrom __future__", []),
-        (INITIAL, "upcycling makes experts", "experts are made", []),
+        (WARM_START, "A branch may differ", "A branch differs", []),
         (MUON, 'group["rms"] * max(', '3 * group["rms"] * max(', [MUON]),
     ],
     ids=["docstring", "comment", "message", "number"],
 )
-def test_hashes_change_with_what_decides_numbers_alone(
-    file: str, old: str, new: str, changed: list[str], tmp_path: Path
-) -> None:
+def test_hashes_change_only_with_numbers(file: str, old: str, new: str, changed: list[str], tmp_path: Path) -> None:
     shutil.copytree(CODE_ROOT / "scaling", tmp_path / "scaling", ignore=shutil.ignore_patterns("__pycache__"))
     text = (tmp_path / file).read_text()
     assert old in text
@@ -34,7 +32,7 @@ def test_hashes_change_with_what_decides_numbers_alone(
     assert [name for name in here if hashes[name] != here[name]] == changed
 
 
-def test_the_files_that_differ_are_named() -> None:
+def test_changed_files_are_named() -> None:
     code = describe_code()
     assert changed_files(code) == ()
     assert changed_files(Code(commit=None, dirty=None, versions={})) is None

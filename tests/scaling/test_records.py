@@ -4,12 +4,13 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from recorded import write_record
 from tiny import make_spec
 from waiting import until
 
 from scaling.errors import UserError
 from scaling.io import append_line, read_lines, temporary_name, write_atomic
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, finished_run
 from scaling.run.record import Attempt
 from scaling.spec import Placement
 
@@ -22,7 +23,7 @@ def directory(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def test_a_torn_last_line_costs_that_line_alone(directory: RunDirectory) -> None:
+def test_a_torn_last_line_is_ignored(directory: RunDirectory) -> None:
     directory.note("start", step=0)
     with directory.attempts_file.open("ab") as file:
         file.write(b'{"event":"end","ti')
@@ -30,7 +31,7 @@ def test_a_torn_last_line_costs_that_line_alone(directory: RunDirectory) -> None
     assert [attempt.step for attempt in directory.attempts()] == [0, 5]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "record.json"
     write_atomic(target, b"old")
 
@@ -44,23 +45,23 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_processes_with_one_id_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+def test_temporary_names_are_unique(tmp_path: Path) -> None:
     assert temporary_name(tmp_path / "plan.jsonl") != temporary_name(tmp_path / "plan.jsonl")
 
 
-def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+def test_a_file_name_with_nul_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NUL"):
         write_atomic(tmp_path / "a\0b.svg", b"")
 
 
-def test_an_edited_spec_is_refused(directory: RunDirectory) -> None:
+def test_an_edited_spec_is_rejected(directory: RunDirectory) -> None:
     text = directory.spec_file.read_text()
     directory.spec_file.write_text(text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match="not edited in place"):
         directory.spec()
 
 
-def test_a_file_that_is_no_spec_is_refused_by_name(directory: RunDirectory) -> None:
+def test_an_invalid_spec_is_named(directory: RunDirectory) -> None:
     directory.spec_file.write_text("{}")
     with pytest.raises(UserError, match=r"spec\.json: not a valid RunSpec"):
         directory.spec()
@@ -72,7 +73,7 @@ def _hold(path: Path, held: object, release: object) -> None:
         release.wait()  # type: ignore[attr-defined]
 
 
-def test_a_claim_is_exclusive_and_dies_with_its_process(directory: RunDirectory) -> None:
+def test_a_claim_is_exclusive_and_ends_with_its_process(directory: RunDirectory) -> None:
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(directory.path, held, release), daemon=True)
@@ -87,15 +88,29 @@ def test_a_claim_is_exclusive_and_dies_with_its_process(directory: RunDirectory)
         assert got
 
 
-def test_state_is_what_the_files_say(directory: RunDirectory) -> None:
+def test_state_follows_from_the_files(directory: RunDirectory) -> None:
     assert directory.state() == "planned"
     directory.note("start", step=0)
     assert directory.state() == "preempted"  # started, not locked, no end: it was killed
     directory.note("end", step=3, outcome="failed", reason="because")
     assert directory.state() == "failed"
+    directory.note("exit", step=3, exit_status=1, node="n1", slurm_state="FAILED")
+    assert directory.state() == "failed"  # the exit of a job does not hide the reason of the attempt
+    assert directory.failure() == "because"
 
 
-def test_lines_of_another_kind_are_not_read_as_ours(tmp_path: Path) -> None:
+def test_a_run_that_others_need_must_be_finished(directory: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory, and evaluation needs a finished run"):
+        finished_run(RunDirectory(tmp_path / "nowhere"), purpose="evaluation")
+    with pytest.raises(UserError, match="state is planned, and evaluation needs a finished run"):
+        finished_run(directory, purpose="evaluation")
+    write_record(directory, directory.spec(), 3.0)
+    with pytest.raises(UserError, match=r"weights\.safetensors: the weights are gone, and evaluation needs them"):
+        finished_run(directory, purpose="evaluation")
+    assert finished_run(directory, purpose="evaluation", weights=False) == directory.record()
+
+
+def test_lines_of_another_type_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     path.write_text('{"step": 3}\n')
     append_line(path, Attempt(event="start", time=0.0, host="h", pid=1, step=0))

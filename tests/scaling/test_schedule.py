@@ -1,4 +1,4 @@
-"""Schedules as pure functions of tokens: their ends, their order, and equality with torch's where torch has one."""
+"""Learning-rate schedules: ends, monotony, and equality with torch's cosine."""
 
 import math
 from typing import Literal
@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("schedule", KINDS.values(), ids=KINDS.keys())
-def test_ends_on_the_final_fraction_after_a_warm_up_that_starts_above_zero(schedule: Schedule) -> None:
+def test_first_and_last_rate(schedule: Schedule) -> None:
     assert lr_fraction(schedule, TOTAL, total=TOTAL) == pytest.approx(schedule.final_fraction, abs=1e-12)
     assert 0 < lr_fraction(schedule, BATCH, total=TOTAL) == BATCH / schedule.warmup_tokens
     assert lr_fraction(schedule, schedule.warmup_tokens, total=TOTAL) == 1.0
@@ -39,7 +39,7 @@ def test_a_warm_up_as_long_as_the_run_ends_at_the_peak(kind: Literal["cosine", "
     assert lr_fraction(Schedule(kind=kind, warmup_tokens=TOTAL), TOTAL, total=TOTAL) == 1.0
 
 
-def test_cosine_is_torchs_cosine() -> None:
+def test_cosine_equals_torch() -> None:
     parameter = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=0.1)
@@ -50,7 +50,7 @@ def test_cosine_is_torchs_cosine() -> None:
         assert math.isclose(lr_fraction(schedule, step * 7, total=700), oracle.get_last_lr()[0], rel_tol=1e-9)
 
 
-def test_stable_decay_is_flat_until_the_decay_and_linear_in_it() -> None:
+def test_wsd_is_flat_then_linear() -> None:
     schedule = KINDS["wsd"]
     assert lr_fraction(schedule, 800_000, total=TOTAL) == 1.0
     assert lr_fraction(schedule, 900_000, total=TOTAL) == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""A run under everything that can stop it: the numbers must be the ones of a run that nothing stopped."""
+"""Training of one run under signals, kills, damage and a full disk: the numbers are those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scaling.spec import RunSpec
 from scaling.training.checkpoint import AtomicCheckpointIO, checkpoint_files, newest_checkpoint
 from scaling.training.loop import train
 from scaling.training.metrics import spread
-from scaling.training.module import ahead
+from scaling.training.module import prefetch
 
 STEPS = 24
 
@@ -36,14 +36,14 @@ def spec(tiny_shards: Path) -> RunSpec:
     return make_spec(steps=STEPS, optimizer="muon", manifest=manifest_hash(read_manifest(tiny_shards)))
 
 
-def test_training_a_folder_that_is_no_run_leaves_it_as_it_was(tmp_path: Path) -> None:
+def test_a_folder_without_a_spec_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         train(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_stopped_run_ends_as_if_it_had_never_stopped(
+def test_a_stopped_run_ends_with_the_same_numbers(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
 ) -> None:
     whole = place(spec, tmp_path / "whole", tiny_shards)
@@ -61,14 +61,14 @@ def _train_quietly(path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 13, STEPS])
-def test_kill_9_costs_at_most_the_steps_since_the_last_resume_point(
+def test_a_killed_run_ends_with_the_same_numbers(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     whole = place(spec, tmp_path / "whole", tiny_shards)
     finish(whole)
     killed = place(spec, tmp_path / "killed", tiny_shards)
     with monkeypatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: this child only trains
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: the child only trains
         at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
         child = multiprocessing.get_context("fork").Process(target=_train_quietly, args=(killed,))
         child.start()
@@ -81,7 +81,7 @@ def test_kill_9_costs_at_most_the_steps_since_the_last_resume_point(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "of another run"])
-def test_a_damaged_or_foreign_resume_point_is_passed_over_aloud_for_the_one_before(
+def test_a_damaged_checkpoint_is_reported_and_skipped(
     damage: str,
     spec: RunSpec,
     tiny_shards: Path,
@@ -109,7 +109,7 @@ def test_a_damaged_or_foreign_resume_point_is_passed_over_aloud_for_the_one_befo
     assert numbers(hurt) == numbers(whole)
 
 
-def test_a_full_disk_fails_the_attempt_and_keeps_the_resume_point_before(
+def test_a_full_disk_keeps_the_previous_checkpoint(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, full = (place(spec, tmp_path / name, tiny_shards) for name in ("whole", "full"))
@@ -130,21 +130,21 @@ def test_a_full_disk_fails_the_attempt_and_keeps_the_resume_point_before(
     directory = RunDirectory(full)
     assert directory.state() == "failed"
     assert "No space" in str(directory.attempts()[-1].reason)
-    assert not list(directory.checkpoints.glob(".*")), "half a file was left behind"
+    assert not list(directory.checkpoints.glob(".*")), "a temporary file was left"
     finish(full)
     assert numbers(full) == numbers(whole)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_is_kept(
+def test_a_loss_that_is_not_finite_is_recorded_as_divergence(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = place(spec, tmp_path, tiny_shards)
     calls: list[int] = []
     loss = Decoder.loss
 
-    def poisoned(self: Decoder, windows: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: Decoder, sequences: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return loss(self, windows) * (float("nan") if len(calls) == 10 else 1.0)
+        return loss(self, sequences) * (float("nan") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(Decoder, "loss", poisoned)
     record = finish(path)
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_is_kept(
     assert b"NaN" not in (path / "record.json").read_bytes()
 
 
-def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_micro_batches_add_up_to_the_batch(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
     whole = finish(place(spec, tmp_path / "whole", tiny_shards))
     parts = finish(place(spec, tmp_path / "parts", tiny_shards, micro_batch=2))
     # Equal mathematics, another order of summation in fp32.
@@ -163,17 +163,15 @@ def test_accumulated_micro_batches_are_one_batch(spec: RunSpec, tiny_shards: Pat
     assert parts.tokens == whole.tokens
 
 
-def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(
-    spec: RunSpec, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_a_micro_batch_must_divide_the_batch(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="micro_batch 3 does not divide the 8 sequences"):
         train(place(spec, tmp_path, tiny_shards, micro_batch=3), progress=False)
 
 
-def test_other_data_than_planned_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
+def test_other_data_than_planned_is_rejected(tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the run was planned for"):
         train(place(make_spec(manifest="0" * 64), tmp_path, tiny_shards), progress=False)
-    with pytest.raises(UserError, match="before its data were prepared"):
+    with pytest.raises(UserError, match="before its data was prepared"):
         train(place(make_spec(manifest=None), tmp_path, tiny_shards), progress=False)
 
 
@@ -191,9 +189,7 @@ def test_a_hostile_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_learns_and_its_record_says_who_got_which_weights(
-    name: str, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_every_optimizer_learns_and_records_its_groups(name: str, tiny_shards: Path, tmp_path: Path) -> None:
     spec = make_spec(steps=40, optimizer=name, manifest=manifest_hash(read_manifest(tiny_shards)))
     record = finish(place(spec, tmp_path, tiny_shards))
     assert record.validation_loss is not None
@@ -204,37 +200,39 @@ def test_every_optimizer_learns_and_its_record_says_who_got_which_weights(
     assert record.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_both_arms_see_the_same_start(tiny_shards: Path) -> None:
+def test_arms_start_from_the_same_weights(tiny_shards: Path) -> None:
     states = []
     for name in ("adamw", "muon"):
-        model = Decoder(make_spec(optimizer=name).shape)
+        model = Decoder(make_spec(optimizer=name).model)
         model.initialise(0)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_a_run_may_use_the_stream_to_its_last_window(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_run_can_use_the_whole_stream(tiny_shards: Path, tmp_path: Path) -> None:
     per_epoch = Batches(tiny_shards, context=TINY.context, sequences=1).steps
-    windows = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
-    spec = make_spec(steps=per_epoch // windows, windows=windows, manifest=manifest_hash(read_manifest(tiny_shards)))
+    sequences = max(n for n in range(1, per_epoch) if per_epoch % n == 0)
+    spec = make_spec(
+        steps=per_epoch // sequences, windows=sequences, manifest=manifest_hash(read_manifest(tiny_shards))
+    )
     directory = place(spec, tmp_path / "all", tiny_shards)
     assert finish(directory).tokens == per_epoch * TINY.context
 
 
-def test_batches_read_ahead_come_in_order_and_a_failed_read_comes_where_it_failed() -> None:
+def test_prefetch_keeps_order_and_errors() -> None:
     def fetch(step: int) -> torch.Tensor:
         if step == 3:
             raise UserError("the disk is gone")
         return torch.tensor(step)
 
-    read = ahead(fetch, range(9))
+    read = prefetch(fetch, range(9))
     assert [int(next(read)) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="the disk is gone"):
         next(read)
-    assert [int(batch) for batch in ahead(torch.tensor, range(5))] == [0, 1, 2, 3, 4]
+    assert [int(batch) for batch in prefetch(torch.tensor, range(5))] == [0, 1, 2, 3, 4]
 
 
-def test_graphs_are_refused_where_gradients_are_added_up(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_graphs_need_whole_batches(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
     directory = place(spec, tmp_path / "graphs", tiny_shards)
     placement = RunDirectory(directory).placement()
     write_json(
@@ -245,7 +243,7 @@ def test_graphs_are_refused_where_gradients_are_added_up(spec: RunSpec, tiny_sha
         train(directory, progress=False)
 
 
-def test_compiled_code_lies_beside_the_runs_where_its_owner_alone_can_write(
+def test_the_compiler_cache_is_private(
     spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch._inductor.runtime.cache_dir_utils as torchs
@@ -271,14 +269,17 @@ def test_compiled_code_lies_beside_the_runs_where_its_owner_alone_can_write(
 
 
 @pytest.mark.parametrize("count", [1, 5, STEPS - 1, STEPS, 10**30])
-def test_measurements_are_spread_over_the_steps_however_many_are_asked_for(count: int) -> None:
+def test_measurements_are_spread_over_the_steps(count: int) -> None:
     steps = spread(count, STEPS)
     assert len(steps) == min(count, STEPS)
     assert max(steps) == STEPS
 
 
-def test_threads_that_no_machine_has_are_refused(spec: RunSpec, tiny_shards: Path, tmp_path: Path) -> None:
+def test_too_many_threads_are_rejected(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     directory = RunDirectory(place(spec, tmp_path, tiny_shards))
-    write_json(directory.placement_file, msgspec.structs.replace(directory.placement(), threads=100_000))
-    with pytest.raises(UserError, match="threads = 100,000, and this machine has"):
+    write_json(directory.placement_file, msgspec.structs.replace(directory.placement(), threads=1000))
+    with pytest.raises(UserError, match="threads = 1,000, and this machine has 2 processors"):
         train(directory.path, progress=False)
