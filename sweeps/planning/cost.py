@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from scaling.errors import ConfigError
+from scaling.errors import UserError
 from scaling.flops import train_flops, train_flops_per_token
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
@@ -107,7 +107,7 @@ def records_under(root: Path) -> dict[str, RunRecord]:
     """Readable records of all runs under a root, by id."""
     found = {}
     for file in sorted((root / "runs").glob("*/record.json")):
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(UserError):
             record = RunDirectory(file.parent).record()
             if record is not None:
                 found[file.parent.name] = record
