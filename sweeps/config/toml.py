@@ -198,7 +198,7 @@ def _with_free_keys(steps: list[str | int], tables: Any, kind: type[msgspec.Stru
                 del table[other]
         try:
             msgspec.convert(alone, type=kind)
-        except (msgspec.ValidationError, ConfigError) as error:
+        except (msgspec.ValidationError, UserError) as error:
             if str(error) == message:
                 return _with_free_keys([*steps[:at], key, *steps[at + 1 :]], tables, kind, message)
     return steps

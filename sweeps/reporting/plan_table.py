@@ -14,10 +14,12 @@ from rich.text import Text
 from scaling.console import console
 from scaling.flops import train_flops
 from scaling.optim.optimizer_flops import run_optimizer_flops
+from scaling.optim.registry import OPTIMIZERS
 from scaling.run.provenance import changed_files
 from scaling.run.record import RunState
 from scaling.spec import as_dict
 from scaling.units import human, pflops_days
+from sweeps.config.campaign import Campaign
 from sweeps.planning.cost import (
     Basis,
     Measured,
@@ -206,6 +208,14 @@ def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
     return sum(hours * rate for hours, rate in known if rate is not None)
 
 
+def arm_labels(campaign: Campaign) -> dict[str, str]:
+    """Label of each arm: its name, or the label of its optimizer if it is named after it."""
+    labels = {name: recipe.label for name, recipe in OPTIMIZERS.items()}
+    return {
+        arm.name: labels.get(arm.name, arm.name) if arm.name == arm.optimizer else arm.name for arm in campaign.arms
+    }
+
+
 def rate_text(rate: float) -> str:
     """A learning rate as papers print it: 0.02, 9.503e-4."""
     if rate >= 1e-3:
@@ -222,7 +232,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     """The plan as a table, with its totals and the basis of its times."""
     seen = outlook(plan)
     rows = plan_rows(plan, seen)
-    printed = any(row["printed"] for row in rows)
+    labels, printed = arm_labels(plan.campaign), any(row["printed"] for row in rows)
     title = plan.campaign.title or plan.campaign.name
     # One space between columns: with it a table of long names and a state still fits 80 columns.
     table = Table(
@@ -240,7 +250,7 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     for row in rows[:MAX_ROWS]:
         sequences = f"{row['batch_sequences']}x{row['shape']['context']}"
         table.add_row(
-            row["arm"],
+            labels[row["arm"]],
             row["cell"] if seeds else row["rung"],
             f"{row['layers']}x{row['width']}/{row['heads']}",
             row["parameters_text"] if row["parameters"] >= 1e8 else human(row["parameters"]),
@@ -268,8 +278,8 @@ def _other_flops(plan: CampaignPlan) -> str:
         train_flops(run.spec.model, 1, "attention") / train_flops(run.spec.model, 1) - 1 for run in plan.runs
     )
     optimizers = ", ".join(
-        f"{span(run_optimizer_flops(r.spec) / r.spec.budget.flops for r in plan.runs if r.arm == arm.name)} ({arm.name})"
-        for arm in plan.campaign.arms
+        f"{span(run_optimizer_flops(r.spec) / r.spec.budget.flops for r in plan.runs if r.arm == arm)} ({label})"
+        for arm, label in arm_labels(plan.campaign).items()
     )
     return f"Not counted in 6ND: head and causal attention {attention}; the optimizer's matrix products {optimizers}."
 
@@ -277,9 +287,9 @@ def _other_flops(plan: CampaignPlan) -> str:
 def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
     """Sentences on the basis of the predicted times, each with its arms and number of runs if there are several."""
     runs = [run for run in plan.distinct() if seen.states[run.id] not in ("finished", "diverged")]
-    found: dict[Basis, list[str]] = {}
+    labels, found = arm_labels(plan.campaign), dict[Basis, list[str]]()
     for run in runs:
-        found.setdefault(seen.costs[run.id].basis, []).append(run.arm)
+        found.setdefault(seen.costs[run.id].basis, []).append(labels[run.arm])
     lines = []
     for basis, arms in sorted(found.items()):
         which = "Times" if len(found) == 1 else f"Times of {len(arms)} runs ({', '.join(dict.fromkeys(arms))})"
@@ -326,7 +336,7 @@ def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) 
 
 def _notes(plan: CampaignPlan, seen: Outlook) -> list[str]:
     totals = plan_totals(plan, seen)
-    rungs, arms = len(plan.rungs), [arm.name for arm in plan.campaign.arms]
+    rungs, arms = len(plan.rungs), arm_labels(plan.campaign).values()
     counts = f"{rungs} rung{'s' * (rungs != 1)}, {len(arms)} arm{'s' * (len(arms) != 1)} ({', '.join(arms)})"
     diverged = f", {totals['diverged']} diverged" if totals["diverged"] else ""
     unit = "GPU-hours" if any(table.gpus for table in plan.placements.values()) else "hours of runs"

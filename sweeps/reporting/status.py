@@ -26,7 +26,7 @@ from sweeps.planning.plan import CampaignPlan, PlannedRun
 from sweeps.planning.run_state import RunStatus, run_status, stalled
 from sweeps.planning.tuned_settings import untuned_note
 from sweeps.reporting.console import wide_enough
-from sweeps.reporting.plan_table import MAX_ROWS, code_notes, remaining_cost
+from sweeps.reporting.plan_table import MAX_ROWS, arm_labels, code_notes, remaining_cost
 from sweeps.slurm.bad_nodes import describe_bad_nodes
 from sweeps.slurm.client import LOST, SlurmTask
 from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
@@ -161,8 +161,8 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
         shares={row.run: row.share for row in runs.values()},
         speeds={row.run: row.tokens_per_second for row in runs.values() if row.tokens_per_second},
     )
-    notes = untuned_note(plan.campaign)
-    notes += reasons((f"{row.arm} {row.cell}", row.state, row.reason) for row in found if row.reason)
+    notes, labels = untuned_note(plan.campaign), arm_labels(plan.campaign)
+    notes += reasons((f"{labels[row.arm]} {row.cell}", row.state, row.reason) for row in found if row.reason)
     if counts["failed"]:
         notes.append(f"To train failed runs again: {RETRY_FAILED}")
     if spent := sum(row.gpu_hours for row in runs.values()):
@@ -193,10 +193,10 @@ def _rows(plan: CampaignPlan, found: list[RunStatus]) -> RenderableType:
         table.add_column(name, overflow="fold")
     for name in ("done", "loss", "tokens/s", "left", "tries"):
         table.add_column(name, justify="right", overflow="fold")
-    seeds = len({run.seed for run in plan.runs}) > 1
+    labels, seeds = arm_labels(plan.campaign), len({run.seed for run in plan.runs}) > 1
     for row in found:
         table.add_row(
-            row.arm,
+            labels[row.arm],
             row.cell if seeds else row.rung,
             row.run,
             Text(row.state, style=STYLES.get(row.state, "")),

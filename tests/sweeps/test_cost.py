@@ -111,8 +111,8 @@ def test_the_basis_of_times_is_named(tmp_path: Path) -> None:
     with console.capture() as captured:
         console.print(plan_table(planned))
     said = [line for line in captured.get().splitlines() if line.startswith("Times of")]
-    assert ["(muon)" in line for line in said] == [False, True]
-    assert "(adamw, muon)" in said[0]
+    assert ["(Muon)" in line for line in said] == [False, True]
+    assert "(AdamW, Muon)" in said[0]
 
 
 @pytest.mark.parametrize("finished", [1, 6])
