@@ -80,7 +80,7 @@ def hold_out(
     everything = select(table, arms)
     levels = np.unique(everything.rung)
     if rungs < 1:
-        raise UserError(f"{name}: found {rungs} rungs to hold out; at least one is needed. Give 1 or more.")
+        raise UserError(f"{name}: found {rungs} rungs to hold out; at least one rung is left out. Give 1 or more.")
     if len(levels) - rungs < 3:
         raise UserError(
             f"{name}: {len(levels)} distinct computes, and holding out {rungs} leaves {max(len(levels) - rungs, 0)}; a law needs "
