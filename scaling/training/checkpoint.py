@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -122,8 +123,12 @@ class Checkpoints(Callback):
         self._listening = contextlib.ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the signal handlers that Lightning has just registered."""
+        """Replace the signal handlers that Lightning has registered, and adopt a signal that they have received."""
         self._listening.enter_context(self.stop.listening())
+        connector = trainer._signal_connector
+        if connector.received_sigterm:  # it would raise SIGTERMException, and the run would count as failed
+            connector.received_sigterm = False
+            self.stop.reason = signal.SIGTERM.name
         self._saved_at = time.monotonic()
         self._saved_step = trainer.global_step
 

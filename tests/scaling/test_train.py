@@ -24,6 +24,7 @@ from scaling.optim.registry import OPTIMIZERS
 from scaling.run.directory import RunDirectory
 from scaling.spec import RunSpec
 from scaling.training.checkpoint import AtomicCheckpointIO, checkpoint_files, newest_checkpoint
+from scaling.training.diagnostics import Dynamics
 from scaling.training.loop import train
 from scaling.training.metrics import spread
 from scaling.training.module import prefetch
@@ -54,6 +55,17 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     assert RunDirectory(stopped).state() == "preempted"
     assert finish(stopped).attempts == 2
     assert numbers(stopped) == numbers(whole)
+
+
+def test_a_signal_before_the_first_step_stops_the_run(
+    spec: RunSpec, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place(spec, tmp_path, tiny_shards, every=1e9)
+    with monkeypatch.context() as patch:  # this hook runs between Lightning's signal handlers and those of the run
+        patch.setattr(Dynamics, "on_train_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(path, progress=False) is None
+    assert RunDirectory(path).state() == "preempted"
+    assert finish(path).attempts == 2
 
 
 def _train_quietly(path: Path) -> None:
