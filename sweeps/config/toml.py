@@ -63,6 +63,8 @@ RENAMED: dict[str, dict[str, str]] = {
         "rope_base": "rope_theta",
     },
     "WarmStartConfig": {"how": "method", "charged": "count_flops"},
+    "TuneConfig": {"law": "transfer"},
+    "CampaignFile": {"law": "rule"},
 }
 """Former names of keys and their present names, by the Struct of their table."""
 
