@@ -22,9 +22,8 @@ from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import SOURCES, DataConfig
 from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from scaling.errors import UserError
-from scaling.export.huggingface import finished_record
 from scaling.io import Strict
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, finished_run
 from scaling.run.progress import ProgressReporter
 from scaling.run.record import RunRecord
 
@@ -89,7 +88,7 @@ def evaluate(
     import torch
 
     directory = RunDirectory(run_dir)
-    record = finished_record(directory)
+    record = finished_run(directory, purpose="the evaluation")
     folder = Path(data) if data is not None else Path(directory.placement().data)
     manifest = _manifest(folder, record)
     shape = record.spec.model

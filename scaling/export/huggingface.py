@@ -20,7 +20,7 @@ from scaling.io import write_atomic
 from scaling.model_config import ModelConfig
 from scaling.models.hub import HubWeight
 from scaling.models.registry import FAMILIES, build_model_on_meta
-from scaling.run.directory import RunDirectory
+from scaling.run.directory import RunDirectory, finished_run
 from scaling.run.record import RunRecord
 
 SHARD_BYTES = 5_000_000_000
@@ -49,7 +49,7 @@ def export_hf(
             counterpart, or the folder holds something else.
     """
     directory, folder = RunDirectory(run_dir), Path(folder)
-    record = finished_record(directory)
+    record = finished_run(directory, purpose="the export")
     shape = record.spec.model
     hub = FAMILIES.row(shape.family).hub
     if hub is None:
@@ -74,30 +74,6 @@ def export_hf(
         write_atomic(folder / name, content)
         written.append(folder / name)
     return written
-
-
-def finished_record(directory: RunDirectory) -> RunRecord:
-    """The record of a finished run whose weights are there.
-
-    Raises:
-        UserError: There is no such directory, the run is not finished or has diverged, or its weights are gone.
-    """
-    if not directory.path.is_dir():
-        raise UserError(f"run {directory.path}: there is no such directory. Give one of the directories under runs/.")
-    record = directory.record()
-    if record is None:
-        raise UserError(f"run {directory.path}: it is {directory.state()}, not finished. Train it to its end first.")
-    if record.status != "finished":
-        raise UserError(
-            f"run {directory.path}: it {record.status} ({record.reason}), so its weights are of no use. "
-            "Give a finished run."
-        )
-    if not directory.weights_file.exists():
-        raise UserError(
-            f"{directory.weights_file}: the weights are gone, though the run is finished. "
-            "Put the file back, or rename record.json and submit the campaign again."
-        )
-    return record
 
 
 def _data(directory: RunDirectory, record: RunRecord, data: Path | str | None) -> tuple[Manifest | None, Path]:

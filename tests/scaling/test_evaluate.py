@@ -108,7 +108,7 @@ def test_runs_that_cannot_be_scored_are_refused(run: Path, tiny_shards: Path, tm
     with pytest.raises(UserError, match="there is no such directory"):
         evaluate(tmp_path / "nowhere")
     unfinished = place(make_spec(seed=5, manifest=manifest_hash(read_manifest(tiny_shards))), tmp_path, tiny_shards)
-    with pytest.raises(UserError, match="it is planned, not finished"):
+    with pytest.raises(UserError, match="its state is planned"):
         evaluate(unfinished)
     with pytest.raises(UserError, match="holds no manifest"):
         evaluate(run, data=tmp_path)

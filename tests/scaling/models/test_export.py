@@ -243,7 +243,7 @@ def test_a_run_that_cannot_be_exported_is_refused(tmp_path, tiny_shards, tiny_te
     with pytest.raises(UserError, match="not those that run"):
         export_hf(directory.path, tmp_path / "hub", data=other)
     directory.record_file.unlink()
-    with pytest.raises(UserError, match="planned, not finished"):
+    with pytest.raises(UserError, match="its state is planned"):
         export_hf(directory.path, tmp_path / "hub")
     make_run(tmp_path, UNTIED, tiny_shards, status="diverged")
     with pytest.raises(UserError, match=r"it diverged \(loss inf at step 3\)"):
