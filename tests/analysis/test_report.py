@@ -42,7 +42,7 @@ def test_report_is_reproducible_and_self_contained(tmp_path: Path) -> None:
 
 
 def test_first_screen_holds_title_facts_arms_and_one_figure(tmp_path: Path) -> None:
-    frame = moonlight_table()
+    frame = moonlight_table().frame
     page = write_report(fit_table(frame), frame, tmp_path, title="A <title>", facts={"Commit": "abc"}).read_text()
     first = page[page.index("<body>") : page.index('class="headline"')]
     assert "<h1>A &lt;title&gt;</h1>" in first
@@ -84,7 +84,7 @@ def test_an_outside_figure_appears_in_the_report(tmp_path: Path, monkeypatch: py
     row = FigureRow(title="Outside <figure>", caption="Drawn elsewhere.", needs=("study",), draw=draw)
     monkeypatch.setitem(FIGURES, "outside", row)
     monkeypatch.setitem(FIGURES, "unused", FigureRow(title="", caption="", needs=("forecast",), draw=draw))
-    frame = moonlight_table()
+    frame = moonlight_table().frame
     page = write_report(fit_table(frame), frame, tmp_path).read_text()
     assert '<figure id="outside">' in page
     assert "Outside &lt;figure&gt;" in page
