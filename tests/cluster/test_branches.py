@@ -63,7 +63,7 @@ def test_a_failed_trunk_takes_down_its_own_branch_alone(cluster: Cluster, counti
     until(lambda: row_of(planned, trunk).state == "failed", "the trunk did not fail")
     until(lambda: row_of(planned, second).state == "finished", "the other branch did not finish")
     until(lambda: row_of(planned, branch).state == "preempted", "the branch still waits")
-    assert "did not end well" in (row_of(planned, branch).reason or "")
+    assert "ended badly" in (row_of(planned, branch).reason or "")
     again = counting.submit(planned)
     assert (again.failed, again.rejected, again.cancelled) == ([trunk.id], [branch.id], [])
     (planned.directory(trunk).path / "fault-raise").unlink()
