@@ -9,12 +9,12 @@ import signal
 from pathlib import Path
 
 import torch
-from scaling.true_train import train, train_one_process
+from scaling.true_train import train, train_rank
 
 from scaling.training.checkpoint import checkpoint_files
 from scaling.training.metrics import MetricsLogger
 
-__all__ = ["train", "train_one_process"]
+__all__ = ["train", "train_rank"]
 
 as_it_is = MetricsLogger.on_train_batch_end
 
