@@ -30,8 +30,7 @@ def finished(case: Case) -> Finding:
                 f"{len(open_)} of {len(frame)} runs are not finished ({', '.join(sorted(set(open_)))}) and were left out",
                 "Finish them, then fit again.",
             )
-    middle = [out for out in case.study.left_out if "checkpoint" in out.reason]
-    if middle:
+    if any("checkpoint" in out.reason for out in case.study.left_out):
         return Finding("pass", "checkpoints before the end of a run are in the table and were left out of the ratio")
     ranks = case.used.groupby(["arm", "params"])["tokens"].nunique()
     if "run" not in frame and (ranks > 3).any():
@@ -70,11 +69,11 @@ def seeds(case: Case) -> Finding:
     remedy = "Repeat two sizes at least with three seeds: the noise of one run sets what a ratio can mean."
     if "seed" not in case.used:
         return Finding("warn", "no column seed: no run is known to be repeated", remedy)
-    again = case.used.groupby(["arm", "params", "tokens"])["seed"].nunique()
-    repeated = int((again > 1).sum())
+    points = case.used.groupby(["arm", "params", "tokens"])
+    repeated = int((points["seed"].nunique() > 1).sum())
     if not repeated:
         return Finding("warn", "one seed at every point; the noise of a run was not measured", remedy)
-    spread = case.used.groupby(["arm", "params", "tokens"])["loss"].std().dropna()
+    spread = points["loss"].std().dropna()
     note = f"; standard deviation over seeds {float(spread.median()):.4f} nats" if len(spread) else ""
     sizes = case.used.loc[case.used.groupby("params")["seed"].transform("nunique") > 1, "params"].nunique()
     if sizes < 2:
@@ -93,9 +92,8 @@ def pairs(case: Case) -> Finding:
             )
     used = case.used
     if "manifest" in used and len({frozenset(part["manifest"].astype(str)) for _, part in used.groupby("arm")}) > 1:
-        return Finding(
-            "fail", "the arms were trained on different data (column manifest)", "Train both on the same shards."
-        )
+        evidence = "the arms were trained on different data (column manifest)"
+        return Finding("fail", evidence, "Train both on the same shards.")
     if "cell" in used and "batch_tokens" in used and (used.groupby("cell")["batch_tokens"].nunique() > 1).any():
         return Finding(
             "warn",
@@ -104,13 +102,12 @@ def pairs(case: Case) -> Finding:
         )
     if "manifest" in used and "seed" in used:
         return Finding("pass", "same cells, same data and same seeds in both arms")
-    low = [c.correlation for c in case.study.comparisons if c.correlation is not None]
-    note = f"; residuals within a cell correlate {min(low):.2f}" if low else ""
-    return Finding(
-        "warn" if not low or min(low) < 0.5 else "pass",
-        f"same cells in both arms{note}; the table does not say whether the tokens came in the same order",
-        "" if low and min(low) >= 0.5 else "Give cells, seeds and the data's manifest as columns.",
-    )
+    low = min((c.correlation for c in case.study.comparisons if c.correlation is not None), default=None)
+    note = f"; residuals within a cell correlate {low:.2f}" if low is not None else ""
+    evidence = f"same cells in both arms{note}; the table does not say whether the tokens came in the same order"
+    if low is not None and low >= 0.5:
+        return Finding("pass", evidence)
+    return Finding("warn", evidence, "Give cells, seeds and the data's manifest as columns.")
 
 
 def code(case: Case) -> Finding:
@@ -135,7 +132,7 @@ def code(case: Case) -> Finding:
 
 def diverged(case: Case) -> Finding:
     """Runs that failed are in the table."""
-    bad = case.frame[~case.frame["left_out"].isin([""]) & ~case.frame["left_out"].str.startswith("the same row")]
+    bad = case.frame[(case.frame["left_out"] != "") & ~case.frame["left_out"].str.startswith("the same row")]
     if len(bad):
         counts = ", ".join(f"{arm} {count}" for arm, count in bad["arm"].value_counts(sort=False).items())
         lost = bad["left_out"].str.contains("diverged|failed").sum()

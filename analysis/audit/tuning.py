@@ -66,9 +66,8 @@ def equal_effort(case: Case) -> Finding:
             "the table has no column peak_lr; the settings tried for each arm are not known",
             "Record the settings of every run, the discarded ones too.",
         )
-    if case.trials is None:
-        tried = {arm: sum(len(v) for (a, _), v in searched.items() if a == arm) for arm in case.study.arms}
-    else:
+    tried = {arm: sum(len(v) for (a, _), v in searched.items() if a == arm) for arm in case.study.arms}
+    if case.trials is not None:
         tried = {arm: int((case.trials["arm"] == arm).sum()) for arm in case.study.arms}
     counted = ", ".join(f"{arm} {count}" for arm, count in tried.items())
     counts = {count for count in tried.values() if count}
@@ -97,8 +96,7 @@ def equal_effort(case: Case) -> Finding:
 def tuned_range(case: Case) -> Finding:
     """The compute of the runs stays near the compute at which settings were searched."""
     rows = _searches(case)
-    several = rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH
-    rows = rows[several]
+    rows = rows[rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH]
     if not len(rows):
         return Finding(
             "warn",
@@ -113,10 +111,8 @@ def tuned_range(case: Case) -> Finding:
         times = max(float(used.max() / tuned.max()), float(tuned.min() / used.min()), 1.0)
         reached.append(f"{arm} up to {times:.3g} times" if times > 1.01 else f"{arm} inside")
         worst = max(worst, times)
-    return Finding(
-        "pass" if worst <= MAX_TRANSFER_FACTOR else "warn" if worst <= MAX_DOUBTFUL_TRANSFER_FACTOR else "fail",
-        f"beyond the compute that was searched: {', '.join(reached)}",
-        ""
-        if worst <= MAX_TRANSFER_FACTOR
-        else "Tune a rung nearer to the largest, or hold one out and report what its transfer costs.",
-    )
+    evidence = f"beyond the compute that was searched: {', '.join(reached)}"
+    if worst <= MAX_TRANSFER_FACTOR:
+        return Finding("pass", evidence)
+    remedy = "Tune a rung nearer to the largest, or hold one out and report what its transfer costs."
+    return Finding("warn" if worst <= MAX_DOUBTFUL_TRANSFER_FACTOR else "fail", evidence, remedy)
