@@ -76,11 +76,8 @@ def one_rung(case: Case) -> Finding:
             continue
         ratios = [(item.ratio, item.compute) for item in comparison.jackknife if item.ratio is not None]
         if len(ratios) < len(comparison.jackknife):
-            return Finding(
-                "warn",
-                f"{comparison.challenger}: without one of the rungs the laws no longer reach the headline's loss",
-                "Train more rungs.",
-            )
+            evidence = "without one of the rungs the laws no longer reach the headline's loss"
+            return Finding("warn", f"{comparison.challenger}: {evidence}", "Train more rungs.")
         far, compute = max(ratios, key=lambda pair: abs(np.log(pair[0] / head.ratio)))
         unit, size = compute_unit(comparison)
         text = f"{comparison.challenger}: {far:.3g} without the rung at {compute * size:.3g} {unit}, {head.ratio:.3g} with it"

@@ -78,11 +78,8 @@ def equal_effort(case: Case) -> Finding:
             "Give every arm the same budget of trials at every size; a retuned baseline alone has been worth a factor of two.",
         )
     if case.trials is None and max(counts) == len({size for _, size in searched}):
-        return Finding(
-            "warn",
-            f"one setting for each size in every arm ({counted})",
-            "Show that neither arm's setting was better tuned.",
-        )
+        evidence = f"one setting for each size in every arm ({counted})"
+        return Finding("warn", evidence, "Show that neither arm's setting was better tuned.")
     without = [arm for arm, count in tried.items() if not count]
     if without:
         return Finding(
@@ -98,11 +95,8 @@ def tuned_range(case: Case) -> Finding:
     rows = _searches(case)
     rows = rows[rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH]
     if not len(rows):
-        return Finding(
-            "warn",
-            "no search is in the table, so the sizes at which the settings were found are not known",
-            "Keep all runs of the search.",
-        )
+        evidence = "no search is in the table, so the sizes at which the settings were found are not known"
+        return Finding("warn", evidence, "Keep all runs of the search.")
     worst, reached = 1.0, []
     for arm in case.study.arms:
         own = rows.loc[rows["arm"] == arm, "flops"]

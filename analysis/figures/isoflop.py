@@ -31,18 +31,9 @@ def isoflop_valleys(found: Allocations, arms: list[str]) -> Figure:
         label = f"{valley.flops:.2g}".replace("e+", "e")
         axes.plot(np.exp(dense), np.polyval(fit, dense - x.mean()), color=shade, linewidth=1.0, label=label)
         if valley.params_optimal is not None and valley.loss_optimal is not None and valley.position != "outside":
-            inside = valley.position == "interior"
-            axes.plot(
-                valley.params_optimal,
-                valley.loss_optimal,
-                marker="*",
-                markersize=10,
-                color=shade,
-                markerfacecolor=shade if inside else "white",
-                markeredgecolor="black" if inside else shade,
-                markeredgewidth=0.5,
-                zorder=4,
-            )
+            face, edge = (shade, "black") if valley.position == "interior" else ("white", shade)
+            star = {"marker": "*", "color": shade, "markerfacecolor": face, "markeredgecolor": edge}
+            axes.plot(valley.params_optimal, valley.loss_optimal, **star, markersize=10, markeredgewidth=0.5, zorder=4)
     optimal = [found.surface.optimum(valley.flops) for valley in found.valleys]
     params, minima = [point.params for point in optimal], [point.loss for point in optimal]
     axes.plot(params, minima, color="black", linewidth=1.0, linestyle="--", label="surface's optimum")
@@ -80,9 +71,8 @@ def surface_contours(found: Allocations, frame: pd.DataFrame, arms: list[str]) -
     )
     budgets = 6.0 * np.geomspace(params.min() * tokens.min(), params.max() * tokens.max(), 60)
     path = [found.surface.optimum(float(flops)) for flops in budgets]
-    axes.plot(
-        [p.params for p in path], [p.tokens for p in path], color="black", linewidth=1.3, label="best split of compute"
-    )
+    best_params, best_tokens = [point.params for point in path], [point.tokens for point in path]
+    axes.plot(best_params, best_tokens, color="black", linewidth=1.3, label="best split of compute")
     for decade in range(int(np.floor(np.log10(budgets[0]))), int(np.ceil(np.log10(budgets[-1]))) + 1):
         axes.plot(x, 10.0**decade / 6.0 / x, color=MUTED, linewidth=0.5, linestyle=":")
     axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="parameters N", ylabel="tokens D")

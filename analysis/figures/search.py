@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.figures.style import MUTED, arm_handles, arm_label, look, new_figure, panel_grid, plain_log_axis, styled
+from scaling.units import human
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +27,6 @@ def has_bowls(frame: pd.DataFrame) -> bool:
 @styled()
 def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
     """Points are the best run of a rate; the best rate is hollow where it is the smallest or the largest tried."""
-    from scaling.units import human
-
     frame = frame[frame["arm"].isin(arms) & frame["loss"].notna() & frame["peak_lr"].notna()]
     tried = frame.groupby(["arm", "params"])["peak_lr"].nunique().reset_index()
     sizes = sorted({float(params) for params in tried.loc[tried["peak_lr"] >= 3, "params"]})[-MAX_PANELS:]
@@ -44,16 +43,14 @@ def learning_rate_bowls(frame: pd.DataFrame, arms: list[str]) -> Figure:
             dress = look(arms, arm)
             axes.plot(rates, losses, **dress.marked_line, linewidth=1.0, markersize=3.5)
             low = int(np.argmin(losses))
-            edge = low in (0, len(losses) - 1)
-            axes.plot(
-                [rates[low]],
-                [losses[low]],
-                marker=dress.marker,
-                markersize=8,
-                markerfacecolor="white" if edge else dress.colour,
-                markeredgecolor=dress.colour if edge else "black",
-                markeredgewidth=1.0,
-            )
+            face, edge = ("white", dress.colour) if low in (0, len(losses) - 1) else (dress.colour, "black")
+            best_look: dict[str, Any] = {
+                "markersize": 8,
+                "markerfacecolor": face,
+                "markeredgecolor": edge,
+                "markeredgewidth": 1.0,
+            }
+            axes.plot(rates[low], losses[low], marker=dress.marker, **best_look)
         rates = frame.loc[frame["params"] == size, "peak_lr"].to_numpy(dtype=np.float64)
         plain_log_axis(axes, "x", span=max(rates.max() / rates.min(), 1.5), small=True)
         axes.set_title(f"N = {human(size)}", loc="left")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from scaling.io import write_atomic
+from scaling.units import FLOPS_PER_PFLOPS_DAY, human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,8 +206,6 @@ def _plain(value: float, _: Any) -> str:
 
 def short_counts(value: float, _: Any) -> str:
     """A tick of an axis of tokens: ``1.5M``."""
-    from scaling.units import human
-
     text = human(value)
     return re.sub(r"\.?0+(?=\D*$)", "", text) if "." in text else text
 
@@ -217,8 +216,6 @@ def compute_axis(largest: float) -> tuple[str, float]:
     Args:
         largest: Greatest compute shown, PFLOP/s-days.
     """
-    from scaling.units import FLOPS_PER_PFLOPS_DAY
-
     unit, factor = ("FLOPs", FLOPS_PER_PFLOPS_DAY) if largest < 1e-2 else ("PFLOP/s-days", 1.0)
     return f"training compute C ({unit})", factor
 

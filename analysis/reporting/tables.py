@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -298,7 +299,7 @@ def latex_table(table: Table) -> str:
     style = style.hide(axis="index").format_index(escape="latex", axis="columns").format(escape="latex")
     for number, name in enumerate(table.head):
         if isinstance(table.rows[0][number], Formula):
-            style = style.format(lambda formula: formula.math, subset=[name])
+            style = style.format(attrgetter("math"), subset=[name])
     return style.to_latex(
         hrules=True,
         caption=latex_text(table.caption),
