@@ -12,11 +12,9 @@ from analysis.ratio.match import compute_law
 
 def headline_inside(case: Case) -> Finding:
     """The headline's loss is reached by the runs of both arms."""
-    heads = [(c.challenger, c.headline) for c in case.study.comparisons]
-    bad = [
-        f"{arm}: {point.support} at loss {point.loss:.4g}" for arm, point in heads if point.support != "interpolated"
-    ]
-    if bad:
+    beyond = [c for c in case.study.comparisons if c.headline.support != "interpolated"]
+    if beyond:
+        bad = [f"{c.challenger}: {c.headline.support} at loss {c.headline.loss:.4g}" for c in beyond]
         return Finding("fail", "; ".join(bad), "Train the arm that falls short until both reach the loss.")
     arrows = [d for c in case.study.comparisons for d in c.definitions if d.support != "interpolated"]
     note = f" ({', '.join(sorted({d.name for d in arrows}))}: beyond the runs, and marked so)" if arrows else ""
@@ -62,10 +60,8 @@ def law_spread(case: Case) -> Finding:
         if head.low is None or head.high is None:
             return Finding("fail", f"{comparison.challenger}: no interval: {comparison.interval}", "Add cells.")
         if ratios and (min(ratios) < head.low or max(ratios) > head.high):
-            beyond.append(
-                f"{comparison.challenger}: other laws give {min(ratios):.3g} to {max(ratios):.3g}, beyond the interval "
-                f"{head.low:.3g} to {head.high:.3g}"
-            )
+            spread = f"{min(ratios):.3g} to {max(ratios):.3g}, beyond the interval {head.low:.3g} to {head.high:.3g}"
+            beyond.append(f"{comparison.challenger}: other laws give {spread}")
     if beyond:
         return Finding("warn", "; ".join(beyond), "Quote the spread beside the interval.")
     return Finding("pass", "other laws give a ratio inside the interval")
@@ -80,11 +76,8 @@ def one_rung(case: Case) -> Finding:
             continue
         ratios = [(item.ratio, item.compute) for item in comparison.jackknife if item.ratio is not None]
         if len(ratios) < len(comparison.jackknife):
-            return Finding(
-                "warn",
-                f"{comparison.challenger}: without one of the rungs the laws no longer reach the headline's loss",
-                "Train more rungs.",
-            )
+            evidence = "without one of the rungs the laws no longer reach the headline's loss"
+            return Finding("warn", f"{comparison.challenger}: {evidence}", "Train more rungs.")
         far, compute = max(ratios, key=lambda pair: abs(np.log(pair[0] / head.ratio)))
         unit, size = compute_unit(comparison)
         text = f"{comparison.challenger}: {far:.3g} without the rung at {compute * size:.3g} {unit}, {head.ratio:.3g} with it"

@@ -25,13 +25,9 @@ def finished(case: Case) -> Finding:
         states = frame["status"].astype(object).fillna("finished").astype(str)
         open_ = states[states.isin(["planned", "queued", "running", "preempted"])]
         if len(open_):
-            return Finding(
-                "warn",
-                f"{len(open_)} of {len(frame)} runs are not finished ({', '.join(sorted(set(open_)))}) and were left out",
-                "Finish them, then fit again.",
-            )
-    middle = [out for out in case.study.left_out if "checkpoint" in out.reason]
-    if middle:
+            found = f"{len(open_)} of {len(frame)} runs are not finished ({', '.join(sorted(set(open_)))})"
+            return Finding("warn", f"{found} and were left out", "Finish them, then fit again.")
+    if any("checkpoint" in out.reason for out in case.study.left_out):
         return Finding("pass", "checkpoints before the end of a run are in the table and were left out of the ratio")
     ranks = case.used.groupby(["arm", "params"])["tokens"].nunique()
     if "run" not in frame and (ranks > 3).any():
@@ -43,11 +39,8 @@ def finished(case: Case) -> Finding:
             "Add a column run. Compare ends of schedules only.",
         )
     if not {"status", "schedule_tokens", "run", "step"} & set(frame.columns):
-        return Finding(
-            "warn",
-            "the table has no column that says whether a run's schedule had ended",
-            "Add a column status or schedule_tokens. Compare ends of schedules only.",
-        )
+        evidence = "the table has no column that says whether a run's schedule had ended"
+        return Finding("warn", evidence, "Add a column status or schedule_tokens. Compare ends of schedules only.")
     return Finding("pass", "every run that was used is in the table once, at its end")
 
 
@@ -70,11 +63,11 @@ def seeds(case: Case) -> Finding:
     remedy = "Repeat two sizes at least with three seeds: the noise of one run sets what a ratio can mean."
     if "seed" not in case.used:
         return Finding("warn", "no column seed: no run is known to be repeated", remedy)
-    again = case.used.groupby(["arm", "params", "tokens"])["seed"].nunique()
-    repeated = int((again > 1).sum())
+    points = case.used.groupby(["arm", "params", "tokens"])
+    repeated = int((points["seed"].nunique() > 1).sum())
     if not repeated:
         return Finding("warn", "one seed at every point; the noise of a run was not measured", remedy)
-    spread = case.used.groupby(["arm", "params", "tokens"])["loss"].std().dropna()
+    spread = points["loss"].std().dropna()
     note = f"; standard deviation over seeds {float(spread.median()):.4f} nats" if len(spread) else ""
     sizes = case.used.loc[case.used.groupby("params")["seed"].transform("nunique") > 1, "params"].nunique()
     if sizes < 2:
@@ -93,35 +86,27 @@ def pairs(case: Case) -> Finding:
             )
     used = case.used
     if "manifest" in used and len({frozenset(part["manifest"].astype(str)) for _, part in used.groupby("arm")}) > 1:
-        return Finding(
-            "fail", "the arms were trained on different data (column manifest)", "Train both on the same shards."
-        )
+        evidence = "the arms were trained on different data (column manifest)"
+        return Finding("fail", evidence, "Train both on the same shards.")
     if "cell" in used and "batch_tokens" in used and (used.groupby("cell")["batch_tokens"].nunique() > 1).any():
-        return Finding(
-            "warn",
-            "batch sizes differ between the arms of a cell, and so does the order of tokens",
-            "Compare at one batch size, and at each arm's best.",
-        )
+        evidence = "batch sizes differ between the arms of a cell, and so does the order of tokens"
+        return Finding("warn", evidence, "Compare at one batch size, and at each arm's best.")
     if "manifest" in used and "seed" in used:
         return Finding("pass", "same cells, same data and same seeds in both arms")
-    low = [c.correlation for c in case.study.comparisons if c.correlation is not None]
-    note = f"; residuals within a cell correlate {min(low):.2f}" if low else ""
-    return Finding(
-        "warn" if not low or min(low) < 0.5 else "pass",
-        f"same cells in both arms{note}; the table does not say whether the tokens came in the same order",
-        "" if low and min(low) >= 0.5 else "Give cells, seeds and the data's manifest as columns.",
-    )
+    low = min((c.correlation for c in case.study.comparisons if c.correlation is not None), default=None)
+    note = f"; residuals within a cell correlate {low:.2f}" if low is not None else ""
+    evidence = f"same cells in both arms{note}; the table does not say whether the tokens came in the same order"
+    if low is not None and low >= 0.5:
+        return Finding("pass", evidence)
+    return Finding("warn", evidence, "Give cells, seeds and the data's manifest as columns.")
 
 
 def code(case: Case) -> Finding:
     """All runs were trained by the same code."""
     used = case.used
     if "code" not in used or used["code"].isna().all():
-        return Finding(
-            "warn",
-            "the table does not say which code trained its runs",
-            "Add a column code: a hash of the source that decides the numbers.",
-        )
+        remedy = "Add a column code: a hash of the source that decides the numbers."
+        return Finding("warn", "the table does not say which code trained its runs", remedy)
     counts = used.groupby(used["code"].fillna("not recorded").astype(str))["loss"].size().sort_values(ascending=False)
     if len(counts) == 1:
         return Finding("pass", f"one code trained all runs ({counts.index[0]})")
@@ -135,7 +120,7 @@ def code(case: Case) -> Finding:
 
 def diverged(case: Case) -> Finding:
     """Runs that failed are in the table."""
-    bad = case.frame[~case.frame["left_out"].isin([""]) & ~case.frame["left_out"].str.startswith("the same row")]
+    bad = case.frame[(case.frame["left_out"] != "") & ~case.frame["left_out"].str.startswith("the same row")]
     if len(bad):
         counts = ", ".join(f"{arm} {count}" for arm, count in bad["arm"].value_counts(sort=False).items())
         lost = bad["left_out"].str.contains("diverged|failed").sum()
@@ -146,11 +131,8 @@ def diverged(case: Case) -> Finding:
         )
     if "status" in case.frame:
         return Finding("pass", "the table has a column status and no run without a loss")
-    return Finding(
-        "warn",
-        "no column status: runs that diverged may have been taken out before",
-        "Keep every run in the table, with status diverged where there is no loss.",
-    )
+    remedy = "Keep every run in the table, with status diverged where there is no loss."
+    return Finding("warn", "no column status: runs that diverged may have been taken out before", remedy)
 
 
 def convention(case: Case) -> Finding:
@@ -169,19 +151,14 @@ def convention(case: Case) -> Finding:
             "flops are 6 * params * tokens; the table does not name the parameters that are counted (embedding, head)",
             "Add a column convention, and columns such as flops_attention: the count has moved this ratio by a tenth.",
         )
-    return Finding(
-        "warn",
-        f"flops are {ratio.min():.3g} to {ratio.max():.3g} times 6 * params * tokens, and no column names what they count",
-        "Add a column convention that names the count.",
-    )
+    times = f"flops are {ratio.min():.3g} to {ratio.max():.3g} times 6 * params * tokens"
+    remedy = "Add a column convention that names the count."
+    return Finding("warn", f"{times}, and no column names what they count", remedy)
 
 
 def time(case: Case) -> Finding:
     """A ratio in measured time is given beside the one in FLOPs."""
     if any(c.column in TIMES for comparison in case.study.comparisons for c in comparison.conventions):
         return Finding("pass", "a ratio in measured time is given beside the one in FLOPs")
-    return Finding(
-        "warn",
-        "no measured time: FLOPs of the model leave out what an optimizer itself costs",
-        "Add a column seconds, measured on one kind of device.",
-    )
+    evidence = "no measured time: FLOPs of the model leave out what an optimizer itself costs"
+    return Finding("warn", evidence, "Add a column seconds, measured on one kind of device.")

@@ -66,9 +66,8 @@ def equal_effort(case: Case) -> Finding:
             "the table has no column peak_lr; the settings tried for each arm are not known",
             "Record the settings of every run, the discarded ones too.",
         )
-    if case.trials is None:
-        tried = {arm: sum(len(v) for (a, _), v in searched.items() if a == arm) for arm in case.study.arms}
-    else:
+    tried = {arm: sum(len(v) for (a, _), v in searched.items() if a == arm) for arm in case.study.arms}
+    if case.trials is not None:
         tried = {arm: int((case.trials["arm"] == arm).sum()) for arm in case.study.arms}
     counted = ", ".join(f"{arm} {count}" for arm, count in tried.items())
     counts = {count for count in tried.values() if count}
@@ -79,11 +78,8 @@ def equal_effort(case: Case) -> Finding:
             "Give every arm the same budget of trials at every size; a retuned baseline alone has been worth a factor of two.",
         )
     if case.trials is None and max(counts) == len({size for _, size in searched}):
-        return Finding(
-            "warn",
-            f"one setting for each size in every arm ({counted})",
-            "Show that neither arm's setting was better tuned.",
-        )
+        evidence = f"one setting for each size in every arm ({counted})"
+        return Finding("warn", evidence, "Show that neither arm's setting was better tuned.")
     without = [arm for arm, count in tried.items() if not count]
     if without:
         return Finding(
@@ -97,14 +93,10 @@ def equal_effort(case: Case) -> Finding:
 def tuned_range(case: Case) -> Finding:
     """The compute of the runs stays near the compute at which settings were searched."""
     rows = _searches(case)
-    several = rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH
-    rows = rows[several]
+    rows = rows[rows.groupby(["arm", "params"])["peak_lr"].transform("nunique") >= MIN_RATES_OF_SEARCH]
     if not len(rows):
-        return Finding(
-            "warn",
-            "no search is in the table, so the sizes at which the settings were found are not known",
-            "Keep all runs of the search.",
-        )
+        evidence = "no search is in the table, so the sizes at which the settings were found are not known"
+        return Finding("warn", evidence, "Keep all runs of the search.")
     worst, reached = 1.0, []
     for arm in case.study.arms:
         own = rows.loc[rows["arm"] == arm, "flops"]
@@ -113,10 +105,8 @@ def tuned_range(case: Case) -> Finding:
         times = max(float(used.max() / tuned.max()), float(tuned.min() / used.min()), 1.0)
         reached.append(f"{arm} up to {times:.3g} times" if times > 1.01 else f"{arm} inside")
         worst = max(worst, times)
-    return Finding(
-        "pass" if worst <= MAX_TRANSFER_FACTOR else "warn" if worst <= MAX_DOUBTFUL_TRANSFER_FACTOR else "fail",
-        f"beyond the compute that was searched: {', '.join(reached)}",
-        ""
-        if worst <= MAX_TRANSFER_FACTOR
-        else "Tune a rung nearer to the largest, or hold one out and report what its transfer costs.",
-    )
+    evidence = f"beyond the compute that was searched: {', '.join(reached)}"
+    if worst <= MAX_TRANSFER_FACTOR:
+        return Finding("pass", evidence)
+    remedy = "Tune a rung nearer to the largest, or hold one out and report what its transfer costs."
+    return Finding("warn" if worst <= MAX_DOUBTFUL_TRANSFER_FACTOR else "fail", evidence, remedy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@styled()
 def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparison | None = None) -> Figure:
     """Runs of a comparison's two arms with their laws, and the residuals below.
 
@@ -37,32 +38,27 @@ def loss_against_compute(study: Study, frame: pd.DataFrame, comparison: Comparis
         comparison: Which pair; the first when not given.
     """
     comparison = comparison or study.comparisons[0]
-    with styled():
-        figure = new_figure(5.6, 4.6)
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
-        label, factor = compute_axis(max(fit.compute_range[1] for fit in comparison.fits.values()))
-        for arm in comparison.fits:
-            _draw_arm(study, frame, comparison, arm, upper, lower, factor)
-        _arrow(comparison, upper, factor)
-        lows = [min(fit.compute_range[0] for fit in comparison.fits.values())]
-        highs = [fit.compute_range[1] for fit in comparison.fits.values()]
-        highs += [comparison.rungs[-1].baseline_compute] if comparison.rungs else []
-        left, right = lows[0] / 1.5 * factor, min(max(highs), 6 * max(highs[:2])) * 1.6 * factor
-        upper.set_xlim(left, right)
-        losses = [value for fit in comparison.fits.values() for value in fit.loss_range]
-        laws = [compute_law(fit.law).loss(right / factor) for fit in comparison.fits.values()]
-        bottom, top = min([*losses, *laws]) * 0.99, max(losses) * 1.015
-        upper.set_ylim(bottom, top)
-        plain_log_axis(upper, "x", span=right / left)
-        plain_log_axis(upper, "y", span=top / bottom)
-        upper.set_ylabel("loss (nats per token)")
-        legend = upper.legend(loc="upper right")
-        for text in legend.get_texts():
-            text.set_parse_math(True)
-        lower.axhline(0.0, color=MUTED, linewidth=0.7)
-        lower.set_ylabel("residual (%)")
-        lower.set_xlabel(label)
-        plain_log_axis(lower, "x", span=right / left)
+    figure = new_figure(5.6, 4.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
+    highs = [fit.compute_range[1] for fit in comparison.fits.values()]
+    label, factor = compute_axis(max(highs))
+    for arm in comparison.fits:
+        _draw_arm(study, frame, comparison, arm, upper, lower, factor)
+    _arrow(comparison, upper, factor)
+    low = min(fit.compute_range[0] for fit in comparison.fits.values())
+    highs += [comparison.rungs[-1].baseline_compute] if comparison.rungs else []
+    left, right = low / 1.5 * factor, min(max(highs), 6 * max(highs[:2])) * 1.6 * factor
+    losses = [value for fit in comparison.fits.values() for value in fit.loss_range]
+    laws = [compute_law(fit.law).loss(right / factor) for fit in comparison.fits.values()]
+    bottom, top = min([*losses, *laws]) * 0.99, max(losses) * 1.015
+    upper.set(xlim=(left, right), ylim=(bottom, top), ylabel="loss (nats per token)")
+    plain_log_axis(upper, "x", span=right / left)
+    plain_log_axis(upper, "y", span=top / bottom)
+    for text in upper.legend(loc="upper right").get_texts():
+        text.set_parse_math(True)
+    lower.axhline(0.0, color=MUTED, linewidth=0.7)
+    lower.set(xlabel=label, ylabel="residual (%)")
+    plain_log_axis(lower, "x", span=right / left)
     return figure
 
 
@@ -70,65 +66,31 @@ def _draw_arm(
     study: Study, frame: pd.DataFrame, comparison: Comparison, arm: str, upper: Axes, lower: Axes, factor: float
 ) -> None:
     fit, band, dress = comparison.fits[arm], comparison.bands[arm], look(study.arms, arm)
+    law = compute_law(fit.law)
     used = frame.loc[[row - 1 for row in fit.rows]]
     compute = used["flops"].to_numpy(dtype=np.float64) / 8.64e19
     many = len(used) > 60
     size = 3.0 if many else 5.0
-    upper.plot(
-        compute * factor,
-        used["loss"],
-        linestyle="",
-        marker=dress.marker,
-        markersize=size,
-        color=dress.colour,
-        alpha=0.5 if many else 1.0,
-        markeredgewidth=0.0 if many else 0.5,
-        markeredgecolor="white",
-        zorder=3,
-        rasterized=len(used) > 2000,
-    )
+    points = {**dress.points, "alpha": 0.5 if many else 1.0, "rasterized": len(used) > 2000}
+    edge: dict[str, Any] = {"markeredgewidth": 0.0 if many else 0.5, "markeredgecolor": "white"}
+    upper.plot(compute * factor, used["loss"], **points, **edge, markersize=size, zorder=3)
     x = np.array(band.compute)
     upper.fill_between(x * factor, band.low, band.high, color=dress.colour, alpha=0.13, linewidth=0.0)
     low, high = fit.compute_range
     dense = np.geomspace(low, high, 60)
+    line: dict[str, Any] = {"color": dress.colour, "linewidth": 1.4}
+    upper.plot(dense * factor, law.loss(dense), **line)
+    label = arm_label(arm).replace("$", r"\$") + f": {law_math(law_in_units(law, factor))}"
     upper.plot(
-        dense * factor,
-        compute_law(fit.law).loss(dense),
-        color=dress.colour,
-        linewidth=1.4,
-    )
-    shown = law_in_units(compute_law(fit.law), factor)
-    upper.plot(
-        [],
-        [],
-        color=dress.colour,
-        linewidth=1.4,
-        marker=dress.marker,
-        markersize=5.0,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-        label=arm_label(arm).replace("$", r"\$") + f": {law_math(shown)}",
+        [], [], **line, marker=dress.marker, markersize=5.0, markeredgecolor="white", markeredgewidth=0.5, label=label
     )
     for side in (x[x <= low], x[x >= high]):
-        edge = np.sort(np.append(side, low if len(side) and side[0] < low else high))
-        upper.plot(
-            edge * factor,
-            compute_law(fit.law).loss(edge),
-            color=dress.colour,
-            linewidth=1.1,
-            dashes=EXTRAPOLATION_DASHES,
-        )
-    lower.plot(
-        compute * factor,
-        100.0 * (np.exp(fit.residuals) - 1.0),
-        linestyle="" if many or len(np.unique(compute)) < len(compute) else ":",
-        linewidth=0.8,
-        marker=dress.marker,
-        markersize=size - 1.0,
-        color=dress.colour,
-        alpha=0.5 if many else 1.0,
-        rasterized=len(used) > 2000,
-    )
+        beyond = np.sort(np.append(side, low if len(side) and side[0] < low else high))
+        upper.plot(beyond * factor, law.loss(beyond), color=dress.colour, linewidth=1.1, dashes=EXTRAPOLATION_DASHES)
+    if not many and len(np.unique(compute)) == len(compute):
+        points["linestyle"] = ":"
+    residuals = 100.0 * (np.exp(fit.residuals) - 1.0)
+    lower.plot(compute * factor, residuals, **points, linewidth=0.8, markersize=size - 1.0)
 
 
 def law_in_units(law: PowerLaw, factor: float) -> PowerLaw:
@@ -149,9 +111,8 @@ def _arrow(comparison: Comparison, axes: Axes, factor: float) -> None:
         arrowprops={"arrowstyle": "-|>", "color": "#222222", "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
         zorder=4,
     )
-    interval = (
-        "" if point.low is None or point.high is None else f" [{ratio_text(point.low)}, {ratio_text(point.high)}]"
-    )
+    low, high = point.low, point.high
+    interval = "" if low is None or high is None else f" [{ratio_text(low)}, {ratio_text(high)}]"
     axes.annotate(
         f"×{ratio_text(point.ratio)}{interval} FLOPs",
         xy=(min(ends), point.loss),

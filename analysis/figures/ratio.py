@@ -27,45 +27,42 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@styled()
 def ratio_curve(study: Study) -> Figure:
     """Challenger over baseline compute at equal loss against the baseline's compute, one curve a challenger."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    with styled():
-        figure = new_figure(6.4, 3.6)
-        axes = figure.subplots()
-        largest = max(comparison.headline.baseline_compute for comparison in study.comparisons)
-        label, factor = compute_axis(largest)
-        shown = [_draw(study, comparison, axes, factor) for comparison in study.comparisons]
-        left, right = min(s[0] for s in shown), max(s[1] for s in shown)
-        bottom, top = min(s[2] for s in shown), max(s[3] for s in shown)
-        axes.axhline(1.0, color=MUTED, linewidth=0.8)
-        axes.set_xlim(left, right)
-        bottom, top = min(bottom / 1.12, 0.97), max(top * 1.06, 1.03)
-        axes.set_ylim(bottom, top)
-        plain_log_axis(axes, "x", span=right / left)
-        plain_log_axis(axes, "y", span=top / bottom)
-        baseline = arm_label(study.baseline)
-        axes.set_xlabel(f"{baseline}'s {label}")
-        axes.set_ylabel(f"FLOPs to match the loss,\nrelative to {baseline}")
-        axes.annotate(
-            f"equal to {baseline}",
-            xy=(1.0, 1.0),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
-            textcoords="offset points",
-            ha="right",
-            color=MUTED,
-            fontsize=7.5,
-        )
-        handles = [
-            *arm_handles(study.arms, [comparison.challenger for comparison in study.comparisons]),
-            Patch(color=MUTED, alpha=0.3, linewidth=0.0, label="95 % interval"),
-            Line2D([], [], color=MUTED, linewidth=1.1, dashes=EXTRAPOLATION_DASHES, label="beyond the runs"),
-            Line2D([], [], color=MUTED, linewidth=0.6, label="other laws through the same runs"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    label, factor = compute_axis(max(comparison.headline.baseline_compute for comparison in study.comparisons))
+    shown = [_draw(study, comparison, axes, factor) for comparison in study.comparisons]
+    left, right = min(s[0] for s in shown), max(s[1] for s in shown)
+    bottom, top = min(s[2] for s in shown), max(s[3] for s in shown)
+    axes.axhline(1.0, color=MUTED, linewidth=0.8)
+    bottom, top = min(bottom / 1.12, 0.97), max(top * 1.06, 1.03)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    plain_log_axis(axes, "x", span=right / left)
+    plain_log_axis(axes, "y", span=top / bottom)
+    baseline = arm_label(study.baseline)
+    axes.set(xlabel=f"{baseline}'s {label}", ylabel=f"FLOPs to match the loss,\nrelative to {baseline}")
+    axes.annotate(
+        f"equal to {baseline}",
+        xy=(1.0, 1.0),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+        fontsize=7.5,
+    )
+    handles = [
+        *arm_handles(study.arms, [comparison.challenger for comparison in study.comparisons]),
+        Patch(color=MUTED, alpha=0.3, linewidth=0.0, label="95 % interval"),
+        Line2D([], [], color=MUTED, linewidth=1.1, dashes=EXTRAPOLATION_DASHES, label="beyond the runs"),
+        Line2D([], [], color=MUTED, linewidth=0.6, label="other laws through the same runs"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -82,21 +79,13 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
     axes.fill_between(x, low, high, where=edges & np.isfinite(low), color=dress.colour, alpha=0.2, linewidth=0.0)
     _other_laws(comparison, axes, factor, dress.colour)
     axes.plot(x, ratio, color=MUTED, linewidth=1.1, dashes=EXTRAPOLATION_DASHES)
-    axes.plot(x[inside], ratio[inside], color=dress.colour, linestyle=dress.dash, linewidth=1.8)
+    axes.plot(x[inside], ratio[inside], **dress.line, linewidth=1.8)
     head = comparison.headline
-    axes.plot(
-        [head.baseline_compute * factor],
-        [head.ratio],
-        linestyle="",
-        marker=dress.marker,
-        color=dress.colour,
-        markersize=6,
-        markeredgecolor="white",
-        zorder=4,
-    )
+    at = (head.baseline_compute * factor, head.ratio)
+    axes.plot(*at, **dress.points, markersize=6, markeredgecolor="white", zorder=4)
     axes.annotate(
         ratio_text(head.ratio),
-        xy=(head.baseline_compute * factor, head.ratio),
+        xy=at,
         xytext=(5, -11),
         textcoords="offset points",
         color=dress.colour,
@@ -104,7 +93,7 @@ def _draw(study: Study, comparison: Comparison, axes: Axes, factor: float) -> tu
         fontweight="bold",
     )
     near = ratio[inside] if inside.any() else np.array([head.ratio])
-    band = np.concatenate([low[inside], high[inside]]) if inside.any() else np.array([])
+    band = np.concatenate([low[inside], high[inside]])
     band = band[np.isfinite(band)]
     ends = np.concatenate([near, band.clip(near.min() / 4, near.max() * 4), [head.ratio]])
     return x.min(), min(x.max(), x[inside].max() * 12 if inside.any() else x.max()), ends.min(), ends.max()

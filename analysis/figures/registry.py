@@ -100,10 +100,6 @@ def save_figures(inputs: FigureInputs, folder: Path) -> Iterator[SavedFigure]:
             yield SavedFigure(file, title, f"{row.caption} {detail}".strip(), float(figure.get_figwidth()))
 
 
-def _ratio(study: Study) -> Iterator[Drawing]:
-    yield Drawing(ratio_curve(study))
-
-
 def _loss(study: Study, frame: pd.DataFrame) -> Iterator[Drawing]:
     for comparison in study.comparisons:
         subject = comparison.challenger if len(study.comparisons) > 1 else ""
@@ -115,21 +111,6 @@ def _curves(study: Study, curves: pd.DataFrame) -> Iterator[Drawing]:
         most = int(curves.groupby(["rung", "arm"])["run"].nunique().max())
         drawn = f"Of arms with more runs at a rung, {MAX_LINES} are drawn." if most > MAX_LINES else ""
         yield Drawing(training_curves(curves, study.arms), detail=drawn)
-
-
-def _learning_rates(study: Study, trials: pd.DataFrame) -> Iterator[Drawing]:
-    if has_bowls(trials):
-        yield Drawing(learning_rate_bowls(trials, study.arms))
-
-
-def _tuning_budget(study: Study, tuning_budget: pd.DataFrame) -> Iterator[Drawing]:
-    if len(tuning_budget):
-        yield Drawing(ratio_by_trials(tuning_budget, study.arms))
-
-
-def _surfaces(study: Study, frame: pd.DataFrame, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
-    for found in allocations:
-        yield Drawing(surface_contours(found, frame, study.arms), found.arm)
 
 
 def _valleys(study: Study, allocations: Sequence[Allocations]) -> Iterator[Drawing]:
@@ -148,31 +129,6 @@ def _rungs(outcomes: Sequence[BudgetOutcome], table: pd.DataFrame | None = None)
     return [rung for rung in rungs if table is None or (table["rung"] == rung).any()]
 
 
-def _losses(outcomes: Sequence[BudgetOutcome]) -> Iterator[Drawing]:
-    for rung in _rungs(outcomes):
-        yield Drawing(final_losses(outcomes, _arms(outcomes), rung), rung)
-
-
-def _gaps(outcomes: Sequence[BudgetOutcome], gaps: pd.DataFrame) -> Iterator[Drawing]:
-    arms = _arms(outcomes)
-    for rung in _rungs(outcomes, gaps):
-        yield Drawing(gap_curves(gaps, arms, arms[0], rung), rung)
-
-
-def _dynamics(outcomes: Sequence[BudgetOutcome], curves: pd.DataFrame, dynamics: pd.DataFrame) -> Iterator[Drawing]:
-    for rung in _rungs(outcomes, dynamics):
-        yield Drawing(along_the_run(curves, dynamics, _arms(outcomes), rung), rung)
-
-
-def _spectra(outcomes: Sequence[BudgetOutcome], dynamics: pd.DataFrame) -> Iterator[Drawing]:
-    for rung in _rungs(outcomes, dynamics):
-        yield Drawing(spectra(dynamics, _arms(outcomes), rung), rung)
-
-
-def _design(forecast: DesignForecast) -> Iterator[Drawing]:
-    yield Drawing(width_against_cost(forecast))
-
-
 FIGURES: Registry[FigureRow] = Registry(
     "figure",
     "figures",
@@ -182,7 +138,7 @@ FIGURES: Registry[FigureRow] = Registry(
             caption="FLOPs that reach the baseline's loss, relative to the baseline, against the baseline's compute. "
             "Grey and dashed: at least one law is beyond its runs there. Thin lines: other laws through the same runs.",
             needs=("study",),
-            draw=_ratio,
+            draw=lambda study: [Drawing(ratio_curve(study))],
         ),
         "loss": FigureRow(
             title="Loss against training compute",
@@ -202,7 +158,7 @@ FIGURES: Registry[FigureRow] = Registry(
             caption="The best loss of each peak learning rate. A best rate on the edge of those tried is hollow: it is "
             "no optimum.",
             needs=("study", "trials"),
-            draw=_learning_rates,
+            draw=lambda study, trials: [Drawing(learning_rate_bowls(trials, study.arms))] if has_bowls(trials) else [],
         ),
         "tuning-budget": FigureRow(
             title="Ratio against the number of trials",
@@ -210,14 +166,18 @@ FIGURES: Registry[FigureRow] = Registry(
             "trials; bands hold 95 % of the orders. Dashed: the challenger keeps all of its trials while the baseline "
             "has few.",
             needs=("study", "tuning_budget"),
-            draw=_tuning_budget,
+            draw=lambda study, tuning_budget: (
+                [Drawing(ratio_by_trials(tuning_budget, study.arms))] if len(tuning_budget) else []
+            ),
         ),
         "surface": FigureRow(
             title="Loss surface",
             caption="Lines of equal loss over parameters and tokens, the runs, and the best split of compute; dotted "
             "lines are equal compute.",
             needs=("study", "frame", "allocations"),
-            draw=_surfaces,
+            draw=lambda study, frame, allocations: (
+                Drawing(surface_contours(found, frame, study.arms), found.arm) for found in allocations
+            ),
         ),
         "valleys": FigureRow(
             title="IsoFLOP valleys",
@@ -229,32 +189,41 @@ FIGURES: Registry[FigureRow] = Registry(
             title="Held-out loss of each arm",
             caption="Mean held-out loss at the end; bars are 95 % intervals of the paired difference to the baseline.",
             needs=("outcomes",),
-            draw=_losses,
+            draw=lambda outcomes: (
+                Drawing(final_losses(outcomes, _arms(outcomes), rung), rung) for rung in _rungs(outcomes)
+            ),
         ),
         "gap": FigureRow(
             title="Held-out loss relative to the baseline along the run",
             caption="Held-out loss minus the baseline's at equal tokens; bands, drawn for up to four arms, are 95 % "
             "intervals over seeds.",
             needs=("outcomes", "gaps"),
-            draw=_gaps,
+            draw=lambda outcomes, gaps: (
+                Drawing(gap_curves(gaps, _arms(outcomes), rung), rung) for rung in _rungs(outcomes, gaps)
+            ),
         ),
         "dynamics": FigureRow(
             title="Training dynamics",
             caption="Training loss, gradient norm, largest attention logit and update size; thin lines are seeds.",
             needs=("outcomes", "curves", "dynamics"),
-            draw=_dynamics,
+            draw=lambda outcomes, curves, dynamics: (
+                Drawing(along_the_run(curves, dynamics, _arms(outcomes), rung), rung)
+                for rung in _rungs(outcomes, dynamics)
+            ),
         ),
         "spectra": FigureRow(
             title="SVD entropy of the weights",
             caption="SVD entropy of each class of matrix: 1 where all singular values are equal.",
             needs=("outcomes", "dynamics"),
-            draw=_spectra,
+            draw=lambda outcomes, dynamics: (
+                Drawing(spectra(dynamics, _arms(outcomes), rung), rung) for rung in _rungs(outcomes, dynamics)
+            ),
         ),
         "design": FigureRow(
             title="Width of the interval against cost",
             caption="Simulated designs, and the narrowest for their cost.",
             needs=("forecast",),
-            draw=_design,
+            draw=lambda forecast: [Drawing(width_against_cost(forecast))],
         ),
     },
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from scaling.io import write_atomic
+from scaling.units import FLOPS_PER_PFLOPS_DAY, human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,6 @@ EXTRAPOLATION_DASHES = (4, 2.5)
 
 MUTED = "#777777"
 
-
 COLOURS = ("#0b4f8a", "#d9660a", "#2a9d76", "#b5408f", "#6aaed6", "#8a6d1f", "#444444", "#c9a227")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 Dash = Literal["-"] | tuple[float, tuple[float, ...]]
@@ -69,6 +69,21 @@ class Look(NamedTuple):
     marker: str
     dash: Dash
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """Options of `Axes.plot` for a line."""
+        return {"color": self.colour, "linestyle": self.dash}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Options of `Axes.plot` for points without a line."""
+        return {"color": self.colour, "linestyle": "", "marker": self.marker}
+
+    @property
+    def marked_line(self) -> dict[str, Any]:
+        """Options of `Axes.plot` for a line through its points."""
+        return {**self.line, "marker": self.marker}
+
 
 def look(arms: Sequence[str], arm: str) -> Look:
     """The look of an arm by its place among the study's arms, baseline first.
@@ -77,9 +92,7 @@ def look(arms: Sequence[str], arm: str) -> Look:
     """
     place = list(arms).index(arm)
     return Look(
-        COLOURS[place % len(COLOURS)],
-        MARKERS[place % len(MARKERS)],
-        DASHES[place // len(COLOURS) % len(DASHES)],
+        COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], DASHES[place // len(COLOURS) % len(DASHES)]
     )
 
 
@@ -94,7 +107,7 @@ def arm_label(arm: str) -> str:
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Settings of matplotlib for the figures made inside."""
+    """Settings of matplotlib for the figures made inside, or by the function that this decorates."""
     import matplotlib as mpl
 
     with mpl.rc_context(SETTINGS):  # type: ignore[arg-type]
@@ -112,7 +125,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panel_grid(
-    count: int, *, columns: int, size: tuple[float, float], handles: Sequence[Line2D] = (), **subplots: Any
+    count: int,
+    *,
+    columns: int,
+    size: tuple[float, float],
+    handles: Sequence[Line2D],
+    labels: tuple[str, str],
+    **subplots: Any,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels with one legend, which takes the free place of the last row or the line above the panels.
 
@@ -121,18 +140,22 @@ def panel_grid(
         columns: Panels side by side.
         size: Width and height of one panel, in inches.
         handles: Entries of the legend.
+        labels: Of the x and y axes of all panels.
         subplots: Passed to `Figure.subplots`.
     """
     lines = -(-count // columns)
     spare = lines * columns > count
-    figure = new_figure(size[0] * columns + 0.5, size[1] * lines + (0.3 if spare or not handles else 0.6))
+    figure = new_figure(size[0] * columns + 0.5, size[1] * lines + (0.3 if spare else 0.6))
     grid = list(figure.subplots(lines, columns, squeeze=False, **subplots).ravel())
-    if handles and spare:
+    if spare:
         grid[count].legend(handles=handles, loc="center left")
-    elif handles:
+    else:
         figure.legend(handles=handles, loc="outside upper left", ncols=4)
     for axes in grid[count:]:
         axes.set_axis_off()
+    figure.supxlabel(labels[0], fontsize=9)
+    if labels[1]:
+        figure.supylabel(labels[1], fontsize=9)
     return figure, grid[:count]
 
 
@@ -141,18 +164,8 @@ def arm_handles(arms: Sequence[str], shown: Sequence[str] | None = None) -> list
     from matplotlib.lines import Line2D
 
     return [
-        Line2D(
-            [],
-            [],
-            color=dress.colour,
-            marker=dress.marker,
-            linestyle=dress.dash,
-            markersize=4,
-            linewidth=1.2,
-            label=arm_label(arm),
-        )
+        Line2D([], [], **look(arms, arm).marked_line, markersize=4, linewidth=1.2, label=arm_label(arm))
         for arm in (arms if shown is None else shown)
-        for dress in [look(arms, arm)]
     ]
 
 
@@ -193,8 +206,6 @@ def _plain(value: float, _: Any) -> str:
 
 def short_counts(value: float, _: Any) -> str:
     """A tick of an axis of tokens: ``1.5M``."""
-    from scaling.units import human
-
     text = human(value)
     return re.sub(r"\.?0+(?=\D*$)", "", text) if "." in text else text
 
@@ -205,8 +216,6 @@ def compute_axis(largest: float) -> tuple[str, float]:
     Args:
         largest: Greatest compute shown, PFLOP/s-days.
     """
-    from scaling.units import FLOPS_PER_PFLOPS_DAY
-
     unit, factor = ("FLOPs", FLOPS_PER_PFLOPS_DAY) if largest < 1e-2 else ("PFLOP/s-days", 1.0)
     return f"training compute C ({unit})", factor
 

@@ -13,21 +13,12 @@ from analysis.figures.registry import FigureInputs, SavedFigure, save_figures
 from analysis.figures.style import arm_label
 from analysis.ratio.study import Study, write_study
 from analysis.reporting.sentences import explanation, fit_text, headline_text, left_out_text
-from analysis.reporting.tables import (
-    arm_table,
-    audit_table,
-    cell_text,
-    comparison_tables,
-    latex,
-    markdown,
-    run_table,
-)
+from analysis.reporting.tables import arm_table, audit_table, cell_text, comparison_tables, latex, markdown, run_table
 from analysis.single_arm.isoflop import Allocations, allocations
 from scaling.errors import UserError
 from scaling.io import write_atomic
 
 if TYPE_CHECKING:
-    import jinja2
     import pandas as pd
 
 
@@ -55,6 +46,8 @@ def write_report(
     Returns:
         The path of report.html.
     """
+    import jinja2
+
     folder = Path(folder)
     inputs = FigureInputs(
         study=study,
@@ -68,21 +61,25 @@ def write_report(
     write_study(study, folder / "fits.json")
     write_atomic(folder / "tables.md", markdown(study).encode())
     write_atomic(folder / "tables.tex", latex(study).encode())
-    page = (
-        _templates()
-        .get_template("report.html.j2")
-        .render(
-            title=title or f"{', '.join(map(arm_label, study.arms[1:]))} against {arm_label(study.baseline)}",
-            facts={**(facts or {}), "Table": study.table},
-            arms=arm_table(study, frame),
-            figures=figures,
-            comparisons=[(c, headline_text(c), explanation(study, c), comparison_tables(c)) for c in study.comparisons],
-            audit=audit_table(audit(frame, study, None if search is None else search.trials)),
-            laws=[fit_text(fit) for fit in study.fits.values()],
-            notes=search.notes if search is not None else (),
-            runs=run_table(study, frame),
-            left_out=left_out_text(study),
-        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell_text"] = cell_text
+    page = environment.get_template("report.html.j2").render(
+        title=title or f"{', '.join(map(arm_label, study.arms[1:]))} against {arm_label(study.baseline)}",
+        facts={**(facts or {}), "Table": study.table},
+        arms=arm_table(study, frame),
+        figures=figures,
+        comparisons=[(c, headline_text(c), explanation(study, c), comparison_tables(c)) for c in study.comparisons],
+        audit=audit_table(audit(frame, study, None if search is None else search.trials)),
+        laws=[fit_text(fit) for fit in study.fits.values()],
+        notes=search.notes if search is not None else (),
+        runs=run_table(study, frame),
+        left_out=left_out_text(study),
     )
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
@@ -95,20 +92,6 @@ def _allocations(study: Study, frame: pd.DataFrame) -> list[Allocations]:
         with contextlib.suppress(UserError):
             found.append(allocations(frame, arm))
     return found
-
-
-def _templates() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell_text"] = cell_text
-    return environment
 
 
 def _svg_element(figure: SavedFigure) -> str:

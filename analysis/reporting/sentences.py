@@ -44,25 +44,19 @@ def explanation(study: Study, comparison: Comparison) -> list[str]:
             "Values marked extrapolated rest on a law beyond the runs it was fitted to, where no run can confirm it and "
             "laws that agree inside the data differ."
         )
-    spread = [model for model in comparison.models if model.ratio is not None]
-    if len(spread) > 1:
-        low, high = min(spread, key=lambda m: m.ratio or 0.0), max(spread, key=lambda m: m.ratio or 0.0)
-        lines.append(
-            f"Other laws at the same loss: {ratio_text(low.ratio or 0.0)} ({low.family}) to "
-            f"{ratio_text(high.ratio or 0.0)} ({high.family}); this spread is not in the interval."
-        )
+    ratios = {model.family: model.ratio for model in comparison.models if model.ratio is not None}
+    if len(ratios) > 1:
+        ends = min(ratios, key=lambda family: ratios[family]), max(ratios, key=lambda family: ratios[family])
+        spread = " to ".join(f"{ratio_text(ratios[family])} ({family})" for family in ends)
+        lines.append(f"Other laws at the same loss: {spread}; this spread is not in the interval.")
     line = comparison.difference
     if line is not None and line.p < 0.05 and study.design == "ladder":
         shrinks = line.slope * line.level < 0
         floors = max(compute_law(fit.law).floor for fit in comparison.fits.values())
-        meaning = (
-            "the floor of this law accounts for part of that; without a floor the ratio "
-            if floors > 0
-            else "the ratio "
-        )
+        with_floor = "the floor of this law accounts for part of that; without a floor " if floors > 0 else ""
         lines.append(
             f"The arms' difference in log loss {'shrinks' if shrinks else 'grows'} with compute inside these runs "
-            f"(p = {line.p:.2g}, paired t test on {line.cells} cells); {meaning}"
+            f"(p = {line.p:.2g}, paired t test on {line.cells} cells); {with_floor}the ratio "
             f"{'rises towards' if shrinks else 'moves away from'} 1."
         )
     for found in comparison.definitions:
@@ -91,17 +85,16 @@ def explanation(study: Study, comparison: Comparison) -> list[str]:
 def beside_the_paper(comparison: Comparison) -> list[str]:
     """Limits of a comparison with Moonlight's ratio of Muon against AdamW; empty for other arms."""
     ratio = comparison.headline.ratio
-    if not {"adamw", "muon"} <= {comparison.baseline.lower(), comparison.challenger.lower()}:
+    baseline = comparison.baseline.lower()
+    if {baseline, comparison.challenger.lower()} != {"adamw", "muon"}:
         return []
-    published = MOONLIGHT_RATIO if comparison.baseline.lower() == "adamw" else 1.0 / MOONLIGHT_RATIO
+    published = MOONLIGHT_RATIO if baseline == "adamw" else 1.0 / MOONLIGHT_RATIO
     near = 0.8 < ratio / published < 1.25
     compute = max(comparison.headline.baseline_compute, comparison.headline.challenger_compute)
     if compute < SMALL_COMPUTE:
-        text = (
-            f"Agreement with Moonlight's {published:.2f} confirms nothing"
-            if near
-            else f"This differs from Moonlight's {published:.2f}, as expected"
-        )
+        text = f"This differs from Moonlight's {published:.2f}, as expected"
+        if near:
+            text = f"Agreement with Moonlight's {published:.2f} confirms nothing"
         return [
             f"{text}: these runs spend at most {compute * 8.64e19:.2g} FLOPs where the paper's spend 1.8e19 to 3.5e20. "
             "With few steps and narrow layers the ratio measures early training, and it does not carry over to the scale at "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ import numpy as np
 from analysis.audit import AuditCheck
 from analysis.data.cells import rungs
 from analysis.figures.style import arm_label
-from analysis.fitting.laws import Law
 from analysis.ratio.compare import Comparison
 from analysis.ratio.cost_metrics import TIMES
 from analysis.ratio.formatting import compute_unit, interval_text, law_text, ratio_text
@@ -65,11 +65,14 @@ def arm_table(study: Study, frame: pd.DataFrame) -> Table:
     rows = []
     for arm in study.arms:
         fit = study.fits[arm]
-        compute, loss = _largest_rung(frame.loc[[row - 1 for row in fit.rows]])
+        used = frame.loc[[row - 1 for row in fit.rows]]
+        rung = rungs(used["flops"].to_numpy(dtype=np.float64))
+        largest = used[rung == rung.max()]
+        flops, loss = f"{largest['flops'].mean():.3g}", f"{largest['loss'].mean():.4f}"
         answer = _answer(comparisons[arm]) if arm in comparisons else ["1 (baseline)", "", "", ""]
-        rows.append([arm_label(arm), loss, *answer, compute, str(fit.points)])
-    ratios = ["FLOPs ratio", "95 % interval", "other laws", "time ratio"]
-    head = ["arm", "loss at largest rung", *ratios, "largest rung (FLOPs)", "runs"]
+        rows.append([arm_label(arm), loss, *answer, flops, str(fit.points)])
+    head = ["arm", "loss at largest rung", "FLOPs ratio", "95 % interval", "other laws", "time ratio"]
+    head += ["largest rung (FLOPs)", "runs"]
     return Table(
         "Loss: mean nats per token. FLOPs ratio: FLOPs to reach the baseline's loss, relative to the baseline; "
         "time ratio: the same in measured time. Other laws: range of the ratio under other laws through the same runs, which "
@@ -77,13 +80,6 @@ def arm_table(study: Study, frame: pd.DataFrame) -> Table:
         head,
         rows,
     )
-
-
-def _largest_rung(used: pd.DataFrame) -> list[str]:
-    """Largest compute of an arm's runs and the mean loss there."""
-    rung = rungs(used["flops"].to_numpy(dtype=np.float64))
-    largest = used[rung == rung.max()]
-    return [f"{largest['flops'].mean():.3g}", f"{largest['loss'].mean():.4f}"]
 
 
 def _answer(comparison: Comparison) -> list[str]:
@@ -104,7 +100,13 @@ def law_table(study: Study) -> Table:
         "Laws; C in PFLOP/s-days, N and D counts, loss in nats per token. Error: root mean square of log residuals.",
         ["arm", "law", "runs", "error (%)", "status"],
         [
-            [fit.arm, _law(fit.law), str(fit.points), f"{100 * fit.rms:.2f}", fit.status.replace("_", " ")]
+            [
+                fit.arm,
+                Formula(law_text(fit.law), f"${fit.law.math()}$"),
+                str(fit.points),
+                f"{100 * fit.rms:.2f}",
+                fit.status.replace("_", " "),
+            ]
             for fit in study.fits.values()
         ],
         left=(0, 1, 4),
@@ -169,7 +171,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                     f"{d.loss:.4f}",
                     d.support,
                     _interval(d.low, d.high),
-                    _method(d.text, d.interval),
+                    f"{d.text}; {d.interval}" if d.interval else d.text,
                 ]
                 for d in comparison.definitions
             ]
@@ -219,23 +221,12 @@ def run_table(study: Study, frame: pd.DataFrame) -> Table:
     for index, row in rows.head(MAX_RUNS_LISTED).iterrows():
         number = int(str(index)) + 1
         counts = ["" if row[name] != row[name] else human(float(row[name])) for name in ("params", "tokens")]
-        flops, loss = _short(row["flops"]), "" if row["loss"] != row["loss"] else f"{row['loss']:.4f}"
-        cells.append(
-            [
-                str(number),
-                row["arm"],
-                *(_short(row[name]) for name in extra),
-                *counts,
-                flops,
-                loss,
-                reasons.get(number, ""),
-            ]
-        )
-    listed = f"{len(rows):,} rows" + (
-        f", of which the first {MAX_RUNS_LISTED} are listed" if len(rows) > MAX_RUNS_LISTED else ""
-    )
+        loss = "" if row["loss"] != row["loss"] else f"{row['loss']:.4f}"
+        named = [_short(row[name]) for name in extra]
+        cells.append([str(number), row["arm"], *named, *counts, _short(row["flops"]), loss, reasons.get(number, "")])
+    listed = f", of which the first {MAX_RUNS_LISTED} are listed" if len(rows) > MAX_RUNS_LISTED else ""
     return Table(
-        f"{listed}. N: parameters, D: tokens. Muted rows were left out of the fits.",
+        f"{len(rows):,} rows{listed}. N: parameters, D: tokens. Muted rows were left out of the fits.",
         ["row", "arm", *(name.replace("_", " ") for name in extra), "N", "D", "FLOPs", "loss", "left out because"],
         cells,
         left=(1,),
@@ -252,18 +243,10 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None else interval_text(low, high)
 
 
-def _method(text: str, interval: str) -> str:
-    return f"{text}; {interval}" if interval else text
-
-
 def _short(value: Any) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _law(law: Law) -> Formula:
-    return Formula(law_text(law), f"${law.math()}$")
 
 
 def cell_text(cell: Cell) -> str:
@@ -273,18 +256,14 @@ def cell_text(cell: Cell) -> str:
 
 def study_tables(study: Study) -> list[Table]:
     """Tables for papers: laws, ratios and the spread over families, without columns of sentences."""
-    tables = [law_table(study), *(table for comparison in study.comparisons for table in comparison_tables(comparison))]
-    return [_without_prose(table) for table in tables]
-
-
-def _without_prose(table: Table) -> Table:
-    kept = [number for number in range(len(table.head)) if number not in table.prose]
-    return table._replace(
-        head=[table.head[number] for number in kept],
-        rows=[[row[number] for number in kept] for row in table.rows],
-        left=[place for place, number in enumerate(kept) if number in table.left],
-        prose=(),
-    )
+    tables = []
+    for table in (law_table(study), *(table for c in study.comparisons for table in comparison_tables(c))):
+        kept = [number for number in range(len(table.head)) if number not in table.prose]
+        head = [table.head[number] for number in kept]
+        rows = [[row[number] for number in kept] for row in table.rows]
+        left = [place for place, number in enumerate(kept) if number in table.left]
+        tables.append(table._replace(head=head, rows=rows, left=left, prose=()))
+    return tables
 
 
 def markdown(study: Study) -> str:
@@ -320,17 +299,13 @@ def latex_table(table: Table) -> str:
     style = style.hide(axis="index").format_index(escape="latex", axis="columns").format(escape="latex")
     for number, name in enumerate(table.head):
         if isinstance(table.rows[0][number], Formula):
-            style = style.format(_math, subset=[name])
+            style = style.format(attrgetter("math"), subset=[name])
     return style.to_latex(
         hrules=True,
         caption=latex_text(table.caption),
         position_float="centering",
         column_format="".join("l" if number in table.left else "r" for number in range(len(table.head))),
     )
-
-
-def _math(cell: object) -> str:
-    return cell.math if isinstance(cell, Formula) else str(cell)
 
 
 def latex_text(text: str) -> str:

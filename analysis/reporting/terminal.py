@@ -67,7 +67,6 @@ def _print(table: Table, console: Console) -> None:
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, caption=Text(table.caption), caption_justify="left")
     for number, title in enumerate(table.head):
         shown.add_column(Text(title), justify="left" if number in table.left else "right", overflow="fold")
-    for number, row in enumerate(table.rows):
-        muted = number < len(table.muted) and table.muted[number]
+    for row, muted in zip(table.rows, table.muted or [False] * len(table.rows), strict=True):
         shown.add_row(*(Text(cell_text(cell)) for cell in row), style="dim" if muted else None)
     console.print(shown)

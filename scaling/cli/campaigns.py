@@ -215,10 +215,8 @@ class Collect(OnCampaign):
         for run, status, reason in zip(table["run"], table["status"], table["reason"], strict=True):
             if status == "failed":
                 print(plain(f"  {run} failed: {reason or 'no reason was recorded'}"))
-        if finished and self.set:
-            next_step(
-                shlex.join(["scaling", "fit", str(plan.results)])
-            )  # without the settings, the file is another campaign
+        if finished and self.set:  # without the settings, the file is another campaign
+            next_step(shlex.join(["scaling", "fit", str(plan.results)]))
         else:
             self.next_step("fit" if finished else "submit")
 

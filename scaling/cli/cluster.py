@@ -74,17 +74,16 @@ class Cancel(_OnRuns):
         plan = self.planned()
         chosen = self.chosen(plan)
         jobs = SlurmExecutor(plan).cancel(chosen)
-        here = [run.id for run in chosen if plan.directory(run).is_locked()]
-        if here and not jobs:
-            print(
-                f"{plan.campaign.name}: {len(here)} runs train on this machine and not as jobs. To stop them at a "
-                "checkpoint, press Ctrl-C where scaling submit runs, or send that process SIGTERM."
+        if jobs:
+            text = f"requested {len(jobs)} jobs to stop: {', '.join(jobs)}."
+        elif here := sum(plan.directory(run).is_locked() for run in chosen):
+            text = (
+                f"{here} runs train on this machine and not as jobs. To stop them at a checkpoint, press Ctrl-C where "
+                "scaling submit runs, or send that process SIGTERM."
             )
-            return
-        if not jobs:
-            print(f"{plan.campaign.name}: none of its runs is queued or running on SLURM; nothing to cancel.")
-            return
-        print(f"{plan.campaign.name}: requested {len(jobs)} jobs to stop: {', '.join(jobs)}.")
+        else:
+            text = "none of its runs is queued or running on SLURM; nothing to cancel."
+        print(f"{plan.campaign.name}: {text}")
 
 
 @dataclass(frozen=True)

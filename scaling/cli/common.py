@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,6 +17,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from scaling.errors import UserError, plain
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sweeps.config.campaign import Campaign
     from sweeps.planning.plan import CampaignPlan
 
@@ -107,10 +109,8 @@ def find_run(name: str, root: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(
-                f'{runs}: the ids of {len(found)} runs start with "{name}": {", ".join(path.name for path in found[:5])}'
-                f"{', ...' if len(found) > 5 else ''}. Give more digits."
-            )
+            some = ", ".join(path.name for path in found[:5]) + (", ..." if len(found) > 5 else "")
+            raise UserError(f'{runs}: the ids of {len(found)} runs start with "{name}": {some}. Give more digits.')
     elif len(parts) == 3 and (campaign.endswith(".toml") or (campaign and "/" not in campaign)):
         return _in_campaign(campaign, *parts, root=root)
     raise UserError(
@@ -129,6 +129,18 @@ def _in_campaign(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -
             return plan.directory(run).path
     seeds = ", ".join(str(run.seed) for run in chosen)
     raise UserError(f"{plan.campaign.file}: arm {arm} has no run on rung {rung} with seed {seed}. Its seeds: {seeds}.")
+
+
+def rich_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, title: str | None = None) -> Table:
+    """A table for the terminal, its first `left` columns aligned to the left and the others to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_json(value: Any) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaling.cli.common import print_json
+from scaling.cli.common import print_json, rich_table
 from scaling.cli.tables import OnTable
 from scaling.errors import plain
 from scaling.io import write_atomic
+from scaling.units import human
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table as RichTable
 
     from analysis.single_arm.same_budget import BudgetOutcome, Overtaking
 
@@ -47,7 +47,9 @@ class Compare(OnTable):
         along = None if curves is None else gaps(curves, baseline=arms[0])
         crossings = [] if curves is None else [_sentence(one) for one in overtakings(curves, arms)]
         head, rows = _cells(found, arms[0])
-        console().print(_table(head, rows, without="sd"))
+        spread = head.index("sd")  # left out, so that the table fits into 80 columns
+        shown = [row[:spread] + row[spread + 1 :] for row in (head, *rows)]
+        console().print(rich_table(shown[0], shown[1:], left=2))
         for line in crossings:
             print(plain(line))
         caption = "Held-out loss in nats per token; sd and 95 % t intervals over seeds, differences paired by seed."
@@ -66,8 +68,6 @@ def _read(file: Path) -> pd.DataFrame | None:
 
 
 def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], list[list[str]]]:
-    from scaling.units import human
-
     def signed(value: float | None) -> str:
         return "" if value is None else f"{value:+.4f}"
 
@@ -86,22 +86,7 @@ def _cells(found: Sequence[BudgetOutcome], baseline: str) -> tuple[list[str], li
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, without: str) -> RichTable:
-    """The table for a terminal of 80 columns, hence without one of the file's columns."""
-    from rich.table import Table as RichTable
-
-    table = RichTable(box=None, header_style="bold", pad_edge=False)
-    shown = [number for number, name in enumerate(head) if name != without]
-    for number in shown:
-        table.add_column(head[number], justify="left" if number < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(row[number] for number in shown))
-    return table
-
-
 def _sentence(found: Overtaking) -> str:
-    from scaling.units import human
-
     return (
         f"At {found.rung}, {found.arm} overtakes {found.other} after {human(found.tokens)} tokens, stays below, and ends "
         f"{-found.gap:.4f} below (95 % {-found.high:.4f} to {-found.low:.4f})."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from scaling.cli.common import OnCampaign, print_json
+from scaling.cli.common import OnCampaign, print_json, rich_table
 from scaling.errors import UserError, plain, unknown_name
 
 if TYPE_CHECKING:
@@ -90,18 +90,11 @@ class Design(OnCampaign):
         if self.family is not None and self.family not in ladders:
             raise UserError(f"--family: {unknown_name('family', self.family, ladders)}")
         if not 0.0 <= self.lost < 1.0:
-            raise UserError(
-                f"--lost: found {self.lost:g}, and a probability is between 0 and 1. Give 0.05 for one run in twenty."
-            )
+            raise UserError(f"--lost: found {self.lost:g}; a probability is between 0 and 1. Give, for example, 0.05.")
         if self.studies < 20:
-            raise UserError(
-                f"--studies: found {self.studies}; estimates of widths and probabilities need 20 or more. Give 1000."
-            )
-        for flag, value in (
-            ("--margin", self.margin),
-            ("--width", self.width),
-            ("--budget-gpu-hours", self.budget_gpu_hours),
-        ):
+            raise UserError(f"--studies: found {self.studies}; estimates need 20 or more. Give 1000.")
+        above_zero = {"--margin": self.margin, "--width": self.width, "--budget-gpu-hours": self.budget_gpu_hours}
+        for flag, value in above_zero.items():
             if value is not None and not value > 0.0:
                 raise UserError(f"{flag}: found {value:g}; it must be above 0.")
 
@@ -136,82 +129,51 @@ def _noise(text: str | None, middle: float) -> Noise:
             "that a cell shares and of the difference of its arms, as in --noise 0.0045,0.0008."
         ) from None
     if min(cell, difference) < 0.0 or difference == 0.0:
-        raise UserError(
-            f"--noise: found {text}; the first number must not be negative, and the second must be above 0."
-        )
+        raise UserError(f"--noise: found {text}; the first number must be 0 or above, and the second above 0.")
     return Noise(cell=cell, difference=difference, source="given on the command line")
 
 
 def show(answer: DesignForecast, *, unit: str) -> None:
     """Print the forecast as tables and sentences."""
-    from rich.table import Table
-
     from scaling.console import console
 
-    def table(title: str, left: tuple[str, ...], right: tuple[str, ...], rows: list[list[Any]]) -> Table:
-        made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-        for name in left:
-            made.add_column(name)
-        for name in right:
-            made.add_column(name, justify="right", overflow="fold")
-        for row in rows:
-            made.add_row(*row)
-        return made
-
     to = console()
-    beyond = "excludes 1" if answer.margin == 1.0 else f"excludes {answer.margin:g}"
-    to.print(
-        table(
-            f"{answer.campaign}: {answer.challenger} against {answer.baseline} as planned, {answer.studies:,} studies",
-            ("loss of",),
-            ("ratio", "width", "10-90 %", "paired line", beyond, "bias", "covers"),
-            [
-                [
-                    name,
-                    f"{row.ratio:.3f}",
-                    _number(row.width),
-                    f"{_number(row.width_low)}-{_number(row.width_high)}",
-                    _number(row.paired_width),
-                    f"{row.excludes:.0%}",
-                    _share(row.bias, "+.1%"),
-                    _share(row.coverage, ".1%"),
-                ]
-                for name, row in zip(answer.rungs, answer.forecasts, strict=True)
-            ],
-        )
-    )
+    title = f"{answer.campaign}: {answer.challenger} against {answer.baseline} as planned, {answer.studies:,} studies"
+    head = ["loss of", "ratio", "width", "10-90 %", "paired line", f"excludes {answer.margin:g}", "bias", "covers"]
+    rows = [
+        [
+            name,
+            f"{row.ratio:.3f}",
+            _number(row.width),
+            f"{_number(row.width_low)}-{_number(row.width_high)}",
+            _number(row.paired_width),
+            f"{row.excludes:.0%}",
+            "none" if row.bias is None else f"{row.bias:+.1%}",
+            "none" if row.coverage is None else f"{row.coverage:.1%}",
+        ]
+        for name, row in zip(answer.rungs, answer.forecasts, strict=True)
+    ]
+    to.print(rich_table(head, rows, title=title))
     print(
         "width: width of the ratio's 95 % interval, median and 10th to 90th percentile over studies; paired line: width "
         "of the interval from paired differences, with the baseline's exponent as fitted; none for laws with a floor.\n"
     )
-    to.print(
-        table(
-            f"One thing changed, at the loss of {answer.target_rung}",
-            ("design",),
-            ("width", "against plan", unit, "against plan"),
-            [
-                [
-                    row.name,
-                    _number(row.width),
-                    ""
-                    if row.width is None or answer.plan.width is None
-                    else f"{row.width / answer.plan.width - 1:+.0%}",
-                    f"{row.hours:,.3g}",
-                    f"{row.hours / answer.plan.hours - 1:+.0%}",
-                ]
-                for row in (answer.plan, *answer.changed)
-            ],
-        )
-    )
+    plan = answer.plan
+    rows = [
+        [
+            row.name,
+            _number(row.width),
+            "" if row.width is None or plan.width is None else f"{row.width / plan.width - 1:+.0%}",
+            f"{row.hours:,.3g}",
+            f"{row.hours / plan.hours - 1:+.0%}",
+        ]
+        for row in (plan, *answer.changed)
+    ]
+    head = ["design", "width", "against plan", unit, "against plan"]
+    to.print(rich_table(head, rows, title=f"One thing changed, at the loss of {answer.target_rung}"))
     print()
-    to.print(
-        table(
-            "Narrowest for their cost",
-            ("rungs and seeds (x: at each)",),
-            ("width", unit),
-            [[row.design, _number(row.width), f"{row.hours:,.3g}"] for row in steps(answer.frontier)],
-        )
-    )
+    rows = [[row.design, _number(row.width), f"{row.hours:,.3g}"] for row in steps(answer.frontier)]
+    to.print(rich_table(["rungs and seeds (x: at each)", "width", unit], rows, title="Narrowest for their cost"))
     for line in (*answer.verdict, *answer.assumptions):
         print(plain(line))
 
@@ -223,10 +185,6 @@ def steps(frontier: list[PlanForecast], *, gain: float = 0.85) -> list[PlanForec
         if not shown or (row.width or 0.0) < gain * (shown[-1].width or 0.0):
             shown.append(row)
     return shown
-
-
-def _share(value: float | None, form: str) -> str:
-    return "none" if value is None else format(value, form)
 
 
 def _number(value: float | None) -> str:

@@ -121,12 +121,7 @@ class Evaluate(OnRun):
         for download in downloads(self.tasks):
             print(f"Downloads {download}.", file=sys.stderr)
         scores = score_tasks(
-            self.run_dir,
-            self.tasks,
-            data=self.data,
-            limit=self.limit,
-            device=self.device,
-            allow_code=self.allow_code,
+            self.run_dir, self.tasks, data=self.data, limit=self.limit, device=self.device, allow_code=self.allow_code
         )
         if self.json:
             print_json(scores)

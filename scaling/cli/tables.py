@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from scaling.cli.common import (
-    ID_DIGITS,
-    TableName,
-    default_root,
-    next_step,
-    print_json,
-    print_result,
-    root_option,
-)
+from scaling.cli.common import ID_DIGITS, TableName, default_root, next_step, print_json, print_result, root_option
 from scaling.errors import ExitCode, UserError
 from scaling.io import read_json
 from scaling.spec import as_dict
@@ -34,7 +26,6 @@ if TYPE_CHECKING:
     from analysis.fitting.objective import Objective
     from analysis.ratio.study import Study
     from sweeps.config.campaign import Campaign
-
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -83,10 +74,12 @@ class OnTable:
 
     def collected(self) -> Path | None:
         """The campaign's table, if there is one. For "moonlight", the paper's points are used until a run has finished."""
+        import pandas as pd
+
         file = self.results() / "runs.csv"
-        if not file.exists() or (self.table == "moonlight" and _nothing_finished(file)):
+        if not file.exists():
             return None
-        return file
+        return file if self.table != "moonlight" or (pd.read_csv(file)["status"] == "finished").any() else None
 
     def analysis_options(self) -> list[str]:
         """The words of the options that change the analysis."""
@@ -99,15 +92,12 @@ class OnTable:
         from analysis.data.table import COUNTS, read_table
         from analysis.ratio.moonlight import moonlight_table
 
-        convention = None if self.convention == "none" else self.convention
-        columns = COUNTS if columns is None else columns
-        if self.is_file:
-            return read_table(Path(self.table), convention=convention, columns=columns)
-        collected = self.collected()
-        if collected is not None:
-            table = read_table(collected, convention=convention, columns=columns)
+        file = Path(self.table) if self.is_file else self.collected()
+        if file is not None:
+            convention = None if self.convention == "none" else self.convention
+            table = read_table(file, convention=convention, columns=COUNTS if columns is None else columns)
             # A page that is sent on names no folder.
-            return replace(table, name=f"campaign {collected.parent.name}")
+            return table if self.is_file else replace(table, name=f"campaign {file.parent.name}")
         if self.table == "moonlight":
             return moonlight_table()
         raise UserError(
@@ -127,33 +117,19 @@ class OnTable:
         file, results = self.results() / "trials.csv", self.results() / "tuning.json"
         if not file.exists():
             return None
+        trials = read_table(file).frame
         if not results.exists():
-            return TuningTables(read_table(file).frame)
+            return TuningTables(trials)
         tuning = read_json(results, Tuning, remedy=f"Move it aside and run: scaling tune {self.table}")
-        return TuningTables(
-            read_table(file).frame, pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning))
-        )
+        return TuningTables(trials, pd.DataFrame([as_dict(row) for row in tuning.budget]), tuple(notes(tuning)))
 
     def fitted(self) -> tuple[Study, pd.DataFrame]:
         """Fits and ratios of the table, from fits.json if they are there for this table and these options, and the table."""
         from analysis.ratio.study import load_or_fit
 
-        table = self.read()
-        study = load_or_fit(
-            table,
-            self.results(),
-            baseline=self.baseline,
-            challenger=self.challenger,
-            family=self.family,
-            extrapolate=self.extrapolate,
-        )
+        table, arms = self.read(), {"baseline": self.baseline, "challenger": self.challenger}
+        study = load_or_fit(table, self.results(), **arms, family=self.family, extrapolate=self.extrapolate)
         return study, table.frame
-
-
-def _nothing_finished(file: Path) -> bool:
-    import pandas as pd
-
-    return not (pd.read_csv(file)["status"] == "finished").any()
 
 
 def _objective(delta: str | None) -> Objective | Literal["robust"] | None:
@@ -189,20 +165,26 @@ class Fit(OnTable):
 
     def run(self) -> None:
         """Print the fits; for a campaign without options that change the analysis, also write fits.json."""
+        from analysis.fitting.laws import LAWS
+        from analysis.reporting import terminal
+        from analysis.single_arm.fit_arm import fit_arm
+        from analysis.single_arm.holdout import hold_out, holdout_text
+        from analysis.single_arm.isoflop import allocations, allocations_text
+
         if self.delta is not None and self.law is None:
-            raise UserError("--delta needs --law, which is not given. Add --law power, or remove --delta.")
+            raise UserError("--delta needs --law. Add --law power, or remove --delta.")
         if self.arm is not None and self.law is None and not self.allocation:
-            raise UserError(
-                "--arm needs --law or --allocation, and neither is given. Add --law power, or remove --arm."
-            )
+            raise UserError("--arm needs --law or --allocation. Add --law power, or remove --arm.")
         if self.holdout is not None and (self.law is not None or self.allocation):
             raise UserError("--holdout cannot be combined with --law and --allocation. Remove these.")
         if self.law is not None:
-            self._one_law(self.law)
+            found = fit_arm(self.read(LAWS.row(self.law).columns), self.law, self.arm, objective=_objective(self.delta))
+            print_result(found, self.json, terminal.arm_text)
         elif self.allocation:
-            self._allocate()
+            print_result(allocations(self.read(), self.arm), self.json, allocations_text)
         elif self.holdout is not None:
-            self._hold_out(self.holdout)
+            held = hold_out(self.read(), rungs=self.holdout, baseline=self.baseline, challenger=self.challenger)
+            print_result(held, self.json, holdout_text)
         else:
             self._ratio()
 
@@ -215,33 +197,15 @@ class Fit(OnTable):
             print_json(study)
         else:
             terminal.show(study)
+        options, file = self.analysis_options(), self.results() / "fits.json"
         # After the answer, because the folder may be read-only.
-        if self.collected() is not None and not self.analysis_options():
-            write_study(study, self.results() / "fits.json")
-            if not self.json:
-                print(f"Wrote {self.results() / 'fits.json'}")
+        if written := self.collected() is not None and not options:
+            write_study(study, file)
         if self.json:
             return
-        next_step(shlex.join(["scaling", "report", self.table, *root_option(self.root), *self.analysis_options()]))
-
-    def _one_law(self, law: str) -> None:
-        from analysis.fitting.laws import LAWS
-        from analysis.reporting import terminal
-        from analysis.single_arm.fit_arm import fit_arm
-
-        found = fit_arm(self.read(LAWS.row(law).columns), law, self.arm, objective=_objective(self.delta))
-        print_result(found, self.json, terminal.arm_text)
-
-    def _allocate(self) -> None:
-        from analysis.single_arm.isoflop import allocations, allocations_text
-
-        print_result(allocations(self.read(), self.arm), self.json, allocations_text)
-
-    def _hold_out(self, rungs: int) -> None:
-        from analysis.single_arm.holdout import hold_out, holdout_text
-
-        found = hold_out(self.read(), rungs=rungs, baseline=self.baseline, challenger=self.challenger)
-        print_result(found, self.json, holdout_text)
+        if written:
+            print(f"Wrote {file}")
+        next_step(shlex.join(["scaling", "report", self.table, *root_option(self.root), *options]))
 
 
 @dataclass(frozen=True)
@@ -255,8 +219,7 @@ class Audit(OnTable):
         """Print the checks; exit status 1 if one fails."""
         from analysis.audit import audit, audit_text
 
-        study, frame = self.fitted()
-        search = self.search()
+        (study, frame), search = self.fitted(), self.search()
         checks = audit(frame, study, None if search is None else search.trials)
         print_result(checks, self.json, audit_text)
         if any(check.verdict == "fail" for check in checks):
