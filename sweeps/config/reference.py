@@ -11,9 +11,8 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import re
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -52,10 +51,10 @@ EXAMPLES = {
     "": 'name = "mine"\ntitle = "Muon against AdamW on my text"\nseeds = [0, 1]',
     "data": 'source = "text"\npath = "corpus/*.txt"\nvalidation_fraction = 0.05',
     "model": "vocabulary = 256\ncontext = 128\nffn_multiple = 8",
-    "model.moe": 'experts = 16\ntop_k = 3\nshared = 1\ngranularity = 4\nscore = "sigmoid"',
+    "model.moe": 'num_experts = 16\ntop_k = 3\nnum_shared_experts = 1\ngranularity = 4\nscore = "sigmoid"',
     "model.mla": "kv_lora_rank = 64\nqk_nope_head_dim = 16\nqk_rope_head_dim = 8\nv_head_dim = 16",
     "arms": 'name = "muon"\noptimizer = "muon"\npeak_lr = 2e-2\noptions = { momentum = 0.95 }',
-    "arms.warm_start": 'arm = "dense"\nhow = "upcycle"\ncharged = true',
+    "arms.warm_start": 'arm = "dense"\nmethod = "upcycle"\ncount_flops = true',
     "rungs": 'name = "83k"\nlayers = 3\nwidth = 48\nheads = 3\ntokens = 1_660_000\nbatch_tokens = 1_024',
     "ladder": 'kind = "isoflop"\nrule = "chinchilla"\ncomputes = [1e15, 1e16]\npoints = 5',
     "training": "tokens_per_parameter = 20\nbatch_tokens = 1_024\nweight_decay = 0.1",
@@ -75,33 +74,22 @@ def tables() -> dict[str, StructType]:
     """Every table of the file by its path, from the types of the fields."""
     found: dict[str, StructType] = {}
 
-    def visit(path: str, struct: StructType) -> None:
-        if struct.cls not in {known.cls for known in found.values()}:
-            found[path] = struct
-            for field in struct.fields:
-                for name, inner in _structs(field.type):
-                    visit(f"{path}.{field.name}{name}".lstrip("."), inner)
-                if path == "" and field.name == "placement":
-                    visit("placement", _as_struct(type_info(PlacementConfig)))
+    def visit(path: str, kind: Type) -> None:
+        if isinstance(kind, UnionType):
+            for part in kind.types:
+                visit(path, part)
+        elif isinstance(kind, VarTupleType):
+            visit(path, kind.item_type)
+        elif isinstance(kind, DictType):
+            visit(f"{path}.NAME", kind.value_type)
+        elif isinstance(kind, StructType) and kind.cls not in {known.cls for known in found.values()}:
+            found[path] = kind
+            for field in kind.fields:
+                placement = path == "" and field.name == "placement"
+                visit(f"{path}.{field.name}".lstrip("."), type_info(PlacementConfig) if placement else field.type)
 
-    visit("", _as_struct(type_info(CampaignFile)))
+    visit("", type_info(CampaignFile))
     return found
-
-
-def _as_struct(found: Type) -> StructType:
-    assert isinstance(found, StructType)
-    return found
-
-
-def _structs(found: Type) -> Iterator[tuple[str, StructType]]:
-    if isinstance(found, StructType):
-        yield "", found
-    elif isinstance(found, UnionType):
-        yield from (pair for part in found.types for pair in _structs(part))
-    elif isinstance(found, VarTupleType):
-        yield from _structs(found.item_type)
-    elif isinstance(found, DictType):
-        yield from ((f".NAME{name}", struct) for name, struct in _structs(found.value_type))
 
 
 @functools.cache
@@ -112,21 +100,17 @@ def descriptions(struct: type[msgspec.Struct]) -> dict[str, str]:
         body = ast.parse(inspect.getsource(cls).lstrip()).body[0]
         assert isinstance(body, ast.ClassDef)
         found[""] = (ast.get_docstring(body) or "").partition("\n\n")[0]
-        for at, node in enumerate(body.body[:-1]):
-            after = body.body[at + 1]
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found[ast.unparse(node.target)] = inspect.cleandoc(str(after.value.value))
+        for node, after in itertools.pairwise(body.body):
+            match node, after:
+                case ast.AnnAssign(target=target), ast.Expr(value=ast.Constant(value=text)):
+                    found[ast.unparse(target)] = inspect.cleandoc(str(text))
     return {name: re.sub(r"``?(.+?)``?", r"`\1`", " ".join(text.split())) for name, text in found.items()}
 
 
 def type_text(found: Type) -> str:
     """A type with its bounds, in words."""
     if isinstance(found, UnionType):
-        return " or ".join(text for part in found.types if (text := type_text(part)) != "nothing")
+        return " or ".join(type_text(part) for part in found.types if not isinstance(part, NoneType))
     if isinstance(found, LiteralType):
         return "one of " + ", ".join(f'`"{value}"`' for value in found.values)
     if isinstance(found, IntType | FloatType):
@@ -139,8 +123,7 @@ def type_text(found: Type) -> str:
         return f"table of {type_text(found.value_type)}"
     if isinstance(found, StructType):
         return f"table `{heading(next(path for path, struct in tables().items() if struct.cls is found.cls))}`"
-    names = {BoolType: "true or false", StrType: "text", NoneType: "nothing"}
-    return names.get(type(found), "any value")
+    return {BoolType: "true or false", StrType: "text"}.get(type(found), "any value")
 
 
 def _default(field: Field) -> str:
@@ -150,10 +133,6 @@ def _default(field: Field) -> str:
     if value is None or value == {} or isinstance(value, msgspec.Struct):
         return "none" if value is None else "empty" if value == {} else "its defaults"
     return f"`{msgspec.json.encode(value).decode()}`"
-
-
-def _unit(name: str) -> str:
-    return UNITS.get(name.rpartition("_")[2], "")
 
 
 def heading(path: str) -> str:
@@ -168,19 +147,13 @@ def page() -> str:
         if path not in EXAMPLES:
             raise ConfigError(f"[{path}] has no example. Add one to EXAMPLES in sweeps/config/reference.py.")
         words = descriptions(struct.cls)
-        parts += [
-            f"## `{heading(path)}`\n" if path else "## Top of the file\n",
-            re.sub(r"^`\[.*?\]`: (.)", lambda found: found[1].upper(), words[""]) + "\n",
-        ]
-        parts += ["| key | type | unit | default | description |\n|---|---|---|---|---|"]
+        parts.append(f"## `{heading(path)}`\n" if path else "## Top of the file\n")
+        parts.append(re.sub(r"^`\[.*?\]`: (.)", lambda found: found[1].upper(), words[""]) + "\n")
+        parts.append("| key | type | unit | default | description |\n|---|---|---|---|---|")
         for field in struct.fields:
-            cells = (
-                f"`{field.name}`",
-                type_text(field.type),
-                _unit(field.name),
-                _default(field),
-                words.get(field.name, ""),
-            )
+            unit = UNITS.get(field.name.rpartition("_")[2], "")
+            description = words.get(field.name, "")
+            cells = (f"`{field.name}`", type_text(field.type), unit, _default(field), description)
             parts.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         example = "\n".join(filter(None, (heading(path).replace("NAME", "peak_lr"), EXAMPLES[path])))
         parts.append(f"\n```toml\n{example}\n```\n")
@@ -188,4 +161,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    print(page(), end="")
