@@ -24,11 +24,11 @@ from sweeps.planning.cost import (
     Basis,
     Measured,
     Outlook,
-    _costs,
     assumption,
     hours_text,
     measured_runs,
     outlook,
+    plan_costs,
     records_under,
     slots,
     tuning_hours,
@@ -77,10 +77,6 @@ def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str,
     """The plan as plain values, one row a run: the output of ``--json``.
 
     Counts and rates are exact; ``printed`` holds the values that a paper prints for the rung, as strings.
-
-    Args:
-        plan: The plan.
-        seen: Its `outlook`, if it was read before.
     """
     seen = seen or outlook(plan)
     printed = {rung.name: rung.printed for rung in plan.rungs}
@@ -121,10 +117,7 @@ def plan_totals(
 ) -> dict[str, Any]:
     """Sums over the campaign's distinct runs: number, FLOPs, hours and the remaining hours.
 
-    Args:
-        plan: The plan.
-        seen: Its `outlook`, if it was read before.
-        shares: Completed share of runs by id; without it a run that has not ended counts as not started.
+    Without the completed `shares` of runs, by id, a run that has not ended counts as not started.
     """
     seen, shares = seen or outlook(plan), shares or {}
     states, costs = seen.states, seen.costs
@@ -164,11 +157,7 @@ def remaining_cost(
 ) -> list[str]:
     """A sentence on the time and money that a campaign still needs; none if all runs are done.
 
-    Args:
-        plan: The plan.
-        states: State of each run, by id.
-        shares: Completed share of each run, by id.
-        speeds: Tokens per second of runs that are done or under way, by id; they replace assumed speeds.
+    `speeds`, in tokens per second of runs that are done or under way, replace assumed speeds.
     """
     measured = measured_runs(records_under(plan.root)) if len(plan.runs) <= MAX_RECORDS_FOR_STATUS else {}
     for run in plan.distinct():
@@ -176,7 +165,7 @@ def remaining_cost(
             table = plan.placements[run.rung]
             rate = speeds[run.id] / table.processes
             measured[run.id] = Measured(spec=run.spec, cuda=table.on_cuda, tokens_per_second=rate)
-    totals = plan_totals(plan, Outlook(states=states, costs=_costs(plan, measured)), shares=shares)
+    totals = plan_totals(plan, Outlook(states=states, costs=plan_costs(plan, measured)), shares=shares)
     if not totals["hours_left"]:
         return []
     basis = "assumed" if "assumed" in totals["bases_left"] else "measured"
@@ -202,17 +191,15 @@ def _money(totals: dict[str, Any]) -> list[str]:
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
     """Sum of hours times rates; None unless every part has a rate."""
-    known = list(parts)
-    if any(rate is None for _, rate in known):
-        return None
-    return sum(hours * rate for hours, rate in known if rate is not None)
+    amounts = [None if rate is None else hours * rate for hours, rate in parts]
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if len(known) == len(amounts) else None
 
 
 def arm_labels(campaign: Campaign) -> dict[str, str]:
     """Label of each arm: its name, or the label of its optimizer if it is named after it."""
-    labels = {name: recipe.label for name, recipe in OPTIMIZERS.items()}
     return {
-        arm.name: labels.get(arm.name, arm.name) if arm.name == arm.optimizer else arm.name for arm in campaign.arms
+        arm.name: OPTIMIZERS[arm.optimizer].label if arm.name == arm.optimizer else arm.name for arm in campaign.arms
     }
 
 
