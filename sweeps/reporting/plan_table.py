@@ -220,11 +220,9 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     seen = outlook(plan)
     rows = plan_rows(plan, seen)
     labels, printed = arm_labels(plan.campaign), any(row["printed"] for row in rows)
-    title = plan.campaign.title or plan.campaign.name
     # One space between columns: with it a table of long names and a state still fits 80 columns.
-    table = Table(
-        title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, collapse_padding=True
-    )
+    table = Table(header_style="bold", box=None, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.title = plan.campaign.title or plan.campaign.name
     for name in ("arm", "rung", "shape"):
         table.add_column(name, no_wrap=True)
     for name in ("N", "D", "C", "batch", "peak LR", "steps", "time"):
@@ -283,24 +281,15 @@ def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
         if basis == "assumed":
             kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
             lines += [f"{which} assume {kind}." for kind in kinds]
-        elif basis != "itself":
-            source = {
-                "like": "finished runs of the same shape and optimizer",
-                "fitted": "a fit to finished runs of other sizes or optimizers",
-            }
-            lines.append(f"{which} come from {source[basis]}.")
+        elif basis == "like":
+            lines.append(f"{which} come from finished runs of the same shape and optimizer.")
+        elif basis == "fitted":
+            lines.append(f"{which} come from a fit to finished runs of other sizes or optimizers.")
     return lines
 
 
-RERUN = "--rerun changed-code"
-
-
 def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) -> list[str]:
-    """Sentences on runs that were trained by other code than the present one, equal cases together.
-
-    Args:
-        trained_by: Commit and changed files of each run (`scaling.run.provenance.changed_files`).
-    """
+    """Sentences on runs that other code trained, from the commit and changed files of each; equal cases together."""
     lines = []
     for (commit, files), count in Counter(trained_by).items():
         runs = "1 run was" if count == 1 else f"{count:,} runs were"
@@ -311,11 +300,9 @@ def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) 
             )
         elif files:
             shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-            differ = (
-                f"{len(files)} file{'' if len(files) == 1 else 's'} differ{'s' if len(files) == 1 else ''} ({shown})"
-            )
+            differ = "1 file differs" if len(files) == 1 else f"{len(files)} files differ"
             lines.append(
-                f"{runs} trained by other code: {named}, {differ}. To train them again: submit {RERUN}; the old run "
+                f"{runs} trained by other code: {named}, {differ} ({shown}). To train them again: submit --rerun changed-code; the old run "
                 "directories are kept."
             )
     return lines
