@@ -318,18 +318,14 @@ def refuse_other(folder: Path, campaign: Campaign) -> None:
     """Refuse tables that were collected from another campaign, or from an earlier version of this one.
 
     Tables without a campaign.json are accepted.
-
-    Raises:
-        ConfigError: campaign.json names another campaign.
     """
-    file = folder / COLLECTED_FILE
-    if (folder / "runs.csv").exists() and file.exists():
-        found = read_json(file, Collected)
-        if found.identity != campaign.identity:
-            raise ConfigError(
-                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
-                f"Collect again (scaling collect), or give the folder instead of the file to read those tables: {folder}"
-            )
+    table, file = folder / "runs.csv", folder / COLLECTED_FILE
+    found = read_json(file, Collected) if table.exists() and file.exists() else None
+    if found is not None and found.identity != campaign.identity:
+        raise ConfigError(
+            f"{table}: collected from {found.file} with another content than {campaign.file} has now. Collect again "
+            f"(scaling collect), or give the folder instead of the file to read those tables: {folder}"
+        )
 
 
 def _check(campaign: Campaign) -> None:

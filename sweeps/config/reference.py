@@ -16,21 +16,7 @@ import re
 from typing import Any
 
 import msgspec
-from msgspec.inspect import (
-    BoolType,
-    DictType,
-    Field,
-    FloatType,
-    IntType,
-    LiteralType,
-    NoneType,
-    StrType,
-    StructType,
-    Type,
-    UnionType,
-    VarTupleType,
-    type_info,
-)
+from msgspec import inspect as types
 
 from scaling.errors import ConfigError
 from scaling.io import MAX_COUNT
@@ -70,25 +56,25 @@ EXAMPLES = {
 
 
 @functools.cache
-def tables() -> dict[str, StructType]:
+def tables() -> dict[str, types.StructType]:
     """Every table of the file by its path, from the types of the fields."""
-    found: dict[str, StructType] = {}
+    found: dict[str, types.StructType] = {}
 
-    def visit(path: str, kind: Type) -> None:
-        if isinstance(kind, UnionType):
+    def visit(path: str, kind: types.Type) -> None:
+        if isinstance(kind, types.UnionType):
             for part in kind.types:
                 visit(path, part)
-        elif isinstance(kind, VarTupleType):
+        elif isinstance(kind, types.VarTupleType):
             visit(path, kind.item_type)
-        elif isinstance(kind, DictType):
+        elif isinstance(kind, types.DictType):
             visit(f"{path}.NAME", kind.value_type)
-        elif isinstance(kind, StructType) and kind.cls not in {known.cls for known in found.values()}:
+        elif isinstance(kind, types.StructType) and kind.cls not in {known.cls for known in found.values()}:
             found[path] = kind
             for field in kind.fields:
                 placement = path == "" and field.name == "placement"
-                visit(f"{path}.{field.name}".lstrip("."), type_info(PlacementConfig) if placement else field.type)
+                visit(f"{path}.{field.name}".lstrip("."), types.type_info(PlacementConfig) if placement else field.type)
 
-    visit("", type_info(CampaignFile))
+    visit("", types.type_info(CampaignFile))
     return found
 
 
@@ -107,26 +93,26 @@ def descriptions(struct: type[msgspec.Struct]) -> dict[str, str]:
     return {name: re.sub(r"``?(.+?)``?", r"`\1`", " ".join(text.split())) for name, text in found.items()}
 
 
-def type_text(found: Type) -> str:
+def type_text(found: types.Type) -> str:
     """A type with its bounds, in words."""
-    if isinstance(found, UnionType):
-        return " or ".join(type_text(part) for part in found.types if not isinstance(part, NoneType))
-    if isinstance(found, LiteralType):
+    if isinstance(found, types.UnionType):
+        return " or ".join(type_text(part) for part in found.types if not isinstance(part, types.NoneType))
+    if isinstance(found, types.LiteralType):
         return "one of " + ", ".join(f'`"{value}"`' for value in found.values)
-    if isinstance(found, IntType | FloatType):
+    if isinstance(found, types.IntType | types.FloatType):
         limits = ((">", found.gt), (">=", found.ge), ("<", found.lt), ("<=", found.le))
         bounds = [f"{sign} {value:,}" for sign, value in limits if value is not None and abs(value) < MAX_COUNT]
-        return ", ".join(["integer" if isinstance(found, IntType) else "number", *bounds])
-    if isinstance(found, VarTupleType):
+        return ", ".join(["integer" if isinstance(found, types.IntType) else "number", *bounds])
+    if isinstance(found, types.VarTupleType):
         return f"list of {type_text(found.item_type)}"
-    if isinstance(found, DictType):
+    if isinstance(found, types.DictType):
         return f"table of {type_text(found.value_type)}"
-    if isinstance(found, StructType):
+    if isinstance(found, types.StructType):
         return f"table `{heading(next(path for path, struct in tables().items() if struct.cls is found.cls))}`"
-    return {BoolType: "true or false", StrType: "text"}.get(type(found), "any value")
+    return {types.BoolType: "true or false", types.StrType: "text"}.get(type(found), "any value")
 
 
-def _default(field: Field) -> str:
+def _default(field: types.Field) -> str:
     if field.required:
         return "required"
     value: Any = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
+import operator
 import re
 import reprlib
 import tomllib
@@ -261,9 +263,11 @@ def _explain(
         return f'{place}: field "{shortened(name)}" is not known; {hint}Known: {", ".join(known)}.'
     value = _walk(tables, steps)
     place = _place(tables, steps[:-1])
-    field = steps[-1] if steps and isinstance(steps[-1], str) else "value"
+    field = "value"
     if steps and isinstance(steps[-1], int):
         place, field = _place(tables, steps[:-2]), f"{steps[-2]}, entry {steps[-1] + 1}"
+    elif steps:
+        field = str(steps[-1])
     if FLOAT_FOR_COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"{place}: {field} is {value!r}, and the field is an integer. Write it in full: {int(value):_}."
     return f"{place}: {shortened(field)} is {QUOTED.repr(value)}. {_accepted(problem, _literals(kind, steps))}"
@@ -295,12 +299,10 @@ def _steps(path: str) -> list[str | int]:
 
 
 def _walk(tables: Any, steps: list[str | int]) -> Any:
-    for step in steps:
-        try:
-            tables = tables[step]
-        except (KeyError, IndexError, TypeError):
-            return "..."
-    return tables
+    try:
+        return functools.reduce(operator.getitem, steps, tables)
+    except (KeyError, IndexError, TypeError):
+        return "..."
 
 
 def _place(tables: Any, steps: list[str | int]) -> str:
@@ -343,8 +345,6 @@ def _struct(found: inspect.Type) -> inspect.StructType | None:
         return found
     if isinstance(found, inspect.UnionType):
         return next((struct for part in found.types if (struct := _struct(part))), None)
-    if isinstance(found, inspect.VarTupleType):
-        return _struct(found.item_type)
-    if isinstance(found, inspect.DictType):
-        return _struct(found.value_type)
+    if isinstance(found, inspect.VarTupleType | inspect.DictType):
+        return _struct(found.item_type if isinstance(found, inspect.VarTupleType) else found.value_type)
     return None

@@ -96,9 +96,8 @@ class Measurements:
             points = tuple(sorted((*work_of(run.spec), 1.0 / run.tokens_per_second) for run in group))
             self._speeds[*key, peak] = fit_speed(points, peak)
         sizes = len({run.spec.model for run in group})
-        return self._speeds[*key, peak], (
-            f"{sizes} other size{'s' if sizes > 1 else ''}" if key != device else "runs of another optimizer"
-        )
+        source = "runs of another optimizer" if key == device else f"{sizes} other size{'s' * (sizes > 1)}"
+        return self._speeds[*key, peak], source
 
 
 def records_under(root: Path) -> dict[str, RunRecord]:
@@ -183,10 +182,8 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         """The three times, for the explanation of a prediction."""
-        return (
-            f"{self.layer * 1e6:.3g} us a layer and step, {self.activation * 1e9:.3g} ns a token, layer and unit of width,"
-            f" {self.rate:.3g} FLOP/s"
-        )
+        activation = f"{self.activation * 1e9:.3g} ns a token, layer and unit of width"
+        return f"{self.layer * 1e6:.3g} us a layer and step, {activation}, {self.rate:.3g} FLOP/s"
 
 
 SAME_SHAPE_SPREAD = 0.05
@@ -253,10 +250,8 @@ def slots(table: PlacementConfig) -> int:
 
 def assumption(table: PlacementConfig) -> str:
     """The assumed speed of a device, in words."""
-    return (
-        f"{table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}, for FLOPs with head "
-        "and causal attention"
-    )
+    peak = f"{table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}"
+    return f"{table.utilisation:.0%} of {peak}, for FLOPs with head and causal attention"
 
 
 class Outlook(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,11 +43,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rungs_of(campaign: Campaign) -> list[Rung]:
-    """All rungs, in the order of the file or of rising compute.
-
-    Raises:
-        ConfigError: A shape is impossible, or tokens or batch are missing.
-    """
+    """All rungs, in the order of the file or of rising compute."""
     if campaign.ladder is not None:
         return _laddered(campaign, campaign.ladder)
     return [_listed(campaign, table) for table in campaign.rungs]

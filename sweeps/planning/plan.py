@@ -141,9 +141,6 @@ def recorded_plan(campaign: Campaign, root: Path | str) -> tuple[CampaignPlan, s
 
     Returns:
         The plan, and why plan.jsonl was not used: a sentence, empty if it was used.
-
-    Raises:
-        ConfigError: As `plan`; or plan.jsonl was edited.
     """
     empty = _without_runs(campaign, root)
     found, why = read_plan(empty.file, empty._sources(), PlannedRun)
@@ -309,11 +306,7 @@ def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:
-    """The plan with prepared data, and so with final ids; the same plan if its data are prepared.
-
-    Raises:
-        ConfigError: The text or the tokenizer cannot be used, or the text is shorter than the rungs need.
-    """
+    """The plan with prepared data, and so with final ids; the same plan if its data are prepared."""
     refuse_untuned(planned.campaign)
     if not planned.provisional:
         return planned

@@ -150,11 +150,7 @@ def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Va
 
 
 def tuned_rungs(campaign: Campaign, rungs: Sequence[Rung]) -> list[Rung]:
-    """Rungs with studies, in the order of the campaign: those that ``[tune]`` names, or all.
-
-    Raises:
-        ConfigError: ``[tune]`` names a rung that the campaign does not have.
-    """
+    """Rungs with studies, in the order of the campaign: those that ``[tune]`` names, or all."""
     table = campaign.tune or TuneConfig()
     known = [rung.name for rung in rungs]
     for name in (*table.rungs, *table.held_out):
@@ -170,11 +166,7 @@ def trials_of(table: TuneConfig, dimensions: Sequence[Dimension]) -> int:
 
 
 def dimensions_of(campaign: Campaign, arm: ArmConfig, rung: Rung) -> tuple[Dimension, ...]:
-    """Search space of an arm at a rung: the optimizer's ranges, as ``[tune.search]`` changes them.
-
-    Raises:
-        ConfigError: A range is not in order, or nothing is left to search.
-    """
+    """Search space of an arm at a rung: the optimizer's ranges, as ``[tune.search]`` changes them."""
     table = campaign.tune or TuneConfig()
     found = []
     for name, row in known_searches(arm.optimizer).items():
