@@ -88,12 +88,7 @@ def run_local(
 
 
 class CampaignProgress:
-    """Progress of the active runs, and of all runs together by their FLOPs.
-
-    Args:
-        plan: The plan.
-        reporter: Its total is the FLOPs of all runs.
-    """
+    """Progress of the active runs, and of all runs together by their FLOPs, the total of the reporter."""
 
     def __init__(self, plan: CampaignPlan, reporter: ProgressReporter) -> None:
         self.plan, self.reporter = plan, reporter
@@ -104,10 +99,10 @@ class CampaignProgress:
         """Show shares and losses; the metrics are read only if the reporter is due."""
         now = {run.id: run for run in active}
         for run in [run for run in self._shown.values() if run.id not in now]:
-            last = run_status(self.plan, run)
+            last, name = run_status(self.plan, run), f"{run.arm} {run.cell}"
             loss = "" if last.loss is None else f", loss {last.loss:.3f}"
-            self.reporter.remove_part(f"{run.arm} {run.cell}")
-            self.reporter.print(f"{run.arm} {run.cell} {last.state} at {last.share:.0%}{loss}")
+            self.reporter.remove_part(name)
+            self.reporter.print(f"{name} {last.state} at {last.share:.0%}{loss}")
         self._shown = now
         if not self.reporter.due:
             return
@@ -174,8 +169,7 @@ class _LocalExecutor:
 
     def _start(self, pool: ProcessPool, run: PlannedRun) -> None:
         directory = self.plan.directory(run)
-        # Not earlier: until here the directory holds the placement under which the run last failed.
-        try:
+        try:  # not earlier: until here the directory holds the placement under which the run last failed
             directory.create(run.spec, run.placement)
         except OSError as error:
             self.failed[run.id] = os_error_sentence(error)
@@ -186,13 +180,12 @@ class _LocalExecutor:
 
     def _slot(self, run: PlannedRun) -> str | None:
         """The GPU for a run: the least used one with a free slot."""
-        taken = [self.slot_of[other] for other in self.active if other in self.slot_of]
-        free = list((Counter(self.slots) - Counter(taken)).elements())
+        taken = Counter(self.slot_of[other] for other in self.active if other in self.slot_of)
+        free = Counter(self.slots) - taken
         if not free:
             return None
-        slot = min(free, key=lambda slot: (taken.count(slot), self.slots.index(slot)))
-        self.slot_of[run.id] = slot
-        return slot
+        self.slot_of[run.id] = min(free, key=lambda slot: (taken[slot], self.slots.index(slot)))
+        return self.slot_of[run.id]
 
     def _next(self) -> PlannedRun | None:
         """The first waiting run that may start; runs that another submitter has finished leave the list."""
@@ -201,16 +194,10 @@ class _LocalExecutor:
             if state in ("finished", "diverged"):
                 self.waiting.remove(run)
                 self.present.append(run.id)
-            elif state != "running" and not self._must_wait(run):
+            elif state != "running" and not run.starts_from & {*self.active, *(other.id for other in self.waiting)}:
                 self.waiting.remove(run)
                 return run
         return None
-
-    def _must_wait(self, run: PlannedRun) -> bool:
-        """True while a run that this one starts from, by its weights or as a branch, is not done."""
-        return any(before in self.active for before in run.starts_from) or any(
-            other.id in run.starts_from for other in self.waiting
-        )
 
     def _ended(self, run: PlannedRun, exit_code: int) -> None:
         directory = self.plan.directory(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,11 +171,7 @@ class ArmConfig(Strict, frozen=True, kw_only=True):
     """Start from the weights of another arm's runs."""
 
     def shape_of(self, shape: ModelConfig) -> ModelConfig:
-        """The model of this arm at a rung.
-
-        Args:
-            shape: The rung's model.
-        """
+        """The model of this arm at a rung, given the rung's model."""
         if self.family is None:
             return shape
         return msgspec.structs.replace(
@@ -269,8 +265,7 @@ def load_campaign(
         settings: ``table.key=value`` instead of the file's values, such as ``placement.slurm.partition=short``.
 
     Raises:
-        ConfigError: There is no such campaign, or the file has a wrong value; the sentence names file, table, field and
-            remedy.
+        ConfigError: There is no such campaign, or the file has a wrong value.
     """
     text = str(name_or_path)
     path = Path(text)
@@ -284,15 +279,16 @@ def load_campaign(
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
     content = as_value(tables, CampaignFile, where=path.name)
-    fields = {f: getattr(content, f) for f in content.__struct_fields__}
-    campaign = Campaign(**{**fields, "file": path.name, "identity": campaign_identity(tables)})
+    fields = msgspec.structs.asdict(content)
     with located(path.name):
-        data = campaign.data.resolved(path.parent)
-    campaign = msgspec.structs.replace(
-        campaign,
-        data=data,
-        arms=tuple(_beside(arm, path.parent) for arm in campaign.arms),
+        fields["data"] = content.data.resolved(path.parent)
+    fields["arms"] = tuple(
+        msgspec.structs.replace(arm, rule=str(resolve_path(path.parent, arm.rule)))
+        if arm.rule is not None and arm.rule.endswith(".toml")
+        else arm
+        for arm in content.arms
     )
+    campaign = Campaign(**fields, file=path.name, identity=campaign_identity(tables))
     _check(campaign)
     return campaign
 
@@ -322,45 +318,29 @@ def refuse_other(folder: Path, campaign: Campaign) -> None:
     """Refuse tables that were collected from another campaign, or from an earlier version of this one.
 
     Tables without a campaign.json are accepted.
-
-    Raises:
-        ConfigError: campaign.json names another campaign.
     """
-    file = folder / COLLECTED_FILE
-    if (folder / "runs.csv").exists() and file.exists():
-        found = read_json(file, Collected)
-        if found.identity != campaign.identity:
-            raise ConfigError(
-                f"{folder / 'runs.csv'}: collected from {found.file} with another content than {campaign.file} has now. "
-                f"Collect again (scaling collect), or give the folder instead of the file to read those tables: {folder}"
-            )
-
-
-def _beside(arm: ArmConfig, folder: Path) -> ArmConfig:
-    """The arm, with the path of its rule file relative to the campaign's folder."""
-    if arm.rule is None or not arm.rule.endswith(".toml"):
-        return arm
-    return msgspec.structs.replace(arm, rule=str(resolve_path(folder, arm.rule)))
+    table, file = folder / "runs.csv", folder / COLLECTED_FILE
+    found = read_json(file, Collected) if table.exists() and file.exists() else None
+    if found is not None and found.identity != campaign.identity:
+        raise ConfigError(
+            f"{table}: collected from {found.file} with another content than {campaign.file} has now. Collect again "
+            f"(scaling collect), or give the folder instead of the file to read those tables: {folder}"
+        )
 
 
 def _check(campaign: Campaign) -> None:
-    """Check rules that involve several fields.
-
-    Raises:
-        ConfigError: Two values contradict each other, or a name is unknown.
-    """
+    """Check rules that involve several fields."""
     where = campaign.file
     if not campaign.arms:
-        raise ConfigError(
-            f"{where}: there are no arms, so there is nothing to train. Add [[arms]] with name and optimizer."
-        )
+        raise ConfigError(f"{where}: there are no arms to train. Add [[arms]] with name and optimizer.")
     if bool(campaign.rungs) == (campaign.ladder is not None):
         found = "both [[rungs]] and [ladder]" if campaign.rungs else "neither [[rungs]] nor [ladder]"
         raise ConfigError(f"{where}: {found}. List the rungs one by one, or let one [ladder] make them.")
     if not campaign.seeds or any(rung.seeds == () for rung in campaign.rungs):
         raise ConfigError(f"{where}: a list of seeds is empty, so nothing would be trained. Write seeds = [0].")
-    _refuse_twice([arm.name for arm in campaign.arms], f"{where}, [[arms]]: name")
-    _refuse_twice([rung.name for rung in campaign.rungs], f"{where}, [[rungs]]: name")
+    for table, names in (("arms", [a.name for a in campaign.arms]), ("rungs", [r.name for r in campaign.rungs])):
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f'{where}, [[{table}]]: name "{twice}" is defined twice. Give each its own name.')
     if campaign.hyperparameters == "rule" and campaign.rule is None:
         raise ConfigError(f'{where}: hyperparameters = "rule" needs the name of a rule. Add: rule = "moonlight".')
     for place, name in [
@@ -371,31 +351,25 @@ def _check(campaign: Campaign) -> None:
         if name is not None:
             with located(f"{where}{place}"):
                 rule_set(name)
-    for index, arm in enumerate(campaign.arms):
-        if arm.warm_start is not None and arm.warm_start.arm not in (before := [a.name for a in campaign.arms[:index]]):
+    rungs, before = [rung.name for rung in campaign.rungs], list[str]()
+    for arm in campaign.arms:
+        here = f'{where}, [[arms]] "{arm.name}"'
+        if arm.warm_start is not None and arm.warm_start.arm not in before:
             raise ConfigError(
-                f'{where}, [[arms]] "{arm.name}": starts from arm "{arm.warm_start.arm}", and the arms before it are '
+                f'{here}: starts from arm "{arm.warm_start.arm}", and the arms before it are '
                 f"{', '.join(before) or 'none'}. Name one of them, or move this arm down."
             )
         if arm.family is None and (arm.moe is not None or arm.mla is not None):
             raise ConfigError(
-                f'{where}, [[arms]] "{arm.name}": has a table moe or mla and no family. '
+                f"{here}: has a table moe or mla and no family. "
                 'Add family = "mixtral-moe" or "moonlight-moe", or put the table into [model].'
             )
         if arm.rule is not None and arm.peak_lr is not None:
-            raise ConfigError(f'{where}, [[arms]] "{arm.name}": has both peak_lr and rule. Keep one of them.')
-        if isinstance(arm.peak_lr, dict) and campaign.rungs:
-            for name in arm.peak_lr:
-                if name not in (known := [rung.name for rung in campaign.rungs]):
-                    raise ConfigError(f'{where}, [[arms]] "{arm.name}", peak_lr: {unknown_name("rung", name, known)}')
+            raise ConfigError(f"{here}: has both peak_lr and rule. Keep one of them.")
+        for name in arm.peak_lr if isinstance(arm.peak_lr, dict) and rungs else ():
+            if name not in rungs:
+                raise ConfigError(f"{here}, peak_lr: {unknown_name('rung', name, rungs)}")
+        before.append(arm.name)
     if campaign.schedule.branches and campaign.schedule.kind != "wsd":
         raise ConfigError(f'{where}, [schedule]: branches need kind = "wsd"; "{campaign.schedule.kind}" has no trunk.')
     check_tuning(campaign)
-
-
-def _refuse_twice(names: Iterable[str], what: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ConfigError(f'{what} "{name}" is defined twice. Give each its own name.')
-        seen.add(name)

@@ -168,11 +168,7 @@ def rule_set(name: str) -> RuleSet:
 
 
 def tuned_rules(tuning: Tuning, arm: str) -> RuleSet:
-    """The rules that tuning fitted for an arm.
-
-    Raises:
-        ConfigError: The arm was not tuned, or not to the end.
-    """
+    """The rules that tuning fitted for an arm; raises a ConfigError if it was not tuned to the end."""
     rules = tuning.rules.get(arm)
     if not rules:
         raise ConfigError(
@@ -191,17 +187,11 @@ def tuned_rules(tuning: Tuning, arm: str) -> RuleSet:
 
 
 def write_rule_file(tuning: Tuning, arm: str, path: Path) -> Path:
-    """Write the rule file of an arm with all digits; return its path.
-
-    Raises:
-        ConfigError: As `tuned_rules`.
-    """
+    """Write the rule file of an arm (`tuned_rules`) with all digits; return its path."""
     content = msgspec.to_builtins(tuned_rules(tuning, arm))
     tables = content.pop("rules")
-    lines = [
-        f"# {content['label']}. Each rule is coefficient * C**exponent, C in FLOPs (6ND); error: standard error of the "
-        "exponent."
-    ]
+    head = "Each rule is coefficient * C**exponent, C in FLOPs (6ND); error: standard error of the exponent."
+    lines = [f"# {content['label']}. {head}"]
     lines += [f"{key} = {_toml(value)}" for key, value in content.items()]
     for name, fields in tables.items():
         lines += ["", f"[rules.{name}]", *(f"{key} = {_toml(value)}" for key, value in fields.items())]

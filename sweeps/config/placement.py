@@ -178,10 +178,6 @@ def placements(
         rungs: Names of all rungs.
         where: Name of the campaign file, for errors.
         file: The Struct of the whole campaign file, for errors.
-
-    Raises:
-        ConfigError: A value is not accepted, an override names an unknown rung, the campaign has shell lines, or the
-            profile cannot be used.
     """
     shared = {name: value for name, value in table.items() if name != "rungs"}
     base = as_value(shared, PlacementConfig, where=f"{where}, [placement]", file=file)
@@ -196,8 +192,7 @@ def placements(
     profile = _profile(profile_file())
     found: dict[str, PlacementConfig] = {}
     for rung in rungs:
-        raw = _merged(shared, overrides.get(rung, {}))
-        own = base
+        raw, own = _merged(shared, overrides.get(rung, {})), base
         if rung in overrides:
             own = as_value(raw, PlacementConfig, where=f'{where}, [placement.rungs."{rung}"]', file=file)
         slurm = raw.get("slurm", {})

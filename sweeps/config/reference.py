@@ -11,27 +11,12 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import re
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from msgspec.inspect import (
-    BoolType,
-    DictType,
-    Field,
-    FloatType,
-    IntType,
-    LiteralType,
-    NoneType,
-    StrType,
-    StructType,
-    Type,
-    UnionType,
-    VarTupleType,
-    type_info,
-)
+from msgspec import inspect as types
 
 from scaling.errors import ConfigError
 from scaling.io import MAX_COUNT
@@ -71,37 +56,26 @@ EXAMPLES = {
 
 
 @functools.cache
-def tables() -> dict[str, StructType]:
+def tables() -> dict[str, types.StructType]:
     """Every table of the file by its path, from the types of the fields."""
-    found: dict[str, StructType] = {}
+    found: dict[str, types.StructType] = {}
 
-    def visit(path: str, struct: StructType) -> None:
-        if struct.cls not in {known.cls for known in found.values()}:
-            found[path] = struct
-            for field in struct.fields:
-                for name, inner in _structs(field.type):
-                    visit(f"{path}.{field.name}{name}".lstrip("."), inner)
-                if path == "" and field.name == "placement":
-                    visit("placement", _as_struct(type_info(PlacementConfig)))
+    def visit(path: str, kind: types.Type) -> None:
+        if isinstance(kind, types.UnionType):
+            for part in kind.types:
+                visit(path, part)
+        elif isinstance(kind, types.VarTupleType):
+            visit(path, kind.item_type)
+        elif isinstance(kind, types.DictType):
+            visit(f"{path}.NAME", kind.value_type)
+        elif isinstance(kind, types.StructType) and kind.cls not in {known.cls for known in found.values()}:
+            found[path] = kind
+            for field in kind.fields:
+                placement = path == "" and field.name == "placement"
+                visit(f"{path}.{field.name}".lstrip("."), types.type_info(PlacementConfig) if placement else field.type)
 
-    visit("", _as_struct(type_info(CampaignFile)))
+    visit("", types.type_info(CampaignFile))
     return found
-
-
-def _as_struct(found: Type) -> StructType:
-    assert isinstance(found, StructType)
-    return found
-
-
-def _structs(found: Type) -> Iterator[tuple[str, StructType]]:
-    if isinstance(found, StructType):
-        yield "", found
-    elif isinstance(found, UnionType):
-        yield from (pair for part in found.types for pair in _structs(part))
-    elif isinstance(found, VarTupleType):
-        yield from _structs(found.item_type)
-    elif isinstance(found, DictType):
-        yield from ((f".NAME{name}", struct) for name, struct in _structs(found.value_type))
 
 
 @functools.cache
@@ -112,48 +86,39 @@ def descriptions(struct: type[msgspec.Struct]) -> dict[str, str]:
         body = ast.parse(inspect.getsource(cls).lstrip()).body[0]
         assert isinstance(body, ast.ClassDef)
         found[""] = (ast.get_docstring(body) or "").partition("\n\n")[0]
-        for at, node in enumerate(body.body[:-1]):
-            after = body.body[at + 1]
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found[ast.unparse(node.target)] = inspect.cleandoc(str(after.value.value))
+        for node, after in itertools.pairwise(body.body):
+            match node, after:
+                case ast.AnnAssign(target=target), ast.Expr(value=ast.Constant(value=text)):
+                    found[ast.unparse(target)] = inspect.cleandoc(str(text))
     return {name: re.sub(r"``?(.+?)``?", r"`\1`", " ".join(text.split())) for name, text in found.items()}
 
 
-def type_text(found: Type) -> str:
+def type_text(found: types.Type) -> str:
     """A type with its bounds, in words."""
-    if isinstance(found, UnionType):
-        return " or ".join(text for part in found.types if (text := type_text(part)) != "nothing")
-    if isinstance(found, LiteralType):
+    if isinstance(found, types.UnionType):
+        return " or ".join(type_text(part) for part in found.types if not isinstance(part, types.NoneType))
+    if isinstance(found, types.LiteralType):
         return "one of " + ", ".join(f'`"{value}"`' for value in found.values)
-    if isinstance(found, IntType | FloatType):
+    if isinstance(found, types.IntType | types.FloatType):
         limits = ((">", found.gt), (">=", found.ge), ("<", found.lt), ("<=", found.le))
         bounds = [f"{sign} {value:,}" for sign, value in limits if value is not None and abs(value) < MAX_COUNT]
-        return ", ".join(["integer" if isinstance(found, IntType) else "number", *bounds])
-    if isinstance(found, VarTupleType):
+        return ", ".join(["integer" if isinstance(found, types.IntType) else "number", *bounds])
+    if isinstance(found, types.VarTupleType):
         return f"list of {type_text(found.item_type)}"
-    if isinstance(found, DictType):
+    if isinstance(found, types.DictType):
         return f"table of {type_text(found.value_type)}"
-    if isinstance(found, StructType):
+    if isinstance(found, types.StructType):
         return f"table `{heading(next(path for path, struct in tables().items() if struct.cls is found.cls))}`"
-    names = {BoolType: "true or false", StrType: "text", NoneType: "nothing"}
-    return names.get(type(found), "any value")
+    return {types.BoolType: "true or false", types.StrType: "text"}.get(type(found), "any value")
 
 
-def _default(field: Field) -> str:
+def _default(field: types.Field) -> str:
     if field.required:
         return "required"
     value: Any = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if value is None or value == {} or isinstance(value, msgspec.Struct):
         return "none" if value is None else "empty" if value == {} else "its defaults"
     return f"`{msgspec.json.encode(value).decode()}`"
-
-
-def _unit(name: str) -> str:
-    return UNITS.get(name.rpartition("_")[2], "")
 
 
 def heading(path: str) -> str:
@@ -168,19 +133,13 @@ def page() -> str:
         if path not in EXAMPLES:
             raise ConfigError(f"[{path}] has no example. Add one to EXAMPLES in sweeps/config/reference.py.")
         words = descriptions(struct.cls)
-        parts += [
-            f"## `{heading(path)}`\n" if path else "## Top of the file\n",
-            re.sub(r"^`\[.*?\]`: (.)", lambda found: found[1].upper(), words[""]) + "\n",
-        ]
-        parts += ["| key | type | unit | default | description |\n|---|---|---|---|---|"]
+        parts.append(f"## `{heading(path)}`\n" if path else "## Top of the file\n")
+        parts.append(re.sub(r"^`\[.*?\]`: (.)", lambda found: found[1].upper(), words[""]) + "\n")
+        parts.append("| key | type | unit | default | description |\n|---|---|---|---|---|")
         for field in struct.fields:
-            cells = (
-                f"`{field.name}`",
-                type_text(field.type),
-                _unit(field.name),
-                _default(field),
-                words.get(field.name, ""),
-            )
+            unit = UNITS.get(field.name.rpartition("_")[2], "")
+            description = words.get(field.name, "")
+            cells = (f"`{field.name}`", type_text(field.type), unit, _default(field), description)
             parts.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         example = "\n".join(filter(None, (heading(path).replace("NAME", "peak_lr"), EXAMPLES[path])))
         parts.append(f"\n```toml\n{example}\n```\n")
@@ -188,4 +147,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    print(page(), end="")

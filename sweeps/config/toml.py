@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
+import operator
 import re
 import reprlib
 import tomllib
@@ -38,36 +40,26 @@ MAX_KEYS_TRIED = 100
 
 RENAMED: dict[str, dict[str, str]] = {
     "SlurmConfig": {
-        "minutes": "time_minutes",
-        "gpus": "gpus_per_node",
-        "cpus": "cpus_per_task",
-        "tasks": "tasks_per_node",
-        "parallel": "max_parallel",
-        "tries": "max_kills",
+        "minutes": "time_minutes", "gpus": "gpus_per_node", "cpus": "cpus_per_task", "tasks": "tasks_per_node",
+        "parallel": "max_parallel", "tries": "max_kills",
     },
     "SharedModelConfig": {"mixture": "moe", "latent": "mla"},
     "ArmConfig": {"mixture": "moe", "latent": "mla", "initial": "warm_start"},
     "MoEConfig": {
-        "active": "top_k",
-        "gate_scale": "routed_scaling_factor",
-        "experts": "num_experts",
-        "shared": "num_shared_experts",
-        "bias_rate": "bias_update_rate",
+        "active": "top_k", "gate_scale": "routed_scaling_factor", "experts": "num_experts",
+        "shared": "num_shared_experts", "bias_rate": "bias_update_rate",
     },
     "MLAConfig": {
-        "kv_rank": "kv_lora_rank",
-        "q_rank": "q_lora_rank",
-        "plain": "qk_nope_head_dim",
-        "rotary": "qk_rope_head_dim",
-        "value": "v_head_dim",
-        "rope_base": "rope_theta",
+        "kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank", "plain": "qk_nope_head_dim", "rotary": "qk_rope_head_dim",
+        "value": "v_head_dim", "rope_base": "rope_theta",
     },
     "WarmStartConfig": {"how": "method", "charged": "count_flops"},
     "TuneConfig": {"law": "transfer"},
     "CampaignFile": {"law": "rule"},
-}
+}  # fmt: skip
 """Former names of keys and their present names, by the Struct of their table."""
 
+NAMED_FIELD = re.compile(r"(?:unknown|missing required) field `(.*)`")
 FLOAT_FOR_COUNT = re.compile(r"Expected `int(?: \| null)?`, got `float`")
 PATH_STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+|\.\.\.)\]")
 
@@ -85,9 +77,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"{shortened(str(path))}: cannot be read ({why}). Give the path of a TOML file.") from None
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"{path}: the file is larger than {MAX_FILE_BYTES:,} bytes. Give the path of a campaign file."
-        )
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes. Give the path of a campaign file.")
     try:
         tables = _parsed(content.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
@@ -100,12 +90,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The tables of TOML text.
-
-    Raises:
-        ValueError: The text is not TOML, or a key has too many parts.
-        RecursionError: Lists or inline tables are nested too deeply.
-    """
+    """The tables of TOML text; raises ValueError, or RecursionError where values are nested too deeply."""
     if found := DEEP_KEY.search(text):
         line = text.count("\n", 0, found.start()) + 1
         raise ValueError(f"a key of more than {MAX_TABLE_DEPTH} parts (line {line})")
@@ -118,28 +103,23 @@ def override(tables: dict[str, Any], setting: str) -> None:
     Raises:
         ConfigError: The setting has another form, or its path leads through a value that is no table.
     """
+    shown = shortened(setting)
     key, equals, text = (part.strip() for part in setting.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
-        raise ConfigError(
-            f'"{shortened(setting)}" is not a setting. Write TABLE.KEY=VALUE, such as placement.threads=2.'
-        )
+        raise ConfigError(f'"{shown}" is not a setting. Write TABLE.KEY=VALUE, such as placement.threads=2.')
     try:
         value = _parsed(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    _check_scalars(value, f"--set {shortened(setting)}", key)
+    _check_scalars(value, f"--set {shown}", key)
     *path, last = key.split(".")
     if len(path) >= MAX_TABLE_DEPTH:
-        raise ConfigError(
-            f'"{shortened(setting)}" leads through more than {MAX_TABLE_DEPTH} tables. Write TABLE.KEY=VALUE.'
-        )
+        raise ConfigError(f'"{shown}" leads through more than {MAX_TABLE_DEPTH} tables. Write TABLE.KEY=VALUE.')
     here = tables
     for step in path:
         here = here.setdefault(step, {})
         if not isinstance(here, dict):
-            raise ConfigError(
-                f'"{shortened(setting)}": {step} is no table of the campaign, so nothing in it can be set.'
-            )
+            raise ConfigError(f'"{shown}": {step} is no table of the campaign, so nothing in it can be set.')
     here[last] = value
 
 
@@ -166,7 +146,8 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
         except msgspec.ValidationError as error:
             problem, _, at = str(error).partition(" - at `$")
             steps = _with_free_keys(_steps(at.rstrip("`")), left, kind, str(error))
-            found = _location(problem, steps)
+            named = NAMED_FIELD.search(problem)
+            found = (steps, named[1]) if named else (steps[:-1], steps[-1] if steps else "")
             if found not in replaced:
                 problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}")
             if not _repair(left, *found, kind=kind, problem=problem, again=found in replaced):
@@ -191,13 +172,12 @@ def _with_free_keys(steps: list[str | int], tables: Any, kind: type[msgspec.Stru
     if "..." not in steps:
         return steps
     at = steps.index("...")
-    keys = _keys(tables, steps[:at])
+    keys = list(_walk(tables, steps[:at]))
     for key in keys if len(keys) <= MAX_KEYS_TRIED else []:
         alone = copy.deepcopy(tables)
         table = _walk(alone, steps[:at])
-        for other in keys:
-            if other != key:
-                del table[other]
+        for other in {*keys} - {key}:
+            del table[other]
         try:
             msgspec.convert(alone, type=kind)
         except (msgspec.ValidationError, UserError) as error:
@@ -206,20 +186,10 @@ def _with_free_keys(steps: list[str | int], tables: Any, kind: type[msgspec.Stru
     return steps
 
 
-def _location(problem: str, steps: list[str | int]) -> tuple[list[str | int], str | int]:
-    """The table and the key that a message of msgspec is about."""
-    if named := re.search(r"(?:unknown|missing required) field `(.*)`", problem):
-        return steps, named[1]
-    return steps[:-1], steps[-1] if steps else ""
-
-
 def _repair(
     tables: Any, steps: list[str | int], key: str | int, *, kind: type[msgspec.Struct], problem: str, again: bool
 ) -> bool:
-    """Rename, replace or remove a wrong entry so that the next problem is found; False if nothing was changed.
-
-    An entry that was replaced before (`again`) is removed.
-    """
+    """Rename, replace or (`again`) remove a wrong entry so that the next problem is found; False if nothing changed."""
     table: Any = _walk(tables, steps)
     expected = re.match(r"Expected `(\w+)", problem)
     if expected and not again:
@@ -237,15 +207,11 @@ def _repair(
 def _renamed(kind: type[msgspec.Struct], steps: list[str | int], key: str) -> str | None:
     """The present name of a former key; None if the key never had another name."""
     struct = _struct(_type_at(kind, steps))
-    return RENAMED.get(struct.cls.__name__, {}).get(key) if struct is not None else None
+    return RENAMED.get(struct.cls.__name__, {}).get(key) if struct else None
 
 
 def _check_scalars(value: Any, where: str, path: str = "") -> None:
-    """Refuse numbers and strings that no field of any table accepts.
-
-    Raises:
-        ConfigError: inf, nan, an integer of more than 64 bits, a long text, or one with control characters.
-    """
+    """Refuse what no field of any table accepts: inf, nan, huge integers, long texts, control characters."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_text(key, f"{where}: a key")
@@ -283,47 +249,42 @@ def located(where: str) -> Iterator[None]:
 def _explain(
     problem: str, steps: list[str | int], tables: Any, kind: type[msgspec.Struct], file: type[msgspec.Struct]
 ) -> str:
-    unknown = re.search(r"unknown field `(.*)`", problem)
-    missing = re.search(r"missing required field `(.*)`", problem)
-    if unknown or missing:
-        known = _fields(kind, steps)
-        place = _place(tables, steps)
-        if unknown:
-            if (new := _renamed(kind, steps, unknown[1])) is not None:
-                return f'{place}: field "{unknown[1]}" is now called "{new}". Write {new} = ... instead.'
-            name = shortened(unknown[1])
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f'did you mean "{near[0]}"? ' if near else ""
-            top = (steps or kind is not file) and not isinstance(_walk(tables, [*steps, unknown[1]]), dict)
-            if top and name in _fields(file, []):
-                hint = "it belongs at the top of the file, above the first [table]. "
-            return f'{place}: field "{name}" is not known; {hint}Known: {", ".join(known)}.'
-        assert missing is not None
-        near = difflib.get_close_matches(missing[1], [k for k in _keys(tables, steps) if k not in known], n=1)
-        hint = f' ("{shortened(near[0])}" is there, and is not known)' if near else ""
-        return f'{place}: field "{missing[1]}" is missing{hint}. Add it: {missing[1]} = ...'
+    if named := NAMED_FIELD.search(problem):
+        name, known, place = named[1], _fields(kind, steps), _place(tables, steps)
+        table = _walk(tables, steps)
+        if "missing required" in problem:
+            near = difflib.get_close_matches(name, [key for key in table if key not in known], n=1)
+            hint = f' ("{shortened(near[0])}" is there, and is not known)' if near else ""
+            return f'{place}: field "{name}" is missing{hint}. Add it: {name} = ...'
+        if (new := _renamed(kind, steps, name)) is not None:
+            return f'{place}: field "{name}" is now called "{new}". Write {new} = ... instead.'
+        near = difflib.get_close_matches(shortened(name), known, n=1, cutoff=0.6)
+        hint = f'did you mean "{near[0]}"? ' if near else ""
+        if (steps or kind is not file) and not isinstance(_walk(table, [name]), dict) and name in _fields(file, []):
+            hint = "it belongs at the top of the file, above the first [table]. "
+        return f'{place}: field "{shortened(name)}" is not known; {hint}Known: {", ".join(known)}.'
     value = _walk(tables, steps)
     place = _place(tables, steps[:-1])
-    field = str(steps[-1]) if steps and isinstance(steps[-1], str) else "value"
+    field = "value"
     if steps and isinstance(steps[-1], int):
         place, field = _place(tables, steps[:-2]), f"{steps[-2]}, entry {steps[-1] + 1}"
+    elif steps:
+        field = str(steps[-1])
     if FLOAT_FOR_COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return (
-            f"{place}: {field} is {value!r}, a floating-point number, and the field is an integer. "
-            f"Write it in full: {int(value):_}."
-        )
+        return f"{place}: {field} is {value!r}, and the field is an integer. Write it in full: {int(value):_}."
     return f"{place}: {shortened(field)} is {QUOTED.repr(value)}. {_accepted(problem, _literals(kind, steps))}"
 
 
 def _accepted(problem: str, words: list[str]) -> str:
     """A sentence on the accepted values, from msgspec's message and the literals of the field."""
     text = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
-    if "matching regex" in text and "x00-" in text:
+    _, regex, pattern = text.partition("matching regex ")
+    if "x00-" in pattern:
         return "Write one line without control characters."
-    if "matching regex '^[A-Za-z0-9][" not in text and "matching regex" in text:
-        return f"Write text that matches the regular expression {text.partition('matching regex ')[2]}."
-    if "matching regex" in text:
+    if pattern.startswith("'^[A-Za-z0-9]["):
         return "Use letters, digits, dot, underscore and hyphen, and begin with a letter or digit."
+    if regex:
+        return f"Write text that matches the regular expression {pattern}."
     if "Invalid enum value" in text:
         return f"Write one of {', '.join(words)}."
     return f"{text.removesuffix('.')}. Change the value."
@@ -340,17 +301,10 @@ def _steps(path: str) -> list[str | int]:
 
 
 def _walk(tables: Any, steps: list[str | int]) -> Any:
-    for step in steps:
-        try:
-            tables = tables[step]
-        except (KeyError, IndexError, TypeError):
-            return "..."
-    return tables
-
-
-def _keys(tables: Any, steps: list[str | int]) -> list[str]:
-    table = _walk(tables, steps)
-    return list(table) if isinstance(table, dict) else []
+    try:
+        return functools.reduce(operator.getitem, steps, tables)
+    except (KeyError, IndexError, TypeError):
+        return "..."
 
 
 def _place(tables: Any, steps: list[str | int]) -> str:
@@ -369,13 +323,11 @@ def _place(tables: Any, steps: list[str | int]) -> str:
 
 
 def _fields(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
-    """Names of the fields of the Struct that a path leads to."""
     struct = _struct(_type_at(kind, steps))
     return sorted(field.encode_name for field in struct.fields) if struct else []
 
 
 def _literals(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
-    """Literal values of the field at the end of a path."""
     found = _type_at(kind, steps)
     parts = found.types if isinstance(found, inspect.UnionType) else (found,)
     return [f'"{word}"' for part in parts if isinstance(part, inspect.LiteralType) for word in part.values]
@@ -395,8 +347,6 @@ def _struct(found: inspect.Type) -> inspect.StructType | None:
         return found
     if isinstance(found, inspect.UnionType):
         return next((struct for part in found.types if (struct := _struct(part))), None)
-    if isinstance(found, inspect.VarTupleType):
-        return _struct(found.item_type)
-    if isinstance(found, inspect.DictType):
-        return _struct(found.value_type)
+    if isinstance(found, inspect.VarTupleType | inspect.DictType):
+        return _struct(found.item_type if isinstance(found, inspect.VarTupleType) else found.value_type)
     return None

@@ -80,11 +80,7 @@ class TuneConfig(Strict, frozen=True):
 
 
 def check(campaign: Campaign) -> None:
-    """Check ``[tune]`` against the arms of its campaign.
-
-    Raises:
-        ConfigError: The sentence names file, table, field and remedy.
-    """
+    """Check ``[tune]`` against the arms of its campaign; raises a ConfigError with file, table, field and remedy."""
     table, where = campaign.tune, f"{campaign.file}, [tune]"
     tuned = [arm for arm in campaign.arms if arm.tuned]
     _check_arms(campaign, tuned)
@@ -100,9 +96,10 @@ def check(campaign: Campaign) -> None:
     for name, search in table.search.items():
         if name not in known:
             raise ConfigError(f"{where}: {unknown_name('hyper-parameter', name, known)}")
-        _check_search(f"{campaign.file}, [tune.search.{name}]", name, search)
+        here = f"{campaign.file}, [tune.search.{name}]"
+        _check_search(here, name, search)
         if table.sampler == "grid" and not search.values:
-            raise ConfigError(f"{campaign.file}, [tune.search.{name}]: a grid needs listed values. Add: values = [...]")
+            raise ConfigError(f"{here}: a grid needs listed values. Add: values = [...]")
     if table.sampler == "grid" and not table.search:
         raise ConfigError(f"{where}: a grid needs hyper-parameters. Add [tune.search.peak_lr] with values.")
     if table.sampler == "grid" and table.halving:
@@ -120,7 +117,6 @@ def search_hash(table: TuneConfig) -> str:
 
 def _check_arms(campaign: Campaign, tuned: Sequence[ArmConfig]) -> None:
     names = [arm.name for arm in campaign.arms]
-    tuned_names = [arm.name for arm in tuned]
     settled = {arm.name for arm in campaign.arms if not arm.tuned and arm.reuse is None}
     for arm in campaign.arms:
         here = f'{campaign.file}, [[arms]] "{arm.name}"'
@@ -129,7 +125,7 @@ def _check_arms(campaign: Campaign, tuned: Sequence[ArmConfig]) -> None:
                 raise ConfigError(f"{here}: has both tuned and reuse. Keep one of them.")
             if arm.reuse not in names:
                 raise ConfigError(f"{here}, reuse: {unknown_name('arm', arm.reuse, names)}")
-            if arm.reuse not in tuned_names:
+            if arm.reuse not in [other.name for other in tuned]:
                 raise ConfigError(f'{here}: reuses "{arm.reuse}", which is not tuned. Write tuned = true there.')
         if arm.tuned and campaign.tune is None:
             raise ConfigError(f"{here}: has tuned = true, and there is no [tune] table. Add one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,12 +20,7 @@ def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
 
     The warm-up is the campaign's share of the shortest run's tokens for all of them, because they share their first
     steps. A run whose decay would start before the end of the warm-up, or after that of the trunk, stays whole.
-
-    Args:
-        runs: Runs with the schedule ``wsd``, as the campaign requests them.
-
-    Returns:
-        The same runs in the same order, with new ids; trunks keep checkpoints for their branches.
+    The order stays; ids are new, and trunks keep checkpoints for their branches.
     """
     families: dict[bytes, list[int]] = {}
     for number, run in enumerate(runs):
@@ -41,16 +37,12 @@ def branched(runs: list[PlannedRun]) -> list[PlannedRun]:
             made[number] = _with_spec(runs[number], schedule=schedule)
         longest = max(members, key=lambda number: made[number].spec.budget.tokens)
         kept_tokens = set()
-        for number in members:
-            if number == longest:
-                continue
-            try:
+        for number in {*members} - {longest}:
+            with contextlib.suppress(UserError):
                 branch = _with_spec(made[number], branch_of=made[longest].id)
                 check_branch(branch.spec, made[longest].spec)
-            except UserError:
-                continue
-            made[number] = branch
-            kept_tokens.add(branch.spec.branch_tokens)
+                made[number] = branch
+                kept_tokens.add(branch.spec.branch_tokens)
         placement = msgspec.structs.replace(made[longest].placement, keep_tokens=tuple(sorted(kept_tokens)))
         made[longest] = msgspec.structs.replace(made[longest], placement=placement)
     return made

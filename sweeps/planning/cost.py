@@ -18,6 +18,7 @@ import msgspec
 
 from scaling.errors import UserError
 from scaling.flops import train_flops, train_flops_per_token
+from scaling.model_config import ModelConfig
 from scaling.optim.optimizer_flops import run_optimizer_flops
 from scaling.run.directory import RunDirectory
 from scaling.run.record import Code, RunRecord, RunState
@@ -64,23 +65,21 @@ class Measurements:
     def __init__(self, runs: Mapping[str, Measured]) -> None:
         self.runs = runs
         self._groups: dict[tuple[object, ...], list[Measured]] = {}
-        self._rates: dict[tuple[object, ...], float] = {}
         self._speeds: dict[tuple[object, ...], Speed] = {}
         for run in runs.values():
             device = (run.spec.precision, run.cuda)
             optimizer = (*device, run.spec.optimizer.name)
             for key in (device, optimizer, (*optimizer, run.spec.model)):
                 self._groups.setdefault(key, []).append(run)
+        self._rates = {
+            key: statistics.median(run.tokens_per_second for run in group) * train_flops_per_token(model, CONVENTION)
+            for key, group in self._groups.items()
+            if isinstance(model := key[-1], ModelConfig)
+        }
 
     def rate(self, spec: RunSpec, *, cuda: bool) -> float | None:
         """Median FLOP/s of one device over runs of the same shape, optimizer and precision; None without such runs."""
-        key = (spec.precision, cuda, spec.optimizer.name, spec.model)
-        if key not in self._groups:
-            return None
-        if key not in self._rates:
-            per_token = train_flops_per_token(spec.model, CONVENTION)
-            self._rates[key] = statistics.median(run.tokens_per_second * per_token for run in self._groups[key])
-        return self._rates[key]
+        return self._rates.get((spec.precision, cuda, spec.optimizer.name, spec.model))
 
     def speed(self, spec: RunSpec, peak: float, *, cuda: bool) -> tuple[Speed, str] | None:
         """`fit_speed` over comparable runs of other sizes, and a description of those runs; None without such runs.
@@ -97,9 +96,8 @@ class Measurements:
             points = tuple(sorted((*work_of(run.spec), 1.0 / run.tokens_per_second) for run in group))
             self._speeds[*key, peak] = fit_speed(points, peak)
         sizes = len({run.spec.model for run in group})
-        return self._speeds[*key, peak], (
-            f"{sizes} other size{'s' if sizes > 1 else ''}" if key != device else "runs of another optimizer"
-        )
+        source = "runs of another optimizer" if key == device else f"{sizes} other size{'s' * (sizes > 1)}"
+        return self._speeds[*key, peak], source
 
 
 def records_under(root: Path) -> dict[str, RunRecord]:
@@ -128,13 +126,7 @@ def measured_runs(records: Mapping[str, RunRecord]) -> dict[str, Measured]:
 
 
 def predict(run: PlannedRun, table: PlacementConfig, measured: Measurements) -> Cost:
-    """Hours of one run.
-
-    Args:
-        run: The planned run.
-        table: Its rung's placement, for the assumed speed.
-        measured: Speeds of other runs; if there are none, the speed is assumed.
-    """
+    """Hours of one run; its rung's placement gives the assumed speed where nothing was measured."""
     work = train_flops(run.spec.model, run.spec.budget.tokens, CONVENTION)
     cuda, devices = table.on_cuda, table.processes
 
@@ -190,10 +182,8 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         """The three times, for the explanation of a prediction."""
-        return (
-            f"{self.layer * 1e6:.3g} us a layer and step, {self.activation * 1e9:.3g} ns a token, layer and unit of width,"
-            f" {self.rate:.3g} FLOP/s"
-        )
+        activation = f"{self.activation * 1e9:.3g} ns a token, layer and unit of width"
+        return f"{self.layer * 1e6:.3g} us a layer and step, {activation}, {self.rate:.3g} FLOP/s"
 
 
 SAME_SHAPE_SPREAD = 0.05
@@ -217,10 +207,7 @@ def fit_speed(points: tuple[tuple[float, float, float, float], ...], peak: float
 
     One measured size tells the total time but hardly its division into three parts, which decides the times of other
     sizes; there the priors decide. Further sizes outweigh them.
-
-    Args:
-        points: The `Work` of a token and its seconds on one device.
-        peak: FLOP/s of one device.
+    `points` are the `Work` of a token and its seconds on one device; `peak` is the FLOP/s of one device.
     """
     import numpy as np
     from numpy.typing import NDArray
@@ -263,10 +250,8 @@ def slots(table: PlacementConfig) -> int:
 
 def assumption(table: PlacementConfig) -> str:
     """The assumed speed of a device, in words."""
-    return (
-        f"{table.utilisation:.0%} of {table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}, for FLOPs with head "
-        "and causal attention"
-    )
+    peak = f"{table.peak_flops:.4g} FLOP/s, the peak of {table.accelerator}"
+    return f"{table.utilisation:.0%} of {peak}, for FLOPs with head and causal attention"
 
 
 class Outlook(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,28 +270,19 @@ def outlook(plan: CampaignPlan) -> Outlook:
     done = {run.id: records[run.id] for run in runs if run.id in records}
     return Outlook(
         states={run.id: done[run.id].status if run.id in done else plan.state(run) for run in runs},
-        costs=_costs(plan, measured_runs(records)),
+        costs=plan_costs(plan, measured_runs(records)),
         code=tuple(record.code for record in done.values()),
     )
 
 
-def plan_costs(plan: CampaignPlan) -> dict[str, Cost]:
-    """Predicted time of every run, by id."""
-    return _costs(plan, measured_runs(records_under(plan.root)))
-
-
-def _costs(plan: CampaignPlan, measured: dict[str, Measured]) -> dict[str, Cost]:
-    known = Measurements(measured)
+def plan_costs(plan: CampaignPlan, measured: dict[str, Measured] | None = None) -> dict[str, Cost]:
+    """Predicted time of every run, by id; by default from all measured runs under the root."""
+    known = Measurements(measured_runs(records_under(plan.root)) if measured is None else measured)
     return {run.id: predict(run, plan.placements[run.rung], known) for run in plan.runs}
 
 
 def tuning_hours(plan: CampaignPlan, costs: Mapping[str, Cost]) -> list[tuple[float, PlacementConfig]]:
-    """GPU-hours and placement of each study of ``[tune]``, with every trial counted at full length.
-
-    Args:
-        plan: The plan of a campaign, with or without ``[tune]``.
-        costs: Predicted time of every run, by id.
-    """
+    """GPU-hours and placement of each study of ``[tune]``, with every trial counted at full length."""
     table = plan.campaign.tune
     if table is None:
         return []

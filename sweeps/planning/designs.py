@@ -49,12 +49,8 @@ class CampaignDesign(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self, points: list[Point]) -> str:
         """The rungs, with the number of seeds where it is more than one."""
-        parts = [
-            point.name + (f" x{seeds}" if seeds > 1 else "")
-            for point, seeds in zip(points, self.seeds, strict=True)
-            if seeds
-        ]
-        return ", ".join(parts)
+        chosen = [(point.name, seeds) for point, seeds in zip(points, self.seeds, strict=True) if seeds]
+        return ", ".join(name + (f" x{seeds}" if seeds > 1 else "") for name, seeds in chosen)
 
 
 def two_arms(plan: CampaignPlan, baseline: str | None, challenger: str | None) -> tuple[str, str]:
@@ -88,23 +84,21 @@ def points_of(
     for run in plan.runs:
         if run.arm in arms:
             runs.setdefault(run.rung, {})[run.arm, run.seed] = run
-    points, seeds = [], []
+    found: list[tuple[Point, int]] = []
     for rung, cell in runs.items():
         numbers = sorted({seed for _, seed in cell})
         base = cell[arms[0], numbers[0]]
-        points.append(
-            Point(
-                name=rung,
-                params=float(base.parameters),
-                tokens=float(base.spec.budget.tokens),
-                flops=float(base.spec.budget.flops),
-                hours=sum(costs[run.id].gpu_hours for run in cell.values()) / len(numbers),
-                planned=True,
-            )
+        point = Point(
+            name=rung,
+            params=float(base.parameters),
+            tokens=float(base.spec.budget.tokens),
+            flops=float(base.spec.budget.flops),
+            hours=sum(costs[run.id].gpu_hours for run in cell.values()) / len(numbers),
+            planned=True,
         )
-        seeds.append(len(numbers))
-    order = sorted(range(len(points)), key=lambda at: points[at].flops)
-    points, seeds = [points[at] for at in order], [seeds[at] for at in order]
+        found.append((point, len(numbers)))
+    found.sort(key=lambda pair: pair[0].flops)
+    points, seeds = [point for point, _ in found], tuple(count for _, count in found)
     for one, two in itertools.pairwise(points):
         if two.flops < one.flops * 1.02:
             raise ConfigError(
@@ -117,7 +111,7 @@ def points_of(
         )
     smaller, larger = _beyond(points, down=True, count=2), _beyond(points, down=False, count=1)
     everything = [*reversed(smaller), *points, *larger]
-    own = (0,) * len(smaller) + tuple(seeds) + (0,) * len(larger)
+    own = (0,) * len(smaller) + seeds + (0,) * len(larger)
     return everything, CampaignDesign(name="as planned", seeds=own)
 
 
@@ -150,11 +144,9 @@ def variants(points: list[Point], planned: CampaignDesign) -> list[CampaignDesig
     """The planned design with one change: a rung dropped or added, a seed more or less."""
     found = []
     for at, point in enumerate(points):
-        seeds = planned.seeds[at]
-        if seeds:
-            found.append(_changed(planned, at, 0, f"without {point.name}"))
-        else:
-            found.append(_changed(planned, at, 1, f"with {point.name}"))
+        planned_here = bool(planned.seeds[at])
+        name = f"{'without' if planned_here else 'with'} {point.name}"
+        found.append(_changed(planned, at, 0 if planned_here else 1, name))
     for at, point in enumerate(points):
         if planned.seeds[at]:
             found.append(_changed(planned, at, planned.seeds[at] + 1, f"one seed more at {point.name}"))
@@ -178,8 +170,8 @@ def candidates(points: list[Point]) -> list[CampaignDesign]:
     hides curvature.
     """
     top = max(at for at, point in enumerate(points) if point.planned)
-    kept = [CampaignDesign(name="", seeds=seeds) for seeds in set(_patterns(len(points), top))]
-    kept = [CampaignDesign(name=design.describe(points), seeds=design.seeds) for design in kept]
+    unnamed = [CampaignDesign(name="", seeds=seeds) for seeds in set(_patterns(len(points), top))]
+    kept = [msgspec.structs.replace(design, name=design.describe(points)) for design in unnamed]
     return sorted(kept, key=lambda design: (design.hours(points), design.seeds))
 
 
@@ -189,8 +181,6 @@ def _patterns(count: int, top_rung: int) -> Iterator[tuple[int, ...]]:
         if length < 3 or last < top_rung:
             continue
         for few, many in itertools.combinations_with_replacement(SEEDS, 2):
-            for top in range(1, length):
-                if few == many and top > 1:
-                    continue
+            for top in range(1, 2 if few == many else length):
                 body = (many,) * (length - top) + (few,) * top
                 yield (0,) * first + body + (0,) * (count - last - 1)

@@ -43,11 +43,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rungs_of(campaign: Campaign) -> list[Rung]:
-    """All rungs, in the order of the file or of rising compute.
-
-    Raises:
-        ConfigError: A shape is impossible, or tokens or batch are missing; the sentence names the rung.
-    """
+    """All rungs, in the order of the file or of rising compute."""
     if campaign.ladder is not None:
         return _laddered(campaign, campaign.ladder)
     return [_listed(campaign, table) for table in campaign.rungs]
@@ -96,47 +92,46 @@ def peak_lr(campaign: Campaign, arm: ArmConfig, rung: Rung) -> float:
 
 
 def _listed(campaign: Campaign, table: RungConfig) -> Rung:
-    where = f'{campaign.file}, rung "{table.name}"'
     training = campaign.training
-    with located(where):
+    with located(f'{campaign.file}, rung "{table.name}"'):
         shape = _shape(campaign.model, layers=table.layers, width=table.width, heads=table.heads, ffn=table.ffn)
         if table.tokens is not None and table.tokens_per_parameter is not None:
             raise ConfigError("has both tokens and tokens_per_parameter. Keep one of them.")
-    parameters = count_parameters(shape).blocks
-    rules = rule_set(campaign.rule) if campaign.hyperparameters == "rule" and campaign.rule else None
-    ratio = table.tokens_per_parameter or (training.tokens_per_parameter if table.tokens is None else None)
-    tokens = table.tokens if ratio is None else round(ratio * parameters)
-    compute = None
-    if rules is not None and {"parameters", "tokens"} <= rules.rules.keys():
-        compute = rules.compute_for(parameters)
-        tokens = round(rules.value("tokens", compute=compute))
-    if tokens is None:
-        raise ConfigError(
-            f"{where}: the number of training tokens is missing. "
-            "Give the rung tokens or tokens_per_parameter, or give [training] tokens_per_parameter."
+        parameters, rules = _blocks(shape), _rules(campaign)
+        ratio = table.tokens_per_parameter or (training.tokens_per_parameter if table.tokens is None else None)
+        tokens = table.tokens if ratio is None else round(ratio * parameters)
+        compute = None
+        if rules is not None and {"parameters", "tokens"} <= rules.rules.keys():
+            compute = rules.compute_for(parameters)
+            tokens = round(rules.value("tokens", compute=compute))
+        if tokens is None:
+            raise ConfigError(
+                "the number of training tokens is missing. "
+                "Give the rung tokens or tokens_per_parameter, or give [training] tokens_per_parameter."
+            )
+        compute = compute or float(train_flops_per_token(shape) * tokens)
+        return Rung(
+            name=table.name,
+            shape=shape,
+            tokens=tokens,
+            batch_tokens=_batch(rules, table.batch_tokens or training.batch_tokens, shape, compute, tokens),
+            peak_lr=table.peak_lr,
+            seeds=campaign.seeds if table.seeds is None else table.seeds,
+            compute=compute,
+            printed=table.printed,
         )
-    compute = compute or float(train_flops_per_token(shape) * tokens)
-    return Rung(
-        name=table.name,
-        shape=shape,
-        tokens=tokens,
-        batch_tokens=_batch(where, rules, table.batch_tokens or training.batch_tokens, shape, compute, tokens),
-        peak_lr=table.peak_lr,
-        seeds=campaign.seeds if table.seeds is None else table.seeds,
-        compute=compute,
-        printed=table.printed,
-    )
 
 
-def _batch(
-    where: str, rules: RuleSet | None, listed: int | None, shape: ModelConfig, compute: float, tokens: int
-) -> int:
+def _rules(campaign: Campaign) -> RuleSet | None:
+    return rule_set(campaign.rule) if campaign.hyperparameters == "rule" and campaign.rule else None
+
+
+def _batch(rules: RuleSet | None, listed: int | None, shape: ModelConfig, compute: float, tokens: int) -> int:
     if rules is not None and "batch_tokens" in rules.rules:
-        parameters = count_parameters(shape).blocks
-        wanted = rules.value("batch_tokens", compute=compute, parameters=parameters, tokens=tokens)
+        wanted = rules.value("batch_tokens", compute=compute, parameters=_blocks(shape), tokens=tokens)
         return max(1, round(wanted / shape.context)) * shape.context
     if listed is None:
-        raise ConfigError(f"{where}: no batch_tokens is given. Put it into the rung or into [training].")
+        raise ConfigError("no batch_tokens is given. Put it into the rung or into [training].")
     return listed
 
 
@@ -195,8 +190,7 @@ def _laddered(campaign: Campaign, table: LadderConfig) -> list[Rung]:
     if bool(table.computes) == bool(table.sizes):
         found = "both computes and sizes" if table.sizes else "neither computes nor sizes"
         raise ConfigError(f"{where}: {found}. Give one of them: computes in FLOPs, or sizes in parameters.")
-    split = rule_set(table.rule)
-    rules = rule_set(campaign.rule) if campaign.hyperparameters == "rule" and campaign.rule else None
+    split, rules = rule_set(table.rule), _rules(campaign)
     with located(where):
         if table.kind not in LADDERS:
             raise ConfigError(unknown_name("kind of ladder", table.kind, LADDERS))
@@ -218,11 +212,13 @@ def _made(campaign: Campaign, rules: RuleSet | None, point: LadderPoint) -> Rung
     shape, compute = point.shape, point.compute
     name = point.prefix + human(_blocks(shape))
     tokens = point.tokens or max(1, round(compute / train_flops_per_token(shape)))
+    with located(f'rung "{name}"'):
+        batch_tokens = _batch(rules, campaign.training.batch_tokens, shape, compute, tokens)
     return Rung(
         name=name,
         shape=shape,
         tokens=tokens,
-        batch_tokens=_batch(f'rung "{name}"', rules, campaign.training.batch_tokens, shape, compute, tokens),
+        batch_tokens=batch_tokens,
         peak_lr=None,
         seeds=campaign.seeds,
         compute=compute,
@@ -230,20 +226,7 @@ def _made(campaign: Campaign, rules: RuleSet | None, point: LadderPoint) -> Rung
 
 
 def _shape(model: SharedModelConfig, *, layers: int, width: int, heads: int, ffn: int | None = None) -> ModelConfig:
-    return ModelConfig(
-        layers=layers,
-        width=width,
-        heads=heads,
-        vocabulary=model.vocabulary,
-        context=model.context,
-        ffn_multiple=model.ffn_multiple,
-        tied=model.tied,
-        family=model.family,
-        ffn=ffn,
-        moe=model.moe,
-        mla=model.mla,
-        family_options=model.family_options,
-    )
+    return ModelConfig(layers=layers, width=width, heads=heads, ffn=ffn, **msgspec.structs.asdict(model))
 
 
 MAX_LAYERS = 200

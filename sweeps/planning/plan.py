@@ -62,14 +62,8 @@ class PlannedRun(Strict, frozen=True):
     @property
     def identity(self) -> dict[str, Any]:
         """The columns that identify a run in every table."""
-        return {
-            "campaign": self.campaign,
-            "arm": self.arm,
-            "rung": self.rung,
-            "cell": self.cell,
-            "seed": self.seed,
-            "run": self.id,
-        }
+        names = ("campaign", "arm", "rung", "cell", "seed")
+        return {name: getattr(self, name) for name in names} | {"run": self.id}
 
 
 class CampaignPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,11 +127,7 @@ class CampaignPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(campaign: Campaign, root: Path | str) -> CampaignPlan:
-    """The runs that a campaign requests.
-
-    Args:
-        campaign: A campaign from `load_campaign`.
-        root: Folder for data, runs and results; need not exist.
+    """The runs that a campaign requests, under a root folder that need not exist.
 
     Raises:
         ConfigError: A run is impossible; the sentence names file, rung and arm.
@@ -151,9 +141,6 @@ def recorded_plan(campaign: Campaign, root: Path | str) -> tuple[CampaignPlan, s
 
     Returns:
         The plan, and why plan.jsonl was not used: a sentence, empty if it was used.
-
-    Raises:
-        ConfigError: As `plan`; or plan.jsonl was edited.
     """
     empty = _without_runs(campaign, root)
     found, why = read_plan(empty.file, empty._sources(), PlannedRun)
@@ -193,7 +180,7 @@ def _runs(plan: CampaignPlan) -> tuple[PlannedRun, ...]:
         for seed in rung.seeds:
             cell: dict[str, str] = {}
             for arm in campaign.arms:
-                runs.append(_run(campaign, arm, rung, seed, plan.placements[rung.name], plan.data, manifest, cell))
+                runs.append(_run(plan, arm, rung, seed, manifest, cell))
                 cell[arm.name] = runs[-1].id
     if campaign.schedule.branches:
         runs = branched(runs)
@@ -227,28 +214,26 @@ def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[R
             f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, less than one sequence of context "
             f"{campaign.model.context:,}. Use a multiple of it."
         )
-    if manifest is not None:
+    if manifest is None:
+        with located(campaign.file):
+            bounds = at_most(campaign.data)
+        if bounds is None:
+            return
+        train, held, holds = bounds[0], bounds[1] - 1, "will hold at most"
+    else:
         if campaign.model.vocabulary < manifest.vocabulary:
             raise ConfigError(
                 f"{campaign.file}, [model]: vocabulary is {campaign.model.vocabulary:,}, and the data's tokenizer has "
                 f"{manifest.vocabulary:,} tokens. Set vocabulary = {manifest.vocabulary}, or use another tokenizer."
             )
         train, held, holds = manifest.train.tokens, manifest.validation.tokens - 1, "holds"
-    else:
-        with located(campaign.file):
-            bounds = at_most(campaign.data)
-        if bounds is None:
-            return
-        train, held, holds = bounds[0], bounds[1] - 1, "will hold at most"
     if campaign.evaluation.tokens > held:
         raise ConfigError(
             f"{campaign.file}, [evaluation]: tokens is {campaign.evaluation.tokens:,}, and the validation set {holds} "
             f"{held:,}. Use fewer, or hold out more with validation_fraction in [data]."
         )
-    if campaign.data.repeat:
-        return
     for rung in rungs:
-        if rung.tokens > train:
+        if rung.tokens > train and not campaign.data.repeat:
             raise ConfigError(
                 f'{campaign.file}, rung "{rung.name}": trains on {rung.tokens:,} tokens, and the training set {holds} '
                 f"{train:,}. Add text, shorten the run, or set repeat = true in [data]."
@@ -256,20 +241,16 @@ def _check_data(campaign: Campaign, manifest: Manifest | None, rungs: Iterable[R
 
 
 def _run(
-    campaign: Campaign,
-    arm: ArmConfig,
-    rung: Rung,
-    seed: int,
-    table: PlacementConfig,
-    data: Path,
-    manifest: str | None,
-    cell: dict[str, str],
+    plan: CampaignPlan, arm: ArmConfig, rung: Rung, seed: int, manifest: str | None, cell: dict[str, str]
 ) -> PlannedRun:
-    training, schedule = campaign.training, campaign.schedule
-    with located(f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'):
+    """The run of an arm at a rung; `cell` has the ids of the arms before it, by name."""
+    campaign, table = plan.campaign, plan.placements[rung.name]
+    training, schedule, warm_start = campaign.training, campaign.schedule, arm.warm_start
+    where = f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"'
+    with located(where):
         shape = arm.shape_of(rung.shape)
         check_family(shape)
-        if arm.warm_start is not None and arm.warm_start.method == "upcycle":
+        if warm_start is not None and warm_start.method == "upcycle":
             check_upcycled(shape)
         spec = RunSpec(
             model=shape,
@@ -295,18 +276,17 @@ def _run(
             precision=training.precision,
             clip_norm=training.clip_norm or None,
             warm_start=None
-            if arm.warm_start is None
-            else WarmStart(
-                run=cell[arm.warm_start.arm], method=arm.warm_start.method, count_flops=arm.warm_start.count_flops
-            ),
+            if warm_start is None
+            else WarmStart(run=cell[warm_start.arm], method=warm_start.method, count_flops=warm_start.count_flops),
         )
         spec = settled(spec, campaign, arm.reuse or arm.name, rung.name)
         check_strategy(spec.optimizer, table.strategy)
     # Values from rules and products get the checks of values from a file, so that a planned spec can be read again.
-    as_value(msgspec.to_builtins(spec), RunSpec, where=f'{campaign.file}, rung "{rung.name}", arm "{arm.name}"')
-    shared = {name: getattr(table, name) for name in ExecutionConfig.__struct_fields__}
+    as_value(msgspec.to_builtins(spec), RunSpec, where=where)
     # `devices` of a SLURM job are set when its batch script is written (`sweeps.slurm.sbatch.job_placement`).
-    placement = Placement(data=str(data), **(shared | {"micro_batch": micro_batch(spec, table.micro_batch)}))
+    shared = {name: getattr(table, name) for name in ExecutionConfig.__struct_fields__}
+    shared["micro_batch"] = micro_batch(spec, table.micro_batch)
+    placement = Placement(data=str(plan.data), **shared)
     return PlannedRun(
         campaign=campaign.name,
         arm=arm.name,
@@ -322,17 +302,11 @@ def _run(
 def micro_batch(spec: RunSpec, at_most: int | None) -> int | None:
     """The largest divisor of a batch's sequences that is not above `at_most`; None for the whole batch."""
     sequences = spec.batch_tokens // spec.model.context
-    if at_most is None or at_most >= sequences:
-        return None
-    return largest_divisor(sequences, at_most)
+    return None if at_most is None or at_most >= sequences else largest_divisor(sequences, at_most)
 
 
 def with_data(planned: CampaignPlan, *, progress: bool | None = None) -> CampaignPlan:
-    """The plan with prepared data, and so with final ids; the same plan if its data are prepared.
-
-    Raises:
-        ConfigError: The text or the tokenizer cannot be used, or the text is shorter than the rungs need.
-    """
+    """The plan with prepared data, and so with final ids; the same plan if its data are prepared."""
     refuse_untuned(planned.campaign)
     if not planned.provisional:
         return planned

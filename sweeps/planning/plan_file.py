@@ -1,8 +1,7 @@
 """plan.jsonl: the recorded plan of a campaign, a header line followed by one line per run.
 
-``scaling plan`` writes the file and ``scaling submit`` executes it. The header names everything that the plan was made
-from, so a plan of an older campaign, other data or other code is recognised, and it has a hash of the other lines, so a
-line that was edited is recognised too.
+``scaling plan`` writes the file and ``scaling submit`` executes it. The header has hashes of everything that the plan was
+made from and of the other lines, so an outdated plan and an edited line are recognised.
 """
 
 from __future__ import annotations
@@ -62,14 +61,7 @@ def code_digest() -> str:
 
 
 def write_plan(path: Path, name: str, sources: PlanSources, runs: tuple[msgspec.Struct, ...]) -> None:
-    """Write plan.jsonl; a file with the same content is left as it is.
-
-    Args:
-        path: plan.jsonl.
-        name: Name of the campaign file.
-        sources: What the plan was made from.
-        runs: The planned runs, one line each.
-    """
+    """Write plan.jsonl, one line for each run; a file with the same content is left as it is."""
     lines = b"".join(msgspec.json.encode(run) + b"\n" for run in runs)
     header = PlanHeader(file=name, sources=sources, sha256=hashlib.sha256(lines).hexdigest())
     content = msgspec.json.encode(header) + b"\n" + lines
@@ -79,11 +71,6 @@ def write_plan(path: Path, name: str, sources: PlanSources, runs: tuple[msgspec.
 
 def read_plan(path: Path, sources: PlanSources, kind: type[Line]) -> tuple[list[Line] | None, str]:
     """The runs of plan.jsonl if the file is up to date; else None, and a sentence that says why it is not.
-
-    Args:
-        path: plan.jsonl.
-        sources: What a plan would be made from now.
-        kind: Struct of one line.
 
     Raises:
         ConfigError: The file cannot be read, or its lines were edited.

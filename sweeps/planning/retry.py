@@ -43,8 +43,7 @@ def forget_divergence(directory: RunDirectory) -> None:
 
 def changed_code(plan: CampaignPlan) -> list[PlannedRun]:
     """Runs whose records name other code than the present one, and all runs that start from one of them."""
-    found: dict[str, PlannedRun] = {}
-    before = -1
+    found, before = dict[str, PlannedRun](), -1
     runs = [run for run in plan.distinct() if plan.directory(run).spec_file.exists()]
     while len(found) > before:
         before = len(found)
@@ -56,12 +55,9 @@ def changed_code(plan: CampaignPlan) -> list[PlannedRun]:
 
 
 def set_aside(plan: CampaignPlan, runs: Iterable[PlannedRun]) -> list[Path]:
-    """Move run directories to ``replaced/`` under the root, so that the runs are trained again.
+    """Move run directories to ``replaced/`` under the root, so that the runs are trained again; their new paths.
 
     A run that trains now is left in place.
-
-    Returns:
-        The new paths of the directories.
     """
     moved = []
     for run in runs:

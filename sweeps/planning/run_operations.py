@@ -22,10 +22,8 @@ def select(
     Raises:
         UserError: A name is not in the plan, or the start of an id fits no run or several.
     """
-    for kind, name, known in (
-        ("arm", arm, {planned.arm for planned in plan.runs}),
-        ("rung", rung, {planned.rung for planned in plan.runs}),
-    ):
+    for kind, name in (("arm", arm), ("rung", rung)):
+        known = {getattr(planned, kind) for planned in plan.runs}
         if name is not None and name not in known:
             raise UserError(f"{plan.campaign.file}: {unknown_name(kind, name, known)}")
     chosen = [

@@ -11,12 +11,11 @@ import msgspec
 
 from scaling.errors import ConfigError, UserError, unknown_name
 from scaling.io import read_json
-from scaling.optim.search_space import SearchRange
 from scaling.spec import RunSpec
 from sweeps.config.hyperparameter_rules import read_rule_file, rule_set
 from sweeps.config.search_space import Dimension, Values, centred, known_searches, with_values
 from sweeps.config.toml import located
-from sweeps.config.tune import TuneConfig, search_hash
+from sweeps.config.tune import SearchConfig, TuneConfig, search_hash
 from sweeps.config.tuning_results import TrialResult, Tuning, tuning_file
 from sweeps.planning.ladder import rungs_of
 
@@ -56,12 +55,8 @@ def _found(campaign: Campaign, root: Path) -> Tuning | None:
 def refuse_foreign(campaign: Campaign, root: Path, runs: Sequence[PlannedRun]) -> None:
     """Refuse settings that were searched for another model, other data or another training than the runs have.
 
-    Each trial must be a run that this campaign makes with the trial's values; ``scaling tune`` checks the same.
-
-    Args:
-        campaign: A campaign with its settings.
-        root: Folder with ``results/``.
-        runs: The campaign's runs; their data must be prepared, for a run's id depends on the data.
+    Each trial must be a run that this campaign makes with the trial's values; ``scaling tune`` checks the same. The data
+    of the runs must be prepared, for a run's id depends on the data.
 
     Raises:
         ConfigError: A trial belongs to another campaign.
@@ -72,10 +67,8 @@ def refuse_foreign(campaign: Campaign, root: Path, runs: Sequence[PlannedRun]) -
     first = {(run.arm, run.rung): msgspec.structs.replace(run.spec, branch_of=None) for run in reversed(runs)}
     for study in found.studies:
         template = first.get((study.arm, study.rung))
-        if template is None:
-            continue
         for trial in study.trials:
-            if not _makes(template, trial):
+            if template is not None and not _makes(template, trial):
                 raise ConfigError(
                     f"{tuning_file(root, campaign.name)}: the settings of {study.arm} were searched with run {trial.run} "
                     f"at rung {study.rung}, which the present {campaign.file} does not make: its data, model or training "
@@ -121,11 +114,7 @@ def untuned_note(campaign: Campaign) -> list[str]:
 
 
 def refuse_untuned(campaign: Campaign) -> None:
-    """Refuse to train a campaign whose tuning is not complete.
-
-    Raises:
-        ConfigError: The campaign has tuned arms and is not tuned to the end.
-    """
+    """Raise a ConfigError if the tuning of a campaign is not complete."""
     if note := untuned_note(campaign):
         raise ConfigError(*note)
 
@@ -144,12 +133,8 @@ def settled(spec: RunSpec, campaign: Campaign, arm: str, rung: str) -> RunSpec:
     if rung not in by_rung:
         raise ConfigError(f"tuning has no setting for this rung. Run again: scaling tune {campaign.name}")
     known = {"peak_lr", "weight_decay", "batch_tokens", "warmup", "final_fraction", *spec.optimizer.options}
-    values = {}
-    for name, value in by_rung[rung].items():
-        own = name if name in known else f"adamw_{name}"
-        if own in known:
-            values[own] = value
-    return with_values(spec, values)
+    own = {name if name in known else f"adamw_{name}": value for name, value in by_rung[rung].items()}
+    return with_values(spec, {name: value for name, value in own.items() if name in known})
 
 
 def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Values]]:
@@ -164,22 +149,8 @@ def middles(campaign: Campaign, rungs: Sequence[Rung]) -> dict[str, dict[str, Va
     }
 
 
-def _with_range(row: SearchRange, low: float, high: float, *, where: str) -> SearchRange:
-    """The row with another range, its limits moved where the range passes them.
-
-    Raises:
-        ConfigError: The range is not in order, or the row's scale cannot hold it.
-    """
-    with located(where):
-        return msgspec.structs.replace(row, low=low, high=high, least=min(row.least, low), most=max(row.most, high))
-
-
 def tuned_rungs(campaign: Campaign, rungs: Sequence[Rung]) -> list[Rung]:
-    """Rungs with studies, in the order of the campaign: those that ``[tune]`` names, or all.
-
-    Raises:
-        ConfigError: ``[tune]`` names a rung that the campaign does not have.
-    """
+    """Rungs with studies, in the order of the campaign: those that ``[tune]`` names, or all."""
     table = campaign.tune or TuneConfig()
     known = [rung.name for rung in rungs]
     for name in (*table.rungs, *table.held_out):
@@ -195,36 +166,34 @@ def trials_of(table: TuneConfig, dimensions: Sequence[Dimension]) -> int:
 
 
 def dimensions_of(campaign: Campaign, arm: ArmConfig, rung: Rung) -> tuple[Dimension, ...]:
-    """Search space of an arm at a rung: the optimizer's ranges, as ``[tune.search]`` changes them.
-
-    Raises:
-        ConfigError: A range is not in order, or nothing is left to search.
-    """
+    """Search space of an arm at a rung: the optimizer's ranges, as ``[tune.search]`` changes them."""
     table = campaign.tune or TuneConfig()
     found = []
     for name, row in known_searches(arm.optimizer).items():
-        search = table.search.get(name)
-        if table.search and search is None:
+        if table.search and name not in table.search:
             continue
+        search = table.search.get(name, SearchConfig())
         if name == "batch_tokens":
             # The optimizer's range is meant for large models; a factor of four around the campaign's own batch fits better.
             least, most = float(rung.shape.context), rung.tokens / 8
             low, high = max(rung.batch_tokens / 4, least), min(rung.batch_tokens * 4.0, most)
-            row = msgspec.structs.replace(
-                row, low=low, high=max(high, low * 1.01), least=least, most=max(most, low * 1.01)
-            )
+            floor = low * 1.01
+            row = msgspec.structs.replace(row, low=low, high=max(high, floor), least=least, most=max(most, floor))
         here = f"{campaign.file}, [tune.search.{name}]"
-        if search is not None and search.low is not None and search.high is not None:
-            row = _with_range(row, search.low, search.high, where=here)
-        elif search is not None and search.values:
-            _with_range(row, search.values[0], search.values[-1], where=here)
-        elif search is not None and search.rule is not None:
+        ends = search.values or (search.low, search.high)
+        bottom, top = ends[0], ends[-1]
+        if bottom is not None and top is not None:
+            with located(here):  # listed values are checked as a range of the row's scale
+                least, most = min(row.least, bottom), max(row.most, top)
+                ranged = msgspec.structs.replace(row, low=bottom, high=top, least=least, most=most)
+            row = row if search.values else ranged
+        elif search.rule is not None:
             with located(here):
                 centre = rule_set(search.rule).value(
                     name, compute=rung.compute, parameters=rung.parameters, tokens=rung.tokens
                 )
             row = centred(row, centre)
-        found.append(Dimension(search=row, values=search.values if search is not None else ()))
+        found.append(Dimension(search=row, values=search.values))
     if not found:
         raise ConfigError(
             f"{campaign.file}, [tune.search]: no name is a hyper-parameter of {arm.optimizer}, the optimizer of arm "

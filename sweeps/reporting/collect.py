@@ -6,7 +6,6 @@ them. campaign.json in the same folder names the campaign.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,15 +39,13 @@ the last token in nats per token. `seconds` is training time and `cpu_seconds` t
 and times include those of the runs that a run started from and is charged for. `code` is a hash of the source that trained
 the run (`scaling.run.record.Code.digest`)."""
 
-CURVE_COLUMNS = (
-    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "flops", "train_loss", "validation_loss",
-    "learning_rate", "grad_norm", "tokens_per_second",
-)  # fmt: skip
-"""Columns of curves.parquet."""
+RUN_IDENTITY = ("campaign", "arm", "rung", "cell", "seed", "run")
+COUNTED = ("step", "tokens", "flops")
+MEASURED = ("train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+CURVE_COLUMNS = (*RUN_IDENTITY, *COUNTED, *MEASURED)
+"""Columns of curves.parquet; those after `RUN_IDENTITY` are fields of `scaling.run.record.MetricsRow`."""
 
-DYNAMICS_COLUMNS = (
-    "campaign", "arm", "rung", "cell", "seed", "run", "step", "tokens", "quantity", "part", "value",
-)  # fmt: skip
+DYNAMICS_COLUMNS = (*RUN_IDENTITY, "step", "tokens", "quantity", "part", "value")
 """Columns of dynamics.parquet: `quantity` is a field of `scaling.run.record.DynamicsRow`, `part` the measured part."""
 
 
@@ -90,14 +87,9 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
         folder: Folder for the tables; by default ``results/<campaign>`` under the root.
         overwrite: Replace the tables of another campaign.
 
-    Returns:
-        The content of runs.csv, columns `RUN_COLUMNS`.
-
     Raises:
         UserError: The folder has finished runs that this campaign does not have, or its tuning is not complete.
     """
-    import io
-
     import pandas as pd
 
     refuse_untuned(plan.campaign)
@@ -106,21 +98,15 @@ def collect(plan: CampaignPlan, folder: Path | str | None = None, *, overwrite: 
         _refuse_loss(folder, plan)
     runs = pd.DataFrame([_run_row(plan, run) for run in plan.runs], columns=list(RUN_COLUMNS))
     curves = pd.DataFrame([row for run in plan.runs for row in _curve(plan, run)], columns=list(CURVE_COLUMNS))
-    whole = ["seed", "step", "tokens", "flops"]
-    floats = ["train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"]
-    curves = curves.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(floats, "float64"))
-    (folder / COLLECTED_FILE).unlink(
-        missing_ok=True
-    )  # written last: after a kill in between, no file names a wrong campaign
+    kinds = dict.fromkeys(("seed", *COUNTED), "int64") | dict.fromkeys(MEASURED, "float64")
+    curves = curves.astype(kinds)
+    # campaign.json is written last: after a kill in between, no file names a wrong campaign.
+    (folder / COLLECTED_FILE).unlink(missing_ok=True)
     write_atomic(folder / "runs.csv", runs.to_csv(index=False).encode())
-    buffer = io.BytesIO()
-    curves.to_parquet(buffer, index=False)
-    write_atomic(folder / "curves.parquet", buffer.getvalue())
-    measured = [row for run in plan.runs for row in _dynamics(plan, run)]
-    if measured:
-        buffer = io.BytesIO()
-        pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS)).to_parquet(buffer, index=False)
-        write_atomic(folder / "dynamics.parquet", buffer.getvalue())
+    write_atomic(folder / "curves.parquet", curves.to_parquet(index=False))
+    if measured := [row for run in plan.runs for row in _dynamics(plan, run)]:
+        dynamics = pd.DataFrame(measured, columns=list(DYNAMICS_COLUMNS))
+        write_atomic(folder / "dynamics.parquet", dynamics.to_parquet(index=False))
     write_json(folder / COLLECTED_FILE, Collected(file=plan.campaign.file, identity=plan.campaign.identity))
     return runs
 
@@ -177,18 +163,7 @@ def _curve(plan: CampaignPlan, run: PlannedRun) -> list[dict[str, Any]]:
     # A continued run logs the steps after its checkpoint again; the last line of a step counts.
     rows = {row.step: row for row in _readable(plan.directory(run).metrics)}
     return [
-        run.identity
-        | {
-            "step": row.step,
-            "tokens": row.tokens,
-            "flops": row.flops,
-            "train_loss": math.nan if row.train_loss is None else row.train_loss,
-            "validation_loss": math.nan if row.validation_loss is None else row.validation_loss,
-            "learning_rate": row.learning_rate,
-            "grad_norm": math.nan if row.grad_norm is None else row.grad_norm,
-            "tokens_per_second": row.tokens_per_second,
-        }
-        for _, row in sorted(rows.items())
+        run.identity | {name: getattr(row, name) for name in (*COUNTED, *MEASURED)} for _, row in sorted(rows.items())
     ]
 
 

@@ -24,11 +24,11 @@ from sweeps.planning.cost import (
     Basis,
     Measured,
     Outlook,
-    _costs,
     assumption,
     hours_text,
     measured_runs,
     outlook,
+    plan_costs,
     records_under,
     slots,
     tuning_hours,
@@ -77,10 +77,6 @@ def plan_rows(plan: CampaignPlan, seen: Outlook | None = None) -> list[dict[str,
     """The plan as plain values, one row a run: the output of ``--json``.
 
     Counts and rates are exact; ``printed`` holds the values that a paper prints for the rung, as strings.
-
-    Args:
-        plan: The plan.
-        seen: Its `outlook`, if it was read before.
     """
     seen = seen or outlook(plan)
     printed = {rung.name: rung.printed for rung in plan.rungs}
@@ -121,10 +117,7 @@ def plan_totals(
 ) -> dict[str, Any]:
     """Sums over the campaign's distinct runs: number, FLOPs, hours and the remaining hours.
 
-    Args:
-        plan: The plan.
-        seen: Its `outlook`, if it was read before.
-        shares: Completed share of runs by id; without it a run that has not ended counts as not started.
+    Without the completed `shares` of runs, by id, a run that has not ended counts as not started.
     """
     seen, shares = seen or outlook(plan), shares or {}
     states, costs = seen.states, seen.costs
@@ -164,11 +157,7 @@ def remaining_cost(
 ) -> list[str]:
     """A sentence on the time and money that a campaign still needs; none if all runs are done.
 
-    Args:
-        plan: The plan.
-        states: State of each run, by id.
-        shares: Completed share of each run, by id.
-        speeds: Tokens per second of runs that are done or under way, by id; they replace assumed speeds.
+    `speeds`, in tokens per second of runs that are done or under way, replace assumed speeds.
     """
     measured = measured_runs(records_under(plan.root)) if len(plan.runs) <= MAX_RECORDS_FOR_STATUS else {}
     for run in plan.distinct():
@@ -176,7 +165,7 @@ def remaining_cost(
             table = plan.placements[run.rung]
             rate = speeds[run.id] / table.processes
             measured[run.id] = Measured(spec=run.spec, cuda=table.on_cuda, tokens_per_second=rate)
-    totals = plan_totals(plan, Outlook(states=states, costs=_costs(plan, measured)), shares=shares)
+    totals = plan_totals(plan, Outlook(states=states, costs=plan_costs(plan, measured)), shares=shares)
     if not totals["hours_left"]:
         return []
     basis = "assumed" if "assumed" in totals["bases_left"] else "measured"
@@ -202,17 +191,15 @@ def _money(totals: dict[str, Any]) -> list[str]:
 
 def _priced(parts: Iterable[tuple[float, float | None]]) -> float | None:
     """Sum of hours times rates; None unless every part has a rate."""
-    known = list(parts)
-    if any(rate is None for _, rate in known):
-        return None
-    return sum(hours * rate for hours, rate in known if rate is not None)
+    amounts = [None if rate is None else hours * rate for hours, rate in parts]
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if len(known) == len(amounts) else None
 
 
 def arm_labels(campaign: Campaign) -> dict[str, str]:
     """Label of each arm: its name, or the label of its optimizer if it is named after it."""
-    labels = {name: recipe.label for name, recipe in OPTIMIZERS.items()}
     return {
-        arm.name: labels.get(arm.name, arm.name) if arm.name == arm.optimizer else arm.name for arm in campaign.arms
+        arm.name: OPTIMIZERS[arm.optimizer].label if arm.name == arm.optimizer else arm.name for arm in campaign.arms
     }
 
 
@@ -233,11 +220,9 @@ def plan_table(plan: CampaignPlan) -> RenderableType:
     seen = outlook(plan)
     rows = plan_rows(plan, seen)
     labels, printed = arm_labels(plan.campaign), any(row["printed"] for row in rows)
-    title = plan.campaign.title or plan.campaign.name
     # One space between columns: with it a table of long names and a state still fits 80 columns.
-    table = Table(
-        title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, collapse_padding=True
-    )
+    table = Table(header_style="bold", box=None, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.title = plan.campaign.title or plan.campaign.name
     for name in ("arm", "rung", "shape"):
         table.add_column(name, no_wrap=True)
     for name in ("N", "D", "C", "batch", "peak LR", "steps", "time"):
@@ -296,24 +281,15 @@ def _bases(plan: CampaignPlan, seen: Outlook) -> list[str]:
         if basis == "assumed":
             kinds = dict.fromkeys(assumption(table) for table in plan.placements.values())
             lines += [f"{which} assume {kind}." for kind in kinds]
-        elif basis != "itself":
-            source = {
-                "like": "finished runs of the same shape and optimizer",
-                "fitted": "a fit to finished runs of other sizes or optimizers",
-            }
-            lines.append(f"{which} come from {source[basis]}.")
+        elif basis == "like":
+            lines.append(f"{which} come from finished runs of the same shape and optimizer.")
+        elif basis == "fitted":
+            lines.append(f"{which} come from a fit to finished runs of other sizes or optimizers.")
     return lines
 
 
-RERUN = "--rerun changed-code"
-
-
 def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) -> list[str]:
-    """Sentences on runs that were trained by other code than the present one, equal cases together.
-
-    Args:
-        trained_by: Commit and changed files of each run (`scaling.run.provenance.changed_files`).
-    """
+    """Sentences on runs that other code trained, from the commit and changed files of each; equal cases together."""
     lines = []
     for (commit, files), count in Counter(trained_by).items():
         runs = "1 run was" if count == 1 else f"{count:,} runs were"
@@ -324,11 +300,9 @@ def code_notes(trained_by: Iterable[tuple[str | None, tuple[str, ...] | None]]) 
             )
         elif files:
             shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-            differ = (
-                f"{len(files)} file{'' if len(files) == 1 else 's'} differ{'s' if len(files) == 1 else ''} ({shown})"
-            )
+            differ = "1 file differs" if len(files) == 1 else f"{len(files)} files differ"
             lines.append(
-                f"{runs} trained by other code: {named}, {differ}. To train them again: submit {RERUN}; the old run "
+                f"{runs} trained by other code: {named}, {differ} ({shown}). To train them again: submit --rerun changed-code; the old run "
                 "directories are kept."
             )
     return lines

@@ -32,31 +32,18 @@ from sweeps.slurm.client import LOST, SlurmTask
 from sweeps.slurm.queue_state import QueueSnapshot, queue_snapshot
 from sweeps.slurm.requeue import reason_abandoned
 
-STYLES: dict[str, str] = {
-    "finished": "green",
-    "running": "cyan",
-    "diverged": "yellow",
-    "failed": "red",
-    "preempted": "magenta",
-    "queued": "blue",
-}
+STYLES = {
+    "finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red", "preempted": "magenta", "queued": "blue",
+}  # fmt: skip
 
 MIN_FREE_BYTES = 50_000_000
 """Free space below which `status` warns: runs can no longer save their state."""
 
 
 def with_queue(plan: CampaignPlan, run: PlannedRun, found: RunStatus, queue: QueueSnapshot) -> RunStatus:
-    """The status of a run with what SLURM reports about its jobs.
-
-    Args:
-        plan: The run's plan.
-        run: One of its runs.
-        found: The status from the run's own files, which take precedence.
-        queue: Queue and accounting of the jobs under the root.
-    """
+    """The status of a run with what SLURM reports about its jobs; `found`, from the run's own files, takes precedence."""
     task = queue.task(run.id)
-    job = task.job if task else None
-    found = msgspec.structs.replace(found, job=job, gpu_hours=queue.gpu_hours(run.id))
+    found = msgspec.structs.replace(found, job=task.job if task else None, gpu_hours=queue.gpu_hours(run.id))
     if found.state in ("finished", "diverged"):
         return found
     directory, state, reason = plan.directory(run), found.state, found.reason
@@ -145,10 +132,8 @@ STATE_ORDER: tuple[RunState, ...] = ("running", "failed", "preempted", "queued",
 def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int | None = None) -> RenderableType:
     """`status` as a table, with totals and problems below it.
 
-    Args:
-        plan: The plan.
-        totals_first: Put the totals above the table, where a low terminal does not cut them off.
-        height: Lines of the terminal; without it `MAX_ROWS` rows are shown.
+    With `totals_first` the totals are above the table, where a low terminal does not cut them off. `height` is that of the
+    terminal in lines; without it `MAX_ROWS` rows are shown.
     """
     queue = queue_snapshot(plan.root)
     found = status(plan, queue)
@@ -175,11 +160,10 @@ def status_table(plan: CampaignPlan, *, totals_first: bool = False, height: int 
         notes.append(f"{plan.root} has {free / 1e6:,.0f} MB left. Free some space: runs end if they cannot save.")
     notes = list(dict.fromkeys(notes))
     room = MAX_ROWS if height is None else max(3, height - len(totals) - len(notes) - 5)
-    rows = sorted(found, key=lambda row: STATE_ORDER.index(row.state))[:room] if len(found) > room else found
-    kept = {id(row) for row in rows}
+    order = sorted(found, key=lambda row: STATE_ORDER.index(row.state)) if len(found) > room else found
+    kept = {id(row) for row in order[:room]}
     table = [_rows(plan, [row for row in found if id(row) in kept])]
-    if len(found) > room:
-        left = Counter(row.state for row in found if id(row) not in kept)
+    if left := Counter(row.state for row in order[room:]):
         not_shown = ", ".join(f"{count:,} {state}" for state, count in left.items())
         table.append(Text(f"Not shown: {not_shown}; --json prints every run."))
     above, below = [Text(line) for line in totals], [Text(note) for note in notes]
@@ -213,11 +197,7 @@ RETRY_FAILED = "submit --retry failed; after a change of [placement], submit alo
 
 
 def reasons(found: Iterable[tuple[str, str, str | None]]) -> list[str]:
-    """Sentences on runs that make no progress, equal reasons together.
-
-    Args:
-        found: Name, state and reason of each run.
-    """
+    """Sentences on runs that make no progress, from the name, state and reason of each; equal reasons together."""
     groups: dict[tuple[str, str | None], list[str]] = {}
     for name, state, reason in found:
         groups.setdefault((state, reason), []).append(name)

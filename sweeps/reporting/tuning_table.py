@@ -37,18 +37,17 @@ def loss_profile(study: StudyResult, bracket: Bracket) -> str:
         return math.log(value) if value > 0 and bracket.range_low > 0 else value
 
     low, high = position(bracket.range_low), position(bracket.range_high)
-    best: list[float | None] = [None] * BINS
+    best = [math.inf] * BINS
     for trial in study.trials:
         if trial.state == "finished" and trial.loss is not None and high > low:
             share = (position(trial.values[bracket.name]) - low) / (high - low)
             number = min(max(int(share * BINS), 0), BINS - 1)
-            here = best[number]
-            best[number] = trial.loss if here is None else min(here, trial.loss)
-    losses = [loss for loss in best if loss is not None]
+            best[number] = min(best[number], trial.loss)
+    losses = [loss for loss in best if loss < math.inf]
     if not losses:
         return "·" * BINS
-    span = max(losses) - min(losses) or 1.0
-    return "".join("·" if loss is None else BARS[round((loss - min(losses)) / span * (len(BARS) - 1))] for loss in best)
+    lowest, span = min(losses), max(losses) - min(losses) or 1.0
+    return "".join(BARS[round((loss - lowest) / span * (len(BARS) - 1))] if loss < math.inf else "·" for loss in best)
 
 
 def show(tuning: Tuning) -> None:
@@ -94,11 +93,11 @@ def notes(tuning: Tuning) -> list[str]:
             lines.append(f"{arm.arm}: {arm.trials} trials, {arm.flops:.3g} FLOPs")
         elif arm.how == "reused":
             lines.append(f"{arm.arm}: no trials of its own; uses the settings of {arm.reuses}")
-    left = [(study.planned - study.completed, study.flops) for study in tuning.studies]
-    if any(trials for trials, _ in left):
+    left = sum(study.planned - study.completed for study in tuning.studies)
+    if left:
         at_most = "at most " if any(trial.short_run for study in tuning.studies for trial in study.trials) else ""
-        flops = sum(trials * flops for trials, flops in left)
-        lines.append(f"{sum(trials for trials, _ in left)} trials remain, {at_most}{flops:.3g} FLOPs (6ND).")
+        flops = sum((study.planned - study.completed) * study.flops for study in tuning.studies)
+        lines.append(f"{left} trials remain, {at_most}{flops:.3g} FLOPs (6ND).")
     lines += [
         f"{study.arm}, {study.rung}: the best {bracket.name} is on the {bracket.verdict} of the search; {bracket.note}."
         for study in tuning.studies
