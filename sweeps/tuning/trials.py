@@ -45,11 +45,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrialStore:
-    """The trials of all studies of a campaign in one file.
-
-    Args:
-        folder: Folder of trials.jsonl; need not exist.
-    """
+    """The trials of all studies of a campaign in one file; its folder need not exist."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "trials.jsonl"
@@ -79,11 +75,7 @@ class TrialStore:
 
 
 class RecordCache:
-    """Records of runs by id, each read once.
-
-    Args:
-        runs: Folder of the run directories.
-    """
+    """Records of the runs in a folder by id, each read once."""
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs
@@ -91,9 +83,6 @@ class RecordCache:
 
     def get(self, run: str) -> RunRecord | None:
         """The record of a run; None while the run is not done."""
-        if run not in self._known:
-            record = RunDirectory(self.runs / run).record()
-            if record is None:
-                return None
+        if run not in self._known and (record := RunDirectory(self.runs / run).record()) is not None:
             self._known[run] = record
-        return self._known[run]
+        return self._known.get(run)

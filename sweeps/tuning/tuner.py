@@ -49,13 +49,7 @@ Execute = Callable[[CampaignPlan], ExecutionResult]
 
 
 class Tuner:
-    """The studies of a campaign under a root.
-
-    Args:
-        campaign: A campaign with a ``[tune]`` table.
-        root: Folder for data, runs and results.
-        progress: As in `tune`.
-        prepare: Whether to prepare the data; without them the ids of runs are provisional.
+    """The studies of a campaign under a root; unless its data are prepared, the ids of runs are provisional.
 
     Raises:
         UserError: There is no ``[tune]``, it names an unknown rung, or the data cannot be prepared.
@@ -83,8 +77,7 @@ class Tuner:
     def step(self, failed: Mapping[str, str] | None = None) -> list[PlannedRun]:
         """Propose trials under the lock of the store; return the runs to train next, none if tuning is complete.
 
-        Args:
-            failed: Reasons by id of runs that an executor could not train.
+        `failed` holds reasons by id of runs that an executor could not train.
 
         Raises:
             UserError: Trials in the store belong to another campaign, or too many runs failed.
@@ -134,7 +127,12 @@ class Tuner:
     def write(self) -> Tuning:
         """Write tuning.json and trials.csv from trials and records; if tuning is complete, also ``rules/<arm>.toml``."""
         found = self.gather()
-        write_atomic(self.template.results / "trials.csv", _csv(trial_rows(found, self.records)))
+        rows, text = trial_rows(found, self.records), io.StringIO()
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.template.results / "trials.csv", text.getvalue().encode())
         write_json(tuning_file(self.template.root, self.campaign.name), found)
         if found.complete:
             for arm in found.rules:
@@ -145,8 +143,11 @@ class Tuner:
         """Write the studies to an Optuna journal file, for ``optuna-dashboard``."""
         export_optuna({study.name: (study.ranges(trials)[0], trials) for study, trials in self.trials()}, path)
 
+    def _base(self, arm: str, rung: str) -> PlannedRun:
+        return next(run for run in self.template.runs if (run.arm, run.rung) == (arm, rung))
+
     def _planned(self, study: TuningStudy, spec: RunSpec) -> PlannedRun:
-        base = next(run for run in self.template.runs if (run.arm, run.rung) == (study.arm, study.rung))
+        base = self._base(study.arm, study.rung)
         return msgspec.structs.replace(
             base,
             campaign=self.campaign.name,
@@ -161,12 +162,11 @@ class Tuner:
         )
 
     def _study(self, arm: ArmConfig, rung: Rung) -> TuningStudy:
-        template = next(r.spec for r in self.template.runs if (r.arm, r.rung) == (arm.name, rung.name))
         return TuningStudy(
             arm=arm.name,
             rung=rung.name,
             # A trial does not branch off another run: the trunk would have other settings.
-            template=msgspec.structs.replace(template, branch_of=None),
+            template=msgspec.structs.replace(self._base(arm.name, rung.name).spec, branch_of=None),
             dimensions=dimensions_of(self.campaign, arm, rung),
             config=self.table,
             records=self.records,
@@ -195,8 +195,7 @@ def tune(
         execute: Used in place of both executors.
 
     Returns:
-        The content of ``results/<campaign>/tuning.json``. If it is `complete`, the campaign's plan takes its settings
-        from there.
+        The content of ``results/<campaign>/tuning.json``; once it is `complete`, plans take their settings from there.
 
     Raises:
         UserError: The campaign cannot be tuned, or too many trials failed.
@@ -213,15 +212,6 @@ def tune(
             time.sleep(POLL_SECONDS)
         tuner.write()
     return tuner.write()
-
-
-def _csv(rows: list[dict[str, object]]) -> bytes:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def _local(workers: int | None, progress: bool | None) -> Execute:
