@@ -1,9 +1,7 @@
 """Submission of a plan's missing runs as a few arrays, each run at most once; cancellation of runs.
 
 Before `sbatch` is called, the array is on disk with its runs and each run is claimed; afterwards the array has its job
-id. After an interruption the next call reconciles the records with the queue: it adopts the jobs that SLURM took and
-frees the runs of those that it did not. Nothing is submitted for a run that is done, pending, running, or whose job's
-state is not known.
+id. After an interruption the next call adopts the jobs that SLURM took and frees the runs of those that it did not.
 """
 
 from __future__ import annotations
@@ -103,8 +101,8 @@ def _record_slurm_exits(plan: CampaignPlan, queue: QueueSnapshot) -> None:
 def _jobs_before(submission: Submission, group: JobGroup) -> list[str] | None:
     """Jobs that have to succeed before this group starts; None if a run that it starts from has no job."""
     plan = submission.plan
-    needed = {other for run in group.runs for other in run.starts_from}
-    needed = {run for run in needed if not (plan.root / "runs" / run / "record.json").exists()}
+    before = {other for run in group.runs for other in run.starts_from}
+    needed = {run for run in before if not (plan.root / "runs" / run / "record.json").exists()}
     if without_job := sorted(needed - {*submission.queued, *submission.already_active}):
         submission.rejected += [run.id for run in group.runs]
         submission.notes.append(
@@ -154,8 +152,6 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 @dataclass
 class _Arrays:
-    """Submits the arrays of one submission, and enters the results into it."""
-
     submission: Submission
     code: Path
     owners: dict[str, str]
@@ -181,7 +177,7 @@ class _Arrays:
         present = {path.name for path in (plan.root / "runs").iterdir()}
         mine = [run for run in runs if self._own(run, group.slurm, token=token, present=present)]
         owned = [run.id for run in mine]
-        if len(mine) != len(runs):
+        if owned != ids:
             submission.already_active += [run for run in ids if run not in owned]
             array = array_records.save(plan.root, msgspec.structs.replace(array, runs=tuple(owned)))
         if not mine:

@@ -48,7 +48,7 @@ def brackets(
     best = int(np.argmin(losses))
     spans = np.array([d.span for d in dimensions])
     fitted = _vertices(positions, losses, spans, np.random.default_rng(seed))
-    found = []
+    found: list[Bracket] = []
     for dimension, (low, high), here in zip(dimensions, spans, positions.T, strict=True):
         interval: tuple[float | None, float | None] = (None, None)
         curvature, optimum = 0.0, here[best]

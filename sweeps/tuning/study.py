@@ -216,8 +216,7 @@ class TuningStudy:
 
     def loss(self, record: RunRecord) -> float:
         """The loss of a record for the sampler."""
-        loss = record.validation_loss
-        return self.uniform_loss if loss is None else min(loss, self.uniform_loss)
+        return self.uniform_loss if record.validation_loss is None else min(record.validation_loss, self.uniform_loss)
 
     def _line(self, number: int, values: Values, *, failed: str | None = None) -> TrialLine:
         return TrialLine(study=self.name, number=number, values=values, run=self.spec(values).id, failed=failed)
@@ -237,16 +236,14 @@ class TuningStudy:
         live = _live(trials)
         first = live.index(trial) // self.config.in_flight * self.config.in_flight
         size = min(self.config.in_flight, self.trials - first)
-        peers = live[first : first + size]
-        if len(peers) < size:
-            return None
         losses = {}
-        for peer in peers:
+        for peer in live[first : first + size]:
             short = self.short_spec(peer.values)
             record = self.records.get(short.id) if short else None
-            if record is None:
-                return None
-            losses[peer.number] = self.loss(record)
+            if record is not None:
+                losses[peer.number] = self.loss(record)
+        if len(losses) < size:
+            return None
         kept = math.ceil(self.config.halving.keep * size)
         return trial.number in sorted(losses, key=lambda number: (losses[number], number))[:kept]
 

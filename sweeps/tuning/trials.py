@@ -1,8 +1,8 @@
 """The store of trials: ``results/<campaign>/tuning/trials.jsonl``, under a lock that ends with its process.
 
 A line proposes a trial, and a second line of the same trial says that its run cannot be trained. Everything else about
-a trial follows from the records of runs, so a killed tuner leaves nothing to repair: a torn last line is a proposal
-whose run was never started, and the next step makes the same proposal again.
+a trial follows from the records of runs. A torn last line is a proposal whose run was never started, and the next step
+makes the same proposal again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """``scaling tune``: run the studies of a campaign to their end, then write tuning.json, trials.csv and rule files.
 
-The loop alternates between a step and training. A step locks the store of trials, proposes the next generation, and
-unlocks it. The proposed runs are ordinary runs, trained by either executor. A killed tuner leaves nothing to repair, and
-two tuners at once share the work.
+The loop alternates between a step, which proposes the next generation, and training by either executor. A killed tuner
+leaves nothing to repair, and two tuners at once share the work.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import csv
 import io
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -101,10 +101,7 @@ class Tuner:
         return runs
 
     def runs(self, planned: list[PlannedRun]) -> CampaignPlan:
-        """The runs as a plan for an executor, after the runs that they start from.
-
-        Its files are written beside the campaign's own.
-        """
+        """The runs as a plan for an executor, after the runs that they start from; its files lie beside the campaign's."""
         campaign = msgspec.structs.replace(self.template.campaign, name=f"{self.campaign.name}-trials")
         starts = {run.spec.warm_start.run for run in planned if run.spec.warm_start is not None}
         before = [run for run in self.template.distinct() if run.id in starts]
@@ -201,7 +198,7 @@ def tune(
         UserError: The campaign cannot be tuned, or too many trials failed.
     """
     tuner = Tuner(campaign, root, progress=progress)
-    run = execute or (_local(workers, progress) if executor == "local" else _slurm())
+    run = execute or (partial(_local, workers=workers, progress=progress) if executor == "local" else _slurm)
     failed: dict[str, str] = {}
     while planned := tuner.step(failed):
         result = run(tuner.runs(planned))
@@ -214,29 +211,23 @@ def tune(
     return tuner.write()
 
 
-def _local(workers: int | None, progress: bool | None) -> Execute:
+def _local(trials: CampaignPlan, *, workers: int | None, progress: bool | None) -> ExecutionResult:
     from sweeps.local import run_local
 
-    def execute(trials: CampaignPlan) -> ExecutionResult:
-        # A run that failed just before its tuner was killed gets another attempt before its trial counts as failed.
-        outcome = run_local(trials, workers=workers, retry="failed", progress=progress)
-        return ExecutionResult(failed=dict(outcome.failed), waiting=bool(outcome.stopped))
-
-    return execute
+    # A run that failed just before its tuner was killed gets another attempt before its trial counts as failed.
+    outcome = run_local(trials, workers=workers, retry="failed", progress=progress)
+    return ExecutionResult(failed=dict(outcome.failed), waiting=bool(outcome.stopped))
 
 
-def _slurm() -> Execute:
+def _slurm(trials: CampaignPlan) -> ExecutionResult:
     from sweeps.slurm import SlurmExecutor
 
-    def execute(trials: CampaignPlan) -> ExecutionResult:
-        failed = {}
-        for run in trials.distinct():
-            attempts = [a for a in trials.directory(run).attempts() if a.outcome == "failed"]
-            if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
-                failed[run.id] = attempts[-1].reason or "no reason given"
-        remaining = tuple(run for run in trials.runs if run.id not in failed)
-        SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
-        done = [trials.state(run) in ("finished", "diverged") for run in remaining]
-        return ExecutionResult(failed=failed, waiting=not all(done))
-
-    return execute
+    failed = {}
+    for run in trials.distinct():
+        attempts = [a for a in trials.directory(run).attempts() if a.outcome == "failed"]
+        if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
+            failed[run.id] = attempts[-1].reason or "no reason given"
+    remaining = tuple(run for run in trials.runs if run.id not in failed)
+    SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
+    done = [trials.state(run) in ("finished", "diverged") for run in remaining]
+    return ExecutionResult(failed=failed, waiting=not all(done))
