@@ -144,9 +144,8 @@ def _text(file: Path) -> str | None:
 
 
 def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement: Placement) -> bool:
-    """Create the run's directory for an array; False if the directory exists.
+    """Create the run's directory for an array under another name and rename it into place; False if it exists.
 
-    It is renamed into place when it is complete: a reader sees a whole run or none, and of two submitters one wins.
     Nothing is flushed to disk, because a thousand runs are created at once; submitting again writes what a power cut took.
     """
     new = root / "runs" / f".{token}-{run}"

@@ -153,10 +153,7 @@ def _placement(slurm: SlurmConfig) -> Finding:
             f"start. Set time_minutes = {limit} or less: a longer run continues in the next job."
         )
     if slurm.signal_seconds >= slurm.time_minutes * 60:
-        finding = (
-            f"signal_seconds = {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes."
-        )
-        return "fail", finding
+        return "fail", f"signal_seconds = {slurm.signal_seconds} is the whole job. Lower it, or raise time_minutes."
     try:
         run_slurm("sbatch", "--test-only", *_arguments(slurm), "--wrap", "true")
     except CommandError as error:
@@ -171,12 +168,11 @@ def _exceeded_limit(slurm: SlurmConfig) -> str | None:
     """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
     requested = {"cpu": slurm.processes * slurm.cpus_per_task, "node": slurm.nodes, "gres/gpu": slurm.devices}
     show = ("sacctmgr", "-n", "-P", "show")
-    limits = "GrpTRES,MaxTRES,GrpJobs,MaxJobs"
     rows = []
     try:
         user = run_slurm("id", "-un").strip()
         account = slurm.account or run_slurm(*show, "user", user, "format=DefaultAccount").partition("\n")[0]
-        text = run_slurm(*show, "association", f"account={account}", f"format=User,{limits}")
+        text = run_slurm(*show, "association", f"account={account}", "format=User,GrpTRES,MaxTRES,GrpJobs,MaxJobs")
         rows += [(f"account {account}", row) for row in text.splitlines() if row.split("|")[0] in ("", user)]
         if slurm.qos is not None:
             text = run_slurm(*show, "qos", slurm.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")

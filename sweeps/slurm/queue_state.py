@@ -99,8 +99,6 @@ def queue_snapshot(root: Path) -> QueueSnapshot:
     if not arrays:
         return QueueSnapshot()
     submitted = {array.job: array for array in arrays if array.job is not None}
-    states = job_states(
-        {job: array.name for job, array in submitted.items()},
-        task_counts={job: array.tasks for job, array in submitted.items()},
-    )
+    counts = {job: array.tasks for job, array in submitted.items()}
+    states = job_states({job: array.name for job, array in submitted.items()}, task_counts=counts)
     return QueueSnapshot(root=root, arrays=arrays, locations=array_records.locations(arrays), states=states)

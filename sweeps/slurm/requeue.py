@@ -53,8 +53,7 @@ def main(record_file: str, status: int, max_kills: int) -> int:
             continue
         if found.outcome == "failed":
             reasons.append(str(found.reason))
-        else:
-            requeue = True
+        requeue |= found.outcome != "failed"
         if found.node is not None and failed_at_start(directory, found):
             avoided.add(found.node)
             failure = NodeFailure(node=found.node, run=run, job=job, restart=found.restart, time=found.time)
@@ -177,8 +176,7 @@ def _reason_to_abandon(
         return None if first and failed_at_start(directory, found) else failed
     killed, without_progress = exits_without_progress([*before, found])
     if killed >= max_kills:
-        attempts = "1 attempt was" if killed == 1 else f"{killed} attempts were"
-        reason = f"{attempts} killed without a step of progress"
+        reason = f"{'1 attempt was' if killed == 1 else f'{killed} attempts were'} killed without a step of progress"
         if found.slurm_state == "TIMEOUT":
             reason += ", by the time limit; raise time_minutes, because the first checkpoint comes after a step at the earliest"
     elif without_progress >= max_kills * EXITS_PER_KILL:

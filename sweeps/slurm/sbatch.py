@@ -1,7 +1,7 @@
 """The batch script of an array, the copy of the code that its jobs run, and the submission with sbatch.
 
-submitit writes the script; its pickles, results and job states are not used. A job may wait for days while the working tree changes. Jobs therefore import a snapshot of the packages, taken at
-submission and named by its content; the batch script checks it before Python sees it.
+submitit writes the script; its pickles, results and job states are not used. A job may wait for days while the working
+tree changes, so jobs import a snapshot of the packages, taken at submission and named by its content.
 """
 
 from __future__ import annotations
@@ -184,8 +184,7 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
     if slurm.signal_seconds >= 60 * slurm.time_minutes:
         raise UserError(
             f"{where}: signal_seconds = {slurm.signal_seconds} is the whole time limit, time_minutes = "
-            f"{slurm.time_minutes}: the job would be signalled to save at its start. Raise time_minutes, or lower "
-            "signal_seconds."
+            f"{slurm.time_minutes}. Raise time_minutes, or lower signal_seconds."
         )
     if slurm.processes == 1:
         return run.placement
@@ -248,8 +247,7 @@ def check_in_shell(folder: Path, digest: str) -> str:
 def exposed(root: Path) -> Path | None:
     """A folder through which other users can replace the code that jobs execute: the run root, a folder in it, or a parent.
 
-    A group that has the user's name and no other members is the user alone. In a folder with the sticky bit, only the
-    owner of an entry can rename it.
+    A group with the user's name and no other members is the user. With the sticky bit, only owners rename their entries.
     """
     root = root.resolve()
     for folder in (root / "code", root / "submissions", root / "runs", root):
@@ -282,10 +280,7 @@ def take_snapshot(folder: Path) -> Path:
     if target.exists():
         found = {path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()} - {target / DESCRIPTION}
         if found != set(code_files(target)) or code_digest(target) != target.name:
-            raise UserError(
-                f"{target}: its files differ from the code of this digest. Nothing was submitted; remove the folder and "
-                "submit again."
-            )
+            raise UserError(f"{target}: its files are not the code of this digest; remove the folder and submit again.")
         return target
     temporary = temporary_name(target)
     for file in code_files(source):

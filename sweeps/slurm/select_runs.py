@@ -122,8 +122,7 @@ def classify_runs(
         location, task = snapshot.locations.get(run.id), snapshot.task(run.id)
         is_active = task is not None and task.is_active
         is_cancelled = (directory.path / CANCELLED).exists()
-        # Its neighbours may still train in a job that does not start this one again, and a new claim would keep that job
-        # from doing so: the run counts as one without a job.
+        # Its neighbours may still train in a job that will not start it again: the run counts as one without a job.
         has_left_its_job = (
             is_active
             and snapshot.shares_its_job(run.id)
@@ -193,8 +192,7 @@ def _groups(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
         if table.runs_per_gpu > 1 and table.processes > 1:
             raise UserError(
                 f'{plan.campaign.file}, rung "{run.rung}": runs_per_gpu is {table.runs_per_gpu}, and a run uses several '
-                "processes. Either share a device among runs, or a run among devices: set runs_per_gpu = 1, or nodes, "
-                "tasks_per_node and devices = 1."
+                "processes; set runs_per_gpu = 1, or nodes, tasks_per_node and devices = 1."
             )
         key = (level(run), tuple(sorted(run.starts_from)), msgspec.json.encode(table.slurm), table.runs_per_task)
         groups.setdefault(key, []).append(run)

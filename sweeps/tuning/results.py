@@ -99,17 +99,10 @@ def fit_rules(studies: StudyTrials, table: TuneConfig) -> Rules:
         own = [(study, study.brackets(trials)) for study, trials in studies if study.arm == arm and not study.held_out]
         if not own or not all(brackets for _, brackets in own):
             continue
-        found[arm] = {
-            dimension.name: fit_rule(
-                dimension.name,
-                [
-                    Optimum(rung=study.rung, compute=float(study.template.budget.flops), bracket=brackets[number])
-                    for study, brackets in own
-                ],
-                constant=table.transfer == "constant",
-            )
-            for number, dimension in enumerate(own[0][0].dimensions)
-        }
+        for number, dimension in enumerate(own[0][0].dimensions):
+            optima = [Optimum(rung=s.rung, compute=float(s.template.budget.flops), bracket=b[number]) for s, b in own]
+            rule = fit_rule(dimension.name, optima, constant=table.transfer == "constant")
+            found.setdefault(arm, {})[dimension.name] = rule
     return found
 
 

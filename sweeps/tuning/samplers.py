@@ -51,14 +51,10 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler] | None] = {
 def propose(
     config: TuneConfig, dimensions: Sequence[Dimension], trials: Sequence[Trial], index: int, context: int
 ) -> Values:
-    """The values of the next trial.
+    """The values of the next trial, after `trials` that have not failed; those in flight have no loss.
 
-    Args:
-        config: Sampler, length of the quasi-random start, seed.
-        dimensions: Current ranges.
-        trials: Trials before this one that have not failed; those in flight have no loss.
-        index: Place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate.
-        context: Tokens of a sequence; a batch is a whole number of sequences.
+    `index` is a place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate. A
+    batch is a whole number of sequences of `context` tokens.
     """
     if config.sampler == "grid":
         tried = [trial.values for trial in trials]

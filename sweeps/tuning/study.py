@@ -24,7 +24,7 @@ from sweeps.config.tuning_results import Bracket
 from sweeps.planning.tuned_settings import trials_of
 from sweeps.tuning.bracket import brackets
 from sweeps.tuning.samplers import propose
-from sweeps.tuning.trials import RecordCache, Trial, TrialLine
+from sweeps.tuning.trials import RecordCache, Trial, TrialLine, TrialState
 
 MAX_FAILED_TRIALS = 5
 """Trials of one study whose runs may fail before the study stops with an error."""
@@ -92,15 +92,9 @@ class TuningStudy:
         trials = []
         for line in {line.number: line for line in lines}.values():
             record = None if line.failed is not None else self.records.get(line.run)
-            trials.append(
-                Trial(
-                    number=line.number,
-                    values=line.values,
-                    run=line.run,
-                    state="failed" if line.failed is not None else "running" if record is None else "complete",
-                    loss=None if record is None else self.loss(record),
-                )
-            )
+            state: TrialState = "complete" if record else "running" if line.failed is None else "failed"
+            loss = None if record is None else self.loss(record)
+            trials.append(Trial(number=line.number, values=line.values, run=line.run, state=state, loss=loss))
         return [self._after_halving(trials, trial) for trial in trials]
 
     def step(self, lines: Sequence[TrialLine], *, failed: Mapping[str, str]) -> list[TrialLine]:
@@ -253,10 +247,8 @@ class TuningStudy:
             for trial in trials
             if trial.state == "complete" and trial.loss is not None and trial.loss < self.uniform_loss
         ]
-        key = (
-            tuple((tuple(values.items()), loss) for values, loss in finished),
-            tuple((d.search.low, d.search.high) for d in dimensions),
-        )
+        ranges = tuple((d.search.low, d.search.high) for d in dimensions)
+        key = (tuple((tuple(values.items()), loss) for values, loss in finished), ranges)
         if key not in self._known_brackets:
             self._known_brackets[key] = brackets(finished, dimensions, seed=self.config.seed)
         return self._known_brackets[key]

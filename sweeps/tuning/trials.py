@@ -21,6 +21,8 @@ from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
 from sweeps.config.search_space import Values
 
+TrialState = Literal["running", "complete", "pruned", "failed"]
+
 
 class TrialLine(Strict, frozen=True, omit_defaults=True):
     """One line of trials.jsonl; the last line of a trial counts."""
@@ -39,7 +41,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     values: Values
     run: str
-    state: Literal["running", "complete", "pruned", "failed"]
+    state: TrialState
     loss: float | None
     """Loss for the sampler: a diverged run has that of a uniform guess, a pruned trial that of its short run."""
 

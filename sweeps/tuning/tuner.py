@@ -59,9 +59,7 @@ class Tuner:
         self, campaign: Campaign, root: Path | str, *, progress: bool | None = None, prepare: bool = True
     ) -> None:
         if campaign.tune is None:
-            raise UserError(
-                f"{campaign.file}: there is no [tune] table, so nothing to tune. See the campaign quick-tuned."
-            )
+            raise UserError(f"{campaign.file}: there is no [tune] table to tune by. See the campaign quick-tuned.")
         self.table = campaign.tune
         self.rungs = rungs_of(campaign)
         self.campaign = msgspec.structs.replace(campaign, settings={}, untuned=False)
@@ -145,17 +143,11 @@ class Tuner:
 
     def _planned(self, study: TuningStudy, spec: RunSpec) -> PlannedRun:
         base = self._base(study.arm, study.rung)
+        micro = micro_batch(spec, self.template.placements[study.rung].micro_batch)
+        placement = msgspec.structs.replace(base.placement, micro_batch=micro, keep_tokens=())
+        cell = f"{study.rung}/{spec.seed}"
         return msgspec.structs.replace(
-            base,
-            campaign=self.campaign.name,
-            cell=f"{study.rung}/{spec.seed}",
-            id=spec.id,
-            spec=spec,
-            placement=msgspec.structs.replace(
-                base.placement,
-                micro_batch=micro_batch(spec, self.template.placements[study.rung].micro_batch),
-                keep_tokens=(),
-            ),
+            base, campaign=self.campaign.name, cell=cell, id=spec.id, spec=spec, placement=placement
         )
 
     def _study(self, arm: ArmConfig, rung: Rung) -> TuningStudy:
