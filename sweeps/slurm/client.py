@@ -56,8 +56,6 @@ LOST = "lost"
 
 DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_", "SUBMITIT_")
 
-TIMEOUT_SECONDS = 30.0
-
 
 class CommandError(Exception):
     """A command is missing, failed, or did not answer; the message is a clause with its name and output."""
@@ -69,7 +67,7 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in kept if name == "SLURM_CONF" or not name.startswith(DROPPED_PREFIXES)}
 
 
-def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
+def run_slurm(*command: str, timeout: float = 30.0) -> str:
     """Standard output of a SLURM command.
 
     Raises:

@@ -36,7 +36,6 @@ PROBE = (
     "pathlib.Path(sys.argv[1]).write_text(str(torch.cuda.device_count()))"
 )
 
-
 Verdict = Literal["pass", "warn", "fail"]
 Finding = tuple[Verdict, str]
 
