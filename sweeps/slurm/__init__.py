@@ -1,7 +1,6 @@
 """The SLURM executor: submission, the jobs, requeueing after a job, and the state of the queue.
 
-`SlurmExecutor` is the entry point. docs/slurm.md describes the life of a job and the states of a run, and
-docs/run-directory.md the files.
+docs/slurm.md describes the life of a job and the states of a run, and docs/run-directory.md the files.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Records of submitted arrays, and the marks in run directories that refer to them.
 
 ``<root>/submissions/<token>.json`` is written before `sbatch` is called: it holds the array's runs in the order of its
-tasks and, once SLURM has answered, its job id. A record without a job id is left by an interrupted submitter; `reconcile`
-looks for a job of its name and adopts it, or drops the record.
-
-docs/slurm.md describes the marks in a run's directory, of which this module writes ``claim`` and ``began``.
+tasks and, once SLURM has answered, its job id. docs/slurm.md describes the marks in a run's directory.
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ SBATCH_SECONDS = 15.0
 """Time in which a call of sbatch whose caller was killed may still reach SLURM."""
 
 SUBMITTER_SECONDS = 600.0
-"""Time for which a submitter on another host, which cannot be seen from here, counts as working; also the longest for
-any, because process ids are reused."""
+"""Time for which a submitter on another host counts as working; also the longest for any, because process ids are reused."""
 
 
 class ArrayRecord(Strict, frozen=True):
@@ -76,7 +72,6 @@ class Location(Strict, frozen=True):
 
     array: ArrayRecord
     index: int
-    """Task in the array."""
 
     @property
     def job(self) -> str | None:
@@ -149,11 +144,9 @@ def _text(file: Path) -> str | None:
 
 
 def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement: Placement) -> bool:
-    """Create the run's directory for an array; False if the directory exists.
+    """Create the run's directory for an array under another name and rename it into place; False if it exists.
 
-    The directory is renamed into place when it is complete: a reader sees a whole run or none, and of two submitters one
-    wins. Nothing is flushed to disk, because a thousand runs are created at once; submitting again writes what a power
-    cut took.
+    Nothing is flushed to disk, because a thousand runs are created at once; submitting again writes what a power cut took.
     """
     new = root / "runs" / f".{token}-{run}"
     new.mkdir(mode=0o700)
@@ -170,23 +163,17 @@ def create_and_claim(root: Path, run: str, token: str, spec: RunSpec, placement:
 
 
 def claim(root: Path, run: str, token: str, *, instead_of: str | None = None) -> bool:
-    """Claim an existing run for an array, if need be from an owner `instead_of` whose job is known to have ended.
-
-    Returns:
-        Whether the array now owns the run.
-    """
+    """Claim an existing run for an array, or from an owner `instead_of` whose job has ended; True if it now owns the run."""
     path = root / "runs" / run / CLAIM
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with path.open("x") as file:
+            file.write(token)
     except FileExistsError:
         owner = _text(path)
         # An array is on disk before its claims, so a claim without a record is left over from an array that was dropped.
-        if owner is not None and (owner == instead_of or not path_of(root, owner).exists()):
-            write_atomic(path, token.encode(), durable=False)
-            return True
-        return False
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token)
+        if owner is None or (owner != instead_of and path_of(root, owner).exists()):
+            return False
+        write_atomic(path, token.encode(), durable=False)
     return True
 
 
@@ -211,19 +198,11 @@ def adopt(root: Path, array: ArrayRecord) -> str | None:
 def reconcile(root: Path) -> None:
     """Finish what interrupted submitters started: adopt their jobs, or free their runs if SLURM never got a job."""
     for array in all_arrays(root):
-        if array.job is not None or _submitter_works(array):
+        has_ended = array.host == os.uname().nodename and (array.pid == os.getpid() or not is_alive(array.pid))
+        if array.job is not None or (not has_ended and time.time() - array.time < SUBMITTER_SECONDS):
             continue
-        while True:
-            if adopt(root, array) is not None:
-                break
+        while adopt(root, array) is None:
             if time.time() - array.time > SBATCH_SECONDS or array.time > time.time():
                 drop(root, array)
                 break
             time.sleep(0.5)
-
-
-def _submitter_works(array: ArrayRecord) -> bool:
-    """True if the submitter of an array without a job may still get a job id."""
-    if array.host == os.uname().nodename and (array.pid == os.getpid() or not is_alive(array.pid)):
-        return False
-    return time.time() - array.time < SUBMITTER_SECONDS

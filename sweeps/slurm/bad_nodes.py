@@ -1,7 +1,7 @@
 """Nodes that new jobs avoid: a job that ends before its run's first step counts against its node.
 
-A node that fails every job at once is free again at once, and so drains a queue. After failures of two runs it is
-excluded. A run that failed at its start on two nodes is assumed to be at fault itself, and counts against neither.
+A node that fails every job at once is free again at once, and so drains a queue. A run that failed at its start on two
+nodes is assumed to be at fault itself, and counts against neither.
 """
 
 from __future__ import annotations
@@ -68,11 +68,10 @@ def excluded_nodes(root: Path) -> list[str]:
 
 
 def _others_exist(nodes: Iterable[str]) -> bool:
-    """True if the cluster has further nodes; True if SLURM does not answer."""
     try:
         return bool(set(run_slurm("sinfo", "-h", "-N", "-o", "%N").split()) - set(nodes))
     except CommandError:
-        return True
+        return True  # not known
 
 
 def describe_bad_nodes(root: Path) -> list[str]:
@@ -85,10 +84,7 @@ def describe_bad_nodes(root: Path) -> list[str]:
 
 
 def exclude_from_pending(jobs: Iterable[str], nodes: list[str]) -> None:
-    """Exclude nodes from the pending tasks of some jobs, in addition to those that they exclude already.
-
-    Running tasks are not moved, and an update that SLURM rejects changes nothing.
-    """
+    """Exclude further nodes from the pending tasks of some jobs, as far as SLURM permits; running tasks are not moved."""
     if not nodes or not _others_exist(nodes):
         return
     for job in jobs:

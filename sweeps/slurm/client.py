@@ -56,8 +56,6 @@ LOST = "lost"
 
 DROPPED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "PMIX_", "PMI_", "SUBMITIT_")
 
-TIMEOUT_SECONDS = 30.0
-
 
 class CommandError(Exception):
     """A command is missing, failed, or did not answer; the message is a clause with its name and output."""
@@ -65,11 +63,11 @@ class CommandError(Exception):
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without the variables of a surrounding job, which would bind a new job to it."""
-    names = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith(DROPPED_PREFIXES)]
-    return {name: os.environ[name] for name in names}
+    kept = os.environ.items()
+    return {name: value for name, value in kept if name == "SLURM_CONF" or not name.startswith(DROPPED_PREFIXES)}
 
 
-def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
+def run_slurm(*command: str, timeout: float = 30.0) -> str:
     """Standard output of a SLURM command.
 
     Raises:
@@ -116,9 +114,10 @@ class SlurmTask:
         """SLURM's reason why the job waits, with a remedy; None while there is no reason yet."""
         if self.verdict != "pending" or self.reason in ("", "None"):
             return None
-        remedies = (remedy for part, remedy in PENDING_REMEDIES.items() if part.lower() in self.reason.lower())
-        remedy = next(remedies, None)
-        return f"SLURM's reason is {self.reason}" + (f": {remedy.format(job=self.job)}" if remedy else "")
+        for part, remedy in PENDING_REMEDIES.items():
+            if part.lower() in self.reason.lower():
+                return f"SLURM's reason is {self.reason}: {remedy.format(job=self.job)}"
+        return f"SLURM's reason is {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,6 @@ class JobStates:
     queue_reached: bool = True
     accounting_reached: bool = True
 
-    def knows(self, array: str) -> bool:
-        """True if the queue, the controller or the accounting has a task of the array that is not lost."""
-        return any(array_of(job) == array and task.state != LOST for job, task in self.tasks.items())
-
 
 def array_of(task: str) -> str:
     """The array's job id in ``<array job>_<index>``."""
@@ -143,9 +138,8 @@ def array_of(task: str) -> str:
 def job_states(jobs: Mapping[str, str], *, task_counts: Mapping[str, int] | None = None) -> JobStates:
     """States of all tasks of some array jobs: one `squeue`, and one `sacct` for attempts and their cost.
 
-    Args:
-        jobs: Job names by array job id. SLURM reuses ids, so a job of another name is another job.
-        task_counts: Tasks of each array, by its id; an array with fewer in both answers is queried by itself.
+    SLURM reuses ids, so `jobs` holds the names of the jobs by id. An array of which both answers have fewer tasks than
+    its count in `task_counts` is queried by itself.
     """
     if not jobs:
         return JobStates()
@@ -159,13 +153,16 @@ def job_states(jobs: Mapping[str, str], *, task_counts: Mapping[str, int] | None
         accounting_reached = False
         notes.append(f"SLURM's accounting was not reached ({error}): hours spent and cancelled jobs are not known.")
     try:
-        queued = _queued(jobs)
+        # All jobs of the user: a query for an id that SLURM has forgotten is an error in some versions.
+        for line in run_slurm("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r").splitlines():
+            job, name, state, reason = [*line.split("|", 3), "", "", ""][:4]
+            if jobs.get(array_of(job)) == name:
+                queued[job] = SlurmTask(job=job, state=state, verdict=verdict(state), reason=reason)
     except CommandError as error:
         queue_reached = False
         notes.append(f"SLURM's queue was not reached ({error}): states are from the runs' own files.")
-    tasks = dict(accounted)
-    for job, task in queued.items():
-        tasks[job] = replace(task, gpu_seconds=accounted[job].gpu_seconds) if job in accounted else task
+    spent = {job: task.gpu_seconds for job, task in accounted.items()}
+    tasks = accounted | {job: replace(task, gpu_seconds=spent.get(job, 0.0)) for job, task in queued.items()}
     if queue_reached:
         _resolve_missing(jobs, tasks, queued, task_counts or {})
     return JobStates(tasks, tuple(notes), queue_reached, accounting_reached)
@@ -177,17 +174,19 @@ def _resolve_missing(
     """Update tasks that have left the queue while the accounting has no answer about them, or an old one.
 
     The controller remembers jobs for some minutes. A task that it has forgotten and that was running has ended. One that
-    the accounting still calls pending was cancelled before it started if the controller knows other tasks of its array,
-    because a single waiting task leaves no trace in the accounting when it is cancelled; else the controller lost the
-    array.
+    the accounting still calls pending was cancelled before it started, which leaves no trace in the accounting, if the
+    controller knows other tasks of its array; else the controller lost the array.
     """
     outdated = {array_of(job) for job, task in tasks.items() if job not in queued and task.is_active}
     counts = Counter(array_of(task) for task in tasks)
     incomplete = {job for job in jobs if counts[job] < task_counts.get(job, 1)}
     for array in sorted(outdated | incomplete):
-        answered, remembered = True, {}
+        answered, remembered = True, dict[str, str]()
         try:
-            remembered = _controller_states(run_slurm("scontrol", "-o", "show", "job", array), jobs)
+            for fields in parse_rows(run_slurm("scontrol", "-o", "show", "job", array)):
+                number, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
+                if number and index and state and jobs.get(number) == fields.get("JobName"):
+                    remembered |= dict.fromkeys(expand_array_ids(f"{number}_[{index}]"), state)
         except CommandError as error:
             answered = "Invalid job id" in str(error)
         known_to_controller = bool(remembered) or any(array_of(job) == array for job in queued)
@@ -206,31 +205,9 @@ def _resolve_missing(
                 tasks[job] = replace(task, state=LOST, verdict="ended" if answered else "unknown")
 
 
-def _controller_states(text: str, jobs: Mapping[str, str]) -> dict[str, str]:
-    """States by task from ``scontrol -o show job``; `jobs` as for `job_states`."""
-    states: dict[str, str] = {}
-    for fields in parse_rows(text):
-        array, index, state = fields.get("ArrayJobId"), fields.get("ArrayTaskId"), fields.get("JobState")
-        if array and index and state and jobs.get(array) == fields.get("JobName"):
-            states.update((task, state) for task in expand_array_ids(f"{array}_[{index}]"))
-    return states
-
-
 def parse_rows(text: str) -> list[dict[str, str]]:
     """Fields of each line that ``scontrol -o show`` prints, by name."""
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
-
-
-def _queued(jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
-    """Tasks in the queue, by job."""
-    # All jobs of the user: a query for an id that SLURM has forgotten is an error in some versions.
-    text = run_slurm("squeue", "-h", "-r", "--me", "-o", "%i|%j|%T|%r")
-    found = {}
-    for line in text.splitlines():
-        job, name, state, reason = [*line.split("|", 3), "", "", ""][:4]
-        if jobs.get(array_of(job)) == name:
-            found[job] = SlurmTask(job=job, state=state, verdict=verdict(state), reason=reason)
-    return found
 
 
 def find_job(name: str) -> str | None:
@@ -250,17 +227,11 @@ def find_job(name: str) -> str | None:
 
 def verdict(state: str) -> Verdict:
     """Verdict on an attempt by its state, with or without text after it (``CANCELLED by 0``)."""
-    word = re.match(r"[A-Z_]*", state.strip())
-    return VERDICTS.get(word[0] if word else "", "unknown")
+    return VERDICTS.get(re.split(r"[^A-Z_]", state.strip())[0], "unknown")
 
 
 def parse_accounting(text: str, jobs: Mapping[str, str]) -> dict[str, SlurmTask]:
-    """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time.
-
-    Args:
-        text: Lines of JobID, JobName, State, ElapsedRaw, AllocTRES, NodeList and ExitCode.
-        jobs: As for `job_states`.
-    """
+    """Tasks from ``sacct -X -P -D``: the last attempt's state, the sum of all attempts' time; `jobs` as in `job_states`."""
     tasks: dict[str, SlurmTask] = {}
     for line in text.splitlines():
         columns = line.split("|")
@@ -291,21 +262,12 @@ def expand_array_ids(job: str) -> list[str]:
     found = re.fullmatch(r"(\d+)_\[([\d,\-]+)(?:%\d+)?\]?", job)
     if not found:
         return [job]
-    tasks = []
-    for part in found[2].strip(",").split(","):
-        first, _, last = part.partition("-")
-        if first.isdigit():
-            stop = int(last) if last.isdigit() else int(first)
-            tasks += [f"{found[1]}_{index}" for index in range(int(first), stop + 1)]
-    return tasks
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", found[2])
+    return [f"{found[1]}_{index}" for first, last in ranges for index in range(int(first), int(last or first) + 1)]
 
 
 def configuration() -> dict[str, str]:
-    """SLURM's configuration, values by name.
-
-    Raises:
-        CommandError: The controller was not reached.
-    """
+    """SLURM's configuration, values by name."""
     return dict(re.findall(r"^(\w+)\s*=\s*(.*)$", run_slurm("scontrol", "show", "config"), re.MULTILINE))
 
 

@@ -1,11 +1,12 @@
 """Checks of a cluster for a campaign, made before GPU-hours are spent; each passes, warns or fails.
 
-Nothing is changed. With a probe, a job of a minute writes into the run root and imports the environment on a compute
-node, because a login node can differ from those in both.
+With a probe, a job of a minute writes into the run root and imports the environment on a compute node, because a login
+node can differ in both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -35,7 +36,6 @@ PROBE = (
     "pathlib.Path(sys.argv[1]).write_text(str(torch.cuda.device_count()))"
 )
 
-
 Verdict = Literal["pass", "warn", "fail"]
 Finding = tuple[Verdict, str]
 
@@ -49,12 +49,7 @@ class ClusterCheck(NamedTuple):
 
 
 def examine(plan: CampaignPlan, *, probe: bool = False) -> list[ClusterCheck]:
-    """All checks of a campaign on this cluster.
-
-    Args:
-        plan: A plan from `sweeps.planning.plan.plan`.
-        probe: Submit a job of at most a minute for each kind of placement, and wait for it.
-    """
+    """All checks of a campaign on this cluster; with `probe` also a job of at most a minute for each kind of placement."""
     checks = [*_commands(), ClusterCheck("run root", *_root(plan.root))]
     if any(check.verdict == "fail" for check in checks):
         return checks
@@ -81,8 +76,7 @@ def show(checks: list[ClusterCheck]) -> None:
 
 
 def _commands() -> Iterator[ClusterCheck]:
-    absent = [command for command in COMMANDS if shutil.which(command) is None]
-    if absent:
+    if absent := [command for command in COMMANDS if shutil.which(command) is None]:
         finding = f"{', '.join(absent)} cannot be found. Log in to the cluster, or load its SLURM module."
         yield ClusterCheck("commands", "fail", finding)
         return
@@ -109,20 +103,14 @@ def _root(root: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
         return "fail", f"{existing} has {free / 1e9:.2f} GB left. Make room, or move."
-    kind = _file_system(existing)
-    if kind in ("tmpfs", "ramfs") or existing.is_relative_to("/tmp"):
-        return "warn", (
-            f"{root} is on {kind or 'a local disk'}, which other nodes do not see. Use a shared file system, or check "
-            "with --probe."
-        )
-    return "pass", f"{root}, {kind}, {free / 1e9:,.0f} GB free"
-
-
-def _file_system(path: Path) -> str:
     try:
-        return run_slurm("df", "--output=fstype", str(path)).split()[-1]
+        kind = run_slurm("df", "--output=fstype", str(existing)).split()[-1]
     except (CommandError, IndexError):
-        return ""
+        kind = ""
+    if kind in ("tmpfs", "ramfs") or existing.is_relative_to("/tmp"):
+        where = f"{root} is on {kind or 'a local disk'}, which other nodes do not see"
+        return "warn", f"{where}. Use a shared file system, or check with --probe."
+    return "pass", f"{root}, {kind}, {free / 1e9:,.0f} GB free"
 
 
 def _configuration(runs: int) -> Iterator[ClusterCheck]:
@@ -135,28 +123,22 @@ def _configuration(runs: int) -> Iterator[ClusterCheck]:
         yield ClusterCheck("requeue", "warn", finding)
     wait = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
     yield ClusterCheck("requeue delay", "pass", f"a requeued job waits {wait[1] if wait else 120} s at least")
-    limit = _submit_limit()
-    if limit is not None and limit < runs:
-        finding = f"your account may have {limit:,} jobs; of {runs:,} runs the rest goes in when you submit again"
-        yield ClusterCheck("submit limit", "warn", finding)
-
-
-def _submit_limit() -> int | None:
-    try:
+    with contextlib.suppress(CommandError):
         user = run_slurm("id", "-un").strip()
         text = run_slurm("sacctmgr", "-n", "-P", "show", "association", f"user={user}", "format=MaxSubmitJobs")
-    except CommandError:
-        return None
-    return min((int(line) for line in text.split() if line.isdigit()), default=None)
+        limit = min((int(line) for line in text.split() if line.isdigit()), default=runs)
+        if limit < runs:
+            finding = f"your account may have {limit:,} jobs; of {runs:,} runs the rest goes in when you submit again"
+            yield ClusterCheck("submit limit", "warn", finding)
 
 
 def _placement(slurm: SlurmConfig) -> Finding:
     """Check that SLURM would accept such a job and that it could start: sbatch accepts limits above a partition's."""
     try:
-        text = run_slurm("scontrol", "-o", "show", "partition")
+        rows = parse_rows(run_slurm("scontrol", "-o", "show", "partition"))
     except CommandError as error:
         return "fail", f"{error}. Try again later."
-    partitions = {fields["PartitionName"]: fields for fields in parse_rows(text)}
+    partitions = {fields["PartitionName"]: fields for fields in rows}
     default = next((partition for partition, found in partitions.items() if found.get("Default") == "YES"), None)
     partition = slurm.partition or default
     if partition not in partitions:
@@ -170,10 +152,7 @@ def _placement(slurm: SlurmConfig) -> Finding:
             f"start. Set time_minutes = {limit} or less: a longer run continues in the next job."
         )
     if slurm.signal_seconds >= slurm.time_minutes * 60:
-        return (
-            "fail",
-            f"signal_seconds = {slurm.signal_seconds}, as long as the job itself. Lower it, or raise time_minutes.",
-        )
+        return "fail", f"signal_seconds = {slurm.signal_seconds} is the whole job. Lower it, or raise time_minutes."
     try:
         run_slurm("sbatch", "--test-only", *_arguments(slurm), "--wrap", "true")
     except CommandError as error:
@@ -188,12 +167,11 @@ def _exceeded_limit(slurm: SlurmConfig) -> str | None:
     """A limit of the user's account or QOS that one job exceeds by itself, as a clause: sbatch accepts such jobs."""
     requested = {"cpu": slurm.processes * slurm.cpus_per_task, "node": slurm.nodes, "gres/gpu": slurm.devices}
     show = ("sacctmgr", "-n", "-P", "show")
-    limits = "GrpTRES,MaxTRES,GrpJobs,MaxJobs"
     rows = []
     try:
         user = run_slurm("id", "-un").strip()
         account = slurm.account or run_slurm(*show, "user", user, "format=DefaultAccount").partition("\n")[0]
-        text = run_slurm(*show, "association", f"account={account}", f"format=User,{limits}")
+        text = run_slurm(*show, "association", f"account={account}", "format=User,GrpTRES,MaxTRES,GrpJobs,MaxJobs")
         rows += [(f"account {account}", row) for row in text.splitlines() if row.split("|")[0] in ("", user)]
         if slurm.qos is not None:
             text = run_slurm(*show, "qos", slurm.qos, "format=Name,GrpTRES,MaxTRES,GrpJobs")
@@ -211,7 +189,6 @@ def _exceeded_limit(slurm: SlurmConfig) -> str | None:
 
 
 def _arguments(slurm: SlurmConfig, *, without: tuple[str, ...] = ()) -> list[str]:
-    """The placement's request as arguments of sbatch."""
     options = {option: value for option, value in sbatch_options(slurm).items() if option not in without}
     return [f"--{option}" if value is True else f"--{option}={value}" for option, value in options.items()]
 
@@ -226,7 +203,6 @@ def _minutes(limit: str) -> int | None:
 
 
 def _probe(root: Path, slurm: SlurmConfig) -> Finding:
-    """Result of a short job that writes into the root and imports the modules of a run."""
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     answer = folder / f".probe-{uuid.uuid4().hex}"
@@ -244,8 +220,8 @@ def _probe(root: Path, slurm: SlurmConfig) -> Finding:
             return "warn", f"torch sees {gpus} GPUs on the node, of {slurm.gpus_per_node} requested. Check CUDA there."
         return "pass", f"the environment imports there; torch sees {gpus} GPUs"
     except (CommandError, OSError) as error:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-        cause = last[0] if last else error
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        cause = lines[-1] if lines else error
         return "fail", f"the job did not write into {root}: {cause}. Is the folder, with its environment, shared?"
     finally:
         answer.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """The program of a SLURM job: ``python -m sweeps.slurm.job RECORD``, one process for each task of the run.
 
-The array's record and the task's index name the run, or the few runs that train side by side. The job checks that no
-other process trains the run and that the code is the submitted one, and trains. It never requeues itself:
+The array's record and the task's index name the run, or the few runs that train side by side. A job never requeues itself:
 `sweeps.slurm.requeue` does so once all processes have ended.
 """
 
@@ -33,11 +32,12 @@ UNLOCK_SECONDS = 20.0
 
 def main(record_file: str) -> int:
     """Train the run or the runs of this job; the exit status is for `sweeps.slurm.requeue`."""
-    array = read_json(Path(record_file), ArrayRecord)
+    file = Path(record_file)
+    array = read_json(file, ArrayRecord)
     runs = array.runs_of(int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if array.per_task > 1:
-        return train_side_by_side(Path(record_file), runs)
-    return train_run(Path(record_file), runs[0], leader=os.environ.get("SLURM_PROCID", "0") == "0")
+        return train_side_by_side(file, runs)
+    return train_run(file, runs[0], leader=os.environ.get("SLURM_PROCID", "0") == "0")
 
 
 def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
@@ -55,8 +55,7 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
     if directory.record() is not None:
         print("finished before; nothing to do", flush=True)
         return DONE
-    job = os.environ.get("SLURM_JOB_ID", "?")
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, restart = os.environ.get("SLURM_JOB_ID", "?"), os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"job {job}, restart {restart}, on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}", flush=True)
     try:
         if (found := code_digest()) != array.code:
@@ -84,7 +83,6 @@ def train_run(record_file: Path, run: str, *, leader: bool = True) -> int:
 
 
 def _is_free(directory: RunDirectory) -> bool:
-    """True if no process on this host trains the run; an attempt that is ending gets `UNLOCK_SECONDS`."""
     deadline = time.monotonic() + UNLOCK_SECONDS
     while directory.is_locked():
         if time.monotonic() > deadline:
@@ -94,10 +92,9 @@ def _is_free(directory: RunDirectory) -> bool:
 
 
 def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:
-    """Exit on SIGUSR2 or SIGTERM while the run does not train: there is nothing to save.
+    """Exit on SIGUSR2 or SIGTERM while the run does not train; during training the loop saves at the step boundary.
 
-    During training the loop handles these signals and saves at the step boundary. After the last step a signal is
-    ignored, because writing the record takes less time than taking the last steps again.
+    After the last step a signal is ignored, because writing the record takes less time than taking the last steps again.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
@@ -117,8 +114,7 @@ def _exit_on_signal(directory: RunDirectory, *, leader: bool) -> None:
 def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     """Train the runs of a job at the same time, each with its own lease, attempts and record; always `DONE`.
 
-    A run that fails or is killed does not affect the others. Each exit is recorded for `sweeps.slurm.requeue`, which
-    starts the job again for the runs that can continue.
+    Each exit is recorded for `sweeps.slurm.requeue`, which starts the job again for the runs that can continue.
     """
     root = record_file.parent.parent
     directories = [RunDirectory(root / "runs" / run) for run in runs]
@@ -127,8 +123,8 @@ def train_side_by_side(record_file: Path, runs: tuple[str, ...]) -> int:
     for signum in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(signum, lambda *_: os._exit(LEFT_EARLY))  # until runs have started, there is nothing to save
     # Each run gets a device if there are any; runs on processors share those of the job.
-    on_processors = all(run.placement().device == "cpu" for run in unfinished)
-    devices = [] if on_processors else device_slots(len(unfinished))
+    on_cpu = all(run.placement().device == "cpu" for run in unfinished)
+    devices = [] if on_cpu else device_slots(len(unfinished))
     gpus = dict(zip((run.path.name for run in unfinished), devices, strict=False))
     side_by_side(
         [run.path for run in unfinished],
@@ -149,7 +145,6 @@ def _record_exit(directory: RunDirectory, exit_code: int) -> None:
 
 
 def _train_member(path: str, *, record_file: str, gpus: dict[str, str]) -> None:
-    """Body of the process of one of several runs."""
     run = Path(path).name
     if run in gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[run]  # read when CUDA starts, which has not happened here

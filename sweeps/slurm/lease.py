@@ -1,8 +1,7 @@
 """The lease of a run: a file that its training process renews every few seconds.
 
-The run's lock (`RunDirectory.claim`) vanishes with its process, but a lock does not reach every node of every shared
-file system. The lease holds its owner and a counter. A reader watches the counter with its own clock, so clocks that
-disagree do no harm; an owner that finds another name in the file stops at once.
+The run's lock (`RunDirectory.claim`) does not reach every node of every shared file system. A reader watches the lease's
+counter with its own clock, so clocks that disagree do no harm; an owner that finds another name in the file stops at once.
 """
 
 from __future__ import annotations
@@ -61,11 +60,7 @@ def is_held(folder: Path, *, beat_seconds: float = BEAT_SECONDS) -> bool:
 
 @contextlib.contextmanager
 def hold(folder: Path, *, job: str | None = None, beat_seconds: float = BEAT_SECONDS) -> Iterator[bool]:
-    """Hold a run's lease while training.
-
-    Yields:
-        Whether it was acquired; False if a live process has it.
-    """
+    """Hold a run's lease while training; yields whether it was acquired, False if a live process has it."""
     if is_held(folder, beat_seconds=beat_seconds):
         yield False
         return

@@ -29,9 +29,8 @@ class QueueSnapshot:
     def task(self, run: str) -> SlurmTask | None:
         """State of the run's last job; None without one, or if SLURM was not reached.
 
-        The accounting keeps no trace of a single array task that is cancelled while it waits, but it knows the array. A
-        task that never started and is in no answer was therefore cancelled if its array is known, or if there is no
-        accounting; if the accounting answers and does not know the array, the controller has lost it.
+        A task that never started and is in no answer was cancelled if its array is known, or if there is no accounting: the
+        accounting keeps no trace of such a task. If it does not know the array either, the controller has lost it.
         """
         location = self.locations.get(run)
         if location is None or location.job is None:
@@ -44,7 +43,10 @@ class QueueSnapshot:
         if array_records.began(self.root, run, location.array):
             return SlurmTask(location.job, "forgotten", "ended")
         cancelled = (self.root / "runs" / run / array_records.CANCELLED).exists()
-        if self.states.accounting_reached and not cancelled and not self.states.knows(array_of(location.job)):
+        known = any(
+            array_of(job) == location.array.job and task.state != LOST for job, task in self.states.tasks.items()
+        )
+        if self.states.accounting_reached and not cancelled and not known:
             return SlurmTask(location.job, LOST, "ended")
         return SlurmTask(location.job, "cancelled before it started", "cancelled")
 
@@ -61,7 +63,7 @@ class QueueSnapshot:
     def predecessor_failed(self, run: str) -> bool:
         """True if SLURM dropped the run's waiting job because a job that it depends on did not succeed."""
         location = self.locations.get(run)
-        if location is None or not location.array.after or array_records.began(self.root, run, location.array):
+        if location is None or array_records.began(self.root, run, location.array):
             return False
         before = [self.states.tasks.get(job) for job in location.array.after]
         # Without accounting the answer is lost; then the run is submitted again, as it was the first time.
@@ -74,9 +76,9 @@ class QueueSnapshot:
         found = []
         for run, location in self.locations.items():
             task = self.task(run)
-            if task is None or task.state not in ("FAILED", "BOOT_FAIL") or task.exit_status == NOT_RECORDED:
+            if task is None or task.node is None or task.exit_status == NOT_RECORDED:
                 continue
-            if task.node is not None and not array_records.began(self.root, run, location.array):
+            if task.state in ("FAILED", "BOOT_FAIL") and not array_records.began(self.root, run, location.array):
                 found.append(NodeFailure(node=task.node, run=run, job=task.job, restart=0, time=time.time()))
         return found
 
@@ -84,11 +86,10 @@ class QueueSnapshot:
         """GPU-hours of all jobs of a run, all attempts, from the accounting; its share of jobs with several runs."""
         seconds = 0.0
         for array in self.arrays:
-            if array.job is None or run not in array.runs:
-                continue
-            index = array.runs.index(run) // array.per_task
-            if task := self.states.tasks.get(f"{array.job}_{index}"):
-                seconds += task.gpu_seconds / len(array.runs_of(index))
+            if run in array.runs:
+                index = array.runs.index(run) // array.per_task
+                if task := self.states.tasks.get(f"{array.job}_{index}"):
+                    seconds += task.gpu_seconds / len(array.runs_of(index))
         return seconds / 3600
 
 
@@ -98,8 +99,6 @@ def queue_snapshot(root: Path) -> QueueSnapshot:
     if not arrays:
         return QueueSnapshot()
     submitted = {array.job: array for array in arrays if array.job is not None}
-    states = job_states(
-        {job: array.name for job, array in submitted.items()},
-        task_counts={job: array.tasks for job, array in submitted.items()},
-    )
+    counts = {job: array.tasks for job, array in submitted.items()}
+    states = job_states({job: array.name for job, array in submitted.items()}, task_counts=counts)
     return QueueSnapshot(root=root, arrays=arrays, locations=array_records.locations(arrays), states=states)

@@ -1,10 +1,9 @@
 """The post-job hook of the batch script: ``python -m sweeps.slurm.requeue RECORD STATUS MAX_KILLS``.
 
 It runs when all processes of a job have ended, and is the only place that requeues a job. It records the exit of each run
-in attempts.jsonl. A run that can continue goes back into the queue. A run that was killed several times without a step of
-progress is abandoned: its exit has the outcome ``failed`` and the end of its log, and it waits for ``--retry failed``. So
-does a run whose program failed; if it failed before its first step, it gets a second attempt, because the node may be at
-fault.
+in attempts.jsonl. A run that was killed several times without a step of progress, or whose program failed, is abandoned:
+its exit has the outcome ``failed`` and the end of its log, and it waits for ``--retry failed``. A failure before the
+first step is tolerated once, because the node may be at fault.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from sweeps.slurm.bad_nodes import NodeFailure
 from sweeps.slurm.client import CommandError, run_slurm
 
 EXITS_PER_KILL = 5
-"""Exits without progress, of any kind, that are tolerated for each tolerated kill (`max_kills`): a run that is signalled
-before it can take a step wastes an allocation as surely as one that is killed."""
+"""Exits without progress, of any kind, that are tolerated for each tolerated kill (`max_kills`)."""
 
 
 def main(record_file: str, status: int, max_kills: int) -> int:
@@ -55,8 +53,7 @@ def main(record_file: str, status: int, max_kills: int) -> int:
             continue
         if found.outcome == "failed":
             reasons.append(str(found.reason))
-        else:
-            requeue = True
+        requeue |= found.outcome != "failed"
         if found.node is not None and failed_at_start(directory, found):
             avoided.add(found.node)
             failure = NodeFailure(node=found.node, run=run, job=job, restart=found.restart, time=found.time)
@@ -90,8 +87,7 @@ def exits(directory: RunDirectory) -> list[Attempt]:
 
 def reason_abandoned(directory: RunDirectory) -> str | None:
     """Why the run is not started again until a person retries it; None if it may be."""
-    last = exits(directory)[-1:]
-    return last[0].reason if last and last[0].outcome == "failed" else None
+    return next((line.reason for line in exits(directory)[-1:] if line.outcome == "failed"), None)
 
 
 def exit_of(directory: RunDirectory, status: int, **fields: Any) -> Attempt:
@@ -103,7 +99,7 @@ def exit_of(directory: RunDirectory, status: int, **fields: Any) -> Attempt:
 
 
 def _job_of_environment() -> dict[str, Any]:
-    """Fields of an exit from the job that this process belongs to; no node if it has several, of which any may be bad."""
+    """Fields of an exit from this process's job; no node if it has several, of which any may be bad."""
     return {
         "job": f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}",
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -112,7 +108,7 @@ def _job_of_environment() -> dict[str, Any]:
 
 
 def is_over(directory: RunDirectory) -> bool:
-    """True if the run needs no further job: it is done, or a person cancelled it."""
+    """True if the run is done, or a person cancelled it."""
     return directory.record_file.exists() or (directory.path / array_records.CANCELLED).exists()
 
 
@@ -161,9 +157,8 @@ def _conclude(
     if reason is not None and directory.state() != "failed":
         directory.note("end", step=step, outcome="failed", reason=reason, job=found.job)
     elif reason is None and attempts and attempts[-1].event == "start":  # the process had no time to record its end
-        cause = f"its processes ended with status {found.exit_status}"
-        if found.slurm_state is not None:
-            cause = f"SLURM ended its job as {found.slurm_state}"
+        by_itself = f"its processes ended with status {found.exit_status}"
+        cause = by_itself if found.slurm_state is None else f"SLURM ended its job as {found.slurm_state}"
         directory.note("end", step=step, outcome="preempted", reason=cause, job=found.job)
     return found
 
@@ -181,8 +176,7 @@ def _reason_to_abandon(
         return None if first and failed_at_start(directory, found) else failed
     killed, without_progress = exits_without_progress([*before, found])
     if killed >= max_kills:
-        attempts = "1 attempt was" if killed == 1 else f"{killed} attempts were"
-        reason = f"{attempts} killed without a step of progress"
+        reason = f"{'1 attempt was' if killed == 1 else f'{killed} attempts were'} killed without a step of progress"
         if found.slurm_state == "TIMEOUT":
             reason += ", by the time limit; raise time_minutes, because the first checkpoint comes after a step at the earliest"
     elif without_progress >= max_kills * EXITS_PER_KILL:
@@ -201,8 +195,7 @@ def exits_without_progress(found: list[Attempt]) -> tuple[int, int]:
 
 def failed_at_start(directory: RunDirectory, found: Attempt) -> bool:
     """True if the job of that exit failed before it logged a step."""
-    harmless = (exit_codes.DONE, exit_codes.LEFT_EARLY, exit_codes.LEASE_LOST, exit_codes.INVALID_RUN)
-    if found.exit_status in harmless:
+    if found.exit_status in (exit_codes.DONE, exit_codes.LEFT_EARLY, exit_codes.LEASE_LOST, exit_codes.INVALID_RUN):
         return False
     before = [line for line in exits(directory) if (line.job, line.restart) != (found.job, found.restart)]
     starts = _starts_until(directory, found)
@@ -225,12 +218,10 @@ def checkpoint_step(directory: RunDirectory) -> int:
 
 
 def _requeue(job: str) -> int:
-    """Requeue the job, unless it is being ended: a cancelled job stays cancelled."""
     try:
-        state = re.search(r"JobState=(\w+)", run_slurm("scontrol", "show", "job", job))
-        if state is None or state[1] != "RUNNING":
-            return exit_codes.DONE
-        run_slurm("scontrol", "requeue", job)
+        # A job that is being ended stays so: it was cancelled.
+        if re.search(r"JobState=RUNNING\b", run_slurm("scontrol", "show", "job", job)):
+            run_slurm("scontrol", "requeue", job)
     except CommandError as error:
         print(f"cannot requeue: {error}. Submit the campaign again to continue this run.", file=sys.stderr)
         return exit_codes.LEFT_EARLY

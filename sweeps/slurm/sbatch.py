@@ -1,10 +1,7 @@
 """The batch script of an array, the copy of the code that its jobs run, and the submission with sbatch.
 
-submitit writes the script; its pickles, results and job states are not used. A job is the path of an array's record and
-an index into it.
-
-A job may wait for days while the working tree changes. Jobs therefore import a snapshot of the packages, taken at
-submission and named by its content; the batch script checks it before Python sees it.
+submitit writes the script; its pickles, results and job states are not used. A job may wait for days while the working
+tree changes, so jobs import a snapshot of the packages, taken at submission and named by its content.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import msgspec
 from scaling.errors import UserError
 from scaling.io import temporary_name, write_json
 from scaling.run.provenance import describe_code
+from scaling.units import largest_divisor
 from sweeps.slurm import array_records
 from sweeps.slurm.client import CommandError, clean_environment
 from sweeps.slurm.exit_codes import NOT_RECORDED
@@ -80,8 +78,6 @@ def sbatch_options(slurm: SlurmConfig) -> dict[str, str | int | bool]:
 def launch(file: Path, script: str) -> str:
     """Submit a batch script, which is kept in `file`; the job id of its array.
 
-    A queue that is full is reported at once: a smaller array may have room.
-
     Raises:
         CommandError: There is no job id. SLURM can have taken the job all the same.
     """
@@ -107,7 +103,7 @@ def launch(file: Path, script: str) -> str:
     # A site's wrapper may print more, and other job ids with it; sbatch's own line is the last of its kind.
     ids = re.findall(r"^Submitted batch job (\d+)", printed, re.MULTILINE)
     if process.returncode or not ids:
-        output = " ".join(word for line in errors for word in line.split()) or f"sbatch printed {printed.strip()!r}"
+        output = " ".join(" ".join(errors).split()) or f"sbatch printed {printed.strip()!r}"
         raise CommandError(output[:500])
     return str(ids[-1])
 
@@ -124,13 +120,14 @@ def batch_script(
 ) -> str:
     """The script of an array of so many tasks; every value is checked or quoted.
 
-    Jobs read the record of that token and import from `code`, by default the snapshot of the present code. They start
-    after the jobs `after` have succeeded, on other nodes than `exclude` and those that the placement excludes.
+    Jobs import from `code`, by default the snapshot of the present code. They start after the jobs `after` have
+    succeeded, on other nodes than `exclude` and those that the placement excludes.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    working_tree = code == code_root()  # on the user's request; it holds more than the packages
-    code, digest = (plan.root / "code" / code_digest(), code_hash()) if code is None else (code, code_hash(code))
+    folder = code or plan.root / "code" / code_digest()
+    # The working tree, which jobs run on the user's request, holds more than the packages.
+    check = [] if code == code_root() else [check_in_shell(folder, code_hash(code))]
     record = shlex.quote(str(array_records.path_of(plan.root, token)))
     python = shlex.quote(sys.executable)
     options = sbatch_options(slurm)
@@ -153,11 +150,11 @@ def batch_script(
         setup=[
             "trap : HUP INT QUIT USR1 USR2 TERM",  # the script outlives signals to its processes, and records their exit
             "umask 077",
-            *([] if working_tree else [check_in_shell(code, digest)]),
+            *check,
             "export PYTHONDONTWRITEBYTECODE=1",  # a compiled file would be one more than the snapshot may hold
             "export SLURM_EXPORT_ENV=ALL",  # else srun passes on what sbatch inherited, and not what is set here
             "export PYTHONSAFEPATH=1",  # else Python imports from the working folder
-            f"export PYTHONPATH={shlex.quote(str(code))}",
+            f"export PYTHONPATH={shlex.quote(str(folder))}",
             f"export OMP_NUM_THREADS={slurm.cpus_per_task}",
             *slurm.setup,
             f"{python} -m sweeps.slurm.watchdog {record} {slurm.stall_seconds} & watchdog=$!",
@@ -187,8 +184,7 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
     if slurm.signal_seconds >= 60 * slurm.time_minutes:
         raise UserError(
             f"{where}: signal_seconds = {slurm.signal_seconds} is the whole time limit, time_minutes = "
-            f"{slurm.time_minutes}: the job would be signalled to save at its start. Raise time_minutes, or lower "
-            "signal_seconds."
+            f"{slurm.time_minutes}. Raise time_minutes, or lower signal_seconds."
         )
     if slurm.processes == 1:
         return run.placement
@@ -200,8 +196,7 @@ def job_placement(plan: CampaignPlan, run: PlannedRun, slurm: SlurmConfig) -> Pl
             f"not divide the {sequences} sequences of a batch. Use one of {divisors}."
         )
     share = sequences // slurm.processes
-    at_most = min(run.placement.micro_batch or share, share)
-    micro_batch = max(part for part in range(1, at_most + 1) if share % part == 0)
+    micro_batch = largest_divisor(share, run.placement.micro_batch or share)
     return msgspec.structs.replace(
         run.placement,
         devices=slurm.tasks_per_node,
@@ -217,22 +212,16 @@ def code_root() -> Path:
 
 def code_files(root: Path) -> list[Path]:
     """Files of the three packages that a snapshot holds."""
-    return sorted(
-        file
-        for package in PACKAGES
-        for file in (root / package).rglob("*")
-        if file.suffix in SNAPSHOT_SUFFIXES and file.is_file() and "__pycache__" not in file.parts
-    )
+    files = (file for package in PACKAGES for file in (root / package).rglob("*"))
+    return [f for f in files if f.suffix in SNAPSHOT_SUFFIXES and f.is_file() and "__pycache__" not in f.parts]
 
 
 def code_hash(root: Path | None = None) -> str:
     """SHA-256 over what ``sha256sum`` prints for the packages' files in the order of their names."""
     root = root or code_root()
-    lines = {
-        f"./{file.relative_to(root).as_posix()}".encode(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in code_files(root)
-    }
-    return hashlib.sha256(b"".join(lines[name].encode() + b"  " + name + b"\n" for name in sorted(lines))).hexdigest()
+    files = sorted((f"./{file.relative_to(root).as_posix()}".encode(), file) for file in code_files(root))
+    lines = (hashlib.sha256(file.read_bytes()).hexdigest().encode() + b"  " + name + b"\n" for name, file in files)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def code_digest(root: Path | None = None) -> str:
@@ -243,24 +232,22 @@ def code_digest(root: Path | None = None) -> str:
 def check_in_shell(folder: Path, digest: str) -> str:
     """A shell command that ends the script unless a snapshot holds the files of that `code_hash` and no others.
 
-    It imports nothing from the snapshot: the batch script, which SLURM keeps, decides before Python sees the folder.
-    A module, a compiled file or a link that was added changes the hash or makes ``sha256sum`` fail.
+    The batch script, which SLURM keeps, runs it before Python sees the folder. A module, a compiled file or a link that was
+    added changes the hash or makes ``sha256sum`` fail.
     """
     where = shlex.quote(str(folder))
     return (
         f"found=$(set -o pipefail; cd {where} && find . ! -type d ! -path ./{DESCRIPTION} -print0 | LC_ALL=C sort -z "
         f'| xargs -0 sha256sum | sha256sum) && [ "${{found%% *}}" = {digest} ] || {{ '
         f"echo {where}: its files differ from the submitted code, so nothing is started. Remove the folder and submit "
-        f"again. >&2; "
-        f"exit {NOT_RECORDED}; }}"
+        f"again. >&2; exit {NOT_RECORDED}; }}"
     )
 
 
 def exposed(root: Path) -> Path | None:
     """A folder through which other users can replace the code that jobs execute: the run root, a folder in it, or a parent.
 
-    A group that has the user's name and no other members is the user alone. In a folder with the sticky bit, only the
-    owner of an entry can rename it.
+    A group with the user's name and no other members is the user. With the sticky bit, only owners rename their entries.
     """
     root = root.resolve()
     for folder in (root / "code", root / "submissions", root / "runs", root):
@@ -273,14 +260,13 @@ def exposed(root: Path) -> Path | None:
 
 def _others_write(folder: Path) -> bool:
     status = folder.stat()
-    if not status.st_mode & stat.S_IWGRP:
+    if status.st_mode & stat.S_IWOTH or not status.st_mode & stat.S_IWGRP:
         return bool(status.st_mode & stat.S_IWOTH)
     try:
         user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(status.st_gid)
     except KeyError:
         return True
-    private = user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
-    return not private or bool(status.st_mode & stat.S_IWOTH)
+    return not (user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name})
 
 
 def take_snapshot(folder: Path) -> Path:
@@ -294,10 +280,7 @@ def take_snapshot(folder: Path) -> Path:
     if target.exists():
         found = {path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()} - {target / DESCRIPTION}
         if found != set(code_files(target)) or code_digest(target) != target.name:
-            raise UserError(
-                f"{target}: the folder's files differ from the code of this digest. Nothing was submitted; remove the "
-                "folder and submit again."
-            )
+            raise UserError(f"{target}: its files are not the code of this digest; remove the folder and submit again.")
         return target
     temporary = temporary_name(target)
     for file in code_files(source):

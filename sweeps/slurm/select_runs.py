@@ -5,6 +5,7 @@ A run needs a job unless it is done, pending, running, failed for a reason, or c
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from typing import Literal
@@ -86,9 +87,7 @@ class Submission(msgspec.Struct, kw_only=True):
         jobs = "1 job" if group.tasks == 1 else f"{group.tasks} jobs"
         sentences = [f"{jobs} ({rungs}), each with {values}, memory {slurm.memory or 'not stated'}."]
         if table.on_cuda and not slurm.gpus_per_node and "gres" not in slurm.sbatch:
-            sentences.append(
-                "Its runs train on GPUs and the job requests none: set gpus_per_node in [placement.slurm]."
-            )
+            sentences += ["Its runs train on GPUs and the job requests none: set gpus_per_node in [placement.slurm]."]
         if group.per_task == 1 and slurm.devices > table.processes:
             sentences.append(
                 f"A run uses {table.processes} of its {slurm.devices} GPUs, and the others stay idle: set "
@@ -123,8 +122,7 @@ def classify_runs(
         location, task = snapshot.locations.get(run.id), snapshot.task(run.id)
         is_active = task is not None and task.is_active
         is_cancelled = (directory.path / CANCELLED).exists()
-        # Its neighbours may still train in a job that does not start this one again, and a new claim would keep that job
-        # from doing so: the run counts as one without a job.
+        # Its neighbours may still train in a job that will not start it again: the run counts as one without a job.
         has_left_its_job = (
             is_active
             and snapshot.shares_its_job(run.id)
@@ -166,23 +164,17 @@ def _may_succeed_now(plan: CampaignPlan, run: PlannedRun, bad: set[str]) -> bool
     directory = plan.directory(run)
     if placement_changed(directory, job_placement(plan, run, plan.placements[run.rung].slurm)):
         return True
-    if not bad:
-        return False
-    try:
-        last = requeue.exits(directory)[-1:]
-    except UserError:  # its history cannot be read, which is why it counts as failed
-        return False
-    return bool(last) and any(
-        (failure.run, failure.job, failure.restart) == (run.id, last[0].job, last[0].restart) and failure.node in bad
-        for failure in bad_nodes.failures(plan.root)
-    )
+    if bad:
+        failed = {(f.run, f.job, f.restart) for f in bad_nodes.failures(plan.root) if f.node in bad}
+        with contextlib.suppress(UserError):  # raised for a history that cannot be read; the run then counts as failed
+            return any((run.id, line.job, line.restart) in failed for line in requeue.exits(directory)[-1:])
+    return False
 
 
 def _groups(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
-    """Runs that can share an array.
+    """Runs that can share an array: those that start from the same runs, so that one run that fails takes down no others.
 
-    Runs that start from others come after them, and share an array only with those that start from the same: one run
-    that fails takes down the runs that start from it, and no others.
+    Runs that start from others come after them.
     """
     groups: dict[tuple[int, tuple[str, ...], bytes, int], list[PlannedRun]] = {}
     depth: dict[str, int] = {}
@@ -195,22 +187,16 @@ def _groups(plan: CampaignPlan, missing: list[PlannedRun]) -> list[JobGroup]:
         return depth[run.id]
 
     for run in missing:
-        slurm = plan.placements[run.rung].slurm
-        job_placement(plan, run, slurm)  # raises before anything is submitted
-        key = (level(run), tuple(sorted(run.starts_from)), msgspec.json.encode(slurm), _per_task(plan, run))
+        table = plan.placements[run.rung]
+        job_placement(plan, run, table.slurm)  # raises before anything is submitted
+        if table.runs_per_gpu > 1 and table.processes > 1:
+            raise UserError(
+                f'{plan.campaign.file}, rung "{run.rung}": runs_per_gpu is {table.runs_per_gpu}, and a run uses several '
+                "processes; set runs_per_gpu = 1, or nodes, tasks_per_node and devices = 1."
+            )
+        key = (level(run), tuple(sorted(run.starts_from)), msgspec.json.encode(table.slurm), table.runs_per_task)
         groups.setdefault(key, []).append(run)
     return [
         JobGroup(slurm=plan.placements[groups[key][0].rung].slurm, runs=tuple(groups[key]), per_task=key[3])
         for key in sorted(groups, key=lambda key: key[0])
     ]
-
-
-def _per_task(plan: CampaignPlan, run: PlannedRun) -> int:
-    table = plan.placements[run.rung]
-    if table.runs_per_gpu > 1 and table.processes > 1:
-        raise UserError(
-            f'{plan.campaign.file}, rung "{run.rung}": runs_per_gpu is {table.runs_per_gpu}, and a run uses several '
-            "processes. Either share a device among runs, or a run among devices: set runs_per_gpu = 1, or nodes, "
-            "tasks_per_node and devices = 1."
-        )
-    return table.runs_per_task

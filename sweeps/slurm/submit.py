@@ -1,9 +1,7 @@
 """Submission of a plan's missing runs as a few arrays, each run at most once; cancellation of runs.
 
 Before `sbatch` is called, the array is on disk with its runs and each run is claimed; afterwards the array has its job
-id. After an interruption the next call reconciles the records with the queue: it adopts the jobs that SLURM took and
-frees the runs of those that it did not. Nothing is submitted for a run that is done, pending, running, or whose job's
-state is not known.
+id. After an interruption the next call adopts the jobs that SLURM took and frees the runs of those that it did not.
 """
 
 from __future__ import annotations
@@ -11,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
+import secrets
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +89,10 @@ def submit_slurm(
 def _record_slurm_exits(plan: CampaignPlan, queue: QueueSnapshot) -> None:
     """Record the exits of jobs that SLURM killed with their batch scripts: they count as attempts all the same."""
     for run in plan.distinct():
-        task, location = queue.task(run.id), queue.locations.get(run.id)
-        if task is None or location is None or task.verdict != "ended" or task.state not in exit_codes.OF_SLURM_STATE:
+        task = queue.task(run.id)
+        if task is None or task.verdict != "ended" or task.state not in exit_codes.OF_SLURM_STATE:
             continue
-        if array_records.began(plan.root, run.id, location.array):
+        if array_records.began(plan.root, run.id, queue.locations[run.id].array):
             max_kills = plan.placements[run.rung].slurm.max_kills
             requeue.record_slurm_exit(plan.directory(run), task.job, task.state, max_kills)
 
@@ -103,13 +100,12 @@ def _record_slurm_exits(plan: CampaignPlan, queue: QueueSnapshot) -> None:
 def _jobs_before(submission: Submission, group: JobGroup) -> list[str] | None:
     """Jobs that have to succeed before this group starts; None if a run that it starts from has no job."""
     plan = submission.plan
-    needed = {other for run in group.runs for other in run.starts_from}
-    needed = {run for run in needed if not (plan.root / "runs" / run / "record.json").exists()}
+    before = {other for run in group.runs for other in run.starts_from}
+    needed = {run for run in before if not (plan.root / "runs" / run / "record.json").exists()}
     if without_job := sorted(needed - {*submission.queued, *submission.already_active}):
         submission.rejected += [run.id for run in group.runs]
         submission.notes.append(
-            f"{len(group.runs)} runs start from {', '.join(without_job)}, which is not done and has no job. Submit again "
-            "when it has."
+            f"{len(group.runs)} runs start from {', '.join(without_job)}, which is not done and has no job. Submit again later."
         )
         return None
     locations = array_records.locations(array_records.all_arrays(plan.root)) if needed else {}
@@ -145,17 +141,13 @@ def _exclusive(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
-            f"{root}: {error.strerror}. Make room and submit again; submitted runs are not submitted twice."
-        ) from None
+        raise UserError(f"{root}: {error.strerror}. Make room and submit again; nothing is submitted twice.") from None
     finally:
         os.umask(before)
 
 
 @dataclass
 class _Arrays:
-    """Submits the arrays of one submission, and enters the results into it."""
-
     submission: Submission
     code: Path
     owners: dict[str, str]
@@ -171,8 +163,7 @@ class _Arrays:
         """Submit one array, or halves of it if SLURM has no room for the whole."""
         plan, submission = self.plan, self.submission
         ids = [run.id for run in runs]
-        seed = f"{os.uname().nodename} {os.getpid()} {time.time_ns()} {' '.join(ids)}"
-        token = hashlib.sha256(seed.encode()).hexdigest()[:12]
+        token = secrets.token_hex(6)
         name = array_records.job_name(plan.campaign.name, token)
         array = ArrayRecord(
             token=token, name=name, runs=tuple(ids), code=self.digest, per_task=group.per_task, after=tuple(after)
@@ -181,7 +172,7 @@ class _Arrays:
         present = {path.name for path in (plan.root / "runs").iterdir()}
         mine = [run for run in runs if self._own(run, group.slurm, token=token, present=present)]
         owned = [run.id for run in mine]
-        if len(mine) != len(runs):
+        if owned != ids:
             submission.already_active += [run for run in ids if run not in owned]
             array = array_records.save(plan.root, msgspec.structs.replace(array, runs=tuple(owned)))
         if not mine:
@@ -248,16 +239,11 @@ def cancel_slurm(plan: CampaignPlan, runs: list[PlannedRun]) -> list[str]:
         (plan.root / "runs" / run / array_records.CANCELLED).touch()
     # A run that shares its job with others leaves by its mark; the job ends when all of them are cancelled.
     jobs = sorted(set(active.values()))
-    whole = [
-        job
-        for job in jobs
-        if all(requeue.needs_no_job(RunDirectory(plan.root / "runs" / run)) for run in snapshot.runs_of(job))
-    ]
+    directories = {job: [RunDirectory(plan.root / "runs" / run) for run in snapshot.runs_of(job)] for job in jobs}
+    whole = [job for job in jobs if all(requeue.needs_no_job(run) for run in directories[job])]
     try:
         for start in range(0, len(whole), MAX_SCANCEL_IDS):
             run_slurm("scancel", *whole[start : start + MAX_SCANCEL_IDS])
     except CommandError as error:
-        raise UserError(
-            f"{error}. Some jobs may not have been cancelled; look with scaling status and try again."
-        ) from None
+        raise UserError(f"{error}. Some jobs may go on; look with scaling status, and try again.") from None
     return jobs

@@ -1,8 +1,7 @@
 """The watchdog of a job: ``python -m sweeps.slurm.watchdog RECORD SECONDS`` kills the processes of a run that hangs.
 
 A process that is stopped, or waits for one that is, would occupy its devices up to the time limit. Progress is a change in
-the run's files, by this process's own clock: a row of metrics, a checkpoint, a line in the log. A run without any for so
-many seconds has its processes killed, and `sweeps.slurm.requeue` starts it again.
+the run's files, by this process's own clock. A killed run is started again by `sweeps.slurm.requeue`.
 """
 
 from __future__ import annotations

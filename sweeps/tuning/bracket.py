@@ -36,15 +36,10 @@ Array = npt.NDArray[np.float64]
 def brackets(
     trials: Sequence[tuple[Values, float]], dimensions: Sequence[Dimension], *, seed: int = 0
 ) -> tuple[Bracket, ...]:
-    """The bracket of each hyper-parameter.
+    """The bracket of each dimension, in the same order; empty without trials.
 
-    Args:
-        trials: Values and losses of finished trials, without diverged ones.
-        dimensions: The search space with its current ranges.
-        seed: Seed of the draws behind the intervals.
-
-    Returns:
-        One bracket for each dimension, in the same order; empty without trials.
+    `trials` are the values and losses of finished trials, without diverged ones; `seed` is that of the draws behind the
+    intervals.
     """
     if not trials:
         return ()
@@ -53,21 +48,22 @@ def brackets(
     best = int(np.argmin(losses))
     spans = np.array([d.span for d in dimensions])
     fitted = _vertices(positions, losses, spans, np.random.default_rng(seed))
-    found = []
-    for number, dimension in enumerate(dimensions):
-        low, high = spans[number]
-        here = positions[:, number]
+    found: list[Bracket] = []
+    for dimension, (low, high), here in zip(dimensions, spans, positions.T, strict=True):
         interval: tuple[float | None, float | None] = (None, None)
         curvature, optimum = 0.0, here[best]
         verdict: Verdict = "too few"
         if fitted is not None:
-            curvature = float(fitted[1][0, number])
-            verdict, optimum, interval = _judge(fitted[0][:, number], fitted[1][:, number], here, best, low, high)
+            vertices, curvatures = (table[:, len(found)] for table in fitted)
+            curvature = float(curvatures[0])
+            verdict, optimum, interval = _judge(vertices, curvatures, here, best, low, high)
         edge = _edge(optimum, low, high) or _edge(here[best], low, high)
         if edge and verdict in ("bracketed", "too few"):
             # A best trial on the edge decides even where the parabola has its minimum inside: the range may be too narrow.
             verdict = edge
         value = dimension.search.value
+        # The conversion to a scale and back changes the last digits.
+        ends = [float(f"{value(float(end)):.10g}") for end in (low, high, here.min(), here.max())]
         found.append(
             Bracket(
                 name=dimension.name,
@@ -76,19 +72,14 @@ def brackets(
                 optimum=value(float(optimum)),
                 low=None if interval[0] is None else value(interval[0]),
                 high=None if interval[1] is None else value(interval[1]),
-                range_low=_tidy(value(low)),
-                range_high=_tidy(value(high)),
-                searched_low=_tidy(value(float(here.min()))),
-                searched_high=_tidy(value(float(here.max()))),
+                range_low=ends[0],
+                range_high=ends[1],
+                searched_low=ends[2],
+                searched_high=ends[3],
                 curvature=curvature,
             )
         )
     return tuple(found)
-
-
-def _tidy(value: float) -> float:
-    """The value without the last digits, which the conversion to a scale and back changes."""
-    return float(f"{value:.10g}")
 
 
 def _edge(position: float, low: float, high: float) -> Verdict | None:
@@ -105,25 +96,19 @@ def _judge(
     bowls = curvatures[1:] > 0
     if curvatures[0] <= 0 or bowls.mean() < MIN_BOWL_SHARE:
         # No minimum in this direction: the loss falls towards an edge, or does not depend on the value.
-        edge = _edge(here[best], low, high)
-        return edge or "flat", here[best], (None, None)
+        return _edge(here[best], low, high) or "flat", here[best], (None, None)
     vertex = float(np.clip(vertices[0], low, high))
     # Draws with a small curvature have minima far away; one width beyond the range is far enough for a quantile.
     inside = np.clip(vertices[1:][bowls], low - (high - low), high + (high - low))
-    interval = tuple(float(q) for q in np.quantile(inside, [0.025, 0.975]))
-    return _edge(vertex, low, high) or "bracketed", vertex, (interval[0], interval[1])
+    lower, upper = (float(q) for q in np.quantile(inside, [0.025, 0.975]))
+    return _edge(vertex, low, high) or "bracketed", vertex, (lower, upper)
 
 
 def _vertices(positions: Array, losses: Array, spans: Array, rng: np.random.Generator) -> tuple[Array, Array] | None:
     """Minima and curvatures, shape ``(1 + DRAWS, dimensions)`` each: the fit, then draws from its covariance.
 
-    None with too few trials. A direction has its minimum at ``-b / (2 a)`` and the second derivative ``2 a``.
-
-    Args:
-        positions: Trials on the scales of the hyper-parameters, shape ``(trials, dimensions)``.
-        losses: Shape ``(trials,)``.
-        spans: Ends of the ranges, shape ``(dimensions, 2)``.
-        rng: Generator of the draws.
+    None with too few trials. A direction has its minimum at ``-b / (2 a)`` and the second derivative ``2 a``. Positions
+    have the shape ``(trials, dimensions)``, losses ``(trials,)``, and the ends of the ranges `spans` ``(dimensions, 2)``.
     """
     count, dimensions = positions.shape
     needed = 2 * dimensions + 1

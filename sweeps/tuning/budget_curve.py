@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -34,12 +33,11 @@ def budget_rows(
     Args:
         losses: Losses of all trials by arm and rung, nats per token; ``inf`` for a diverged or pruned one.
         computes: FLOPs of one run by rung.
-        baseline: Name of the baseline arm.
+        baseline: Name of the baseline arm, with which every other arm that has the same rungs is compared.
         seed: Seed of the random orders.
 
     Returns:
-        Rows for every other arm with the same rungs; empty where there are fewer than two rungs, or the baseline's loss
-        does not fall with compute.
+        No rows where there are fewer than two rungs, or the baseline's loss does not fall with compute.
     """
     rungs = [rung for rung in computes if rung in losses[baseline]]
     if len(rungs) < 2:
@@ -80,7 +78,6 @@ def budget_rows(
 
 def _best_of_first(losses: Sequence[float], rng: np.random.Generator) -> Array:
     """The best loss of the first k trials in random orders, shape ``(ORDERS, trials)``."""
-    values = np.array([loss if math.isfinite(loss) else np.inf for loss in losses])
-    orders = rng.permuted(np.tile(values, (ORDERS, 1)), axis=1)
+    orders = rng.permuted(np.tile(np.array(losses), (ORDERS, 1)), axis=1)
     best: Array = np.minimum.accumulate(orders, axis=1)
     return best

@@ -63,7 +63,7 @@ def study_result(study: TuningStudy, trials: Sequence[Trial]) -> StudyResult:
                 short_loss=short_record.validation_loss if short_record else None,
             )
         )
-    finished = [row for row in rows if row.state == "finished" and row.loss is not None]
+    finished = [row for row in rows if row.state == "finished"]
     best = min(finished, key=lambda row: (row.loss or 0.0, row.number), default=None)
     spec = study.template
     count = {state: sum(row.state == state for row in rows) for state in ("diverged", "pruned", "failed")}
@@ -99,17 +99,10 @@ def fit_rules(studies: StudyTrials, table: TuneConfig) -> Rules:
         own = [(study, study.brackets(trials)) for study, trials in studies if study.arm == arm and not study.held_out]
         if not own or not all(brackets for _, brackets in own):
             continue
-        found[arm] = {
-            dimension.name: fit_rule(
-                dimension.name,
-                [
-                    Optimum(rung=study.rung, compute=float(study.template.budget.flops), bracket=brackets[number])
-                    for study, brackets in own
-                ],
-                constant=table.transfer == "constant",
-            )
-            for number, dimension in enumerate(own[0][0].dimensions)
-        }
+        for number, dimension in enumerate(own[0][0].dimensions):
+            optima = [Optimum(rung=s.rung, compute=float(s.template.budget.flops), bracket=b[number]) for s, b in own]
+            rule = fit_rule(dimension.name, optima, constant=table.transfer == "constant")
+            found.setdefault(arm, {})[dimension.name] = rule
     return found
 
 
@@ -132,15 +125,7 @@ def transfer_specs(studies: StudyTrials, rules: Rules) -> list[tuple[TuningStudy
 def gather(
     campaign: Campaign, rungs: Sequence[Rung], studies: StudyTrials, records: RecordCache, *, final: CampaignPlan | None
 ) -> Tuning:
-    """The content of tuning.json.
-
-    Args:
-        campaign: A campaign with a ``[tune]`` table.
-        rungs: All rungs of the campaign.
-        studies: Its studies with their trials.
-        records: Records of all runs.
-        final: The campaign's own plan where settings are known, for the noise over seeds.
-    """
+    """The content of tuning.json; `final` is the campaign's own plan where settings are known, for the noise over seeds."""
     table = campaign.tune
     assert table is not None
     results = [study_result(study, trials) for study, trials in studies]
@@ -196,18 +181,22 @@ def _settings(
     rungs: Sequence[Rung], studies: StudyTrials, results: Sequence[StudyResult], rules: Rules
 ) -> tuple[dict[str, dict[str, Values]], dict[str, dict[str, Literal["best trial", "rule"]]]]:
     """The setting of every tuned arm at every rung, and its source: the best trial where there is one, else the rules."""
-    best = {(row.arm, row.rung): row.best_values for row in results}
+    best = {(row.arm, row.rung): row.best_values for row in results if row.best_values}
     settings: dict[str, dict[str, Values]] = {}
     sources: dict[str, dict[str, Literal["best trial", "rule"]]] = {}
-    for arm in dict.fromkeys(study.arm for study, _ in studies):
-        study = next(study for study, _ in studies if study.arm == arm)
+    first: dict[str, TuningStudy] = {}
+    for study, _ in studies:
+        first.setdefault(study.arm, study)
+    for arm, study in first.items():
         for rung in rungs:
-            own = best.get((arm, rung.name))
-            compute = float(train_flops(rung.shape, rung.tokens))
-            values = own if own else predict_setting(rules[arm], study, compute) if arm in rules else None
-            if values is not None:
-                settings.setdefault(arm, {})[rung.name] = values
-                sources.setdefault(arm, {})[rung.name] = "best trial" if own else "rule"
+            if own := best.get((arm, rung.name)):
+                values = own
+            elif arm in rules:
+                values = predict_setting(rules[arm], study, float(train_flops(rung.shape, rung.tokens)))
+            else:
+                continue
+            settings.setdefault(arm, {})[rung.name] = values
+            sources.setdefault(arm, {})[rung.name] = "best trial" if own else "rule"
     return settings, sources
 
 
@@ -275,38 +264,32 @@ def _budget(campaign: Campaign, results: Sequence[StudyResult]) -> tuple[BudgetR
 def trial_rows(tuning: Tuning, records: RecordCache) -> list[dict[str, object]]:
     """The rows of trials.csv: every trial with its number and the searched hyper-parameters.
 
-    The other columns are those of `sweeps.reporting.collect.RUN_COLUMNS` that a trial has, so every reader of a table of
-    runs can read it, the worse settings included. A trial without a full run has an empty loss.
+    The other columns are those of `sweeps.reporting.collect.RUN_COLUMNS` that a trial has. A trial without a full run has
+    an empty loss.
     """
     rows = []
     for study in tuning.studies:
         for trial in study.trials:
             record = records.get(trial.run)
-            rows.append(
-                {
-                    "campaign": tuning.campaign,
-                    "arm": study.arm,
-                    "rung": study.rung,
-                    "cell": f"{study.rung}/{study.data_seed}",
-                    "seed": study.data_seed,
-                    "trial": trial.number,
-                    "run": trial.run,
-                    "status": trial.state,
-                    "params": study.params,
-                    "tokens": record.tokens if record else study.tokens,
-                    "flops": record.flops["6nd"] if record else study.flops,
-                    "loss": trial.loss,
-                    "train_loss": record.train_loss if record else None,
-                    "seconds": record.seconds if record else None,
-                    "peak_lr": record.spec.optimizer.peak_lr if record else trial.values.get("peak_lr"),
-                    "batch_tokens": record.spec.batch_tokens if record else None,
-                    "weight_decay": record.spec.optimizer.weight_decay if record else None,
-                    "manifest": study.manifest,
-                }
-                | {
-                    name: value
-                    for name, value in trial.values.items()
-                    if name not in ("peak_lr", "batch_tokens", "weight_decay")
-                }
-            )
+            row: dict[str, object] = {
+                "campaign": tuning.campaign,
+                "arm": study.arm,
+                "rung": study.rung,
+                "cell": f"{study.rung}/{study.data_seed}",
+                "seed": study.data_seed,
+                "trial": trial.number,
+                "run": trial.run,
+                "status": trial.state,
+                "params": study.params,
+                "tokens": record.tokens if record else study.tokens,
+                "flops": record.flops["6nd"] if record else study.flops,
+                "loss": trial.loss,
+                "train_loss": record.train_loss if record else None,
+                "seconds": record.seconds if record else None,
+                "peak_lr": record.spec.optimizer.peak_lr if record else trial.values.get("peak_lr"),
+                "batch_tokens": record.spec.batch_tokens if record else None,
+                "weight_decay": record.spec.optimizer.weight_decay if record else None,
+                "manifest": study.manifest,
+            }
+            rows.append(row | {name: value for name, value in trial.values.items() if name not in row})
     return rows

@@ -1,8 +1,7 @@
 """Samplers of settings, and the export of studies to Optuna's dashboard. The only module that imports Optuna.
 
 A proposal is a pure function of the trials before it, so a restarted tuner makes the same proposals. The samplers see a
-fresh study in memory that holds each trial at its position in the current range: when a range is widened, the sampler
-keeps the trials before.
+fresh study in memory that holds each trial at its position in the current range, so a widened range keeps its trials.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-def _tpe(seed: int, startup: int) -> BaseSampler:
+def _tpe(seed: int) -> BaseSampler:
     from optuna.samplers import TPESampler
 
     # With a constant liar, settings in flight count as bad ones, so that those of one generation do not crowd together.
-    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+    return TPESampler(seed=seed, n_startup_trials=0, multivariate=True, constant_liar=True)
 
 
-def _gp(seed: int, startup: int) -> BaseSampler:
+def _gp(seed: int) -> BaseSampler:
     from optuna.samplers import GPSampler
 
-    return GPSampler(seed=seed, n_startup_trials=startup)
+    return GPSampler(seed=seed, n_startup_trials=0)
 
 
-SAMPLERS: dict[str, Callable[[int, int], BaseSampler] | None] = {
+SAMPLERS: dict[str, Callable[[int], BaseSampler] | None] = {
     "tpe": _tpe,
     "gp": _gp,
     # These two need no model of the loss.
@@ -49,33 +48,25 @@ SAMPLERS: dict[str, Callable[[int, int], BaseSampler] | None] = {
 """By the name that a campaign writes. All but the grid begin with quasi-random points."""
 
 
-def grid(dimensions: Sequence[Dimension]) -> list[Values]:
-    """Every combination of listed values, the last dimension fastest."""
-    names = [dimension.name for dimension in dimensions]
-    return [dict(zip(names, point, strict=True)) for point in itertools.product(*(d.values for d in dimensions))]
-
-
 def propose(
     config: TuneConfig, dimensions: Sequence[Dimension], trials: Sequence[Trial], index: int, context: int
 ) -> Values:
-    """The values of trial `index`.
+    """The values of the next trial, after `trials` that have not failed; those in flight have no loss.
 
-    Args:
-        config: Sampler, length of the quasi-random start, seed.
-        dimensions: Current ranges.
-        trials: Trials before this one that have not failed; those in flight have no loss.
-        index: Place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate.
-        context: Tokens of a sequence; a batch is a whole number of sequences.
+    `index` is a place in the quasi-random sequence: the number of `trials`, or a later place to replace a duplicate. A
+    batch is a whole number of sequences of `context` tokens.
     """
     if config.sampler == "grid":
         tried = [trial.values for trial in trials]
-        return next(values for values in grid(dimensions) if values not in tried)
+        points = itertools.product(*(dimension.values for dimension in dimensions))  # the last dimension fastest
+        names = [dimension.name for dimension in dimensions]
+        return next(values for point in points if (values := dict(zip(names, point, strict=True))) not in tried)
     make = SAMPLERS[config.sampler]
     completed = sum(trial.loss is not None for trial in trials)
     if make is None or index < config.startup or completed < 2:
         shares: Sequence[float] = _sobol(len(dimensions), config.seed, index)
     else:
-        shares = _sampled(make(config.seed * 100_003 + index, 0), dimensions, trials)
+        shares = _sampled(make(config.seed * 100_003 + index), dimensions, trials)
     return {d.name: d.at(share, context) for d, share in zip(dimensions, shares, strict=True)}
 
 
@@ -118,11 +109,9 @@ def _share(dimension: Dimension, value: float) -> float | int:
 
 
 def export_optuna(studies: Mapping[str, tuple[Sequence[Dimension], Sequence[Trial]]], path: Path) -> None:
-    """Write studies to an Optuna journal file, which ``optuna-dashboard PATH`` shows. Nothing reads it back.
+    """Write the search space and the trials of studies, by name, to an Optuna journal file, which replaces an old one.
 
-    Args:
-        studies: Search space and trials by the name of the study.
-        path: File to write; an old one is replaced.
+    ``optuna-dashboard PATH`` shows it; nothing reads it back.
     """
     import optuna
     from optuna.distributions import FloatDistribution
@@ -158,7 +147,6 @@ def _quiet_optuna() -> Iterator[None]:
 
 
 def _frozen(trial: Trial, *, params: Mapping[str, float], distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    """A trial as Optuna stores it."""
     from optuna.trial import TrialState, create_trial
 
     states = {"running": "RUNNING", "complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}

@@ -1,8 +1,8 @@
 """One study: the search for the best setting of one arm at one rung, in generations.
 
 The trials of a generation are proposed together and depend on earlier generations alone. The set of trials is therefore
-a function of the campaign: it depends neither on which run ends first nor on how often the tuner was killed. A study
-holds no state; every method is a function of the lines of trials.jsonl and the records of runs.
+a function of the campaign: it depends neither on which run ends first nor on how often the tuner was killed. Every method
+is a function of the lines of trials.jsonl and the records of runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sweeps.config.tuning_results import Bracket
 from sweeps.planning.tuned_settings import trials_of
 from sweeps.tuning.bracket import brackets
 from sweeps.tuning.samplers import propose
-from sweeps.tuning.trials import RecordCache, Trial, TrialLine
+from sweeps.tuning.trials import RecordCache, Trial, TrialLine, TrialState
 
 MAX_FAILED_TRIALS = 5
 """Trials of one study whose runs may fail before the study stops with an error."""
@@ -89,37 +89,42 @@ class TuningStudy:
 
     def read(self, lines: Sequence[TrialLine]) -> list[Trial]:
         """The trials of the study by number, each with its state."""
-        trials = [self._trial(line) for line in {line.number: line for line in lines}.values()]
+        trials = []
+        for line in {line.number: line for line in lines}.values():
+            record = None if line.failed is not None else self.records.get(line.run)
+            state: TrialState = "complete" if record else "running" if line.failed is None else "failed"
+            loss = None if record is None else self.loss(record)
+            trials.append(Trial(number=line.number, values=line.values, run=line.run, state=state, loss=loss))
         return [self._after_halving(trials, trial) for trial in trials]
 
     def step(self, lines: Sequence[TrialLine], *, failed: Mapping[str, str]) -> list[TrialLine]:
         """The lines to append: failed trials, then proposals until a generation is in flight or the study is complete.
 
-        Args:
-            lines: The study's lines so far.
-            failed: Reasons by id of runs that an executor could not train.
+        `failed` holds reasons by id of runs that an executor could not train.
 
         Raises:
             UserError: Too many runs failed, or the lines belong to another campaign of the same name.
         """
         new = []
-        trials = self.read(lines)
-        self._refuse_foreign(trials)
-        for trial in trials:
+        names = {dimension.name for dimension in self.dimensions}
+        for trial in self.read(lines):
+            if set(trial.values) != names or self.spec(trial.values).id != trial.run:
+                raise UserError(
+                    f"study {self.name}: trial {trial.number} belongs to run {trial.run}, which is not a run of this "
+                    "campaign: its data, its model or its search space has changed. Give the campaign another name, or "
+                    "move its tuning folder away; finished runs are found again."
+                )
             short = self.short_spec(trial.values)
             reason = failed.get(trial.run) or (failed.get(short.id) if short else None)
             if trial.state == "running" and reason is not None:
                 new.append(self._line(trial.number, trial.values, failed=reason))
         # A setting that another study or campaign has trained is complete at once, and the next generation follows.
-        while True:
-            trials = self.read([*lines, *new])
-            missing = self.missing(trials)
-            if not missing:
-                return new
+        while missing := self.missing(trials := self.read([*lines, *new])):
             for _ in range(missing):
                 line = self._line(trials[-1].number + 1 if trials else 0, self.next_values(trials))
                 trials.append(Trial(number=line.number, values=line.values, run=line.run, state="running", loss=None))
                 new.append(line)
+        return new
 
     def missing(self, trials: Sequence[Trial]) -> int:
         """Number of trials to propose now: the rest of a generation, or the next one if all trials have ended."""
@@ -159,10 +164,11 @@ class TuningStudy:
         """
         dimensions, counts = list(self.dimensions), {d.name: 0 for d in self.dimensions}
         live = _live(trials)
+        if not self.config.widen or all(d.values for d in dimensions):
+            return self.dimensions, counts
         for end in range(self.config.in_flight, min(len(live), self.trials - 1) + 1, self.config.in_flight):
             ended = live[:end]
-            growing = self.config.widen and not all(d.values for d in dimensions)
-            if not growing or end < self.config.startup or any(trial.state == "running" for trial in ended):
+            if end < self.config.startup or any(trial.state == "running" for trial in ended):
                 continue
             for number, found in enumerate(self._brackets(ended, dimensions)):
                 grown = dimensions[number].widened(down=found.verdict == "low edge")
@@ -204,21 +210,10 @@ class TuningStudy:
 
     def loss(self, record: RunRecord) -> float:
         """The loss of a record for the sampler."""
-        loss = record.validation_loss
-        return self.uniform_loss if loss is None else min(loss, self.uniform_loss)
+        return self.uniform_loss if record.validation_loss is None else min(record.validation_loss, self.uniform_loss)
 
     def _line(self, number: int, values: Values, *, failed: str | None = None) -> TrialLine:
         return TrialLine(study=self.name, number=number, values=values, run=self.spec(values).id, failed=failed)
-
-    def _trial(self, line: TrialLine) -> Trial:
-        record = None if line.failed is not None else self.records.get(line.run)
-        return Trial(
-            number=line.number,
-            values=line.values,
-            run=line.run,
-            state="failed" if line.failed is not None else "running" if record is None else "complete",
-            loss=None if record is None else self.loss(record),
-        )
 
     def _after_halving(self, trials: Sequence[Trial], trial: Trial) -> Trial:
         """The trial, pruned if its short run was among the worse of its generation."""
@@ -235,16 +230,14 @@ class TuningStudy:
         live = _live(trials)
         first = live.index(trial) // self.config.in_flight * self.config.in_flight
         size = min(self.config.in_flight, self.trials - first)
-        peers = live[first : first + size]
-        if len(peers) < size:
-            return None
         losses = {}
-        for peer in peers:
+        for peer in live[first : first + size]:
             short = self.short_spec(peer.values)
             record = self.records.get(short.id) if short else None
-            if record is None:
-                return None
-            losses[peer.number] = self.loss(record)
+            if record is not None:
+                losses[peer.number] = self.loss(record)
+        if len(losses) < size:
+            return None
         kept = math.ceil(self.config.halving.keep * size)
         return trial.number in sorted(losses, key=lambda number: (losses[number], number))[:kept]
 
@@ -254,23 +247,11 @@ class TuningStudy:
             for trial in trials
             if trial.state == "complete" and trial.loss is not None and trial.loss < self.uniform_loss
         ]
-        key = (
-            tuple((tuple(values.items()), loss) for values, loss in finished),
-            tuple((d.search.low, d.search.high) for d in dimensions),
-        )
+        ranges = tuple((d.search.low, d.search.high) for d in dimensions)
+        key = (tuple((tuple(values.items()), loss) for values, loss in finished), ranges)
         if key not in self._known_brackets:
             self._known_brackets[key] = brackets(finished, dimensions, seed=self.config.seed)
         return self._known_brackets[key]
-
-    def _refuse_foreign(self, trials: Sequence[Trial]) -> None:
-        names = {dimension.name for dimension in self.dimensions}
-        for trial in trials:
-            if set(trial.values) != names or self.spec(trial.values).id != trial.run:
-                raise UserError(
-                    f"study {self.name}: trial {trial.number} belongs to run {trial.run}, which is not a run of this "
-                    "campaign: its data, its model or its search space has changed. Give the campaign another name, or "
-                    "move its tuning folder away; finished runs are found again."
-                )
 
 
 def _live(trials: Iterable[Trial]) -> list[Trial]:

@@ -49,13 +49,7 @@ class Optimum(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fit_rule(name: str, optima: Sequence[Optimum], *, constant: bool = False) -> PowerRule:
-    """The rule of one hyper-parameter.
-
-    Args:
-        name: Name of the hyper-parameter.
-        optima: At least one; one for each rung.
-        constant: Fit a constant even where the rungs would carry a power of compute.
-    """
+    """The rule of one hyper-parameter from its optima, one for each rung; with `constant` never a power of compute."""
     inside = [optimum for optimum in optima if "edge" not in optimum.bracket.verdict]
     on_edge = ", ".join(optimum.rung for optimum in optima if optimum not in inside)
     notes = []
@@ -72,7 +66,5 @@ def fit_rule(name: str, optima: Sequence[Optimum], *, constant: bool = False) ->
         middle = np.exp(np.mean(np.log(values))) if name in SCALED else np.median(values)
         rule = PowerRule(coefficient=float(middle), points=len(values))
     else:
-        computes = [optimum.compute for optimum in inside]
-        rule = fit_power_rule(computes, values, sd=[optimum.log_sd for optimum in inside])
-    rungs = tuple(optimum.rung for optimum in inside)
-    return msgspec.structs.replace(rule, rungs=rungs, note="; ".join(notes))
+        rule = fit_power_rule([o.compute for o in inside], values, sd=[o.log_sd for o in inside])
+    return msgspec.structs.replace(rule, rungs=tuple(o.rung for o in inside), note="; ".join(notes))

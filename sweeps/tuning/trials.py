@@ -1,8 +1,8 @@
 """The store of trials: ``results/<campaign>/tuning/trials.jsonl``, under a lock that ends with its process.
 
 A line proposes a trial, and a second line of the same trial says that its run cannot be trained. Everything else about
-a trial follows from the records of runs, so a killed tuner leaves nothing to repair: a torn last line is a proposal
-whose run was never started, and the next step makes the same proposal again.
+a trial follows from the records of runs. A torn last line is a proposal whose run was never started, and the next step
+makes the same proposal again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from scaling.io import Strict, append_line, read_lines
 from scaling.run.directory import RunDirectory
 from scaling.run.record import RunRecord
 from sweeps.config.search_space import Values
+
+TrialState = Literal["running", "complete", "pruned", "failed"]
 
 
 class TrialLine(Strict, frozen=True, omit_defaults=True):
@@ -39,17 +41,13 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     values: Values
     run: str
-    state: Literal["running", "complete", "pruned", "failed"]
+    state: TrialState
     loss: float | None
     """Loss for the sampler: a diverged run has that of a uniform guess, a pruned trial that of its short run."""
 
 
 class TrialStore:
-    """The trials of all studies of a campaign in one file.
-
-    Args:
-        folder: Folder of trials.jsonl; need not exist.
-    """
+    """The trials of all studies of a campaign in one file; its folder need not exist."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "trials.jsonl"
@@ -79,11 +77,7 @@ class TrialStore:
 
 
 class RecordCache:
-    """Records of runs by id, each read once.
-
-    Args:
-        runs: Folder of the run directories.
-    """
+    """Records of the runs in a folder by id, each read once."""
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs
@@ -91,9 +85,6 @@ class RecordCache:
 
     def get(self, run: str) -> RunRecord | None:
         """The record of a run; None while the run is not done."""
-        if run not in self._known:
-            record = RunDirectory(self.runs / run).record()
-            if record is None:
-                return None
+        if run not in self._known and (record := RunDirectory(self.runs / run).record()) is not None:
             self._known[run] = record
-        return self._known[run]
+        return self._known.get(run)

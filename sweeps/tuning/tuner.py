@@ -1,8 +1,7 @@
 """``scaling tune``: run the studies of a campaign to their end, then write tuning.json, trials.csv and rule files.
 
-The loop alternates between a step and training. A step locks the store of trials, proposes the next generation, and
-unlocks it. The proposed runs are ordinary runs, trained by either executor. A killed tuner leaves nothing to repair, and
-two tuners at once share the work.
+The loop alternates between a step, which proposes the next generation, and training by either executor. A killed tuner
+leaves nothing to repair, and two tuners at once share the work.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import csv
 import io
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,13 +49,7 @@ Execute = Callable[[CampaignPlan], ExecutionResult]
 
 
 class Tuner:
-    """The studies of a campaign under a root.
-
-    Args:
-        campaign: A campaign with a ``[tune]`` table.
-        root: Folder for data, runs and results.
-        progress: As in `tune`.
-        prepare: Whether to prepare the data; without them the ids of runs are provisional.
+    """The studies of a campaign under a root; unless its data are prepared, the ids of runs are provisional.
 
     Raises:
         UserError: There is no ``[tune]``, it names an unknown rung, or the data cannot be prepared.
@@ -65,9 +59,7 @@ class Tuner:
         self, campaign: Campaign, root: Path | str, *, progress: bool | None = None, prepare: bool = True
     ) -> None:
         if campaign.tune is None:
-            raise UserError(
-                f"{campaign.file}: there is no [tune] table, so nothing to tune. See the campaign quick-tuned."
-            )
+            raise UserError(f"{campaign.file}: there is no [tune] table to tune by. See the campaign quick-tuned.")
         self.table = campaign.tune
         self.rungs = rungs_of(campaign)
         self.campaign = msgspec.structs.replace(campaign, settings={}, untuned=False)
@@ -83,8 +75,7 @@ class Tuner:
     def step(self, failed: Mapping[str, str] | None = None) -> list[PlannedRun]:
         """Propose trials under the lock of the store; return the runs to train next, none if tuning is complete.
 
-        Args:
-            failed: Reasons by id of runs that an executor could not train.
+        `failed` holds reasons by id of runs that an executor could not train.
 
         Raises:
             UserError: Trials in the store belong to another campaign, or too many runs failed.
@@ -108,10 +99,7 @@ class Tuner:
         return runs
 
     def runs(self, planned: list[PlannedRun]) -> CampaignPlan:
-        """The runs as a plan for an executor, after the runs that they start from.
-
-        Its files are written beside the campaign's own.
-        """
+        """The runs as a plan for an executor, after the runs that they start from; its files lie beside the campaign's."""
         campaign = msgspec.structs.replace(self.template.campaign, name=f"{self.campaign.name}-trials")
         starts = {run.spec.warm_start.run for run in planned if run.spec.warm_start is not None}
         before = [run for run in self.template.distinct() if run.id in starts]
@@ -134,7 +122,12 @@ class Tuner:
     def write(self) -> Tuning:
         """Write tuning.json and trials.csv from trials and records; if tuning is complete, also ``rules/<arm>.toml``."""
         found = self.gather()
-        write_atomic(self.template.results / "trials.csv", _csv(trial_rows(found, self.records)))
+        rows, text = trial_rows(found, self.records), io.StringIO()
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.template.results / "trials.csv", text.getvalue().encode())
         write_json(tuning_file(self.template.root, self.campaign.name), found)
         if found.complete:
             for arm in found.rules:
@@ -145,28 +138,24 @@ class Tuner:
         """Write the studies to an Optuna journal file, for ``optuna-dashboard``."""
         export_optuna({study.name: (study.ranges(trials)[0], trials) for study, trials in self.trials()}, path)
 
+    def _base(self, arm: str, rung: str) -> PlannedRun:
+        return next(run for run in self.template.runs if (run.arm, run.rung) == (arm, rung))
+
     def _planned(self, study: TuningStudy, spec: RunSpec) -> PlannedRun:
-        base = next(run for run in self.template.runs if (run.arm, run.rung) == (study.arm, study.rung))
+        base = self._base(study.arm, study.rung)
+        micro = micro_batch(spec, self.template.placements[study.rung].micro_batch)
+        placement = msgspec.structs.replace(base.placement, micro_batch=micro, keep_tokens=())
+        cell = f"{study.rung}/{spec.seed}"
         return msgspec.structs.replace(
-            base,
-            campaign=self.campaign.name,
-            cell=f"{study.rung}/{spec.seed}",
-            id=spec.id,
-            spec=spec,
-            placement=msgspec.structs.replace(
-                base.placement,
-                micro_batch=micro_batch(spec, self.template.placements[study.rung].micro_batch),
-                keep_tokens=(),
-            ),
+            base, campaign=self.campaign.name, cell=cell, id=spec.id, spec=spec, placement=placement
         )
 
     def _study(self, arm: ArmConfig, rung: Rung) -> TuningStudy:
-        template = next(r.spec for r in self.template.runs if (r.arm, r.rung) == (arm.name, rung.name))
         return TuningStudy(
             arm=arm.name,
             rung=rung.name,
             # A trial does not branch off another run: the trunk would have other settings.
-            template=msgspec.structs.replace(template, branch_of=None),
+            template=msgspec.structs.replace(self._base(arm.name, rung.name).spec, branch_of=None),
             dimensions=dimensions_of(self.campaign, arm, rung),
             config=self.table,
             records=self.records,
@@ -195,14 +184,13 @@ def tune(
         execute: Used in place of both executors.
 
     Returns:
-        The content of ``results/<campaign>/tuning.json``. If it is `complete`, the campaign's plan takes its settings
-        from there.
+        The content of ``results/<campaign>/tuning.json``; once it is `complete`, plans take their settings from there.
 
     Raises:
         UserError: The campaign cannot be tuned, or too many trials failed.
     """
     tuner = Tuner(campaign, root, progress=progress)
-    run = execute or (_local(workers, progress) if executor == "local" else _slurm())
+    run = execute or (partial(_local, workers=workers, progress=progress) if executor == "local" else _slurm)
     failed: dict[str, str] = {}
     while planned := tuner.step(failed):
         result = run(tuner.runs(planned))
@@ -215,38 +203,23 @@ def tune(
     return tuner.write()
 
 
-def _csv(rows: list[dict[str, object]]) -> bytes:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _local(workers: int | None, progress: bool | None) -> Execute:
+def _local(trials: CampaignPlan, *, workers: int | None, progress: bool | None) -> ExecutionResult:
     from sweeps.local import run_local
 
-    def execute(trials: CampaignPlan) -> ExecutionResult:
-        # A run that failed just before its tuner was killed gets another attempt before its trial counts as failed.
-        outcome = run_local(trials, workers=workers, retry="failed", progress=progress)
-        return ExecutionResult(failed=dict(outcome.failed), waiting=bool(outcome.stopped))
-
-    return execute
+    # A run that failed just before its tuner was killed gets another attempt before its trial counts as failed.
+    outcome = run_local(trials, workers=workers, retry="failed", progress=progress)
+    return ExecutionResult(failed=dict(outcome.failed), waiting=bool(outcome.stopped))
 
 
-def _slurm() -> Execute:
+def _slurm(trials: CampaignPlan) -> ExecutionResult:
     from sweeps.slurm import SlurmExecutor
 
-    def execute(trials: CampaignPlan) -> ExecutionResult:
-        failed = {}
-        for run in trials.distinct():
-            attempts = [a for a in trials.directory(run).attempts() if a.outcome == "failed"]
-            if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
-                failed[run.id] = attempts[-1].reason or "no reason given"
-        remaining = tuple(run for run in trials.runs if run.id not in failed)
-        SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
-        done = [trials.state(run) in ("finished", "diverged") for run in remaining]
-        return ExecutionResult(failed=failed, waiting=not all(done))
-
-    return execute
+    failed = {}
+    for run in trials.distinct():
+        attempts = [a for a in trials.directory(run).attempts() if a.outcome == "failed"]
+        if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
+            failed[run.id] = attempts[-1].reason or "no reason given"
+    remaining = tuple(run for run in trials.runs if run.id not in failed)
+    SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
+    done = [trials.state(run) in ("finished", "diverged") for run in remaining]
+    return ExecutionResult(failed=failed, waiting=not all(done))

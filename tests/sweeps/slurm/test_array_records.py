@@ -11,10 +11,8 @@ from sweeps.slurm.array_records import ArrayRecord
 
 def test_a_claim_moves_from_its_owner_or_a_dropped_array(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "runs" / "r").path.mkdir(parents=True)
-    first, _ = (
-        array_records.save(tmp_path, ArrayRecord(token=token, name="n", runs=("r",), code="c"))
-        for token in ("first", "third")
-    )
+    first = array_records.save(tmp_path, ArrayRecord(token="first", name="n", runs=("r",), code="c"))
+    array_records.save(tmp_path, ArrayRecord(token="third", name="n", runs=("r",), code="c"))
     assert array_records.claim(tmp_path, "r", "first")
     assert not array_records.claim(tmp_path, "r", "second")
     assert not array_records.claim(tmp_path, "r", "second", instead_of="another")

@@ -13,13 +13,9 @@ from sweeps.slurm.bad_nodes import NodeFailure
 def failing(root: Path, *where: tuple[str, str]) -> None:
     """Note failures at their start of runs on nodes."""
     (root / array_records.FOLDER).mkdir(exist_ok=True)
-    bad_nodes.note_failures(
-        root,
-        [
-            NodeFailure(node=node, run=run, job=str(number), restart=0, time=time.time())
-            for number, (run, node) in enumerate(where)
-        ],
-    )
+    for number, (run, node) in enumerate(where):
+        failure = NodeFailure(node=node, run=run, job=str(number), restart=0, time=time.time())
+        bad_nodes.note_failures(root, [failure])
 
 
 def test_two_failed_runs_exclude_a_node(tmp_path: Path, commands: Any) -> None:

@@ -35,10 +35,7 @@ def test_a_job_above_a_limit_fails(commands: Any, association: str, verdict: str
 
 def test_doctor_and_submit_pass_the_same_options(campaigns: Any, commands: Any, no_profile: Path) -> None:
     no_profile.write_text('partition = "main"\nqos = "long"\n[sbatch]\nreservation = "lab"\nexclusive = true\n')
-    commands(
-        scontrol="echo 'PartitionName=main MaxTime=UNLIMITED'",
-        sbatch='echo "$@" > $(dirname $0)/arguments',
-    )
+    commands(scontrol="echo 'PartitionName=main MaxTime=UNLIMITED'", sbatch='echo "$@" > $(dirname $0)/arguments')
     plan = campaigns.plan()
     assert doctor._placement(plan.placements["a"].slurm)[0] == "pass"
     passed = set((commands.folder / "arguments").read_text().split()) - {"--test-only", "--wrap", "true"}

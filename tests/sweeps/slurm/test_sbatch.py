@@ -114,12 +114,8 @@ def test_a_changed_snapshot_starts_nothing(
         (code / "sweeps" / "__pycache__" / "plan.cpython-311.pyc").write_text("")
     elif change == "a linked package":
         (code / "torch").symlink_to(tmp_path)
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env=os.environ | {"PATH": f"{shims}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"PATH": f"{shims}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     ran = {file.stem for file in shims.glob("*.ran")}
     if change is None:
         assert (done.returncode, ran) == (0, {"python", "srun"}), done.stderr
@@ -171,13 +167,7 @@ def test_the_script_is_valid_bash(campaigns: Any, no_profile: Path, tmp_path: Pa
 
 def test_code_of_a_snapshot_knows_its_commit(tmp_path: Path) -> None:
     folder = take_snapshot(tmp_path)
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "from scaling.run.provenance import describe_code; print(describe_code().commit)",
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == str(describe_code().commit)
+    program = "from scaling.run.provenance import describe_code; print(describe_code().commit)"
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    printed = subprocess.check_output([sys.executable, "-P", "-c", program], env=environment, text=True)
+    assert printed.strip() == str(describe_code().commit)
