@@ -121,9 +121,7 @@ class RunsTable:
         """Hash of the rows: equal for equal content, in all file formats."""
         import pandas as pd
 
-        # Cells of Parquet may be lists, which cannot be hashed.
-        lists = [column for column in self.frame if pd.api.types.is_object_dtype(self.frame[column])]
-        rows = pd.util.hash_pandas_object(self.frame.astype(dict.fromkeys(lists, str)), index=False)
+        rows = pd.util.hash_pandas_object(_hashable(self.frame), index=False)
         names = "\0".join(map(str, self.frame.columns))
         return hashlib.sha256(names.encode() + rows.to_numpy().tobytes()).hexdigest()
 
@@ -201,7 +199,9 @@ def check_table(
     _check_names(frame, name)
     frame["left_out"] = _left_out(frame)
     used = (frame["left_out"] == "").to_numpy()
-    _check_arms(frame, name)
+    empty = frame["arm"].isna().to_numpy() | (frame["arm"].astype(str).str.strip() == "").to_numpy()
+    _check_rows(frame, name, "arm", empty, "the name of the arm that the run belongs to")
+    frame["arm"] = frame["arm"].astype(str).str.strip()
     for column in (column for column in COUNTS if column in frame):
         frame[column] = _numbers(frame, column, name, used)
         _check_rows(frame, name, column, used & ~(frame[column].to_numpy() > 0), "a number above zero")
@@ -276,9 +276,15 @@ def _check_names(frame: pd.DataFrame, name: str) -> None:
             _check_rows(frame, name, column, rows, f"a name of at most {MAX_NAME_LENGTH} letters")
 
 
-def _left_out(frame: pd.DataFrame) -> Any:
+def _hashable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with objects as text: cells of Parquet may be lists, which cannot be hashed."""
     import pandas as pd
 
+    objects = [column for column in frame if pd.api.types.is_object_dtype(frame[column])]
+    return frame.astype(dict.fromkeys(objects, str))
+
+
+def _left_out(frame: pd.DataFrame) -> Any:
     reasons = np.full(len(frame), "", dtype=object)
     if "status" in frame:
         status = frame["status"].astype(object).fillna("").astype(str).str.strip().str.lower()
@@ -291,18 +297,9 @@ def _left_out(frame: pd.DataFrame) -> Any:
             given_reasons = given_reasons.where(given == "", given_reasons + ": " + given)
         reasons[open_.to_numpy()] = given_reasons.to_numpy()
     # pandas compares NaN with NaN as equal here, so a repeated row of a diverged run is found as well.
-    # Cells of Parquet may be lists, which cannot be hashed.
-    lists = [column for column in frame if pd.api.types.is_object_dtype(frame[column])]
-    flat = frame.astype(dict.fromkeys(lists, str))
-    again = flat.duplicated(keep="first").to_numpy() & (reasons == "")
+    again = _hashable(frame).duplicated(keep="first").to_numpy() & (reasons == "")
     reasons[again] = "a copy of an earlier row"
     return reasons
-
-
-def _check_arms(frame: pd.DataFrame, name: str) -> None:
-    empty = frame["arm"].isna().to_numpy() | (frame["arm"].astype(str).str.strip() == "").to_numpy()
-    _check_rows(frame, name, "arm", empty, "the name of the arm that the run belongs to")
-    frame["arm"] = frame["arm"].astype(str).str.strip()
 
 
 def _numbers(frame: pd.DataFrame, column: str, name: str, used: Any) -> Any:

@@ -138,8 +138,8 @@ def frontiers(fitted: Minimum, theta: Array, arm: int) -> tuple[Array, Array, Ar
     return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
 
 
-def ratio_of(fitted: Minimum, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
-    """Log match ratio ``ln C_challenger(L) - ln C_baseline(L)`` at each loss; NaN where a law does not reach it.
+def ratio_of(fitted: Minimum, theta: Array, losses: Array) -> Array:
+    """Log match ratio ``ln C_1(L) - ln C_0(L)`` of arm 1 over arm 0 at each loss; NaN where a law does not reach it.
 
     The compute at a loss solves ``L = floor + exp(log_scale) * C^-exponent``, so
     ``ln C = (log_scale - ln(L - floor)) / exponent``.
@@ -148,15 +148,13 @@ def ratio_of(fitted: Minimum, theta: Array, losses: Array, baseline: int = 0, ch
         fitted: The family.
         theta: Parameters, shape ``(parameters,)`` or ``(draws, parameters)``.
         losses: Shape ``(losses,)``.
-        baseline: Number of the arm compared against.
-        challenger: Number of the arm compared.
 
     Returns:
         Shape ``(losses,)`` or ``(draws, losses)``.
     """
     logs = []  # ln C of each arm, shape (draws, losses)
     # A loss at or below a floor has no compute: NaN, which intervals count as beyond both ends.
-    for arm in (challenger, baseline):
+    for arm in (1, 0):
         log_scale, power, floor = frontiers(fitted, theta, arm)
         above = losses - floor[:, None]
         with np.errstate(all="ignore"):

@@ -297,16 +297,15 @@ def _collinear(fitted: Minimum) -> bool:
     return False
 
 
-def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the floor by profile likelihood, in nats.
+def profile_floor(fitted: Minimum, position: int) -> tuple[float, float]:
+    """The 95 % interval of the floor by profile likelihood, in nats.
 
     With ``S(E)`` the objective minimised over all other parameters at a fixed floor E, and S its minimum, E is kept if
-    ``S(E) <= S * (1 + F(1, n - p; level) / (n - p))`` for n rows and p parameters.
+    ``S(E) <= S * (1 + F(1, n - p; 0.95) / (n - p))`` for n rows and p parameters.
 
     Args:
         fitted: A minimum of a law with a floor.
         position: Position of the floor's logarithm among the parameters.
-        level: Confidence.
 
     Returns:
         Lowest and highest floor; the lowest is 0 where a law without floor fits about as well.
@@ -319,7 +318,7 @@ def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tup
     if freedom < 1:
         return 0.0, top
     # F test of one more parameter: the increase of the objective over its value per degree of freedom.
-    allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, level)) / freedom)
+    allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, 0.95)) / freedom)
     # From hardly any floor to nearly the smallest loss; all floors are minimised side by side.
     shares = np.concatenate([[1e-9], np.linspace(0.0, 1.0, PROFILE_STEPS + 1)[1:-1], [0.999]])
     start = np.repeat(theta[None], len(shares), axis=0)

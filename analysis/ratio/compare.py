@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -285,10 +287,7 @@ def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) 
 
 
 def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, seed: int) -> tuple[Array, Array, str]:
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
-    centre = quantity(fitted.theta)
+    quantity = partial(ratio_of, fitted, losses=losses)
     count = len(np.unique(cells.cell))
     shared = len(cells.paired)
     paired = "paired within cells" if shared >= 3 else "arms independent: they share no cells"
@@ -304,7 +303,7 @@ def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, see
             )
     else:
         draws = quantity(bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed))
-        low, high = has_width(*percentile(draws, centre))
+        low, high = has_width(*percentile(draws, quantity(fitted.theta)))
         how = f"95 % percentile interval of {resamples:,} case resamples of {count} cells, all laws refitted, {paired}"
         if np.isnan(low).all():
             how = NO_NOISE_REMARK
@@ -325,9 +324,7 @@ def _factors(chosen: str, fitted: Minimum, cells: Cells, resamples: int, seed: i
 
 
 def _model(key: str, fitted: Minimum, error: float | None, cells: Cells, losses: Array) -> ModelRatio:
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
+    quantity = partial(ratio_of, fitted, losses=losses)
     family = LAW_FAMILIES[key]
     value = float(quantity(fitted.theta)[0])
     low, high = (float(end[0]) for end in t_interval(fitted, cells, quantity))
@@ -348,10 +345,7 @@ def _model(key: str, fitted: Minimum, error: float | None, cells: Cells, losses:
 
 def _band(fitted: Minimum, cells: Cells, arm: int, fit: Fit) -> Band:
     grid = np.geomspace(fit.compute_range[0] / 1.5, fit.compute_range[1] * CURVE_EXTRAPOLATION, 49)
-
-    def quantity(theta: Array) -> Array:
-        return log_loss_of(fitted, theta, grid, arm)
-
+    quantity = partial(log_loss_of, fitted, compute=grid, arm=arm)
     centre = quantity(fitted.theta)
     low, high = t_interval(fitted, cells, quantity)
     low, high = (np.where(np.isfinite(end), end, centre) for end in (low, high))

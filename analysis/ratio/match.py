@@ -62,16 +62,15 @@ def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
     Raises:
         UserError: There is none: the ratio would be an extrapolation everywhere.
     """
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
-    low = max(b.loss(baseline.compute_range[1]), c.loss(challenger.compute_range[1]))
-    high = min(b.loss(baseline.compute_range[0]), c.loss(challenger.compute_range[0]))
+    (b_high, b_low), (c_high, c_low) = (
+        [fit.law.frontier().loss(end) for end in fit.compute_range] for fit in (baseline, challenger)
+    )
+    low, high = max(b_low, c_low), min(b_high, c_high)
     if not low < high * (1 + RANGE_TOLERANCE):
         raise UserError(
-            f"{baseline.arm} covers losses {b.loss(baseline.compute_range[1]):.3f} to "
-            f"{b.loss(baseline.compute_range[0]):.3f} and {challenger.arm} "
-            f"{c.loss(challenger.compute_range[1]):.3f} to {c.loss(challenger.compute_range[0]):.3f}: the arms have no "
-            "loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm or smaller "
-            "ones of the better, or request extrapolated values by name."
+            f"{baseline.arm} covers losses {b_low:.3f} to {b_high:.3f} and {challenger.arm} {c_low:.3f} to {c_high:.3f}: "
+            "the arms have no loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm "
+            "or smaller ones of the better, or request extrapolated values by name."
         )
     return low, high
 

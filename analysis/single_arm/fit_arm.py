@@ -9,14 +9,7 @@ from numpy.typing import NDArray
 
 from analysis.data.cells import Array, LeftOut, Rows, run_of, select
 from analysis.data.table import RunsTable, check_table
-from analysis.fitting.fit import (
-    EFFICIENT_DELTA,
-    Fit,
-    Minimum,
-    describe,
-    solve,
-    tied_to_scale,
-)
+from analysis.fitting.fit import EFFICIENT_DELTA, Fit, Minimum, describe, solve, tied_to_scale
 from analysis.fitting.laws import LAWS, Law
 from analysis.fitting.objective import Objective
 from analysis.uncertainty.intervals import bootstrap, refit

@@ -118,7 +118,7 @@ def _predict(
         half = None
         if spread.freedom >= MIN_FREEDOM:
             noise = float(spread.noise[0, 0]) / here.sum()
-            half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+            half = float(t_quantile(spread.freedom)) * float(np.sqrt(error**2 + noise))
             half = half if half > ROUNDING else None
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)

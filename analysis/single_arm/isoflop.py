@@ -28,10 +28,6 @@ SAME_BUDGET = 0.08
 """Relative distance of computes that belong to one isoFLOP profile."""
 
 
-class NoValley(UserError):
-    """Profiles without an interior minimum, which say nothing about the best size."""
-
-
 class Valley(Strict, frozen=True):
     """One isoFLOP profile and the parabola through it, in ln N."""
 

@@ -143,11 +143,11 @@ def _check_budgets(used: pd.DataFrame, name: str) -> None:
             )
 
 
-def mean_interval(values: Array, *, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """The t interval of a mean; None with fewer than two values, or where all are equal up to rounding."""
+def mean_interval(values: Array) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % t interval of a mean; None with fewer than two values, or where all are equal up to rounding."""
     if len(values) < 2 or float(np.ptp(values)) <= ROUNDING:
         return None, None
-    half = float(t_quantile(len(values) - 1, level)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    half = float(t_quantile(len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half
 
 

@@ -40,11 +40,11 @@ Quantity = Callable[[Array], Array]
 """Function from parameters, shape ``(parameters,)``, to derived values, shape ``(values,)``; NaN where undefined."""
 
 
-def t_quantile(freedom: float | Array, level: float) -> Array:
-    """The two-sided quantile of Student's t."""
+def t_quantile(freedom: float | Array) -> Array:
+    """The two-sided 95 % quantile of Student's t."""
     from scipy.special import stdtrit
 
-    return np.asarray(stdtrit(freedom, 0.5 + level / 2), dtype=np.float64)
+    return np.asarray(stdtrit(freedom, 0.975), dtype=np.float64)
 
 
 class Linear(NamedTuple):
@@ -190,14 +190,14 @@ def gradient(quantity: Quantity, theta: Array) -> Array:
     return np.stack(columns, axis=-1)
 
 
-def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
+def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity) -> tuple[Array, Array]:
     """Low and high of each derived value, ``q +- t(nu) * standard error``; NaN without degrees of freedom."""
     found = linear(fitted, cells)
     centre = quantity(fitted.theta)
     if found.freedom < MIN_FREEDOM:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
     error, freedom = found.spread(gradient(quantity, fitted.theta))
-    half = t_quantile(freedom, level) * error
+    half = t_quantile(freedom) * error
     return has_width(centre - half, centre + half)
 
 
@@ -247,8 +247,8 @@ def refit(fitted: Minimum, groups: Numbers, counts: Array) -> Array:
     return minimise(fitted.problem, fitted.theta, counts[:, groups], tolerance=1e-7, limit=60).theta
 
 
-def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Low and high quantiles of each derived value over resamples, widened to contain the centre.
+def percentile(draws: Array, centre: Array) -> tuple[Array, Array]:
+    """The 2.5 % and 97.5 % quantiles of each derived value over resamples, widened to contain the centre.
 
     A resample without a value (NaN: a law that never reaches the loss) counts as beyond both ends, so that it widens the
     interval.
@@ -256,10 +256,9 @@ def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Arr
     Args:
         draws: Shape ``(resamples, values)``.
         centre: Values of the fit to all data, shape ``(values,)``.
-        level: Confidence.
     """
     # "nearest" keeps an infinite end infinite; interpolation would make NaN of it.
-    tail = (1.0 - level) / 2
+    tail = (1.0 - 0.95) / 2
     bad = np.isnan(draws)
     low = np.quantile(np.where(bad, -np.inf, draws), tail, axis=0, method="nearest")
     high = np.quantile(np.where(bad, np.inf, draws), 1.0 - tail, axis=0, method="nearest")

@@ -6,6 +6,8 @@ was measured (tests/bench/bench_analysis.py).
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from analysis.data.cells import Array, Cells
@@ -55,11 +57,7 @@ def intervals_by_method(
     fitted: Minimum, cells: Cells, loss: float, line: Difference | None, *, resamples: int, seed: int
 ) -> list[Interval]:
     """The interval of the ratio at one loss by every method that the cells allow."""
-    losses = np.array([loss])
-
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
+    quantity = partial(ratio_of, fitted, losses=np.array([loss]))
     centre = quantity(fitted.theta)
     # Every row in a cell of its own: no covariance between the arms.
     apart = cells._replace(cell=np.arange(len(cells.cell)))
