@@ -4,7 +4,9 @@
 is too slow for a thousand studies of thirty plans. Here every study starts from the minimum of the noise-free runs, and
 Gauss-Newton steps are taken for all studies side by side. tests/sweeps/test_design.py compares the two.
 
-Rows are ordered by arm, then by cell: row ``arm * cells + cell``. A run that was lost has weight zero.
+Rows are ordered by arm, then by cell: row ``arm * cells + cell``. Arrays `loss` and `kept` have the shape
+``(studies, rows)``, `theta` ``(studies, parameters)``, `at` (where ratios are evaluated) ``(losses,)``. A run that was
+lost, False in `kept`, has weight zero.
 """
 
 from __future__ import annotations
@@ -45,15 +47,10 @@ class Intervals(NamedTuple):
 
 
 def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
-    """Parameters of least squares in loss space, shape ``(studies, parameters)``.
+    """Parameters of least squares in loss space, from the family at the noise-free runs.
 
     Gauss-Newton with residuals ``e = (P - L)``, zero for lost runs, and Jacobian ``J = P p_k z`` (`analysis.fitting.solver`):
     ``(J'J + damping * diag(J'J)) step = -J'e``.
-
-    Args:
-        fitted: The family at the noise-free runs: layout and start.
-        loss: Shape ``(studies, rows)``.
-        kept: True for the runs that a study has, same shape.
     """
     z, term = fitted.problem.z, fitted.problem.term
     floors = np.array([not np.any(z[:, term == k] < 0.0) for k in term])
@@ -100,13 +97,6 @@ def law_intervals(fitted: Minimum, theta: Array, loss: Array, kept: Flags, at: A
     """The interval of `analysis.uncertainty.intervals.t_interval` in every study, paired within cells.
 
     The steps are those of `analysis.uncertainty.intervals.linear` and `Linear.spread`, where they are explained.
-
-    Args:
-        fitted: The family's layout.
-        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
-        loss: Shape ``(studies, rows)``.
-        kept: Same shape.
-        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
     """
     studies, rows = loss.shape
     cells = rows // 2
@@ -151,15 +141,7 @@ def difference_intervals(fitted: Minimum, theta: Array, loss: Array, kept: Flags
     """The interval of the paired difference line (`analysis.uncertainty.paired`), the baseline's exponent taken as fitted.
 
     The half width h of the log-loss difference at the challenger's compute becomes the ratio at ``L exp(-h)`` and
-    ``L exp(h)`` under the baseline's law.
-
-    Args:
-        fitted: The family's layout.
-        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
-        loss: Shape ``(studies, rows)``.
-        kept: Same shape.
-        flops: FLOPs of the cells, shape ``(cells,)``.
-        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
+    ``L exp(h)`` under the baseline's law. `flops` are those of the cells.
     """
     studies, rows = loss.shape
     cells = rows // 2

@@ -117,8 +117,7 @@ class _Simulator(NamedTuple):
             pass  # too few cells for the family, hence no interval
         else:
             one = forecasts(found, self.truth, self.target, margin=self.margin)[0]
-            width, excludes = one.width, one.excludes
-            bias = one.bias
+            width, excludes, bias = one.width, one.excludes, one.bias
         self.simulated(studies)
         return PlanForecast(
             name=name,

@@ -136,11 +136,7 @@ class Truth:
         self.grid = np.linspace(x[0] - 6.0, x[-1] + 9.0, 6001)
         split = np.interp(self.grid, x, n)
         split += slope * (np.minimum(self.grid - x[0], 0.0) + np.maximum(self.grid - x[-1], 0.0))
-        columns = {
-            "params": np.exp(split),
-            "tokens": np.exp(self.grid - split) / 6.0,
-            "flops": np.exp(self.grid),
-        }
+        columns = {"params": np.exp(split), "tokens": np.exp(self.grid - split) / 6.0, "flops": np.exp(self.grid)}
         self.losses = [law.evaluate(columns) for law in (laws.baseline, laws.challenger)]
 
     def loss(self, flops: Array, arm: int) -> Array:
@@ -213,11 +209,7 @@ def draw(
 
 def rows_of(cells: PlannedCells, loss: Array) -> Rows:
     """Cells of two arms as rows, by arm and then by cell."""
-    columns = {
-        "params": np.tile(cells.params, 2),
-        "tokens": np.tile(cells.tokens, 2),
-        "flops": np.tile(cells.flops, 2),
-    }
+    columns = {name: np.tile(values, 2) for name, values in cells._asdict().items()}
     return Rows(np.repeat(np.arange(2), len(cells.flops)).astype(np.intp), loss, columns)
 
 
@@ -258,14 +250,7 @@ def simulate(
 
 
 def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: float = 1.0) -> list[Forecast]:
-    """Widths, exclusion rates, bias and coverage over the studies at each loss.
-
-    Args:
-        simulated: Result of `simulate`.
-        truth: The laws that the studies were drawn from.
-        at: The losses of `simulate`, shape ``(losses,)``.
-        margin: The ratio that an interval should exclude.
-    """
+    """Widths, exclusion rates (of the ratio `margin`), bias and coverage over the studies at each loss of `simulate`."""
     found, other = simulated.laws, simulated.paired
     compute = [truth.flops(at, arm) for arm in (0, 1)]
     result = []

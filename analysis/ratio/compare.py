@@ -133,7 +133,7 @@ def compare(
             arm=arm,
             number=number,
             numbers=cells.numbers[cells.rows.arm == number].tolist(),
-            objective=kind.objective,
+            objective=LAWS.row(kind.form).objective,
         )
         for number, arm in enumerate(cells.arms)
     }

@@ -71,10 +71,7 @@ class Linear(NamedTuple):
 
             sum_ij A_ij S_ij = trace(A S),    A_ij = sum_c (g' R_ic) (g' R_jc).
 
-        The degrees of freedom follow from `satterthwaite`.
-
-        Args:
-            slope: Derivatives in the parameters, shape ``(values, parameters)``.
+        The degrees of freedom follow from `satterthwaite`. The derivatives `slope` have the shape ``(values, parameters)``.
         """
         arms = len(self.noise)
         own = [self.response * (self.arm == a) for a in range(arms)]  # R of each arm, (parameters, rows)
@@ -104,13 +101,8 @@ def satterthwaite(variance: Array, squares: Array, nu: Array, arms: int) -> Arra
 
         E trace(A S)^2 = T + 2 Q / nu,    E trace((A S)^2) = Q + (T + Q) / nu,
 
-    and solving both for T and Q gives unbiased estimates.
-
-    Args:
-        variance: ``trace(A S)``.
-        squares: ``trace((A S)^2)``, same shape.
-        nu: Degrees of freedom of S, broadcast against both.
-        arms: Rows of S, the largest possible multiple.
+    and solving both for T and Q gives unbiased estimates. `variance` is ``trace(A S)``, `squares` is ``trace((A S)^2)``;
+    S has `arms` rows, the largest possible multiple.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = (nu + 2.0) * (nu - 1.0)
@@ -175,12 +167,7 @@ def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float 
 def gradient(quantity: Quantity, theta: Array) -> Array:
     """Derivatives of the quantity by central differences, ``(q(theta + h) - q(theta - h)) / 2h``.
 
-    Args:
-        quantity: The derived values.
-        theta: Shape ``(parameters,)`` or ``(studies, parameters)``.
-
-    Returns:
-        Shape ``(values, parameters)`` or ``(studies, values, parameters)``.
+    Shape ``(values, parameters)``, or ``(studies, values, parameters)`` for `theta` of shape ``(studies, parameters)``.
     """
     columns = []
     for j in range(theta.shape[-1]):
@@ -251,11 +238,7 @@ def percentile(draws: Array, centre: Array) -> tuple[Array, Array]:
     """The 2.5 % and 97.5 % quantiles of each derived value over resamples, widened to contain the centre.
 
     A resample without a value (NaN: a law that never reaches the loss) counts as beyond both ends, so that it widens the
-    interval.
-
-    Args:
-        draws: Shape ``(resamples, values)``.
-        centre: Values of the fit to all data, shape ``(values,)``.
+    interval. `draws` has the shape ``(resamples, values)``; the centre holds the values of the fit to all data.
     """
     # "nearest" keeps an infinite end infinite; interpolation would make NaN of it.
     tail = (1.0 - 0.95) / 2
