@@ -276,9 +276,8 @@ def judge(fitted: Minimum) -> tuple[Status, str]:
 
 def _collinear(fitted: Minimum) -> bool:
     """True if two columns of the form rise together over the rows, so that their exponents cannot be separated."""
-    slots = enumerate(fitted.layout.slots)
     columns: dict[str, Array] = {}  # minus the centred log of each column, shape (rows,)
-    for j, slot in slots:
+    for j, slot in enumerate(fitted.layout.slots):
         if slot.column:
             # Slots of single arms are zero on the rows of the others, so they add up to the column.
             columns[slot.column] = columns.get(slot.column, 0.0) + np.asarray(fitted.problem.z[:, j])

@@ -254,13 +254,11 @@ def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: f
     found, other = simulated.laws, simulated.paired
     compute = [truth.flops(at, arm) for arm in (0, 1)]
     result = []
-    straight = not truth.has_floor
     for k, loss in enumerate(at):
         known = np.isfinite(found.low[:, k]) & np.isfinite(found.high[:, k])
         low, high, width = found.low[known, k], found.high[known, k], found.width[known, k]
         true = float(compute[1][k] / compute[0][k])
-        answered = float(known.mean())
-        enough = answered > 0.5
+        enough = float(known.mean()) > 0.5
         paired = other.width[np.isfinite(other.width[:, k]), k]
         edge = np.log(margin)
         result.append(
@@ -272,11 +270,11 @@ def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: f
                 width=float(np.median(width)) if enough else None,
                 width_low=float(np.quantile(width, 0.1)) if enough else None,
                 width_high=float(np.quantile(width, 0.9)) if enough else None,
-                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 and straight else None,
+                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 and not truth.has_floor else None,
                 excludes=float(np.sum((low > edge) | (high < edge)) / len(known)),
                 bias=float(np.expm1(np.median(found.ratio[known, k] - np.log(true)))) if enough else None,
                 coverage=float(np.mean((low <= np.log(true)) & (np.log(true) <= high))) if enough else None,
-                unanswered=1.0 - answered,
+                unanswered=1.0 - float(known.mean()),
             )
         )
     return result

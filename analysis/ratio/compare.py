@@ -14,7 +14,7 @@ from analysis.fitting.fit import Fit, Minimum, describe
 from analysis.fitting.laws import LAWS, Law
 from analysis.ratio.cost_metrics import ConventionRatio, convention_ratios
 from analysis.ratio.definitions import Definition, arrow, at_largest, from_runs
-from analysis.ratio.match import MatchRatio, at_loss, common_losses, compute_law
+from analysis.ratio.match import MatchRatio, at_loss, common_losses
 from analysis.uncertainty.intervals import (
     MAX_CELLS_FOR_T_INTERVAL,
     ROUNDING,
@@ -30,17 +30,27 @@ from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import pflops_days
 
+DEFAULT_RESAMPLES = 1000
 CURVE_EXTRAPOLATION = 10.0
 """Factor of compute beyond the largest run up to which curves go on; they are marked there."""
-NO_NOISE_REMARK = (
-    "none: the losses follow the laws, or each other, to rounding, so there is no noise to estimate it from"
-)
+NO_NOISE_REMARK = "none: the losses follow the laws or each other to rounding, so there is no noise to estimate it from"
 CV_IMPROVEMENT = 0.9
 """A family replaces a simpler one when its error at rungs left out is at most this share of the simpler one's."""
 SEPARATE_FLOORS_IMPROVEMENT = 0.5
 """The same for families with a floor for each arm, against the best of the others."""
 MAX_LISTED_RUNGS = 8
 """Rungs up to which each has its ratio; of more, seven computes between the ends have one."""
+
+
+class StudyOptions(Strict, frozen=True):
+    """Options of `analysis.ratio.study.fit_table` as they were passed."""
+
+    baseline: str | None = None
+    challenger: str | None = None
+    family: str | None = None
+    extrapolate: bool = False
+    resamples: int = DEFAULT_RESAMPLES
+    seed: int = 0
 
 
 class Band(Strict, frozen=True):
@@ -109,21 +119,14 @@ class Comparison(Strict, frozen=True):
 
 
 def compare(
-    cells: Cells,
-    table: RunsTable,
-    alone: dict[str, Fit],
-    *,
-    ladder: bool,
-    family: str | None,
-    extrapolate: bool,
-    resamples: int,
-    seed: int,
+    cells: Cells, table: RunsTable, alone: dict[str, Fit], options: StudyOptions, *, ladder: bool
 ) -> Comparison:
     """One challenger against the baseline, over the families that the table can carry."""
     base, other = cells.arms
+    extrapolate, resamples, seed = options.extrapolate, options.resamples, options.seed
     _check_losses(cells, table.name, extrapolate=extrapolate)
     candidates = _candidates(cells, ladder=ladder)
-    chosen, reason = _choose(candidates, family, ladder=ladder)
+    chosen, reason = _choose(candidates, options.family)
     fitted, kind = candidates[chosen][0], LAW_FAMILIES[chosen]
     fits = {
         arm: describe(
@@ -171,12 +174,9 @@ def compare(
 
 
 def _check_losses(cells: Cells, name: str, *, extrapolate: bool) -> None:
-    ranges = [
-        (float(own.min()), float(own.max()))
-        for own in (cells.rows.loss[cells.rows.arm == arm] for arm in range(len(cells.arms)))
-    ]
-    if not extrapolate and not max(r[0] for r in ranges) <= min(r[1] for r in ranges):
-        ranges_text = "; ".join(f"{arm} {r[0]:.4g} to {r[1]:.4g}" for arm, r in zip(cells.arms, ranges, strict=True))
+    losses = {arm: cells.rows.loss[cells.rows.arm == number] for number, arm in enumerate(cells.arms)}
+    if not extrapolate and max(own.min() for own in losses.values()) > min(own.max() for own in losses.values()):
+        ranges_text = "; ".join(f"{arm} {own.min():.4g} to {own.max():.4g}" for arm, own in losses.items())
         raise UserError(
             f"{name}, column loss: the arms have no loss in common ({ranges_text}), so every ratio would be an "
             "extrapolation. Train larger runs of the worse arm or smaller ones of the better, or pass --extrapolate to "
@@ -221,9 +221,7 @@ def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Minimum, float
     return found
 
 
-def _choose(
-    candidates: dict[str, tuple[Minimum, float | None]], family: str | None, *, ladder: bool
-) -> tuple[str, str]:
+def _choose(candidates: dict[str, tuple[Minimum, float | None]], family: str | None) -> tuple[str, str]:
     if family is not None:
         if family not in candidates:
             raise UserError(
@@ -236,15 +234,14 @@ def _choose(
     first = usable.get(default)
     if first is None:
         return default, "the simplest: too few rungs to leave one out and compare"
-    better = {
-        key: error for key, error in usable.items() if error < CV_IMPROVEMENT * first and _falls(candidates[key][0])
-    }
     # The floor is a property of the data, so a floor of its own for each arm needs strong evidence.
-    others = [error for key, error in usable.items() if not LAW_FAMILIES[key].separate_floors]
+    shared = min(error for key, error in usable.items() if not LAW_FAMILIES[key].separate_floors)
     better = {
         key: error
-        for key, error in better.items()
-        if not LAW_FAMILIES[key].separate_floors or error < SEPARATE_FLOORS_IMPROVEMENT * min(others)
+        for key, error in usable.items()
+        if error < CV_IMPROVEMENT * first
+        and _falls(candidates[key][0])
+        and (not LAW_FAMILIES[key].separate_floors or error < SEPARATE_FLOORS_IMPROVEMENT * shared)
     }
     if not better:
         return default, f"no other predicts rungs left out clearly better ({first:.2%} root mean square error)"
@@ -265,7 +262,7 @@ def _falls(fitted: Minimum) -> bool:
 
 def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) -> tuple[Array, int]:
     """Losses at which the ratio is evaluated: the headline's, one for each rung, the curve's; and the number of rungs."""
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
+    b, c = baseline.law.frontier(), challenger.law.frontier()
     floor = max(b.floor, c.floor)
     try:
         headline = common_losses(baseline, challenger)[0]
@@ -296,11 +293,8 @@ def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, see
         freedom = linear(fitted, cells).freedom
         how = f"95 % t interval, {freedom:.0f} degrees of freedom, {paired}, exponents' errors included"
         if np.isnan(low).all():
-            how = (
-                NO_NOISE_REMARK
-                if freedom >= 1.0
-                else "none: as many parameters as cells leave nothing to estimate the noise from"
-            )
+            few = "none: as many parameters as cells leave nothing to estimate the noise from"
+            how = NO_NOISE_REMARK if freedom >= 1.0 else few
     else:
         draws = quantity(bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed))
         low, high = has_width(*percentile(draws, quantity(fitted.theta)))

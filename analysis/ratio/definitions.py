@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.data.cells import SAME_COMPUTE, Array, Cells
 from analysis.fitting.fit import Fit
-from analysis.ratio.match import Extrapolation, at_loss, compute_law, support
+from analysis.ratio.match import Extrapolation, at_loss, support
 from analysis.uncertainty.intervals import ROUNDING
 from analysis.uncertainty.paired import Difference, cell_means
 from scaling.io import Strict
@@ -46,7 +46,7 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
 
     One pair of runs and one fitted exponent. None where the arms share no cell or the baseline's law has a floor.
     """
-    law = compute_law(baseline.law)
+    law = baseline.law.frontier()
     if law.floor or not len(cells.paired):
         return None
     one, x = cell_means(cells, 0)
@@ -77,21 +77,20 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
     At the challenger's, under laws without a floor, with the t interval of the paired difference line: the exponent of
     the baseline's law is then taken as it was fitted. Under a floor the differences of log loss follow no line.
     """
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
+    b, c = baseline.law.frontier(), challenger.law.frontier()
     found = []
-    for arm, loss in (
-        ("challenger", c.loss(challenger.compute_range[1])),
-        ("baseline", b.loss(baseline.compute_range[1])),
-    ):
+    for arm, law, fit in (("challenger", c, challenger), ("baseline", b, baseline)):
+        loss = law.loss(fit.compute_range[1])
         if loss <= max(b.floor, c.floor):
             continue
         point = at_loss(baseline, challenger, loss)
-        low = high = None
+        low, high, interval = None, None, ""
         if difference is not None and arm == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
-            moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
+            moved = [loss * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
             if half > ROUNDING and min(moved) > b.floor:
                 low, high = (point.challenger_compute / b.compute(value) for value in moved)
+                interval = "t interval of the paired difference line, the baseline's exponent taken as fitted"
         found.append(
             Definition(
                 name=f"laws at the {arm}'s largest run",
@@ -99,9 +98,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
                 ratio=point.ratio,
                 low=low,
                 high=high,
-                interval="t interval of the paired difference line, the baseline's exponent taken as fitted"
-                if low is not None
-                else "",
+                interval=interval,
                 loss=loss,
                 baseline_compute=point.baseline_compute,
                 challenger_compute=point.challenger_compute,
@@ -158,7 +155,7 @@ def _runs(cells: Cells, arm: int) -> tuple[Array, Array]:
 
 
 def _point_against_law(baseline: Fit, challenger: Fit, cells: Cells) -> Point | None:
-    law, (x, y) = compute_law(baseline.law), _runs(cells, 1)
+    law, (x, y) = baseline.law.frontier(), _runs(cells, 1)
     loss = float(np.exp(y[-1]))
     if loss <= law.floor:
         return None

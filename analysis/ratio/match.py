@@ -57,11 +57,7 @@ def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_
 
 
 def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
-    """Lowest and highest loss at which both laws are inside the compute of their runs.
-
-    Raises:
-        UserError: There is none: the ratio would be an extrapolation everywhere.
-    """
+    """Lowest and highest loss at which both laws are inside the compute of their runs; a `UserError` without any."""
     (b_high, b_low), (c_high, c_low) = (
         [fit.law.frontier().loss(end) for end in fit.compute_range] for fit in (baseline, challenger)
     )
@@ -76,12 +72,8 @@ def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
 
 
 def at_loss(baseline: Fit, challenger: Fit, loss: float, interval: tuple[float, float] | None = None) -> MatchRatio:
-    """The ratio at one loss.
-
-    Raises:
-        UnreachableLoss: The loss is at or below the floor of one of the laws.
-    """
-    b, c = compute_law(baseline.law).compute(loss), compute_law(challenger.law).compute(loss)
+    """The ratio at one loss; `UnreachableLoss` where it is at or below the floor of one of the laws."""
+    b, c = baseline.law.frontier().compute(loss), challenger.law.frontier().compute(loss)
     if not (0.0 < b < np.inf and 0.0 < c < np.inf):
         raise UnreachableLoss(
             f"loss {loss:g} takes more compute than a floating-point number holds; give a loss nearer the runs."

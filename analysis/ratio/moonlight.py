@@ -77,5 +77,4 @@ def moonlight_table(*, reconciled: bool = True) -> RunsTable:
                     "convention": "6nd",
                 }
             )
-    frame = pd.DataFrame(rows)
-    return check_table(frame, "Moonlight, Fig. 1a")
+    return check_table(pd.DataFrame(rows), "Moonlight, Fig. 1a")

@@ -139,10 +139,10 @@ def valleys(rows: Rows) -> list[Valley]:
         centre = float(x.mean())
         curvature, slope, level = np.polyfit(x - centre, losses, 2)
         best = int(np.argmin(losses))
-        if curvature <= 0:
-            place, at = "no minimum", None
+        at = None if curvature <= 0 else centre - slope / (2 * curvature)
+        if at is None:
+            place = "no minimum"
         else:
-            at = centre - slope / (2 * curvature)
             place = "outside" if not x[0] < at < x[-1] else "edge" if best in (0, len(x) - 1) else "interior"
         kept = None if at is None else float(np.exp(at))
         found.append(

@@ -198,10 +198,8 @@ def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0
     """Parameters refitted to resamples of whole groups (cells, or runs with their checkpoints).
 
     Each refit starts from the minimum of all data; resamples with extreme results are kept. Where rows times resamples pass
-    `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, which needs only the sums over each group.
-
-    Returns:
-        Shape ``(resamples, parameters)``.
+    `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, which needs only the sums over each group. The result
+    has the shape ``(resamples, parameters)``.
     """
     names, inverse = np.unique(groups, return_inverse=True)
     generator = np.random.default_rng(seed)

@@ -69,18 +69,13 @@ def intervals_by_method(
         _interval("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
     ]
     count = len(np.unique(cells.cell))
-    sign = "one sign for both arms of a cell" + (
-        "; too narrow with so few cells" if count <= MAX_CELLS_FOR_T_INTERVAL else ""
-    )
+    few = count <= MAX_CELLS_FOR_T_INTERVAL
+    sign = "one sign for both arms of a cell" + ("; too narrow with so few cells" if few else "")
     draws = quantity(wild(fitted, cells, resamples=resamples, seed=seed))
     found.append(_interval("wild bootstrap, paired", percentile(draws, centre), sign))
     draws = quantity(bootstrap(fitted, cells.cell, resamples=resamples, seed=seed))
-    few = (
-        "under-covers with so few cells"
-        if count <= MAX_CELLS_FOR_T_INTERVAL
-        else "both laws refitted in every resample"
-    )
-    found.append(_interval("case bootstrap, paired", percentile(draws, centre), few))
+    remark = "under-covers with so few cells" if few else "both laws refitted in every resample"
+    found.append(_interval("case bootstrap, paired", percentile(draws, centre), remark))
     if line is not None:
         baseline, challenger = (fitted.law(arm).frontier() for arm in (0, 1))
         if not baseline.floor and not challenger.floor:
@@ -102,10 +97,7 @@ def wild(fitted: Minimum, cells: Cells, *, resamples: int, seed: int) -> Array:
     """Parameters under wild resampling: each cell's residuals times one random weight, to first order.
 
     With the response ``R`` of `Linear` and residuals r, resample w is ``theta + sum_c w_c (R r)_c`` over cells c. The plan of
-    sizes stays as it is, and the noise may differ from cell to cell.
-
-    Returns:
-        Shape ``(resamples, parameters)``.
+    sizes stays as it is, and the noise may differ from cell to cell. The result has the shape ``(resamples, parameters)``.
     """
     found = linear(fitted, cells)
     names, inverse = np.unique(cells.cell, return_inverse=True)
