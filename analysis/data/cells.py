@@ -91,11 +91,8 @@ def select(table: RunsTable, arms: tuple[str, ...], *, ends_only: bool = True) -
         ends_only: Keep the last row of each run.
     """
     frame = table.frame[table.frame["arm"].isin(arms)]
-    unused = frame[frame["left_out"] != ""]
-    left_out = [
-        LeftOut(row=int(index) + 1, arm=str(arm), reason=str(reason))
-        for index, arm, reason in zip(unused.index, unused["arm"], unused["left_out"], strict=True)
-    ]
+    unused = frame.loc[frame["left_out"] != "", ["arm", "left_out"]]
+    left_out = [LeftOut(row=int(i) + 1, arm=str(arm), reason=str(reason)) for i, arm, reason in unused.itertuples()]
     used = frame[frame["left_out"] == ""]
     run = run_of(used)
     if ends_only and run.duplicated().any():
@@ -103,9 +100,9 @@ def select(table: RunsTable, arms: tuple[str, ...], *, ends_only: bool = True) -
         last = used.assign(run_=run.to_numpy()).sort_values(time, kind="stable").groupby("run_", sort=False).tail(1)
         middle = used.index.difference(last.index)
         if len(middle) <= MAX_LISTED_CHECKPOINTS:
+            reason = "a checkpoint before the end of its run"
             left_out += [
-                LeftOut(row=int(i) + 1, arm=str(used.at[i, "arm"]), reason="a checkpoint before the end of its run")
-                for i in middle
+                LeftOut(row=int(i) + 1, arm=str(arm), reason=reason) for i, arm in used.loc[middle, "arm"].items()
             ]
         else:
             for arm, group in used.loc[middle].groupby("arm", sort=True):
@@ -141,10 +138,10 @@ def _best_settings(used: pd.DataFrame) -> tuple[pd.DataFrame, list[LeftOut]]:
     # Of two rates with equal means the lower is kept.
     lowest = used["peak_lr"].where(best).groupby([used[name] for name in point]).transform("min")
     keep = used["peak_lr"] == lowest
-    lost = used[~keep].assign(best_=lowest[~keep])
+    lost = used.assign(best_=lowest).loc[~keep, ["arm", "peak_lr", "best_"]]
     worse = [
         LeftOut(row=int(at) + 1, arm=str(arm), reason=f"peak_lr {rate:.4g} did worse at this size than {best:.4g}")
-        for at, arm, rate, best in zip(lost.index, lost["arm"], lost["peak_lr"], lost["best_"], strict=True)
+        for at, arm, rate, best in lost.itertuples()
     ]
     return used[keep], worse
 

@@ -101,11 +101,7 @@ class RunsTable:
         return [str(arm) for arm in dict.fromkeys(self.frame["arm"])]
 
     def only_arm(self, arm: str | None) -> str:
-        """The named arm, or the single arm of the table.
-
-        Raises:
-            UserError: There is no such arm, or none is named and there are several.
-        """
+        """The named arm, or the single arm of the table; a `UserError` without either."""
         known = self.arms
         if arm is None and len(known) > 1:
             raise UserError(
@@ -121,9 +117,7 @@ class RunsTable:
         """Hash of the rows: equal for equal content, in all file formats."""
         import pandas as pd
 
-        # Cells of Parquet may be lists, which cannot be hashed.
-        lists = [column for column in self.frame if pd.api.types.is_object_dtype(self.frame[column])]
-        rows = pd.util.hash_pandas_object(self.frame.astype(dict.fromkeys(lists, str)), index=False)
+        rows = pd.util.hash_pandas_object(_hashable(self.frame), index=False)
         names = "\0".join(map(str, self.frame.columns))
         return hashlib.sha256(names.encode() + rows.to_numpy().tobytes()).hexdigest()
 
@@ -143,18 +137,15 @@ def read_table(path: Path | str, *, convention: str | None = ANY, columns: tuple
 
     path = Path(path)
     if not path.is_file():
-        raise TableError(
-            f"{path}: there is no such file. Give a CSV or Parquet file with columns {_listed(_required(columns))}."
-        )
+        required = _listed(_required(columns))
+        raise TableError(f"{path}: there is no such file. Give a CSV or Parquet file with columns {required}.")
+    if not path.name.endswith((".csv", ".csv.gz", ".tsv", ".txt")) and path.suffix != ".parquet":
+        raise TableError(f'{path}: the ending "{path.suffix}" is not known. Use .csv, .tsv or .parquet.')
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
-        elif any(path.name.endswith(end) for end in (".csv", ".csv.gz", ".tsv", ".txt")):
-            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
         else:
-            raise TableError(f'{path}: the ending "{path.suffix}" is not known. Use .csv, .tsv or .parquet.')
-    except TableError:
-        raise
+            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TableError(
@@ -201,25 +192,20 @@ def check_table(
     _check_names(frame, name)
     frame["left_out"] = _left_out(frame)
     used = (frame["left_out"] == "").to_numpy()
-    _check_arms(frame, name)
+    empty = frame["arm"].isna().to_numpy() | (frame["arm"].astype(str).str.strip() == "").to_numpy()
+    _check_rows(frame, name, "arm", empty, "the name of the arm that the run belongs to")
+    frame["arm"] = frame["arm"].astype(str).str.strip()
     for column in (column for column in COUNTS if column in frame):
         frame[column] = _numbers(frame, column, name, used)
         _check_rows(frame, name, column, used & ~(frame[column].to_numpy() > 0), "a number above zero")
     frame["loss"] = _numbers(frame, "loss", name, used)
     losses = frame["loss"].to_numpy()
-    _check_rows(
-        frame,
-        name,
-        "loss",
-        used & ~np.isfinite(losses),
-        "a finite loss in nats per token",
-        "If the run diverged, write diverged into a column status; the run is then left out and listed.",
-    )
+    remedy = "If the run diverged, write diverged into a column status; the run is then left out and listed."
+    _check_rows(frame, name, "loss", used & ~np.isfinite(losses), "a finite loss in nats per token", remedy)
     _check_rows(frame, name, "loss", used & ~(losses > 0), "a loss above zero")
-    outside = used & ((losses < LOSS_RANGE[0]) | (losses > LOSS_RANGE[1]))
-    _check_rows(
-        frame, name, "loss", outside, f"a loss in nats per token, between {LOSS_RANGE[0]:g} and {LOSS_RANGE[1]:g},"
-    )
+    low, high = LOSS_RANGE
+    outside = used & ((losses < low) | (losses > high))
+    _check_rows(frame, name, "loss", outside, f"a loss in nats per token, between {low:g} and {high:g},")
     for column in NUMBER_COLUMNS:
         if column in frame:
             frame[column] = _numbers(frame, column, name, used)
@@ -276,9 +262,15 @@ def _check_names(frame: pd.DataFrame, name: str) -> None:
             _check_rows(frame, name, column, rows, f"a name of at most {MAX_NAME_LENGTH} letters")
 
 
-def _left_out(frame: pd.DataFrame) -> Any:
+def _hashable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with objects as text: cells of Parquet may be lists, which cannot be hashed."""
     import pandas as pd
 
+    objects = [column for column in frame if pd.api.types.is_object_dtype(frame[column])]
+    return frame.astype(dict.fromkeys(objects, str))
+
+
+def _left_out(frame: pd.DataFrame) -> Any:
     reasons = np.full(len(frame), "", dtype=object)
     if "status" in frame:
         status = frame["status"].astype(object).fillna("").astype(str).str.strip().str.lower()
@@ -291,18 +283,9 @@ def _left_out(frame: pd.DataFrame) -> Any:
             given_reasons = given_reasons.where(given == "", given_reasons + ": " + given)
         reasons[open_.to_numpy()] = given_reasons.to_numpy()
     # pandas compares NaN with NaN as equal here, so a repeated row of a diverged run is found as well.
-    # Cells of Parquet may be lists, which cannot be hashed.
-    lists = [column for column in frame if pd.api.types.is_object_dtype(frame[column])]
-    flat = frame.astype(dict.fromkeys(lists, str))
-    again = flat.duplicated(keep="first").to_numpy() & (reasons == "")
+    again = _hashable(frame).duplicated(keep="first").to_numpy() & (reasons == "")
     reasons[again] = "a copy of an earlier row"
     return reasons
-
-
-def _check_arms(frame: pd.DataFrame, name: str) -> None:
-    empty = frame["arm"].isna().to_numpy() | (frame["arm"].astype(str).str.strip() == "").to_numpy()
-    _check_rows(frame, name, "arm", empty, "the name of the arm that the run belongs to")
-    frame["arm"] = frame["arm"].astype(str).str.strip()
 
 
 def _numbers(frame: pd.DataFrame, column: str, name: str, used: Any) -> Any:
@@ -317,8 +300,7 @@ def _numbers(frame: pd.DataFrame, column: str, name: str, used: Any) -> Any:
     _check_rows(frame, name, column, text, "a number such as 339700000 or 3.397e8")
     if column != "loss":
         bad = np.isinf(numbers.to_numpy()) if column in NUMBER_COLUMNS else ~np.isfinite(numbers.to_numpy())
-        missing = used & bad
-        _check_rows(frame, name, column, missing, "a finite number")
+        _check_rows(frame, name, column, used & bad, "a finite number")
     return numbers
 
 
@@ -338,9 +320,7 @@ def _check_flops(frame: pd.DataFrame, name: str, used: Any, convention: str | No
     if convention is None:
         return
     if convention not in ("6nd", ANY):
-        raise TableError(
-            f'{name}: convention "{convention}" cannot be checked from params and tokens. Use 6nd, any or none.'
-        )
+        raise TableError(f'{name}: convention "{convention}" is not known. Use 6nd, any or none.')
     named = frame["convention"].astype(object).fillna("").astype(str).str.lower() if "convention" in frame else None
     _check_unit(frame[used], name)
     for arm, group in frame[used].groupby("arm", sort=True):

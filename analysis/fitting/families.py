@@ -14,7 +14,6 @@ import numpy as np
 from analysis.data.cells import Array, Cells, Rows
 from analysis.fitting.fit import Minimum, sample_rows, solve
 from analysis.fitting.laws import LAWS
-from analysis.fitting.objective import Objective
 from analysis.fitting.parameterization import Sharing
 from analysis.fitting.solver import minimise, predict
 from scaling.io import Strict
@@ -36,11 +35,6 @@ class LawFamily(NamedTuple):
     def design(self) -> Literal["ladder", "grid"]:
         """The runs that the family needs, as its form does."""
         return LAWS.row(self.form).design
-
-    @property
-    def objective(self) -> Objective:
-        """The objective of its form."""
-        return LAWS.row(self.form).objective
 
     @property
     def has_floor(self) -> bool:
@@ -73,22 +67,16 @@ LAW_FAMILIES: Registry[LawFamily] = Registry(
         "one-multiplier": LawFamily("E + a_arm C^-b", "power-floor", Sharing((True, False), (True,))),
         "separate-floors": LawFamily("E_arm + a_arm C^-b_arm", "power-floor", Sharing((False, False), (False,))),
         "factors": LawFamily(
-            "E + A (f_arm N)^-alpha + B (g_arm D)^-beta",
-            "surface",
-            Sharing((True, False, False), (True, True)),
+            "E + A (f_arm N)^-alpha + B (g_arm D)^-beta", "surface", Sharing((True, False, False), (True, True))
         ),
         "token-factor": LawFamily(
             "E + A N^-alpha + B (g_arm D)^-beta", "surface", Sharing((True, True, False), (True, True))
         ),
         "shared-floor-surfaces": LawFamily(
-            "E + A_arm N^-alpha_arm + B_arm D^-beta_arm",
-            "surface",
-            Sharing((True, False, False), (False, False)),
+            "E + A_arm N^-alpha_arm + B_arm D^-beta_arm", "surface", Sharing((True, False, False), (False, False))
         ),
         "separate-surfaces": LawFamily(
-            "E_arm + A_arm N^-alpha_arm + B_arm D^-beta_arm",
-            "surface",
-            Sharing((False, False, False), (False, False)),
+            "E_arm + A_arm N^-alpha_arm + B_arm D^-beta_arm", "surface", Sharing((False, False, False), (False, False))
         ),
     },
 )
@@ -115,20 +103,16 @@ class Factors(Strict, frozen=True):
 
 def fit_family(family: LawFamily, rows: Rows, arms: int, *, best_of: int | None = None) -> Minimum:
     """The family's global minimum over the rows of `arms` arms."""
-    return solve(LAWS.row(family.form), rows, family.objective, arms=arms, sharing=family.sharing, best_of=best_of)
+    form = LAWS.row(family.form)
+    return solve(form, rows, form.objective, arms=arms, sharing=family.sharing, best_of=best_of)
 
 
 def frontiers(fitted: Minimum, theta: Array, arm: int) -> tuple[Array, Array, Array]:
     """Law of compute ``floor + exp(log_scale) * C^-exponent`` of an arm for each vector of parameters.
 
-    Args:
-        fitted: The family.
-        theta: Shape ``(parameters,)`` or ``(draws, parameters)``.
-        arm: Number of the arm.
-
     Returns:
-        Log scale (C in PFLOP/s-days), exponent and floor, each of shape ``(draws,)``. Log scale and exponent are NaN
-        where an exponent of the law is not positive.
+        Log scale (C in PFLOP/s-days), exponent and floor, each of shape ``(draws,)`` for `theta` of shape
+        ``(parameters,)`` or ``(draws, parameters)``. Log scale and exponent are NaN where an exponent is not positive.
     """
     constants, exponents = fitted.layout.parameters(np.atleast_2d(theta), arm)
     with np.errstate(all="ignore"):
@@ -138,25 +122,16 @@ def frontiers(fitted: Minimum, theta: Array, arm: int) -> tuple[Array, Array, Ar
     return np.where(bad, np.nan, log_scale), np.where(bad, np.nan, power), floor
 
 
-def ratio_of(fitted: Minimum, theta: Array, losses: Array, baseline: int = 0, challenger: int = 1) -> Array:
-    """Log match ratio ``ln C_challenger(L) - ln C_baseline(L)`` at each loss; NaN where a law does not reach it.
+def ratio_of(fitted: Minimum, theta: Array, losses: Array) -> Array:
+    """Log match ratio ``ln C_1(L) - ln C_0(L)`` of arm 1 over arm 0 at each loss; NaN where a law does not reach it.
 
     The compute at a loss solves ``L = floor + exp(log_scale) * C^-exponent``, so
-    ``ln C = (log_scale - ln(L - floor)) / exponent``.
-
-    Args:
-        fitted: The family.
-        theta: Parameters, shape ``(parameters,)`` or ``(draws, parameters)``.
-        losses: Shape ``(losses,)``.
-        baseline: Number of the arm compared against.
-        challenger: Number of the arm compared.
-
-    Returns:
-        Shape ``(losses,)`` or ``(draws, losses)``.
+    ``ln C = (log_scale - ln(L - floor)) / exponent``. The shape is ``(losses,)`` or ``(draws, losses)``, as that of
+    `theta` is.
     """
     logs = []  # ln C of each arm, shape (draws, losses)
     # A loss at or below a floor has no compute: NaN, which intervals count as beyond both ends.
-    for arm in (challenger, baseline):
+    for arm in (1, 0):
         log_scale, power, floor = frontiers(fitted, theta, arm)
         above = losses - floor[:, None]
         with np.errstate(all="ignore"):
@@ -177,12 +152,6 @@ def factors(fitted: Minimum, draws: Array, arm: int, name: str) -> Factors:
     """Factors of one parameter and of one token of an arm relative to the first arm, under shared exponents.
 
     The terms are ``A_arm N^-alpha`` with one alpha: ``A_arm N^-alpha = A_0 (f N)^-alpha`` for ``f = (A_0 / A_arm)^(1/alpha)``.
-
-    Args:
-        fitted: A family over surfaces that shares its exponents.
-        draws: Resampled parameters, shape ``(draws, parameters)``.
-        arm: Number of the arm.
-        name: Its name.
     """
     layout, terms = fitted.layout, fitted.layout.form.terms
 

@@ -17,9 +17,10 @@ from analysis.data.cells import Array, Rows
 from analysis.fitting.laws import LAWS, Law, LawForm
 from analysis.fitting.objective import HUBER, HUBER_DELTA, Objective
 from analysis.fitting.parameterization import Parameterization, Sharing, parameterize
-from analysis.fitting.solver import Problem, Solution, minimise, objective, predict
+from analysis.fitting.solver import Problem, minimise, objective, predict
 from scaling.errors import UserError
 from scaling.io import Strict
+from scaling.units import pflops_days
 
 Status = Literal["converged", "at_bound", "not_identified", "failed"]
 
@@ -157,28 +158,22 @@ def solve(
     best = int(np.nanargmin(found.objective))
     # A best start that converged on all rows needs no last descent.
     last = minimise(problem, found.theta[best]) if found.gap[best] > 1e-9 or searched is not problem else None
-    theta = found.theta[best] if last is None else last.theta[0]
-    certificate = _certificate(found, best, last)
+    # Agreement is judged among the starts at the end of the search, the rest at the end of the last descent.
+    end, at = (found, best) if last is None else (last, 0)
+    theta = end.theta[at]
+    certificate = Certificate(
+        objective=float(end.objective[at]),
+        gradient=float(end.gradient[at]),
+        gap=float(end.gap[at]),
+        starts=len(found.objective),
+        agreeing=float(np.mean(found.objective <= float(found.objective[best]) * (1.0 + 1e-6) + 1e-18)),
+        iterations=found.iterations + (last.iterations if last else 0),
+    )
     if objective_.function == "absolute":
         from analysis.fitting.least_absolute import least_absolute
 
         theta, certificate = least_absolute(problem, theta, certificate)
     return Minimum(layout, problem, theta, certificate)
-
-
-def _certificate(found: Solution, best: int, last: Solution | None) -> Certificate:
-    # Agreement is judged among the starts at the end of the search, the rest at the end of the last descent.
-    end, at = (found, best) if last is None else (last, 0)
-    lowest = float(end.objective[at])
-    agreeing = np.mean(found.objective <= float(found.objective[best]) * (1.0 + 1e-6) + 1e-18)
-    return Certificate(
-        objective=lowest,
-        gradient=float(end.gradient[at]),
-        gap=float(end.gap[at]),
-        starts=len(found.objective),
-        agreeing=float(agreeing),
-        iterations=found.iterations + (last.iterations if last else 0),
-    )
 
 
 def fit_law(
@@ -226,8 +221,6 @@ def describe(
     objective: Objective,
 ) -> Fit:
     """The `Fit` of one arm of a minimum over several."""
-    from scaling.units import pflops_days
-
     own = np.flatnonzero(rows.arm == number)
     numbers = numbers if numbers is not None else [int(row) + 1 for row in own]
     status, remark = judge(fitted)
@@ -283,9 +276,8 @@ def judge(fitted: Minimum) -> tuple[Status, str]:
 
 def _collinear(fitted: Minimum) -> bool:
     """True if two columns of the form rise together over the rows, so that their exponents cannot be separated."""
-    slots = enumerate(fitted.layout.slots)
     columns: dict[str, Array] = {}  # minus the centred log of each column, shape (rows,)
-    for j, slot in slots:
+    for j, slot in enumerate(fitted.layout.slots):
         if slot.column:
             # Slots of single arms are zero on the rows of the others, so they add up to the column.
             columns[slot.column] = columns.get(slot.column, 0.0) + np.asarray(fitted.problem.z[:, j])
@@ -297,16 +289,12 @@ def _collinear(fitted: Minimum) -> bool:
     return False
 
 
-def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the floor by profile likelihood, in nats.
+def profile_floor(fitted: Minimum, position: int) -> tuple[float, float]:
+    """The 95 % interval of the floor by profile likelihood, in nats.
 
     With ``S(E)`` the objective minimised over all other parameters at a fixed floor E, and S its minimum, E is kept if
-    ``S(E) <= S * (1 + F(1, n - p; level) / (n - p))`` for n rows and p parameters.
-
-    Args:
-        fitted: A minimum of a law with a floor.
-        position: Position of the floor's logarithm among the parameters.
-        level: Confidence.
+    ``S(E) <= S * (1 + F(1, n - p; 0.95) / (n - p))`` for n rows and p parameters. The floor's logarithm is the parameter
+    at `position`.
 
     Returns:
         Lowest and highest floor; the lowest is 0 where a law without floor fits about as well.
@@ -319,7 +307,7 @@ def profile_floor(fitted: Minimum, position: int, *, level: float = 0.95) -> tup
     if freedom < 1:
         return 0.0, top
     # F test of one more parameter: the increase of the objective over its value per degree of freedom.
-    allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, level)) / freedom)
+    allowed = fitted.certificate.objective * (1.0 + float(fdtri(1, freedom, 0.95)) / freedom)
     # From hardly any floor to nearly the smallest loss; all floors are minimised side by side.
     shares = np.concatenate([[1e-9], np.linspace(0.0, 1.0, PROFILE_STEPS + 1)[1:-1], [0.999]])
     start = np.repeat(theta[None], len(shares), axis=0)

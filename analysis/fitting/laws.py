@@ -244,18 +244,17 @@ class TermSum(Strict, frozen=True, tag="sum"):
 
     def text(self) -> str:
         """Formula with four to five digits; FLOPs are counts, not PFLOP/s-days."""
-        terms = []
-        for constant, powers in self._powers():
-            factors = [f"{SYMBOLS.get(name, name)}^{-exponent:.4f}" for name, exponent in powers]
-            terms.append(" ".join([f"{constant:.5g}", *factors]))
-        return " + ".join(terms)
+        return self._formula("{}^{:.4f}", " ")
 
     def math(self) -> str:
         """Formula as LaTeX, without dollars."""
+        return self._formula(r"\mathrm{{{}}}^{{{:.4f}}}", r"\,")
+
+    def _formula(self, factor: str, times: str) -> str:
         terms = []
         for constant, powers in self._powers():
-            factors = [rf"\mathrm{{{SYMBOLS.get(name, name)}}}^{{{-exponent:.4f}}}" for name, exponent in powers]
-            terms.append("\\,".join([f"{constant:.5g}", *factors]))
+            factors = [factor.format(SYMBOLS.get(name, name), -exponent) for name, exponent in powers]
+            terms.append(times.join([f"{constant:.5g}", *factors]))
         return " + ".join(terms)
 
 
@@ -269,13 +268,8 @@ def along_ladder(terms: tuple[tuple[str, ...], ...], constants: Array, exponents
     """The law of compute of a form with one term that falls, along a ladder of runs.
 
     With ``ln column_j = level_j + slope_j * ln C``, the term ``a * prod_j column_j^-p_j`` is
-    ``exp(ln a - sum_j p_j level_j) * C^-(sum_j p_j slope_j)``.
-
-    Args:
-        terms: Columns of each term.
-        constants: Shape ``(draws, terms)``.
-        exponents: Shape ``(draws, columns)``.
-        ladder: Level and slope of each column.
+    ``exp(ln a - sum_j p_j level_j) * C^-(sum_j p_j slope_j)``. Constants have the shape ``(draws, terms)``, exponents
+    ``(draws, columns)``.
     """
     (falling,) = (number for number, names in enumerate(terms) if names)
     floors = [number for number, names in enumerate(terms) if not names]
@@ -293,11 +287,8 @@ def surface_frontier(constants: Array, exponents: Array) -> Frontier:
 
     The optimum (`LossSurface.optimum`) has ``N = k h^(beta / (alpha + beta))`` and ``D = h^(alpha / (alpha + beta)) / k``
     with ``h = C / 6`` and ``ln k = ln(alpha A / beta B) / (alpha + beta)``. Both terms then fall with the same power
-    ``alpha beta / (alpha + beta)`` of h, and ``A k^-alpha + B k^beta`` is their scale.
-
-    Args:
-        constants: E, A, B, shape ``(draws, 3)``.
-        exponents: alpha, beta, shape ``(draws, 2)``.
+    ``alpha beta / (alpha + beta)`` of h, and ``A k^-alpha + B k^beta`` is their scale. Constants are E, A, B, shape
+    ``(draws, 3)``; exponents are alpha, beta, shape ``(draws, 2)``.
     """
     # NaN or infinite where an exponent is not positive; the caller masks those draws.
     floor, alpha, beta = constants[:, 0], exponents[:, 0], exponents[:, 1]
@@ -366,10 +357,7 @@ class LawForm(NamedTuple):
     def draws(self, constants: Array, exponents: Array, ladder: Ladder) -> dict[str, Array]:
         """Parameters of resampled laws by name, each of shape ``(draws,)``, on the scale of `Law.parameters`.
 
-        Args:
-            constants: Shape ``(draws, terms)``.
-            exponents: Shape ``(draws, columns)``.
-            ladder: As in `law`.
+        Constants have the shape ``(draws, terms)``, exponents ``(draws, columns)``.
         """
         # Law by law, so that a resample is on exactly the scale of the value; extreme resamples may overflow.
         with np.errstate(all="ignore"):
@@ -383,18 +371,11 @@ class LawForm(NamedTuple):
         return along_ladder(self.terms, constants, exponents, ladder)
 
 
-def _scale(constant: float, exponent: float) -> float:
-    """The constant of a power of FLOPs as the constant of a power of PFLOP/s-days."""
-    return float(constant * flops_from_pflops_days(1.0) ** -exponent)
-
-
 def _power(constants: Array, exponents: Array) -> PowerLaw:
-    return PowerLaw(scale=_scale(constants[0], exponents[0]), exponent=float(exponents[0]))
-
-
-def _power_floor(constants: Array, exponents: Array) -> PowerLaw:
-    scale = _scale(constants[1], exponents[0])
-    return PowerLaw(scale=scale, exponent=float(exponents[0]), floor=float(constants[0]))
+    """The law from a constant of a power of FLOPs, after a floor where there is one."""
+    scale = constants[-1] * flops_from_pflops_days(1.0) ** -exponents[0]
+    floor = float(constants[0]) if len(constants) > 1 else 0.0
+    return PowerLaw(scale=float(scale), exponent=float(exponents[0]), floor=floor)
 
 
 def _surface(constants: Array, exponents: Array) -> LossSurface:
@@ -407,16 +388,13 @@ LAWS: Registry[LawForm] = Registry(
     "laws",
     {
         "power": LawForm(
-            label="a C^-b",
-            terms=(("flops",),),
-            example=PowerLaw(scale=2.608424, exponent=0.0544148),
-            build=_power,
+            label="a C^-b", terms=(("flops",),), example=PowerLaw(scale=2.608424, exponent=0.0544148), build=_power
         ),
         "power-floor": LawForm(
             label="E + a C^-b",
             terms=((), ("flops",)),
             example=PowerLaw(scale=0.92, exponent=0.155, floor=1.69),
-            build=_power_floor,
+            build=_power,
         ),
         "surface": LawForm(
             label="E + A N^-alpha + B D^-beta",

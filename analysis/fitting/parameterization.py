@@ -78,10 +78,6 @@ class Parameterization(NamedTuple):
         """Constants of one arm in units of the table, and its exponents; the last axes run over terms and over columns.
 
         A centred log constant c gives ``exp(c + sum_j p_j m_j)`` as factor of the raw columns.
-
-        Args:
-            theta: Shape ``(parameters,)`` or ``(draws, parameters)``.
-            arm: Number of the arm.
         """
         exponents, constants = [], []
         for term, names in enumerate(self.form.terms):
@@ -123,8 +119,7 @@ class Parameterization(NamedTuple):
         grid = []
         for choice in itertools.product(*(START_EXPONENTS[name] for name in powers)):
             values = dict(zip(powers, choice, strict=True))
-            theta = np.array([0.0 if name is None else values[name] for name in columns])
-            grid.append(theta)
+            grid.append([0.0 if name is None else values[name] for name in columns])
         theta = np.array(grid)
         # Each term without its constant, in units of the observed loss: (starts, rows, constants).
         basis = np.empty((len(theta), len(rows.loss), int(constants.sum())))

@@ -79,14 +79,8 @@ class Solution(NamedTuple):
 def predict(problem: Problem, theta: Array) -> tuple[Array, Array]:
     """Log prediction and shares of the terms.
 
-    ``ln P = m + ln sum_k exp(u_k - m)`` with m the largest ``u_k``, so that no exponential overflows.
-
-    Args:
-        problem: Rows and law.
-        theta: Shape ``(starts, parameters)``.
-
-    Returns:
-        Log prediction, shape ``(starts, rows)``, and shares, shape ``(starts, terms, rows)``.
+    ``ln P = m + ln sum_k exp(u_k - m)`` with m the largest ``u_k``, so that no exponential overflows. For `theta` of shape
+    ``(starts, parameters)`` the shapes are ``(starts, rows)`` and ``(starts, terms, rows)``.
     """
     # Holds u_k first, then exp(u_k - m), then the shares: one array for speed.
     shares = np.empty((len(theta), problem.terms, len(problem.loss)))
@@ -144,15 +138,8 @@ def _derivatives(problem: Problem, log_prediction: Array, shares: Array, r: Arra
         gradient_j = sum_rows w rho'(r) P J_j
         hessian_ij = sum_rows w rho''(r) P^2 J_i J_j + [k(i) = k(j)] w rho'(r) P p_k z_i z_j
 
-    Args:
-        problem: Rows, law and loss function.
-        log_prediction: Shape ``(starts, rows)``.
-        shares: Shape ``(starts, terms, rows)``.
-        r: Residuals, shape ``(starts, rows)``.
-        w: Weights, shape ``(starts, rows)``.
-
-    Returns:
-        Shapes ``(starts, parameters)``, ``(starts, parameters, parameters)`` and ``(starts, parameters)``.
+    Prediction and shares are those of `predict`; residuals r and weights w have the shape ``(starts, rows)``. The results
+    have the shapes ``(starts, parameters)``, ``(starts, parameters, parameters)`` and ``(starts, parameters)``.
     """
     jacobian = shares[:, problem.term]  # J, (starts, parameters, rows)
     jacobian *= problem.z.T
@@ -188,14 +175,7 @@ def _solve_chunk(
 
     A step is accepted if it does not raise the objective; then the damping falls tenfold, else it rises tenfold and the
     same Hessian is solved again. A problem is done when a step with little damping promises less than `tolerance`.
-
-    Args:
-        problem: Rows, law and loss function.
-        theta: Starts, shape ``(starts, parameters)``.
-        weights: Shape ``(starts, rows)``, or broadcast to it.
-        free: Positions of the parameters that move.
-        limit: Iterations at most.
-        tolerance: Relative to the objective.
+    The arguments are those of `minimise`, with `free` as positions.
     """
     theta = theta.copy()
     count, size = len(theta), len(free)
@@ -299,13 +279,8 @@ def group_steps(problem: Problem, theta: Array, groups: NDArray[np.intp], counts
 
     The step takes each resample's gradient and the curvature of all rows: what a refit gives to first order, at the
     cost of one pass over the rows for all resamples together. (The resample's own curvature would be noisier: under
-    Huber only the rows within the threshold have any.)
-
-    Args:
-        problem: Rows, law and loss function.
-        theta: The minimum of all rows.
-        groups: Number of the group of each row, ``0 .. groups - 1``.
-        counts: Number of times that each group is drawn, shape ``(resamples, groups)``.
+    Huber only the rows within the threshold have any.) `counts` is how often each group ``0 .. groups - 1`` is drawn, shape
+    ``(resamples, groups)``.
     """
     slopes, curvature = group_slopes(problem, theta, groups)
     return theta - newton_steps(curvature, counts @ slopes)

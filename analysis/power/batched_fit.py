@@ -4,11 +4,14 @@
 is too slow for a thousand studies of thirty plans. Here every study starts from the minimum of the noise-free runs, and
 Gauss-Newton steps are taken for all studies side by side. tests/sweeps/test_design.py compares the two.
 
-Rows are ordered by arm, then by cell: row ``arm * cells + cell``. A run that was lost has weight zero.
+Rows are ordered by arm, then by cell: row ``arm * cells + cell``. Arrays `loss` and `kept` have the shape
+``(studies, rows)``, `theta` ``(studies, parameters)``, `at` (where ratios are evaluated) ``(losses,)``. A run that was
+lost, False in `kept`, has weight zero.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,15 +47,10 @@ class Intervals(NamedTuple):
 
 
 def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
-    """Parameters of least squares in loss space, shape ``(studies, parameters)``.
+    """Parameters of least squares in loss space, from the family at the noise-free runs.
 
     Gauss-Newton with residuals ``e = (P - L)``, zero for lost runs, and Jacobian ``J = P p_k z`` (`analysis.fitting.solver`):
     ``(J'J + damping * diag(J'J)) step = -J'e``.
-
-    Args:
-        fitted: The family at the noise-free runs: layout and start.
-        loss: Shape ``(studies, rows)``.
-        kept: True for the runs that a study has, same shape.
     """
     z, term = fitted.problem.z, fitted.problem.term
     floors = np.array([not np.any(z[:, term == k] < 0.0) for k in term])
@@ -95,20 +93,10 @@ def fit_studies(fitted: Minimum, loss: Array, kept: Flags) -> Array:
     return theta
 
 
-def law_intervals(
-    fitted: Minimum, theta: Array, loss: Array, kept: Flags, at: Array, *, level: float = 0.95
-) -> Intervals:
+def law_intervals(fitted: Minimum, theta: Array, loss: Array, kept: Flags, at: Array) -> Intervals:
     """The interval of `analysis.uncertainty.intervals.t_interval` in every study, paired within cells.
 
     The steps are those of `analysis.uncertainty.intervals.linear` and `Linear.spread`, where they are explained.
-
-    Args:
-        fitted: The family's layout.
-        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
-        loss: Shape ``(studies, rows)``.
-        kept: Same shape.
-        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
-        level: Confidence.
     """
     studies, rows = loss.shape
     cells = rows // 2
@@ -131,10 +119,7 @@ def law_intervals(
     correlation = np.where(known, np.sum(one * two, axis=1) / np.where(size > 0, size, 1.0), 0.0).clip(-1.0, 1.0)
     noise = np.einsum("si,ij->sij", sigma**2, np.eye(2))
     noise[:, 0, 1] = noise[:, 1, 0] = correlation * sigma[:, 0] * sigma[:, 1]
-
-    def log_ratios(at_theta: Array) -> Array:
-        return ratio_of(fitted, at_theta, at)
-
+    log_ratios = partial(ratio_of, fitted, losses=at)
     slope = gradient(log_ratios, theta)  # (studies, losses, parameters)
     pull = np.matmul(slope, response).reshape(studies, len(at), 2, cells)
     A = np.einsum("skic,skjc->skij", pull, pull)
@@ -145,29 +130,18 @@ def law_intervals(
     error = np.sqrt(variance)
     degrees = freedom[:, None] * satterthwaite(variance, squares, freedom[:, None], 2)
     with np.errstate(invalid="ignore"):
-        half = t_quantile(np.maximum(degrees, 1e-9), level) * error
+        half = t_quantile(np.maximum(degrees, 1e-9)) * error
     half = np.where(freedom[:, None] < MIN_FREEDOM, np.nan, half)
     usable = (held.sum(axis=2) >= MIN_RUNS).all(axis=1)
     centre = np.where(usable[:, None], log_ratios(theta), np.nan)
     return Intervals(centre, centre - half, centre + half)
 
 
-def difference_intervals(
-    fitted: Minimum, theta: Array, loss: Array, kept: Flags, flops: Array, at: Array, *, level: float = 0.95
-) -> Intervals:
+def difference_intervals(fitted: Minimum, theta: Array, loss: Array, kept: Flags, flops: Array, at: Array) -> Intervals:
     """The interval of the paired difference line (`analysis.uncertainty.paired`), the baseline's exponent taken as fitted.
 
     The half width h of the log-loss difference at the challenger's compute becomes the ratio at ``L exp(-h)`` and
-    ``L exp(h)`` under the baseline's law.
-
-    Args:
-        fitted: The family's layout.
-        theta: Result of `fit_studies`, shape ``(studies, parameters)``.
-        loss: Shape ``(studies, rows)``.
-        kept: Same shape.
-        flops: FLOPs of the cells, shape ``(cells,)``.
-        at: Losses at which the ratio is evaluated, shape ``(losses,)``.
-        level: Confidence.
+    ``L exp(h)`` under the baseline's law. `flops` are those of the cells.
     """
     studies, rows = loss.shape
     cells = rows // 2
@@ -188,7 +162,7 @@ def difference_intervals(
         log_scale, power, floor = frontiers(fitted, theta, 1)
         challenger = (log_scale[:, None] - np.log(at - floor[:, None])) / power[:, None]
         half = residual * np.sqrt(1.0 / count + (challenger - centre) ** 2 / spread)
-        half = half * t_quantile(np.maximum(count - 2, 1e-9), level)
+        half = half * t_quantile(np.maximum(count - 2, 1e-9))
         log_scale, power, floor = frontiers(fitted, theta, 0)
         ends = [
             challenger - (log_scale[:, None] - np.log(at * np.exp(sign * half) - floor[:, None])) / power[:, None]

@@ -100,7 +100,7 @@ class _Simulator(NamedTuple):
     def forecast(self, name: str, seeds: Sequence[int], studies: int) -> PlanForecast:
         """The forecast of one plan."""
         which = np.repeat(np.arange(len(self.points)), seeds).astype(np.intp)
-        hours = sum(point.hours * count for point, count in zip(self.points, seeds, strict=True))
+        used = [(point, count) for point, count in zip(self.points, seeds, strict=True) if count]
         width, excludes, bias = None, 0.0, None
         try:
             found = simulate(
@@ -117,18 +117,13 @@ class _Simulator(NamedTuple):
             pass  # too few cells for the family, hence no interval
         else:
             one = forecasts(found, self.truth, self.target, margin=self.margin)[0]
-            width, excludes = one.width, one.excludes
-            bias = one.bias
+            width, excludes, bias = one.width, one.excludes, one.bias
         self.simulated(studies)
         return PlanForecast(
             name=name,
-            design=", ".join(
-                f"{point.name}{f' x{count}' if count > 1 else ''}"
-                for point, count in zip(self.points, seeds, strict=True)
-                if count
-            ),
+            design=", ".join(f"{point.name}{f' x{count}' if count > 1 else ''}" for point, count in used),
             cells=int(sum(seeds)),
-            hours=float(hours),
+            hours=float(sum(point.hours * count for point, count in used)),
             width=width,
             excludes=excludes,
             bias=bias,
@@ -199,14 +194,8 @@ def forecast(
     rows = [simulator.forecast("", seeds, min(SCREENING_STUDIES, studies)) for seeds in searched]
     frontier = _frontier(simulator, rows, searched, studies)
     first = simulator.forecast("as planned", plan, studies)
-    cheapest = next(
-        (
-            row
-            for row in frontier
-            if wanted is not None and row.width is not None and row.width <= wanted and row.hours <= (budget or np.inf)
-        ),
-        None,
-    )
+    reaching = [row for row in frontier if wanted is not None and row.width is not None and row.width <= wanted]
+    cheapest = next((row for row in reaching if row.hours <= (budget or np.inf)), None)
     return DesignForecast(
         campaign=campaign,
         baseline=arms[0],
@@ -237,15 +226,13 @@ def _frontier(
 ) -> list[PlanForecast]:
     """Plans narrower than every cheaper one, by rising cost, each simulated in full."""
     best = np.inf
-    again = []
+    kept: list[PlanForecast] = []
     for number in sorted(range(len(rows)), key=lambda k: rows[k].hours):
         width = rows[number].width
-        if width is not None and width < best * SCREENING_MARGIN:
-            again.append(number)
-            best = min(best, width)
-    full = [simulator.forecast("", searched[number], studies) for number in again]
-    kept: list[PlanForecast] = []
-    for row in full:
+        if width is None or width >= best * SCREENING_MARGIN:
+            continue
+        best = min(best, width)
+        row = simulator.forecast("", searched[number], studies)
         if row.width is not None and (not kept or row.width < (kept[-1].width or 0.0)):
             kept.append(row)
     return kept
@@ -295,11 +282,7 @@ def _assumptions(laws: Laws, noise: Noise, family: str, lost: float, cells: int)
 
 
 def laws_of(study: Study, arms: tuple[str, str], name: str) -> Laws:
-    """The laws that a study fitted, as assumed laws.
-
-    Raises:
-        UserError: It does not compare these arms.
-    """
+    """The laws that a study fitted, as assumed laws; a `UserError` where it does not compare these arms."""
     for found in study.comparisons:
         if (found.baseline, found.challenger) == arms:
             one, two = found.fits[arms[0]], found.fits[arms[1]]

@@ -136,11 +136,7 @@ class Truth:
         self.grid = np.linspace(x[0] - 6.0, x[-1] + 9.0, 6001)
         split = np.interp(self.grid, x, n)
         split += slope * (np.minimum(self.grid - x[0], 0.0) + np.maximum(self.grid - x[-1], 0.0))
-        columns = {
-            "params": np.exp(split),
-            "tokens": np.exp(self.grid - split) / 6.0,
-            "flops": np.exp(self.grid),
-        }
+        columns = {"params": np.exp(split), "tokens": np.exp(self.grid - split) / 6.0, "flops": np.exp(self.grid)}
         self.losses = [law.evaluate(columns) for law in (laws.baseline, laws.challenger)]
 
     def loss(self, flops: Array, arm: int) -> Array:
@@ -213,11 +209,7 @@ def draw(
 
 def rows_of(cells: PlannedCells, loss: Array) -> Rows:
     """Cells of two arms as rows, by arm and then by cell."""
-    columns = {
-        "params": np.tile(cells.params, 2),
-        "tokens": np.tile(cells.tokens, 2),
-        "flops": np.tile(cells.flops, 2),
-    }
+    columns = {name: np.tile(values, 2) for name, values in cells._asdict().items()}
     return Rows(np.repeat(np.arange(2), len(cells.flops)).astype(np.intp), loss, columns)
 
 
@@ -258,24 +250,15 @@ def simulate(
 
 
 def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: float = 1.0) -> list[Forecast]:
-    """Widths, exclusion rates, bias and coverage over the studies at each loss.
-
-    Args:
-        simulated: Result of `simulate`.
-        truth: The laws that the studies were drawn from.
-        at: The losses of `simulate`, shape ``(losses,)``.
-        margin: The ratio that an interval should exclude.
-    """
+    """Widths, exclusion rates (of the ratio `margin`), bias and coverage over the studies at each loss of `simulate`."""
     found, other = simulated.laws, simulated.paired
     compute = [truth.flops(at, arm) for arm in (0, 1)]
     result = []
-    straight = not truth.has_floor
     for k, loss in enumerate(at):
         known = np.isfinite(found.low[:, k]) & np.isfinite(found.high[:, k])
         low, high, width = found.low[known, k], found.high[known, k], found.width[known, k]
         true = float(compute[1][k] / compute[0][k])
-        answered = float(known.mean())
-        enough = answered > 0.5
+        enough = float(known.mean()) > 0.5
         paired = other.width[np.isfinite(other.width[:, k]), k]
         edge = np.log(margin)
         result.append(
@@ -287,11 +270,11 @@ def forecasts(simulated: SyntheticStudies, truth: Truth, at: Array, *, margin: f
                 width=float(np.median(width)) if enough else None,
                 width_low=float(np.quantile(width, 0.1)) if enough else None,
                 width_high=float(np.quantile(width, 0.9)) if enough else None,
-                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 and straight else None,
+                paired_width=float(np.median(paired)) if len(paired) > len(known) / 2 and not truth.has_floor else None,
                 excludes=float(np.sum((low > edge) | (high < edge)) / len(known)),
                 bias=float(np.expm1(np.median(found.ratio[known, k] - np.log(true)))) if enough else None,
                 coverage=float(np.mean((low <= np.log(true)) & (np.log(true) <= high))) if enough else None,
-                unanswered=1.0 - answered,
+                unanswered=1.0 - float(known.mean()),
             )
         )
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from analysis.fitting.fit import Fit, Minimum, describe
 from analysis.fitting.laws import LAWS, Law
 from analysis.ratio.cost_metrics import ConventionRatio, convention_ratios
 from analysis.ratio.definitions import Definition, arrow, at_largest, from_runs
-from analysis.ratio.match import MatchRatio, at_loss, common_losses, compute_law
+from analysis.ratio.match import MatchRatio, at_loss, common_losses
 from analysis.uncertainty.intervals import (
     MAX_CELLS_FOR_T_INTERVAL,
     ROUNDING,
@@ -28,17 +30,27 @@ from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import pflops_days
 
+DEFAULT_RESAMPLES = 1000
 CURVE_EXTRAPOLATION = 10.0
 """Factor of compute beyond the largest run up to which curves go on; they are marked there."""
-NO_NOISE_REMARK = (
-    "none: the losses follow the laws, or each other, to rounding, so there is no noise to estimate it from"
-)
+NO_NOISE_REMARK = "none: the losses follow the laws or each other to rounding, so there is no noise to estimate it from"
 CV_IMPROVEMENT = 0.9
 """A family replaces a simpler one when its error at rungs left out is at most this share of the simpler one's."""
 SEPARATE_FLOORS_IMPROVEMENT = 0.5
 """The same for families with a floor for each arm, against the best of the others."""
 MAX_LISTED_RUNGS = 8
 """Rungs up to which each has its ratio; of more, seven computes between the ends have one."""
+
+
+class StudyOptions(Strict, frozen=True):
+    """Options of `analysis.ratio.study.fit_table` as they were passed."""
+
+    baseline: str | None = None
+    challenger: str | None = None
+    family: str | None = None
+    extrapolate: bool = False
+    resamples: int = DEFAULT_RESAMPLES
+    seed: int = 0
 
 
 class Band(Strict, frozen=True):
@@ -107,21 +119,14 @@ class Comparison(Strict, frozen=True):
 
 
 def compare(
-    cells: Cells,
-    table: RunsTable,
-    alone: dict[str, Fit],
-    *,
-    ladder: bool,
-    family: str | None,
-    extrapolate: bool,
-    resamples: int,
-    seed: int,
+    cells: Cells, table: RunsTable, alone: dict[str, Fit], options: StudyOptions, *, ladder: bool
 ) -> Comparison:
     """One challenger against the baseline, over the families that the table can carry."""
     base, other = cells.arms
+    extrapolate, resamples, seed = options.extrapolate, options.resamples, options.seed
     _check_losses(cells, table.name, extrapolate=extrapolate)
     candidates = _candidates(cells, ladder=ladder)
-    chosen, reason = _choose(candidates, family, ladder=ladder)
+    chosen, reason = _choose(candidates, options.family)
     fitted, kind = candidates[chosen][0], LAW_FAMILIES[chosen]
     fits = {
         arm: describe(
@@ -131,7 +136,7 @@ def compare(
             arm=arm,
             number=number,
             numbers=cells.numbers[cells.rows.arm == number].tolist(),
-            objective=kind.objective,
+            objective=LAWS.row(kind.form).objective,
         )
         for number, arm in enumerate(cells.arms)
     }
@@ -169,12 +174,9 @@ def compare(
 
 
 def _check_losses(cells: Cells, name: str, *, extrapolate: bool) -> None:
-    ranges = [
-        (float(own.min()), float(own.max()))
-        for own in (cells.rows.loss[cells.rows.arm == arm] for arm in range(len(cells.arms)))
-    ]
-    if not extrapolate and not max(r[0] for r in ranges) <= min(r[1] for r in ranges):
-        ranges_text = "; ".join(f"{arm} {r[0]:.4g} to {r[1]:.4g}" for arm, r in zip(cells.arms, ranges, strict=True))
+    losses = {arm: cells.rows.loss[cells.rows.arm == number] for number, arm in enumerate(cells.arms)}
+    if not extrapolate and max(own.min() for own in losses.values()) > min(own.max() for own in losses.values()):
+        ranges_text = "; ".join(f"{arm} {own.min():.4g} to {own.max():.4g}" for arm, own in losses.items())
         raise UserError(
             f"{name}, column loss: the arms have no loss in common ({ranges_text}), so every ratio would be an "
             "extrapolation. Train larger runs of the worse arm or smaller ones of the better, or pass --extrapolate to "
@@ -219,9 +221,7 @@ def _candidates(cells: Cells, *, ladder: bool) -> dict[str, tuple[Minimum, float
     return found
 
 
-def _choose(
-    candidates: dict[str, tuple[Minimum, float | None]], family: str | None, *, ladder: bool
-) -> tuple[str, str]:
+def _choose(candidates: dict[str, tuple[Minimum, float | None]], family: str | None) -> tuple[str, str]:
     if family is not None:
         if family not in candidates:
             raise UserError(
@@ -234,15 +234,14 @@ def _choose(
     first = usable.get(default)
     if first is None:
         return default, "the simplest: too few rungs to leave one out and compare"
-    better = {
-        key: error for key, error in usable.items() if error < CV_IMPROVEMENT * first and _falls(candidates[key][0])
-    }
     # The floor is a property of the data, so a floor of its own for each arm needs strong evidence.
-    others = [error for key, error in usable.items() if not LAW_FAMILIES[key].separate_floors]
+    shared = min(error for key, error in usable.items() if not LAW_FAMILIES[key].separate_floors)
     better = {
         key: error
-        for key, error in better.items()
-        if not LAW_FAMILIES[key].separate_floors or error < SEPARATE_FLOORS_IMPROVEMENT * min(others)
+        for key, error in usable.items()
+        if error < CV_IMPROVEMENT * first
+        and _falls(candidates[key][0])
+        and (not LAW_FAMILIES[key].separate_floors or error < SEPARATE_FLOORS_IMPROVEMENT * shared)
     }
     if not better:
         return default, f"no other predicts rungs left out clearly better ({first:.2%} root mean square error)"
@@ -263,7 +262,7 @@ def _falls(fitted: Minimum) -> bool:
 
 def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) -> tuple[Array, int]:
     """Losses at which the ratio is evaluated: the headline's, one for each rung, the curve's; and the number of rungs."""
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
+    b, c = baseline.law.frontier(), challenger.law.frontier()
     floor = max(b.floor, c.floor)
     try:
         headline = common_losses(baseline, challenger)[0]
@@ -285,10 +284,7 @@ def _places(baseline: Fit, challenger: Fit, cells: Cells, *, extrapolate: bool) 
 
 
 def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, seed: int) -> tuple[Array, Array, str]:
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
-    centre = quantity(fitted.theta)
+    quantity = partial(ratio_of, fitted, losses=losses)
     count = len(np.unique(cells.cell))
     shared = len(cells.paired)
     paired = "paired within cells" if shared >= 3 else "arms independent: they share no cells"
@@ -297,14 +293,11 @@ def _intervals(fitted: Minimum, cells: Cells, losses: Array, resamples: int, see
         freedom = linear(fitted, cells).freedom
         how = f"95 % t interval, {freedom:.0f} degrees of freedom, {paired}, exponents' errors included"
         if np.isnan(low).all():
-            how = (
-                NO_NOISE_REMARK
-                if freedom >= 1.0
-                else "none: as many parameters as cells leave nothing to estimate the noise from"
-            )
+            few = "none: as many parameters as cells leave nothing to estimate the noise from"
+            how = NO_NOISE_REMARK if freedom >= 1.0 else few
     else:
         draws = quantity(bootstrap(fitted, _groups(cells), resamples=resamples, seed=seed))
-        low, high = has_width(*percentile(draws, centre))
+        low, high = has_width(*percentile(draws, quantity(fitted.theta)))
         how = f"95 % percentile interval of {resamples:,} case resamples of {count} cells, all laws refitted, {paired}"
         if np.isnan(low).all():
             how = NO_NOISE_REMARK
@@ -325,9 +318,7 @@ def _factors(chosen: str, fitted: Minimum, cells: Cells, resamples: int, seed: i
 
 
 def _model(key: str, fitted: Minimum, error: float | None, cells: Cells, losses: Array) -> ModelRatio:
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
+    quantity = partial(ratio_of, fitted, losses=losses)
     family = LAW_FAMILIES[key]
     value = float(quantity(fitted.theta)[0])
     low, high = (float(end[0]) for end in t_interval(fitted, cells, quantity))
@@ -348,10 +339,7 @@ def _model(key: str, fitted: Minimum, error: float | None, cells: Cells, losses:
 
 def _band(fitted: Minimum, cells: Cells, arm: int, fit: Fit) -> Band:
     grid = np.geomspace(fit.compute_range[0] / 1.5, fit.compute_range[1] * CURVE_EXTRAPOLATION, 49)
-
-    def quantity(theta: Array) -> Array:
-        return log_loss_of(fitted, theta, grid, arm)
-
+    quantity = partial(log_loss_of, fitted, compute=grid, arm=arm)
     centre = quantity(fitted.theta)
     low, high = t_interval(fitted, cells, quantity)
     low, high = (np.where(np.isfinite(end), end, centre) for end in (low, high))

@@ -6,6 +6,7 @@ rest of its cost.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,12 +71,25 @@ def convention_ratios(
         cost = _numbers(used, column)
         if cost is None:
             continue
-        ratio = (
-            _on_ladder(column, cells, family, cost, loss)
-            if family.design == "ladder"
-            else _on_grid(column, cells, fitted, cost, loss)
+        if family.design == "ladder":
+            value, low, high = _on_ladder(cells, family, cost, loss)
+            how = "laws of the same family fitted to this cost"
+        else:
+            value, low, high = _on_grid(cells, fitted, cost, loss), np.nan, np.nan
+            how = "the FLOPs ratio times the mean cost of a FLOP"
+        if not np.isfinite(value):
+            continue
+        sure = np.isfinite(low) and np.isfinite(high)
+        found.append(
+            ConventionRatio(
+                column=column,
+                label=COST_LABELS.get(column, column),
+                ratio=float(np.exp(value)),
+                low=float(np.exp(low)) if sure else None,
+                high=float(np.exp(high)) if sure else None,
+                how=how,
+            )
         )
-        found += [ratio] if ratio is not None else []
     return found
 
 
@@ -94,42 +108,22 @@ def _numbers(used: pd.DataFrame, column: str) -> Array | None:
     return values if np.all(np.isfinite(values) & (values > 0)) else None
 
 
-def _on_ladder(column: str, cells: Cells, family: LawFamily, cost: Array, loss: float) -> ConventionRatio | None:
-    costed = cells._replace(rows=cells.rows._replace(columns={**cells.rows.columns, "flops": cost}))
+def _on_ladder(cells: Cells, family: LawFamily, cost: Array, loss: float) -> tuple[float, float, float]:
+    """Log ratio under laws of this cost, and the ends of its interval; NaN where there is none."""
     if any(len(np.unique(cost[cells.rows.arm == arm])) < 3 for arm in range(len(cells.arms))):
-        return None
+        return np.nan, np.nan, np.nan
+    costed = cells._replace(rows=cells.rows._replace(columns={**cells.rows.columns, "flops": cost}))
     fitted = fit_family(family, costed.rows, len(cells.arms), best_of=4)
-    losses = np.array([loss])
-
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
+    quantity = partial(ratio_of, fitted, losses=np.array([loss]))
     value = float(quantity(fitted.theta)[0])
     if not np.isfinite(value):
-        return None
+        return np.nan, np.nan, np.nan
     low, high = (float(end[0]) for end in t_interval(fitted, costed, quantity))
-    sure = np.isfinite(low) and np.isfinite(high)
-    return ConventionRatio(
-        column=column,
-        label=COST_LABELS.get(column, column),
-        ratio=float(np.exp(value)),
-        low=float(np.exp(low)) if sure else None,
-        high=float(np.exp(high)) if sure else None,
-        how="laws of the same family fitted to this cost",
-    )
+    return value, low, high
 
 
-def _on_grid(column: str, cells: Cells, fitted: Minimum, cost: Array, loss: float) -> ConventionRatio | None:
+def _on_grid(cells: Cells, fitted: Minimum, cost: Array, loss: float) -> float:
     value = float(ratio_of(fitted, fitted.theta, np.array([loss]))[0])
-    if not np.isfinite(value):
-        return None
     per_flop = np.log(cost / cells.rows.columns["flops"])
     first, second = (float(per_flop[cells.rows.arm == arm].mean()) for arm in (0, 1))
-    return ConventionRatio(
-        column=column,
-        label=COST_LABELS.get(column, column),
-        ratio=float(np.exp(value + second - first)),
-        low=None,
-        high=None,
-        how="the FLOPs ratio times the mean cost of a FLOP",
-    )
+    return value + second - first

@@ -9,23 +9,23 @@ import numpy as np
 
 from analysis.data.cells import SAME_COMPUTE, Array, Cells
 from analysis.fitting.fit import Fit
-from analysis.ratio.match import Extrapolation, at_loss, compute_law, support
+from analysis.ratio.match import Extrapolation, at_loss, support
 from analysis.uncertainty.intervals import ROUNDING
 from analysis.uncertainty.paired import Difference, cell_means
 from scaling.io import Strict
 from scaling.units import pflops_days
 
 
-class Definition(Strict, frozen=True):
+class Definition(Strict, frozen=True, kw_only=True):
     """One way to read a ratio off the runs."""
 
     name: str
     text: str
     """Method, in a sentence."""
     ratio: float
-    low: float | None
-    high: float | None
-    interval: str
+    low: float | None = None
+    high: float | None = None
+    interval: str = ""
     """Method of `low` and `high`; empty where there are none."""
     loss: float
     baseline_compute: float
@@ -33,6 +33,9 @@ class Definition(Strict, frozen=True):
     challenger_compute: float
     support: Extrapolation
 
+
+Point = tuple[float, float, float]
+"""A loss, and the compute (PFLOP/s-days) of the baseline and of the challenger there."""
 
 ARROW = "paper's arrow"
 """Name of Moonlight's own definition."""
@@ -43,7 +46,7 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
 
     One pair of runs and one fitted exponent. None where the arms share no cell or the baseline's law has a floor.
     """
-    law = compute_law(baseline.law)
+    law = baseline.law.frontier()
     if law.floor or not len(cells.paired):
         return None
     one, x = cell_means(cells, 0)
@@ -61,9 +64,6 @@ def arrow(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
         text="(challenger's loss / baseline's loss)^(1 / baseline's exponent) for the pair of runs at the largest "
         "compute that both arms have: one pair, not two laws (Moonlight, arXiv:2502.16982, Fig. 1a)",
         ratio=ratio,
-        low=None,
-        high=None,
-        interval="",
         loss=loss,
         baseline_compute=compute / ratio,
         challenger_compute=compute,
@@ -77,21 +77,20 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
     At the challenger's, under laws without a floor, with the t interval of the paired difference line: the exponent of
     the baseline's law is then taken as it was fitted. Under a floor the differences of log loss follow no line.
     """
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
+    b, c = baseline.law.frontier(), challenger.law.frontier()
     found = []
-    for arm, loss in (
-        ("challenger", c.loss(challenger.compute_range[1])),
-        ("baseline", b.loss(baseline.compute_range[1])),
-    ):
+    for arm, law, fit in (("challenger", c, challenger), ("baseline", b, baseline)):
+        loss = law.loss(fit.compute_range[1])
         if loss <= max(b.floor, c.floor):
             continue
         point = at_loss(baseline, challenger, loss)
-        low = high = None
+        low, high, interval = None, None, ""
         if difference is not None and arm == "challenger" and not b.floor and not c.floor:
             half = difference.at(point.challenger_compute)[1]
-            moved = [c.loss(challenger.compute_range[1]) * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
+            moved = [loss * float(np.exp(sign * half)) for sign in (-1.0, 1.0)]
             if half > ROUNDING and min(moved) > b.floor:
                 low, high = (point.challenger_compute / b.compute(value) for value in moved)
+                interval = "t interval of the paired difference line, the baseline's exponent taken as fitted"
         found.append(
             Definition(
                 name=f"laws at the {arm}'s largest run",
@@ -99,9 +98,7 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
                 ratio=point.ratio,
                 low=low,
                 high=high,
-                interval="t interval of the paired difference line, the baseline's exponent taken as fitted"
-                if low is not None
-                else "",
+                interval=interval,
                 loss=loss,
                 baseline_compute=point.baseline_compute,
                 challenger_compute=point.challenger_compute,
@@ -113,31 +110,39 @@ def at_largest(baseline: Fit, challenger: Fit, difference: Difference | None) ->
 
 def from_runs(baseline: Fit, challenger: Fit, cells: Cells) -> list[Definition]:
     """Definitions that use single runs, or lines fitted in another way."""
-    found = [_point_against_law(baseline, challenger, cells), _log_lines(baseline, challenger, cells)]
-    return [one for one in [*found, _between_runs(baseline, challenger, cells)] if one is not None]
-
-
-def _definition(
-    baseline: Fit,
-    challenger: Fit,
-    name: str,
-    text: str,
-    loss: float,
-    baseline_compute: float,
-    challenger_compute: float,
-) -> Definition:
-    return Definition(
-        name=name,
-        text=text,
-        ratio=challenger_compute / baseline_compute,
-        low=None,
-        high=None,
-        interval="",
-        loss=loss,
-        baseline_compute=baseline_compute,
-        challenger_compute=challenger_compute,
-        support=support(baseline, challenger, baseline_compute, challenger_compute),
-    )
+    texts = {
+        _point_against_law: (
+            "run against law",
+            "the compute of the challenger's largest run over what the baseline's law needs for that run's own loss",
+        ),
+        _log_lines: (
+            "log-log lines",
+            "straight lines through ln loss against ln compute by least squares, at the challenger's largest compute",
+        ),
+        _between_runs: (
+            "between runs",
+            "no law: the challenger's runs joined by straight lines in ln compute and ln loss, read at the loss of the "
+            "baseline's largest run that they reach",
+        ),
+    }
+    found = []
+    for method, (name, text) in texts.items():
+        point = method(baseline, challenger, cells)
+        if point is None:
+            continue
+        loss, needed, spent = point
+        found.append(
+            Definition(
+                name=name,
+                text=text,
+                ratio=spent / needed,
+                loss=loss,
+                baseline_compute=needed,
+                challenger_compute=spent,
+                support=support(baseline, challenger, needed, spent),
+            )
+        )
+    return found
 
 
 def _runs(cells: Cells, arm: int) -> tuple[Array, Array]:
@@ -149,23 +154,15 @@ def _runs(cells: Cells, arm: int) -> tuple[Array, Array]:
     return np.bincount(rung, weights=x) / counts, np.bincount(rung, weights=y) / counts
 
 
-def _point_against_law(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
-    law, (x, y) = compute_law(baseline.law), _runs(cells, 1)
+def _point_against_law(baseline: Fit, challenger: Fit, cells: Cells) -> Point | None:
+    law, (x, y) = baseline.law.frontier(), _runs(cells, 1)
     loss = float(np.exp(y[-1]))
     if loss <= law.floor:
         return None
-    return _definition(
-        baseline,
-        challenger,
-        "run against law",
-        "the compute of the challenger's largest run over what the baseline's law needs for that run's own loss",
-        loss,
-        law.compute(loss),
-        float(np.exp(x[-1])),
-    )
+    return loss, law.compute(loss), float(np.exp(x[-1]))
 
 
-def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
+def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Point | None:
     lines = []
     for arm in (0, 1):
         own = cells.rows.arm == arm
@@ -175,18 +172,10 @@ def _log_lines(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | Non
         return None
     at = float(np.log(challenger.compute_range[1]))
     level = float(np.polyval(lines[1], at))
-    return _definition(
-        baseline,
-        challenger,
-        "log-log lines",
-        "straight lines through ln loss against ln compute by least squares, at the challenger's largest compute",
-        float(np.exp(level)),
-        float(np.exp((level - lines[0][1]) / lines[0][0])),
-        float(np.exp(at)),
-    )
+    return float(np.exp(level)), float(np.exp((level - lines[0][1]) / lines[0][0])), float(np.exp(at))
 
 
-def _between_runs(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | None:
+def _between_runs(baseline: Fit, challenger: Fit, cells: Cells) -> Point | None:
     """No law: the challenger's runs joined by lines in ln C and ln L, at the lowest loss of the baseline's runs in range."""
     (bx, by), (cx, cy) = _runs(cells, 0), _runs(cells, 1)
     reached = np.flatnonzero((by >= cy.min()) & (by <= cy.max()))
@@ -194,13 +183,4 @@ def _between_runs(baseline: Fit, challenger: Fit, cells: Cells) -> Definition | 
         return None
     at = reached[-1]
     x = float(np.interp(-by[at], -cy, cx))
-    return _definition(
-        baseline,
-        challenger,
-        "between runs",
-        "no law: the challenger's runs joined by straight lines in ln compute and ln loss, read at the loss of the "
-        "baseline's largest run that they reach",
-        float(np.exp(by[at])),
-        float(np.exp(bx[at])),
-        float(np.exp(x)),
-    )
+    return float(np.exp(by[at])), float(np.exp(bx[at])), float(np.exp(x))

@@ -57,32 +57,23 @@ def support(baseline: Fit, challenger: Fit, baseline_compute: float, challenger_
 
 
 def common_losses(baseline: Fit, challenger: Fit) -> tuple[float, float]:
-    """Lowest and highest loss at which both laws are inside the compute of their runs.
-
-    Raises:
-        UserError: There is none: the ratio would be an extrapolation everywhere.
-    """
-    b, c = compute_law(baseline.law), compute_law(challenger.law)
-    low = max(b.loss(baseline.compute_range[1]), c.loss(challenger.compute_range[1]))
-    high = min(b.loss(baseline.compute_range[0]), c.loss(challenger.compute_range[0]))
+    """Lowest and highest loss at which both laws are inside the compute of their runs; a `UserError` without any."""
+    (b_high, b_low), (c_high, c_low) = (
+        [fit.law.frontier().loss(end) for end in fit.compute_range] for fit in (baseline, challenger)
+    )
+    low, high = max(b_low, c_low), min(b_high, c_high)
     if not low < high * (1 + RANGE_TOLERANCE):
         raise UserError(
-            f"{baseline.arm} covers losses {b.loss(baseline.compute_range[1]):.3f} to "
-            f"{b.loss(baseline.compute_range[0]):.3f} and {challenger.arm} "
-            f"{c.loss(challenger.compute_range[1]):.3f} to {c.loss(challenger.compute_range[0]):.3f}: the arms have no "
-            "loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm or smaller "
-            "ones of the better, or request extrapolated values by name."
+            f"{baseline.arm} covers losses {b_low:.3f} to {b_high:.3f} and {challenger.arm} {c_low:.3f} to {c_high:.3f}: "
+            "the arms have no loss in common, so every ratio would be an extrapolation. Train larger runs of the worse arm "
+            "or smaller ones of the better, or request extrapolated values by name."
         )
     return low, high
 
 
 def at_loss(baseline: Fit, challenger: Fit, loss: float, interval: tuple[float, float] | None = None) -> MatchRatio:
-    """The ratio at one loss.
-
-    Raises:
-        UnreachableLoss: The loss is at or below the floor of one of the laws.
-    """
-    b, c = compute_law(baseline.law).compute(loss), compute_law(challenger.law).compute(loss)
+    """The ratio at one loss; `UnreachableLoss` where it is at or below the floor of one of the laws."""
+    b, c = baseline.law.frontier().compute(loss), challenger.law.frontier().compute(loss)
     if not (0.0 < b < np.inf and 0.0 < c < np.inf):
         raise UnreachableLoss(
             f"loss {loss:g} takes more compute than a floating-point number holds; give a loss nearer the runs."

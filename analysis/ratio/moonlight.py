@@ -32,9 +32,6 @@ MOONLIGHT_ARROW = 0.519
 MOONLIGHT_PARAMS = (339_000_000, 545_000_000, 822_000_000, 1_100_000_000, 1_500_000_000)
 """N of the compute axis: with these every vertex of Fig. 3 falls on a whole step. Table 2 prints 399M for the first."""
 
-MOONLIGHT_TRUE_PARAMS = (339_738_624, 545_914_880, 822_083_584, 1_146_617_856, 1_585_971_200)
-"""Parameters of the blocks by the shapes of Table 2 and Llama's rule for the feed-forward width."""
-
 MOONLIGHT_BATCH = (96, 128, 160, 192, 256)
 """Sequences of 8192 tokens, Table 2."""
 
@@ -80,5 +77,4 @@ def moonlight_table(*, reconciled: bool = True) -> RunsTable:
                     "convention": "6nd",
                 }
             )
-    frame = pd.DataFrame(rows)
-    return check_table(frame, "Moonlight, Fig. 1a")
+    return check_table(pd.DataFrame(rows), "Moonlight, Fig. 1a")

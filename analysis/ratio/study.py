@@ -17,7 +17,7 @@ from analysis.data.table import RunsTable, check_table
 from analysis.fitting.families import LAW_FAMILIES
 from analysis.fitting.fit import Fit, fit_law
 from analysis.fitting.laws import LAWS
-from analysis.ratio.compare import Comparison, compare
+from analysis.ratio.compare import DEFAULT_RESAMPLES, Comparison, StudyOptions, compare
 from scaling.errors import UserError, unknown_name
 from scaling.io import Strict, read_json, write_json
 
@@ -25,23 +25,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-DEFAULT_RESAMPLES = 1000
-
 MAX_ARMS = 50
 """Arms of one study; each has a figure and a comparison."""
 
 FITS_FILE = "fits.json"
-
-
-class StudyOptions(Strict, frozen=True):
-    """Options of `fit_table` as they were passed."""
-
-    baseline: str | None = None
-    challenger: str | None = None
-    family: str | None = None
-    extrapolate: bool = False
-    resamples: int = DEFAULT_RESAMPLES
-    seed: int = 0
 
 
 class Study(Strict, frozen=True):
@@ -95,6 +82,14 @@ def fit_table(
             the arms have no loss in common.
     """
     table = check_table(table)
+    options = StudyOptions(
+        baseline=baseline,
+        challenger=challenger,
+        family=family,
+        extrapolate=extrapolate,
+        resamples=resamples,
+        seed=seed,
+    )
     arms = choose_arms(table, baseline, challenger)
     for arm in arms:
         check_computes(table, arm)
@@ -110,31 +105,12 @@ def fit_table(
         baseline=arms[0],
         arms=list(arms),
         fits=alone,
-        comparisons=[
-            compare(
-                cells,
-                table,
-                alone,
-                ladder=ladder,
-                family=family,
-                extrapolate=extrapolate,
-                resamples=resamples,
-                seed=seed,
-            )
-            for cells in pairs
-        ],
+        comparisons=[compare(cells, table, alone, options, ladder=ladder) for cells in pairs],
         left_out=sorted({out.row: out for cells in pairs for out in cells.left_out}.values(), key=lambda out: out.row),
         resamples=resamples,
         seed=seed,
         table_sha256=table.sha256,
-        options=StudyOptions(
-            baseline=baseline,
-            challenger=challenger,
-            family=family,
-            extrapolate=extrapolate,
-            resamples=resamples,
-            seed=seed,
-        ),
+        options=options,
     )
 
 
@@ -238,12 +214,12 @@ def _alone(table: RunsTable, arm: str, *, ladder: bool) -> Fit:
     law = next(name for name, form in LAWS.items() if form.design == design)
     cells = select(table, (arm,))
     fit = fit_law(law, cells.rows, arm=arm, numbers=cells.numbers.tolist())
-    if not ladder or (exponent := fit.law.frontier().exponent) > 0.0:
-        return fit
-    raise UserError(
-        f"arm {arm}: loss does not fall with compute (exponent {exponent:.3g}), so no compute matches a lower "
-        "loss. Check that loss and flops belong together, or leave out failed runs by a column status."
-    )
+    if ladder and not (exponent := fit.law.frontier().exponent) > 0.0:
+        raise UserError(
+            f"arm {arm}: loss does not fall with compute (exponent {exponent:.3g}), so no compute matches a lower "
+            "loss. Check that loss and flops belong together, or leave out failed runs by a column status."
+        )
+    return fit
 
 
 def load_or_fit(table: RunsTable | pd.DataFrame, folder: Path | str, **options: Any) -> Study:

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Array, LeftOut, Rows, run_of, select
+from analysis.data.cells import Array, Cells, LeftOut, Rows, run_of, select
 from analysis.data.table import RunsTable, check_table
-from analysis.fitting.fit import (
-    EFFICIENT_DELTA,
-    Fit,
-    Minimum,
-    describe,
-    solve,
-    tied_to_scale,
-)
+from analysis.fitting.fit import EFFICIENT_DELTA, Fit, Minimum, describe, solve, tied_to_scale
 from analysis.fitting.laws import LAWS, Law
 from analysis.fitting.objective import Objective
 from analysis.uncertainty.intervals import bootstrap, refit
@@ -128,10 +121,7 @@ def fit_arm(
     fit = describe(fitted, law, rows, arm=arm, numbers=cells.numbers.tolist(), objective=objective)
     if fit.status == "failed":
         raise UserError(f"{name}: these runs carry no law {law}. {fit.remark} Fit another.")
-    used = table.frame.loc[cells.numbers - 1]
-    run = run_of(used).factorize()[0]
-    clustered = run.max() + 1 < len(rows.loss)
-    groups = run if clustered else cells.cell
+    groups, clustered = _units(table, cells)
     unit = "runs, each with all its checkpoints" if clustered else "cells"
     draws = bootstrap(fitted, groups, resamples=resamples, seed=seed) if resamples else fitted.theta[None]
     return ArmFit(
@@ -155,10 +145,15 @@ def resampled_laws(
     table = check_table(table, columns=form.columns)
     cells = select(table, (arm,), ends_only=not form.uses_checkpoints)
     fitted = solve(form, cells.rows, form.objective)
-    run = run_of(table.frame.loc[cells.numbers - 1]).factorize()[0]
-    groups = run if run.max() + 1 < len(run) else cells.cell
-    draws = bootstrap(fitted, groups, resamples=resamples, seed=seed)
+    draws = bootstrap(fitted, _units(table, cells)[0], resamples=resamples, seed=seed)
     return fitted.layout.draws(draws), fitted.law().parameters()
+
+
+def _units(table: RunsTable, cells: Cells) -> tuple[NDArray[np.intp], bool]:
+    """Groups to resample, and whether they are runs with several rows each; otherwise they are cells."""
+    run = run_of(table.frame.loc[cells.numbers - 1]).factorize()[0]
+    clustered = bool(run.max() + 1 < len(run))
+    return (run if clustered else cells.cell), clustered
 
 
 def _parameters(fitted: Minimum, draws: Array) -> list[Parameter]:

@@ -5,18 +5,19 @@ The interval is for a run, not for the law: it adds the noise of one more run to
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Array, Cells, Rows, select
+from analysis.data.cells import Array, Cells, select
 from analysis.data.table import RunsTable, check_table
-from analysis.fitting.fit import Minimum, judge, solve
+from analysis.fitting.fit import judge, solve
 from analysis.fitting.laws import LAWS, Law, LawForm
-from analysis.fitting.solver import predict
+from analysis.fitting.solver import Problem, predict
 from analysis.ratio.study import check_computes, choose_arms, is_ladder
-from analysis.uncertainty.intervals import MIN_FREEDOM, ROUNDING, Linear, gradient, linear, t_quantile
+from analysis.uncertainty.intervals import MIN_FREEDOM, ROUNDING, gradient, linear, t_quantile
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.units import FLOPS_PER_PFLOPS_DAY, pflops_days
@@ -110,15 +111,16 @@ def _predict(
     fitted = solve(row, rows.take(kept), row.objective)
     own = cells._replace(rows=rows.take(kept), cell=cells.cell[kept], rung=cells.rung[kept], arms=(arm,))
     spread = linear(fitted, own)
-    remark = judge(fitted)[1]
     flops, found = cells.rows.columns["flops"], []
     for rung in np.unique(cells.rung[later]):
         here = later & (cells.rung == rung)
-        log_loss, error = _at(fitted, rows.take(here), spread)
+        problem = fitted.layout.problem(rows.take(here), space="log", delta=None)
+        log_loss = _mean_log_loss(fitted.theta, problem)[0]
+        error = spread.spread(gradient(partial(_mean_log_loss, problem=problem), fitted.theta))[0][0]
         half = None
         if spread.freedom >= MIN_FREEDOM:
             noise = float(spread.noise[0, 0]) / here.sum()
-            half = float(t_quantile(spread.freedom, 0.95)) * float(np.sqrt(error**2 + noise))
+            half = float(t_quantile(spread.freedom)) * float(np.sqrt(error**2 + noise))
             half = half if half > ROUNDING else None
         observed = float(np.exp(np.log(cells.rows.loss[here]).mean()))
         miss = float(np.log(observed) - log_loss)
@@ -137,20 +139,14 @@ def _predict(
                 runs=int(here.sum()),
                 error=miss,
                 inside=None if half is None else abs(miss) <= half,
-                remark=remark,
+                remark=judge(fitted)[1],
             )
         )
     return found
 
 
-def _at(fitted: Minimum, rows: Rows, spread: Linear) -> tuple[float, float]:
-    problem = fitted.layout.problem(rows, space="log", delta=None)
-
-    def mean(theta: Array) -> Array:
-        return np.array([predict(problem, theta[None])[0][0].mean()])
-
-    error = spread.spread(gradient(mean, fitted.theta))[0]
-    return float(mean(fitted.theta)[0]), float(error[0])
+def _mean_log_loss(theta: Array, problem: Problem) -> Array:
+    return np.array([predict(problem, theta[None])[0][0].mean()])
 
 
 def holdout_text(holdout: Holdout) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.data.cells import Rows, select
+from analysis.data.cells import Array, Rows, select
 from analysis.data.table import RunsTable, check_table
 from analysis.fitting.fit import Status, judge, solve
 from analysis.fitting.laws import LAWS, LossSurface
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 SAME_BUDGET = 0.08
 """Relative distance of computes that belong to one isoFLOP profile."""
 
-
-class NoValley(UserError):
-    """Profiles without an interior minimum, which say nothing about the best size."""
+LEFT_OUT_REASONS = {
+    "edge": "the best run is the smallest or the largest tried",
+    "outside": "the parabola's minimum lies beyond the runs",
+    "no minimum": "the parabola bends down",
+}
 
 
 class Valley(Strict, frozen=True):
@@ -92,13 +94,15 @@ def allocations(table: RunsTable | pd.DataFrame, arm: str | None = None) -> Allo
         raise TypeError(surface)
     found = valleys(rows)
     interior = [valley for valley in found if valley.position == "interior"]
-    left_out = [f"{valley.flops:.3g} FLOPs: {_why(valley)}" for valley in found if valley.position != "interior"]
+    left_out = [f"{v.flops:.3g} FLOPs: {LEFT_OUT_REASONS[v.position]}" for v in found if v.position != "interior"]
+    flops = np.array([valley.flops for valley in interior])
+    optimal = np.array([valley.params_optimal for valley in interior], dtype=np.float64)
     return Allocations(
         arm=arm,
         valleys=found,
         left_out=left_out,
         envelope=envelope(rows),
-        parabolas=_rules(interior) if len(interior) >= 2 else None,
+        parabolas=_rules(flops, optimal) if len(interior) >= 2 else None,
         surface=surface,
         surface_status=status,
         surface_exponent=surface.beta / (surface.alpha + surface.beta),
@@ -109,15 +113,7 @@ def allocations(table: RunsTable | pd.DataFrame, arm: str | None = None) -> Allo
     )
 
 
-def _why(valley: Valley) -> str:
-    return {
-        "edge": "the best run is the smallest or the largest tried",
-        "outside": "the parabola's minimum lies beyond the runs",
-        "no minimum": "the parabola bends down",
-    }[valley.position]
-
-
-def profiles(flops: NDArray[np.float64]) -> list[NDArray[np.intp]]:
+def profiles(flops: Array) -> list[NDArray[np.intp]]:
     """Rows of each isoFLOP profile, by rising compute: at least four runs within 8 % of one compute."""
     order = np.argsort(flops, kind="stable")
     logs = np.log(flops[order])
@@ -143,10 +139,10 @@ def valleys(rows: Rows) -> list[Valley]:
         centre = float(x.mean())
         curvature, slope, level = np.polyfit(x - centre, losses, 2)
         best = int(np.argmin(losses))
-        if curvature <= 0:
-            place, at = "no minimum", None
+        at = None if curvature <= 0 else centre - slope / (2 * curvature)
+        if at is None:
+            place = "no minimum"
         else:
-            at = centre - slope / (2 * curvature)
             place = "outside" if not x[0] < at < x[-1] else "edge" if best in (0, len(x) - 1) else "interior"
         kept = None if at is None else float(np.exp(at))
         found.append(
@@ -165,9 +161,7 @@ def valleys(rows: Rows) -> list[Valley]:
     return found
 
 
-def _rules(interior: list[Valley]) -> dict[str, PowerRule]:
-    flops = np.array([valley.flops for valley in interior])
-    params = np.array([valley.params_optimal for valley in interior], dtype=np.float64)
+def _rules(flops: Array, params: Array) -> dict[str, PowerRule]:
     return {"params": fit_power_rule(flops, params), "tokens": fit_power_rule(flops, flops / 6.0 / params)}
 
 
@@ -196,8 +190,7 @@ def envelope(rows: Rows, *, points: int = 1500) -> dict[str, PowerRule] | None:
         return None
     # One point for each size that takes a turn: the middle of its stretch, so that dense grids fake no certainty.
     middle = np.array([grid[used & (winner == size)].mean() for size in turns])
-    compute = np.exp(middle)
-    return {"params": fit_power_rule(compute, turns), "tokens": fit_power_rule(compute, compute / 6.0 / turns)}
+    return _rules(np.exp(middle), turns)
 
 
 def valley_bias(surface: LossSurface, interior: list[Valley]) -> float:

@@ -68,19 +68,18 @@ def outcomes(table: RunsTable | pd.DataFrame, arms: Sequence[str]) -> list[Budge
     used = runs[(runs["left_out"] == "") & runs["arm"].isin(arms)]
     if not len(used):
         raise UserError(f"{name}: there are {usable_text(runs)}; a comparison needs some. Finish runs first.")
-    first = arms[0]
     used = used.assign(rung=_budgets(used, name))
     used = used.assign(pair=_pairs(used))
     _check_budgets(used, name)
     found = []
     for rung, here in used.groupby("rung", sort=False):
-        reference = here[here["arm"] == first].groupby("pair")["loss"].mean()
+        reference = here[here["arm"] == arms[0]].groupby("pair")["loss"].mean()
         for arm in arms:
             own = here[here["arm"] == arm]
             if not len(own):
                 continue
             losses = own.groupby("pair")["loss"].mean()
-            apart = (losses - reference).dropna().to_numpy() if arm != first else np.array([])
+            apart = (losses - reference).dropna().to_numpy() if arm != arms[0] else np.array([])
             low, high = mean_interval(apart)
             found.append(
                 BudgetOutcome(
@@ -143,11 +142,11 @@ def _check_budgets(used: pd.DataFrame, name: str) -> None:
             )
 
 
-def mean_interval(values: Array, *, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """The t interval of a mean; None with fewer than two values, or where all are equal up to rounding."""
+def mean_interval(values: Array) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % t interval of a mean; None with fewer than two values, or where all are equal up to rounding."""
     if len(values) < 2 or float(np.ptp(values)) <= ROUNDING:
         return None, None
-    half = float(t_quantile(len(values) - 1, level)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    half = float(t_quantile(len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half
 
 
@@ -178,11 +177,9 @@ def gaps(curves: pd.DataFrame, *, baseline: str) -> pd.DataFrame:
 
 
 def overtakings(curves: pd.DataFrame, arms: Sequence[str]) -> list[Overtaking]:
-    """Pairs of arms whose curves cross and whose gap at the end excludes zero; crossings within the noise are left out.
+    """Pairs of arms whose curves (as for `gaps`) cross and whose gap at the end excludes zero, in the order of `arms`.
 
-    Args:
-        curves: As for `gaps`.
-        arms: The arms, in the order of the result.
+    Crossings within the noise are left out.
     """
     found = []
     for other in arms:
@@ -200,13 +197,9 @@ def overtakings(curves: pd.DataFrame, arms: Sequence[str]) -> list[Overtaking]:
 
 
 def last_crossing(along: pd.DataFrame) -> float | None:
-    """Tokens after which a mean gap stays below zero, by a line between two evaluations.
+    """Tokens after which the mean gap of one rung and arm (rows of `gaps`) stays below zero, interpolated linearly.
 
-    Args:
-        along: The rows of one rung and arm of what `gaps` returns.
-
-    Returns:
-        None where the gap does not end below zero; the first tokens where it is below zero from the start.
+    None where the gap does not end below zero; the first tokens where it is below zero from the start.
     """
     tokens, gap = along["tokens"].to_numpy(dtype=float), along["gap"].to_numpy(dtype=float)
     if not len(gap) or gap[-1] >= 0:

@@ -40,11 +40,11 @@ Quantity = Callable[[Array], Array]
 """Function from parameters, shape ``(parameters,)``, to derived values, shape ``(values,)``; NaN where undefined."""
 
 
-def t_quantile(freedom: float | Array, level: float) -> Array:
-    """The two-sided quantile of Student's t."""
+def t_quantile(freedom: float | Array) -> Array:
+    """The two-sided 95 % quantile of Student's t."""
     from scipy.special import stdtrit
 
-    return np.asarray(stdtrit(freedom, 0.5 + level / 2), dtype=np.float64)
+    return np.asarray(stdtrit(freedom, 0.975), dtype=np.float64)
 
 
 class Linear(NamedTuple):
@@ -71,10 +71,7 @@ class Linear(NamedTuple):
 
             sum_ij A_ij S_ij = trace(A S),    A_ij = sum_c (g' R_ic) (g' R_jc).
 
-        The degrees of freedom follow from `satterthwaite`.
-
-        Args:
-            slope: Derivatives in the parameters, shape ``(values, parameters)``.
+        The degrees of freedom follow from `satterthwaite`. The derivatives `slope` have the shape ``(values, parameters)``.
         """
         arms = len(self.noise)
         own = [self.response * (self.arm == a) for a in range(arms)]  # R of each arm, (parameters, rows)
@@ -104,13 +101,8 @@ def satterthwaite(variance: Array, squares: Array, nu: Array, arms: int) -> Arra
 
         E trace(A S)^2 = T + 2 Q / nu,    E trace((A S)^2) = Q + (T + Q) / nu,
 
-    and solving both for T and Q gives unbiased estimates.
-
-    Args:
-        variance: ``trace(A S)``.
-        squares: ``trace((A S)^2)``, same shape.
-        nu: Degrees of freedom of S, broadcast against both.
-        arms: Rows of S, the largest possible multiple.
+    and solving both for T and Q gives unbiased estimates. `variance` is ``trace(A S)``, `squares` is ``trace((A S)^2)``;
+    S has `arms` rows, the largest possible multiple.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = (nu + 2.0) * (nu - 1.0)
@@ -175,12 +167,7 @@ def _correlation(r: Array, first: Flags, second: Flags, cell: Numbers) -> float 
 def gradient(quantity: Quantity, theta: Array) -> Array:
     """Derivatives of the quantity by central differences, ``(q(theta + h) - q(theta - h)) / 2h``.
 
-    Args:
-        quantity: The derived values.
-        theta: Shape ``(parameters,)`` or ``(studies, parameters)``.
-
-    Returns:
-        Shape ``(values, parameters)`` or ``(studies, values, parameters)``.
+    Shape ``(values, parameters)``, or ``(studies, values, parameters)`` for `theta` of shape ``(studies, parameters)``.
     """
     columns = []
     for j in range(theta.shape[-1]):
@@ -190,14 +177,14 @@ def gradient(quantity: Quantity, theta: Array) -> Array:
     return np.stack(columns, axis=-1)
 
 
-def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity, *, level: float = 0.95) -> tuple[Array, Array]:
+def t_interval(fitted: Minimum, cells: Cells, quantity: Quantity) -> tuple[Array, Array]:
     """Low and high of each derived value, ``q +- t(nu) * standard error``; NaN without degrees of freedom."""
     found = linear(fitted, cells)
     centre = quantity(fitted.theta)
     if found.freedom < MIN_FREEDOM:
         return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
     error, freedom = found.spread(gradient(quantity, fitted.theta))
-    half = t_quantile(freedom, level) * error
+    half = t_quantile(freedom) * error
     return has_width(centre - half, centre + half)
 
 
@@ -211,10 +198,8 @@ def bootstrap(fitted: Minimum, groups: Numbers, *, resamples: int, seed: int = 0
     """Parameters refitted to resamples of whole groups (cells, or runs with their checkpoints).
 
     Each refit starts from the minimum of all data; resamples with extreme results are kept. Where rows times resamples pass
-    `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, which needs only the sums over each group.
-
-    Returns:
-        Shape ``(resamples, parameters)``.
+    `MAX_REFIT_WORK`, a refit is one Newton step from the minimum, which needs only the sums over each group. The result
+    has the shape ``(resamples, parameters)``.
     """
     names, inverse = np.unique(groups, return_inverse=True)
     generator = np.random.default_rng(seed)
@@ -247,19 +232,14 @@ def refit(fitted: Minimum, groups: Numbers, counts: Array) -> Array:
     return minimise(fitted.problem, fitted.theta, counts[:, groups], tolerance=1e-7, limit=60).theta
 
 
-def percentile(draws: Array, centre: Array, *, level: float = 0.95) -> tuple[Array, Array]:
-    """Low and high quantiles of each derived value over resamples, widened to contain the centre.
+def percentile(draws: Array, centre: Array) -> tuple[Array, Array]:
+    """The 2.5 % and 97.5 % quantiles of each derived value over resamples, widened to contain the centre.
 
     A resample without a value (NaN: a law that never reaches the loss) counts as beyond both ends, so that it widens the
-    interval.
-
-    Args:
-        draws: Shape ``(resamples, values)``.
-        centre: Values of the fit to all data, shape ``(values,)``.
-        level: Confidence.
+    interval. `draws` has the shape ``(resamples, values)``; the centre holds the values of the fit to all data.
     """
     # "nearest" keeps an infinite end infinite; interpolation would make NaN of it.
-    tail = (1.0 - level) / 2
+    tail = (1.0 - 0.95) / 2
     bad = np.isnan(draws)
     low = np.quantile(np.where(bad, -np.inf, draws), tail, axis=0, method="nearest")
     high = np.quantile(np.where(bad, np.inf, draws), 1.0 - tail, axis=0, method="nearest")

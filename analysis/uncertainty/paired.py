@@ -35,14 +35,14 @@ class Difference(Strict, frozen=True):
     correlation: float
     """Correlation of the two arms' residuals about their own log-log lines."""
 
-    def at(self, compute: float, *, level: float = 0.95) -> tuple[float, float]:
-        """The difference at a compute in PFLOP/s-days, and the half width of its t interval.
+    def at(self, compute: float) -> tuple[float, float]:
+        """The difference at a compute in PFLOP/s-days, and the half width of its 95 % t interval.
 
         The standard error of a regression line at x is ``residual * sqrt(1 / n + (x - centre)^2 / spread)``.
         """
         x = float(np.log(compute)) - self.centre
         error = self.residual * np.sqrt(1.0 / self.cells + x * x / self.spread)
-        return self.level + self.slope * x, float(t_quantile(self.cells - 2, level)) * float(error)
+        return self.level + self.slope * x, float(t_quantile(self.cells - 2)) * float(error)
 
 
 def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
@@ -58,8 +58,8 @@ def cell_means(cells: Cells, arm: int) -> tuple[Array, Array]:
     return loss, compute
 
 
-def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Difference | None:
-    """The paired difference line; None with fewer than three shared cells or two shared computes.
+def difference(cells: Cells) -> Difference | None:
+    """The paired difference line of the first two arms; None with fewer than three shared cells or two shared computes.
 
     With ``u = x - mean(x)``, the least-squares slope is ``sum(u d) / sum(u^2)``, with standard error
     ``residual / sqrt(sum(u^2))``. Cells whose arms differ in compute by more than 2 % are not paired.
@@ -67,8 +67,8 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
     from scipy.special import stdtr
 
     # Both arms at the same cells, by cell: ln loss and ln compute.
-    one, x = cell_means(cells, baseline)
-    two, other = cell_means(cells, challenger)
+    one, x = cell_means(cells, 0)
+    two, other = cell_means(cells, 1)
     same = np.abs(x - other) <= SAME_COMPUTE
     one, two, x = one[same], two[same], x[same]
     if len(x) < 3 or np.ptp(x) < SAME_COMPUTE:
@@ -86,7 +86,7 @@ def difference(cells: Cells, baseline: int = 0, challenger: int = 1) -> Differen
     freedom = len(x) - 2
     residual = float(np.sqrt(np.sum(left**2) / freedom))
     error = residual / spread**0.5
-    half = float(t_quantile(freedom, 0.95)) * error
+    half = float(t_quantile(freedom)) * error
     # Differences that are equal up to rounding show no slope; a test of one would divide rounding by rounding.
     flat = float(np.ptp(one - two)) <= ROUNDING
     r_one, r_two = line(one)[2], line(two)[2]

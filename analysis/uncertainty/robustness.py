@@ -6,6 +6,8 @@ was measured (tests/bench/bench_analysis.py).
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from analysis.data.cells import Array, Cells
@@ -55,11 +57,7 @@ def intervals_by_method(
     fitted: Minimum, cells: Cells, loss: float, line: Difference | None, *, resamples: int, seed: int
 ) -> list[Interval]:
     """The interval of the ratio at one loss by every method that the cells allow."""
-    losses = np.array([loss])
-
-    def quantity(theta: Array) -> Array:
-        return ratio_of(fitted, theta, losses)
-
+    quantity = partial(ratio_of, fitted, losses=np.array([loss]))
     centre = quantity(fitted.theta)
     # Every row in a cell of its own: no covariance between the arms.
     apart = cells._replace(cell=np.arange(len(cells.cell)))
@@ -71,18 +69,13 @@ def intervals_by_method(
         _interval("t, arms independent", alone, f"as if the arms shared nothing: too {'wide' if wider else 'narrow'}"),
     ]
     count = len(np.unique(cells.cell))
-    sign = "one sign for both arms of a cell" + (
-        "; too narrow with so few cells" if count <= MAX_CELLS_FOR_T_INTERVAL else ""
-    )
+    few = count <= MAX_CELLS_FOR_T_INTERVAL
+    sign = "one sign for both arms of a cell" + ("; too narrow with so few cells" if few else "")
     draws = quantity(wild(fitted, cells, resamples=resamples, seed=seed))
     found.append(_interval("wild bootstrap, paired", percentile(draws, centre), sign))
     draws = quantity(bootstrap(fitted, cells.cell, resamples=resamples, seed=seed))
-    few = (
-        "under-covers with so few cells"
-        if count <= MAX_CELLS_FOR_T_INTERVAL
-        else "both laws refitted in every resample"
-    )
-    found.append(_interval("case bootstrap, paired", percentile(draws, centre), few))
+    remark = "under-covers with so few cells" if few else "both laws refitted in every resample"
+    found.append(_interval("case bootstrap, paired", percentile(draws, centre), remark))
     if line is not None:
         baseline, challenger = (fitted.law(arm).frontier() for arm in (0, 1))
         if not baseline.floor and not challenger.floor:
@@ -104,10 +97,7 @@ def wild(fitted: Minimum, cells: Cells, *, resamples: int, seed: int) -> Array:
     """Parameters under wild resampling: each cell's residuals times one random weight, to first order.
 
     With the response ``R`` of `Linear` and residuals r, resample w is ``theta + sum_c w_c (R r)_c`` over cells c. The plan of
-    sizes stays as it is, and the noise may differ from cell to cell.
-
-    Returns:
-        Shape ``(resamples, parameters)``.
+    sizes stays as it is, and the noise may differ from cell to cell. The result has the shape ``(resamples, parameters)``.
     """
     found = linear(fitted, cells)
     names, inverse = np.unique(cells.cell, return_inverse=True)
