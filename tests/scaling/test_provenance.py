@@ -16,7 +16,7 @@ MUON, REGISTRY = "scaling/optim/muon.py", "scaling/models/registry.py"
 @pytest.mark.parametrize(
     ("file", "old", "new", "changed"),
     [
-        (MUON, "Muon beside AdamW as one", "AdamW and Muon as one", []),
+        (MUON, "momentum, orthogonalised matrix", "AdamW and Muon as one", []),
         (MUON, "from __future__", "# a comment\n\n\nfrom __future__", []),
         (REGISTRY, "upcycling makes experts", "experts are made", []),
         (MUON, 'group["rms"] * max(', '3 * group["rms"] * max(', [MUON]),

@@ -154,7 +154,7 @@ def test_a_stopped_upcycled_run_continues_from_its_checkpoint(
 
 def test_a_missing_or_unlike_parent_is_refused(parent: Path, tiny_shards: Path) -> None:
     orphan = msgspec.structs.replace(child_of(parent), warm_start=WarmStart(run="0" * 12, method="upcycle"))
-    with pytest.raises(UserError, match=r"which is nowhere\. Train that run first"):
+    with pytest.raises(UserError, match="there is no such directory, and the warm start of run"):
         finish(place(orphan, parent.parent, tiny_shards))
     wider = msgspec.structs.replace(with_experts(), width=32)
     with pytest.raises(UserError, match=r"weight embedding.weight is 256x16, and this run's shape makes it 256x32"):
