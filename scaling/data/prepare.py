@@ -85,11 +85,7 @@ def config_hash(config: DataConfig) -> str:
 
 
 def default_folder(config: DataConfig, root: Path) -> Path:
-    """Default folder of the shards: ``<root>/data/<source>-<8 digits of the config hash>``.
-
-    Raises:
-        DataError: The files that the configuration names do not exist.
-    """
+    """Default folder of the shards: ``<root>/data/<source>-<8 digits of the config hash>``."""
     return root / "data" / f"{config.source}-{config_hash(config)[:8]}"
 
 
@@ -97,9 +93,6 @@ def at_most(config: DataConfig) -> tuple[int, int] | None:
     """Upper bounds of the training and validation tokens from the sizes of files; None if sizes do not bound them.
 
     With byte tokens, each byte of a plain text file is a token, and each document ends with one more.
-
-    Raises:
-        DataError: The files do not exist, or all of them are empty.
     """
     if config.tokenizer != BYTES or config.source != "text":
         return None
@@ -242,12 +235,12 @@ class _Batch(msgspec.Struct):
 
 
 def _batches(config: DataConfig, saved: Progress) -> Iterator[_Batch]:
-    """Documents that were not processed yet, each with its split, in batches of about `BATCH_BYTES`.
-
-    Raises:
-        _SourceChanged: The processed documents are not those that the source yields now.
-    """
-    inside = _splits_inside(config)
+    """Documents that were not processed yet, each with its split, in batches of about `BATCH_BYTES`."""
+    inside = False
+    if config.validation is None:
+        # Too few documents to split by content? Counted in a separate pass: they may be too large to be kept in memory.
+        few = min_documents_to_split_by_content(config.validation_fraction)
+        inside = sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), few)) < few
     divide = split_inside if inside else split_by_content
     chain = b"inside" if inside else b""  # a preparation that was interrupted under the other rule starts again
     number = size = 0
@@ -277,15 +270,6 @@ def _batches(config: DataConfig, saved: Progress) -> Iterator[_Batch]:
         raise _SourceChanged
     if texts:
         yield _Batch(texts, splits, number, chain, done)
-
-
-def _splits_inside(config: DataConfig) -> bool:
-    """True if there are too few documents to split by content."""
-    if config.validation is not None:
-        return False
-    enough = min_documents_to_split_by_content(config.validation_fraction)
-    # Counted in a separate pass, because the documents may be too large to be kept in memory.
-    return sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), enough)) < enough
 
 
 def _saved_progress(folder: Path, expected: str) -> Progress:
