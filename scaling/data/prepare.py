@@ -236,11 +236,7 @@ class _Batch(msgspec.Struct):
 
 def _batches(config: DataConfig, saved: Progress) -> Iterator[_Batch]:
     """Documents that were not processed yet, each with its split, in batches of about `BATCH_BYTES`."""
-    inside = False
-    if config.validation is None:
-        # Too few documents to split by content? Counted in a separate pass: they may be too large to be kept in memory.
-        few = min_documents_to_split_by_content(config.validation_fraction)
-        inside = sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), few)) < few
+    inside = _splits_inside(config)
     divide = split_inside if inside else split_by_content
     chain = b"inside" if inside else b""  # a preparation that was interrupted under the other rule starts again
     number = size = 0
@@ -270,6 +266,15 @@ def _batches(config: DataConfig, saved: Progress) -> Iterator[_Batch]:
         raise _SourceChanged
     if texts:
         yield _Batch(texts, splits, number, chain, done)
+
+
+def _splits_inside(config: DataConfig) -> bool:
+    """True if there are too few documents to split by content."""
+    if config.validation is not None:
+        return False
+    enough = min_documents_to_split_by_content(config.validation_fraction)
+    # Counted in a separate pass, because the documents may be too large to be kept in memory.
+    return sum(1 for _ in itertools.islice(SOURCES[config.source].documents(config), enough)) < enough
 
 
 def _saved_progress(folder: Path, expected: str) -> Progress:
