@@ -62,9 +62,6 @@ def count_parameters(shape: ModelConfig) -> ParamCount:
     Source: the blocks of a dense model are ``layers * (4 * width**2 + 3 * width * ffn_width)``, which returns
     Moonlight's five sizes (339.7M, 545.9M, 822.1M, 1146.6M, 1586.0M) from the depths and widths of its Table 2; with
     experts and latent attention the same sum returns its 15.29B and 2.24B activated (Section 3.3).
-
-    Raises:
-        UserError: The shape does not fit its family (`scaling.models.registry.check_family`).
     """
     return _count(check_family(shape).weights, shape)
 
@@ -89,9 +86,6 @@ def depth_line(shape: ModelConfig) -> DepthLine:
 
     Layers after the first ``dense_layers`` are alike, so the count is a line. A search over depths and widths need not
     sum over every layer of every candidate.
-
-    Raises:
-        UserError: The shape does not fit its family.
     """
     first = 1 + (shape.moe.dense_layers if shape.moe else 0)
     weights = check_family(shape).weights(msgspec.structs.replace(shape, layers=first + 1))
@@ -120,47 +114,28 @@ def _count(declare: Callable[[ModelConfig], Weights], shape: ModelConfig) -> Par
     )
 
 
-def _attention_channels(shape: ModelConfig) -> int:
-    return FAMILIES.row(shape.family).attention_channels(shape)
-
-
-def _six_nd(shape: ModelConfig) -> int:
-    return 6 * count_parameters(shape).activated
-
-
-def _matmul(shape: ModelConfig) -> int:
-    return 6 * count_parameters(shape).matmul
-
-
-def _attention_full(shape: ModelConfig) -> int:
-    return _matmul(shape) + 6 * shape.layers * _attention_channels(shape) * shape.context
-
-
-def _attention(shape: ModelConfig) -> int:
-    return _matmul(shape) + 3 * shape.layers * _attention_channels(shape) * shape.context
+def _with_attention(shape: ModelConfig, per_channel: int) -> int:
+    channels = FAMILIES.row(shape.family).attention_channels(shape)
+    return 6 * count_parameters(shape).matmul + per_channel * shape.layers * channels * shape.context
 
 
 CONVENTIONS: dict[str, Callable[[ModelConfig], int]] = {
     # Kaplan's and Moonlight's C = 6ND: N without embedding and head, no attention (arXiv:2502.16982, App. B); with
     # experts, the N that processes a token.
-    "6nd": _six_nd,
+    "6nd": lambda shape: 6 * count_parameters(shape).activated,
     # Every weight that multiplies: the head counts, the look-up does not.
-    "matmul": _matmul,
+    "matmul": lambda shape: 6 * count_parameters(shape).matmul,
     # Also scores and mixing of causal attention, half of the full square.
-    "attention": _attention,
+    "attention": lambda shape: _with_attention(shape, 3),
     # Also the other half, as PaLM's MFU counts it (arXiv:2204.02311, App. B): 12 * layers * width * context when
     # queries and values are as wide as the model.
-    "attention-full": _attention_full,
+    "attention-full": lambda shape: _with_attention(shape, 6),
 }
 """FLOPs of forward and backward per token in a full context, by the name of the convention."""
 
 
 def train_flops_per_token(shape: ModelConfig, convention: str = "6nd") -> int:
-    """Forward and backward FLOPs of one token.
-
-    Raises:
-        UserError: The convention has no row in `CONVENTIONS`.
-    """
+    """Forward and backward FLOPs of one token."""
     if convention not in CONVENTIONS:
         raise UserError(unknown_name("FLOP convention", convention, CONVENTIONS))
     return CONVENTIONS[convention](shape)

@@ -94,7 +94,11 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
             error.filename, error.filename2 = str(path), None  # write() sets no name, and replace() the temporary one
         raise
     if durable:
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def temporary_name(path: Path) -> Path:
@@ -103,14 +107,6 @@ def temporary_name(path: Path) -> Path:
     It is random, because process ids are not unique between containers that share a file system.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: msgspec.Struct, *, durable: bool = True) -> None:
@@ -156,11 +152,7 @@ def write_lines(path: Path, values: Iterable[msgspec.Struct]) -> None:
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Values of a JSON-lines file without torn and damaged lines; empty if there is no file.
-
-    Raises:
-        UserError: The file cannot be read, or is not a file.
-    """
+    """Values of a JSON-lines file without torn and damaged lines; empty if there is no file."""
     decoder = msgspec.json.Decoder(kind)
     values = []
     for line in read_bytes(path).splitlines():

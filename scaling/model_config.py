@@ -20,11 +20,7 @@ def ffn_width(width: int, multiple: int) -> int:
 
 
 class MoEConfig(Strict, frozen=True):
-    """Experts in place of the feed-forward: their number, their routing, and how their load is balanced.
-
-    Raises:
-        UserError: `top_k` is larger than the number of experts.
-    """
+    """Experts in place of the feed-forward: their number, their routing, and how their load is balanced."""
 
     num_experts: Size
     """Routed experts of a layer."""
@@ -47,7 +43,6 @@ class MoEConfig(Strict, frozen=True):
     """Weight of DeepSeek-V3's sequence-wise balance loss in training; it is never part of a reported loss."""
 
     def __post_init__(self) -> None:
-        """Check that a token can be routed."""
         if self.top_k > self.num_experts:
             raise UserError(
                 f"top_k = {self.top_k} is more than the {self.num_experts} experts. Use top_k = {self.num_experts} or fewer."
@@ -55,11 +50,7 @@ class MoEConfig(Strict, frozen=True):
 
 
 class MLAConfig(Strict, frozen=True):
-    """Multi-head latent attention with decoupled rotary channels (DeepSeek-V2, arXiv:2405.04434, Section 2.1).
-
-    Raises:
-        UserError: The rotary channels are odd.
-    """
+    """Multi-head latent attention with decoupled rotary channels (DeepSeek-V2, arXiv:2405.04434, Section 2.1)."""
 
     kv_lora_rank: Size
     """Channels of the latent from which keys and values are computed."""
@@ -74,7 +65,6 @@ class MLAConfig(Strict, frozen=True):
     rope_theta: Annotated[float, msgspec.Meta(gt=1.0, le=MAX_NUMBER)] = 50_000.0
 
     def __post_init__(self) -> None:
-        """Check that rotary embedding finds pairs of channels."""
         if self.qk_rope_head_dim % 2:
             raise UserError(
                 f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, and rotary embedding rotates pairs. Use {self.qk_rope_head_dim + 1}."
@@ -108,7 +98,6 @@ class ModelConfig(Strict, frozen=True):
         return hash(msgspec.json.encode(self, order="sorted"))
 
     def __post_init__(self) -> None:
-        """Check that heads and experts fit."""
         if self.moe is not None:
             self._check_mixture(self.moe)
         if self.mla is not None:

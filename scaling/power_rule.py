@@ -44,11 +44,7 @@ class PowerRule(Strict, frozen=True, omit_defaults=True):
     note: Line = ""
 
     def value(self, *, compute: float, parameters: float = 1.0, tokens: float = 1.0) -> float:
-        """The predicted value at compute C, size N and data D.
-
-        Raises:
-            ConfigError: The value is too large for a number.
-        """
+        """The predicted value at compute C, size N and data D."""
         try:
             powers = compute**self.exponent * parameters**self.parameters_exponent * tokens**self.tokens_exponent
             value = float(self.coefficient * powers)
@@ -62,11 +58,7 @@ class PowerRule(Strict, frozen=True, omit_defaults=True):
         return value
 
     def inverse(self, value: float) -> float:
-        """The compute C at which a rule of C alone, with an exponent other than 0, gives a value.
-
-        Raises:
-            ConfigError: The compute is not positive, or is too large for a file.
-        """
+        """The compute C at which a rule of C alone, with an exponent other than 0, gives a value."""
         try:
             compute = float((value / self.coefficient) ** (1 / self.exponent))
         except (OverflowError, ZeroDivisionError):

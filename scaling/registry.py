@@ -79,11 +79,7 @@ class Registry(MutableMapping[str, Row]):
         return len(self._loaded())
 
     def row(self, name: str) -> Row:
-        """The row of a name.
-
-        Raises:
-            UserError: There is no such row; the sentence lists the known ones and the nearest.
-        """
+        """The row of a name; the error for an unknown one lists the known ones and the nearest."""
         if name not in self:
             raise UserError(unknown_name(self.kind, name, self))
         return self[name]

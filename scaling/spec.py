@@ -66,7 +66,6 @@ class Schedule(Strict, frozen=True):
     """Tokens of the final decay of ``wsd``; no meaning for the other kinds."""
 
     def __post_init__(self) -> None:
-        """Check that ``wsd`` has a decay, and no other kind has."""
         if (self.kind == "wsd") != (self.decay_tokens is not None):
             raise UserError(
                 f'schedule "{self.kind}" {"needs" if self.kind == "wsd" else "does not take"} decay_tokens; '
@@ -134,7 +133,6 @@ class RunSpec(Strict, frozen=True):
     from that run's checkpoint (`scaling.training.warm_start`); its numbers are those of the run trained whole."""
 
     def __post_init__(self) -> None:
-        """Check that the parts agree."""
         context = self.model.context
         if self.batch_tokens % context:
             raise UserError(
@@ -231,13 +229,13 @@ ADDED_LATER = frozenset({"ffn", "moe", "mla", "family_options", "warm_start", "b
 
 def canonical_json(value: msgspec.Struct) -> bytes:
     """The JSON that ids hash: sorted keys, no spaces, defaults included."""
-    return msgspec.json.encode(_without_absent(msgspec.to_builtins(value)), order="sorted")
 
+    def without_absent(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: without_absent(v) for k, v in value.items() if v is not None or k not in ADDED_LATER}
 
-def _without_absent(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {k: _without_absent(v) for k, v in value.items() if v is not None or k not in ADDED_LATER}
+    return msgspec.json.encode(without_absent(msgspec.to_builtins(value)), order="sorted")
 
 
 def as_dict(value: msgspec.Struct) -> dict[str, Any]:

@@ -85,11 +85,7 @@ def config_hash(config: DataConfig) -> str:
 
 
 def default_folder(config: DataConfig, root: Path) -> Path:
-    """Default folder of the shards: ``<root>/data/<source>-<8 digits of the config hash>``.
-
-    Raises:
-        DataError: The files that the configuration names do not exist.
-    """
+    """Default folder of the shards: ``<root>/data/<source>-<8 digits of the config hash>``."""
     return root / "data" / f"{config.source}-{config_hash(config)[:8]}"
 
 
@@ -97,9 +93,6 @@ def at_most(config: DataConfig) -> tuple[int, int] | None:
     """Upper bounds of the training and validation tokens from the sizes of files; None if sizes do not bound them.
 
     With byte tokens, each byte of a plain text file is a token, and each document ends with one more.
-
-    Raises:
-        DataError: The files do not exist, or all of them are empty.
     """
     if config.tokenizer != BYTES or config.source != "text":
         return None
@@ -242,11 +235,7 @@ class _Batch(msgspec.Struct):
 
 
 def _batches(config: DataConfig, saved: Progress) -> Iterator[_Batch]:
-    """Documents that were not processed yet, each with its split, in batches of about `BATCH_BYTES`.
-
-    Raises:
-        _SourceChanged: The processed documents are not those that the source yields now.
-    """
+    """Documents that were not processed yet, each with its split, in batches of about `BATCH_BYTES`."""
     inside = _splits_inside(config)
     divide = split_inside if inside else split_by_content
     chain = b"inside" if inside else b""  # a preparation that was interrupted under the other rule starts again

@@ -28,7 +28,6 @@ MANIFEST = "manifest.json"
 DOCUMENT_ENDS = "validation-documents.bin"
 END = np.dtype("<i8")
 
-
 PREPARE_AGAIN = "Remove the folder and prepare the data again."
 
 
@@ -156,11 +155,7 @@ def open_shard(path: Path, tokens: int | None = None) -> npt.NDArray[np.uint16]:
 
 
 def document_ends(folder: Path) -> npt.NDArray[np.int64]:
-    """Tokens and UTF-8 bytes of the validation split up to the end of each document, shape ``(documents, 2)``.
-
-    Raises:
-        DataError: The file is missing, or its length differs from the manifest.
-    """
+    """Tokens and UTF-8 bytes of the validation split up to the end of each document, shape ``(documents, 2)``."""
     path, documents = folder / DOCUMENT_ENDS, read_manifest(folder).validation.documents
     try:
         content = path.read_bytes()
@@ -187,11 +182,7 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
-        """Fill `out`, shape ``(length,)``, with the tokens from `start`, across shards.
-
-        Raises:
-            IndexError: The stream ends too early, or `start` is negative.
-        """
+        """Fill `out`, shape ``(length,)``, with the tokens from `start`, across shards."""
         if start < 0 or start + len(out) > len(self):
             raise IndexError(f"tokens {start:,} to {start + len(out):,} of a stream of {len(self):,}")
         number = bisect.bisect_right(self._ends, start)
@@ -206,11 +197,7 @@ class TokenStream:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after the SHA-256 of every file was compared with it.
-
-    Raises:
-        DataError: A shard is missing, truncated, or its content differs from the manifest.
-    """
+    """The manifest, after the SHA-256 of every file was compared with it."""
     manifest = read_manifest(folder)
     digests = {DOCUMENT_ENDS: manifest.document_ends}
     for shard in (*manifest.train.shards, *manifest.validation.shards):

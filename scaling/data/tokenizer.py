@@ -61,11 +61,7 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_digest(name: str) -> str | None:
-    """SHA-256 of the tokenizers file; None for bytes.
-
-    Raises:
-        DataError: The file does not exist, or is too large.
-    """
+    """SHA-256 of the tokenizers file; None for bytes."""
     if name == BYTES:
         return None
     path = Path(name)

@@ -7,6 +7,7 @@ with and scored as one stream, sequence after sequence.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,15 +18,14 @@ import numpy.typing as npt
 
 from scaling.data.batches import held_out
 from scaling.data.prepare import TOKENIZER_COPY
-from scaling.data.shards import Manifest, manifest_hash, read_manifest
+from scaling.data.shards import manifest_hash, read_manifest
 from scaling.data.sources.documents import Document
 from scaling.data.sources.registry import SOURCES, DataConfig
-from scaling.data.tokenizer import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
+from scaling.data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from scaling.errors import UserError
 from scaling.io import Strict
 from scaling.run.directory import RunDirectory, finished_run
 from scaling.run.progress import ProgressReporter
-from scaling.run.record import RunRecord
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,18 @@ def evaluate(
     """
     import torch
 
+    from scaling.models.registry import build_model
+    from scaling.models.upcycle import load_weights
+
     directory = RunDirectory(run_dir)
     record = finished_run(directory, purpose="the evaluation")
     folder = Path(data) if data is not None else Path(directory.placement().data)
-    manifest = _manifest(folder, record)
+    manifest = read_manifest(folder)
+    if manifest_hash(manifest) != record.manifest:
+        raise UserError(
+            f"data folder {folder}: its data are not those that the run was trained on, so the tokenizer may differ. "
+            "Name the folder that the run was trained on with --data."
+        )
     shape = record.spec.model
     assert record.validation_loss is not None  # a finished run has one
     if text is None:
@@ -101,9 +109,12 @@ def evaluate(
         whole = held.sequences.shape[0] == there // shape.context
         where = f"{'whole' if whole else 'sample of the'} validation split of {folder.name}"
     else:
-        stream = _Stream(SOURCES[text.source].documents(text), _tokenizer(folder, manifest), shape.context, tokens)
+        tokenizer = open_tokenizer(BYTES if manifest.tokenizer.name == BYTES else str(folder / TOKENIZER_COPY))
+        stream = _Stream(SOURCES[text.source].documents(text), tokenizer, shape.context, tokens)
         parts, where = stream, text.path or text.name or text.source
-    model = _model(directory, record).to(torch.device(device))
+    model = build_model(shape)
+    load_weights(model, directory.intact_weights(record), method="copy")
+    model.to(torch.device(device))
     known = held.sequences.size - len(held.sequences) if text is None else tokens
     with ProgressReporter(f"{where}: scoring", total=known, unit="tokens", bar=progress) as reporter:
         total, scored = _score(model, parts, max(1, FORWARD_TOKENS // shape.context), torch.device(device), reporter)
@@ -145,26 +156,16 @@ class _Stream:
             yield rest[None]
 
     def _ids(self) -> Iterator[npt.NDArray[np.int64]]:
-        waiting: list[str] = []
-        for document in self.source:
-            waiting.append(document.text)
-            if len(waiting) == DOCUMENTS_AT_ONCE:
-                yield from self._encoded(waiting)
-                waiting = []
-            if self.tokens >= self.limit:
-                return
-        yield from self._encoded(waiting)
-
-    def _encoded(self, texts: list[str]) -> Iterator[npt.NDArray[np.int64]]:
-        for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
-            if self.tokens >= self.limit:
-                return
-            kept = ids[: int(min(len(ids), self.limit - self.tokens))].astype(np.int64)
-            self.documents += 1
-            # Of a document that is cut, the same share of bytes counts as of tokens.
-            self.bytes += round(len(text.encode()) * len(kept) / len(ids))
-            self.tokens += len(kept)
-            yield kept
+        while texts := [document.text for document in itertools.islice(self.source, DOCUMENTS_AT_ONCE)]:
+            for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
+                if self.tokens >= self.limit:
+                    return
+                kept = ids[: int(min(len(ids), self.limit - self.tokens))].astype(np.int64)
+                self.documents += 1
+                # Of a document that is cut, the same share of bytes counts as of tokens.
+                self.bytes += round(len(text.encode()) * len(kept) / len(ids))
+                self.tokens += len(kept)
+                yield kept
 
 
 def _score(
@@ -179,50 +180,12 @@ def _score(
 
     total, scored = 0.0, 0
     model.eval()
-
-    def forward(sequences: npt.NDArray[np.int64]) -> None:
-        nonlocal total, scored
-        targets = sequences.shape[0] * (sequences.shape[1] - 1)
-        total += float(model.loss(torch.from_numpy(sequences).to(device))) * targets
-        scored += targets
-        reporter.update(scored)
-
     with torch.no_grad():
-        waiting: list[npt.NDArray[np.int64]] = []
-        for part in parts:
-            for start in range(0, len(part), at_once):
-                sequence = part[start : start + at_once]
-                if waiting and (
-                    waiting[0].shape[1] != sequence.shape[1] or sum(map(len, waiting)) + len(sequence) > at_once
-                ):
-                    forward(np.concatenate(waiting))
-                    waiting = []
-                waiting.append(sequence)
-        if waiting:
-            forward(np.concatenate(waiting))
+        for _, alike in itertools.groupby(itertools.chain.from_iterable(parts), key=len):
+            while batch := list(itertools.islice(alike, at_once)):
+                sequences = torch.from_numpy(np.stack(batch)).to(device)
+                targets = sequences.shape[0] * (sequences.shape[1] - 1)
+                total += float(model.loss(sequences)) * targets
+                scored += targets
+                reporter.update(scored)
     return total, scored
-
-
-def _manifest(folder: Path, record: RunRecord) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest_hash(manifest) != record.manifest:
-        raise UserError(
-            f"data folder {folder}: its data are not those that the run was trained on, so the tokenizer may differ. "
-            "Name the folder that the run was trained on with --data."
-        )
-    return manifest
-
-
-def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    if manifest.tokenizer.name == BYTES:
-        return ByteTokenizer()
-    return FileTokenizer(folder / TOKENIZER_COPY)
-
-
-def _model(directory: RunDirectory, record: RunRecord) -> Decoder:
-    from scaling.models.registry import build_model
-    from scaling.models.upcycle import load_weights
-
-    model = build_model(record.spec.model)
-    load_weights(model, directory.intact_weights(record), method="copy")
-    return model

@@ -43,11 +43,7 @@ TASKS: dict[str, DownstreamTask] = {
 
 
 def downloads(tasks: Iterable[str]) -> list[str]:
-    """The downloads of these tasks, one sentence each.
-
-    Raises:
-        UserError: A task has no row in `TASKS`.
-    """
+    """The downloads of these tasks, one sentence each."""
     return [f"{name}: the data set {_task(name).dataset} from the Hugging Face Hub" for name in tasks]
 
 
@@ -114,12 +110,11 @@ def _task(name: str) -> DownstreamTask:
 
 
 def _harness() -> Any:
-    for package in ("transformers", "lm_eval"):
-        try:
-            found = importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"scoring tasks needs the package {package}, which cannot be imported ({error}). "
-                "Install the extra: pip install 'scaling-harness[eval]'."
-            ) from None
-    return found
+    try:
+        importlib.import_module("transformers")
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise UserError(
+            f"scoring tasks needs the packages transformers and lm_eval, and one cannot be imported ({error}). "
+            "Install the extra: pip install 'scaling-harness[eval]'."
+        ) from None

@@ -17,7 +17,6 @@ from scaling.errors import UserError
 from scaling.export.model_card import model_card
 from scaling.export.tokenizer import tokenizer_files
 from scaling.io import write_atomic
-from scaling.model_config import ModelConfig
 from scaling.models.hub import HubWeight
 from scaling.models.registry import FAMILIES, build_model_on_meta
 from scaling.run.directory import RunDirectory, finished_run
@@ -59,7 +58,8 @@ def export_hf(
         )
     config = hub.config(shape)
     manifest, data_folder = _data(directory, record, data)
-    weights = _Weights(directory.intact_weights(record), _shapes(shape))
+    saved = build_model_on_meta(shape).saved_tensors()
+    weights = _Weights(directory.intact_weights(record), {name: tuple(tensor.shape) for name, tensor in saved.items()})
     files = {} if manifest is None else tokenizer_files(data_folder, manifest, context=shape.context)
     _clear(folder, directory.path)
 
@@ -162,8 +162,7 @@ class _Weights:
                 yield path
         if len(shards) > 1:
             path = folder / "model.safetensors.index.json"
-            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-            write_atomic(path, _json(content))
+            write_atomic(path, _json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}))
             yield path
 
 
@@ -190,11 +189,3 @@ def _size(shape: tuple[int, ...] | None) -> str:
 
 def _json(content: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-
-
-def _shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight in the run's file: parameters, and buffers that are part of the state."""
-    model = build_model_on_meta(shape)
-    state = model.state_dict()
-    named = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in state]
-    return {name: tuple(state[name].shape) for name in named}

@@ -21,7 +21,8 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
     """
     import jinja2
 
-    spec, shape = record.spec, record.spec.model
+    spec, shape, loss = record.spec, record.spec.model, record.validation_loss
+    assert loss is not None  # a finished run has one
     optimizer = OPTIMIZERS.row(spec.optimizer.name).label
     options = ", ".join(f"{name} = {value}" for name, value in sorted(spec.optimizer.options.items()))
     rows = {
@@ -37,7 +38,8 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         "Schedule": ", ".join(f"{name} {value}" for name, value in msgspec.to_builtins(spec.schedule).items() if value),
         "Seed, precision": f"{spec.seed}, {spec.precision}",
         "Data": f"{spec.data.source}, manifest `{record.manifest[:16]}`",
-        "Held-out loss": _loss(record),
+        "Held-out loss": f"{loss:.4f} nats per token, {loss / math.log(2) / record.bytes_per_token:.4f} bits per byte, "
+        f"over {spec.evaluation.tokens:,} tokens",
         "Trained on": f"{record.device.count} x {record.device.name}, {record.seconds:,.0f} s",
         "Code": f"commit {record.code.commit or 'unknown'}{' with uncommitted changes' if record.code.dirty else ''}; "
         + ", ".join(f"{name} {version}" for name, version in record.code.versions.items()),
@@ -55,12 +57,3 @@ def model_card(record: RunRecord, run: str, *, has_tokenizer: bool) -> str:
         rows=rows,
         has_tokenizer=has_tokenizer,
     )
-
-
-def _loss(record: RunRecord) -> str:
-    if record.validation_loss is None:
-        return "not measured"
-    text = f"{record.validation_loss:.4f} nats per token"
-    if record.bytes_per_token:
-        text += f", {record.validation_loss / math.log(2) / record.bytes_per_token:.4f} bits per byte"
-    return f"{text}, over {record.spec.evaluation.tokens:,} tokens"

@@ -166,6 +166,11 @@ class Decoder(nn.Module):
         """Load of the busiest expert over the mean, in the worst layer of the last step; None in a dense model."""
         return None
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a weights file by name: no second name of a tied head, no buffer that follows from the shape."""
+        state: dict[str, Tensor] = self.state_dict()
+        return {name: state[name] for name, _ in [*self.named_parameters(), *self.named_buffers()] if name in state}
+
     def compile_in_place(self, *, whole: bool, graphs: bool = False) -> None:
         """Compile without a wrapper, which would prefix every name in the state.
 

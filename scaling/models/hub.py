@@ -77,10 +77,25 @@ LLAMA_ATTENTION = {
 """Modules of a block by our name; rotary halves have the same layout on both sides, so no weight is permuted."""
 
 
-def _renamed(layer: int, names: Mapping[str, str]) -> list[HubWeight]:
+def _weight(layer: int, theirs: str, *ours: str, make: Callable[..., Tensor] = unchanged) -> HubWeight:
+    """One weight of a block, by the names of the modules on both sides."""
+    sources = tuple(f"blocks.{layer}.{module}.weight" for module in ours)
+    return HubWeight(f"model.layers.{layer}.{theirs}.weight", sources, make)
+
+
+def _feed_forward(layer: int, theirs: str, ours: str = "feed_forward") -> list[HubWeight]:
+    return [_weight(layer, f"{theirs}.{there}", f"{ours}.{here}") for here, there in DENSE.items()]
+
+
+def _experts(layer: int, theirs: str, experts: int, names: dict[str, str]) -> list[HubWeight]:
     return [
-        HubWeight(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
-        for ours, theirs in names.items()
+        HubWeight(
+            f"model.layers.{layer}.{theirs}.{expert}.{there}.weight",
+            (f"blocks.{layer}.feed_forward.experts.{here}",),
+            expert=expert,
+        )
+        for expert in range(experts)
+        for here, there in names.items()
     ]
 
 
@@ -148,43 +163,41 @@ def _parts(shape: ModelConfig) -> tuple[MoEConfig, MLAConfig]:
 def deepseek_weights(shape: ModelConfig) -> list[HubWeight]:
     """Weights of a ``moonlight-moe`` model; routed experts one by one."""
     mixture, latent = _parts(shape)
+    turned = partial(query_rows, heads=shape.heads, nope=latent.qk_nope_head_dim)
+    both = partial(key_value_rows, heads=shape.heads)
     weights = outside_blocks(shape)
     for layer in range(shape.layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        attention, there = f"{ours}.attention", f"{theirs}.self_attn"
-        turned = partial(query_rows, heads=shape.heads, nope=latent.qk_nope_head_dim)
+        weight = partial(_weight, layer)
         if latent.q_lora_rank is None:
-            weights.append(HubWeight(f"{there}.q_proj.weight", (f"{attention}.query.weight",), turned))
+            weights.append(weight("self_attn.q_proj", "attention.query", make=turned))
         else:
             weights += [
-                HubWeight(f"{there}.q_a_proj.weight", (f"{attention}.query_latent.weight",)),
-                HubWeight(f"{there}.q_a_layernorm.weight", (f"{attention}.query_norm.weight",)),
-                HubWeight(f"{there}.q_b_proj.weight", (f"{attention}.query.weight",), turned),
+                weight("self_attn.q_a_proj", "attention.query_latent"),
+                weight("self_attn.q_a_layernorm", "attention.query_norm"),
+                weight("self_attn.q_b_proj", "attention.query", make=turned),
             ]
-        both = partial(key_value_rows, heads=shape.heads)
         weights += [
-            HubWeight(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",)),
-            HubWeight(
-                f"{there}.kv_a_proj_with_mqa.weight",
-                (f"{attention}.latent.weight", f"{attention}.position.weight"),
-                latent_rows,
-            ),
-            HubWeight(f"{there}.kv_a_layernorm.weight", (f"{attention}.latent_norm.weight",)),
-            HubWeight(f"{there}.kv_b_proj.weight", (f"{attention}.key.weight", f"{attention}.value.weight"), both),
-            HubWeight(f"{there}.o_proj.weight", (f"{attention}.output.weight",)),
-            HubWeight(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.feed_forward_norm.weight",)),
+            weight("input_layernorm", "attention_norm"),
+            weight("self_attn.kv_a_proj_with_mqa", "attention.latent", "attention.position", make=latent_rows),
+            weight("self_attn.kv_a_layernorm", "attention.latent_norm"),
+            weight("self_attn.kv_b_proj", "attention.key", "attention.value", make=both),
+            weight("self_attn.o_proj", "attention.output"),
+            weight("post_attention_layernorm", "feed_forward_norm"),
         ]
-        inside, mlp = f"{ours}.feed_forward", f"{theirs}.mlp"
         if layer < mixture.dense_layers:
-            weights += _feed_forward(inside, mlp)
+            weights += _feed_forward(layer, "mlp")
             continue
+        bias = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         weights += [
-            HubWeight(f"{mlp}.gate.weight", (f"{inside}.router.weight",)),
-            HubWeight(f"{mlp}.gate.e_score_correction_bias", (f"{inside}.router.bias",)),
-            *_feed_forward(f"{inside}.shared", f"{mlp}.shared_experts"),
-            *_experts(f"{inside}.experts", f"{mlp}.experts", mixture.num_experts, DENSE),
+            weight("mlp.gate", "feed_forward.router"),
+            HubWeight(bias, (f"blocks.{layer}.feed_forward.router.bias",)),
+            *_feed_forward(layer, "mlp.shared_experts", "feed_forward.shared"),
+            *_experts(layer, "mlp.experts", mixture.num_experts, DENSE),
         ]
     return weights
+
+
+LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
@@ -222,11 +235,7 @@ def deepseek_config(shape: ModelConfig) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "aux_loss_alpha": mixture.sequence_loss,
         "seq_aux": True,
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_nope_head_dim,
-        "qk_rope_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
+        **{name: getattr(latent, name) for name in LATENT_SIZES},
         "head_dim": latent.qk_rope_head_dim,
         "rope_interleave": True,
         **_rope(latent.rope_theta),
@@ -240,14 +249,10 @@ def mixtral_weights(shape: ModelConfig) -> list[HubWeight]:
     assert shape.moe is not None
     weights = outside_blocks(shape)
     for layer in range(shape.layers):
-        weights += _renamed(layer, {**LLAMA_ATTENTION, "feed_forward.router": "block_sparse_moe.gate"})
+        weights += [_weight(layer, theirs, ours) for ours, theirs in LLAMA_ATTENTION.items()]
+        weights.append(_weight(layer, "block_sparse_moe.gate", "feed_forward.router"))
         numbered = {"gate": "w1", "up": "w3", "down": "w2"}
-        weights += _experts(
-            f"blocks.{layer}.feed_forward.experts",
-            f"model.layers.{layer}.block_sparse_moe.experts",
-            shape.moe.num_experts,
-            numbered,
-        )
+        weights += _experts(layer, "block_sparse_moe.experts", shape.moe.num_experts, numbered)
     return weights
 
 
@@ -286,24 +291,12 @@ def mixtral_config(shape: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _feed_forward(ours: str, theirs: str) -> list[HubWeight]:
-    return [HubWeight(f"{theirs}.{there}.weight", (f"{ours}.{here}.weight",)) for here, there in DENSE.items()]
-
-
-def _experts(ours: str, theirs: str, experts: int, names: dict[str, str]) -> list[HubWeight]:
-    return [
-        HubWeight(f"{theirs}.{expert}.{there}.weight", (f"{ours}.{here}",), expert=expert)
-        for expert in range(experts)
-        for here, there in names.items()
-    ]
-
-
 def llama_weights(shape: ModelConfig) -> list[HubWeight]:
     """Weights of a ``decoder`` model."""
     weights = outside_blocks(shape)
     for layer in range(shape.layers):
-        dense = {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in DENSE.items()}
-        weights += _renamed(layer, LLAMA_ATTENTION | dense)
+        weights += [_weight(layer, theirs, ours) for ours, theirs in LLAMA_ATTENTION.items()]
+        weights += _feed_forward(layer, "mlp")
     return weights
 
 

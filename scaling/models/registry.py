@@ -124,11 +124,7 @@ def _size(shape: tuple[int, ...] | None) -> str:
 
 
 def check_upcycled(shape: ModelConfig) -> None:
-    """Refuse a shape that upcycling cannot make: each expert must be a copy of the whole feed-forward.
-
-    Raises:
-        UserError: The shape has no experts, shared experts, or experts of another size than the feed-forward.
-    """
+    """Refuse a shape that upcycling cannot make: each expert must be a copy of the whole feed-forward."""
     mixture = shape.moe
     if mixture is None:
         raise UserError("upcycling makes experts, and this shape has none. Give the arm a table moe.")

@@ -52,15 +52,12 @@ def load_weights(model: Decoder, file: Path, *, method: Literal["copy", "upcycle
 
 def _sources(model: Decoder, method: str) -> dict[str, tuple[Tensor, str]]:
     """Tensors to fill by name, each with the name of its source in the file."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
     if method == "copy":
-        state = model.state_dict()
-        named |= {name: buffer for name, buffer in model.named_buffers() if name in state}
-        return {name: (tensor, name) for name, tensor in named.items()}
+        return {name: (tensor, name) for name, tensor in model.saved_tensors().items()}
     # experts.gate is made from gate.weight beside it.
     return {
         name: (tensor, f"{name.replace(EXPERTS, '.')}.weight" if EXPERTS in name else name)
-        for name, tensor in named.items()
+        for name, tensor in model.named_parameters()
         if ROUTER not in name
     }
 

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from scaling.errors import UserError
-from scaling.optim.distributed.base import Batch, Group, ShardingStrategy, State, gradient
-from scaling.optim.distributed.fsdp import local
+from scaling.optim.distributed.base import Batch, Group, Replicated, ShardingStrategy, State, gradient
+from scaling.optim.distributed.ddp import OwnerSharding
+from scaling.optim.distributed.fsdp import RowSharding, local
+from scaling.optim.distributed.zero1 import Zero1Sharding
 from scaling.optim.newton_schulz.iteration import Workspace
 
 
@@ -106,7 +110,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _make_state(self, groups: list[Group]) -> None:
         for group in groups:
-            _refuse_low_precision(group)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.dtype != torch.float32:
+                    raise UserError(
+                        f"{name} is stored in {parameter.dtype}; its small updates would be rounded away (a third of the "
+                        "movement is left at a learning rate of 2e-5). Keep weights in float32 and compute in bf16: "
+                        'precision = "bf16".'
+                    )
         # Owners are assigned to the matrices of all groups at once, so that they share the cost evenly.
         self.sharding.plan([g for g in groups if self._is_matrix(g)], [g for g in groups if not self._is_matrix(g)])
         for group in groups:
@@ -180,10 +190,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return {**saved, "state": state}
 
 
-def _refuse_low_precision(group: Group) -> None:
-    for name, parameter in zip(group["param_names"], group["params"], strict=True):
-        if parameter.dtype != torch.float32:
-            raise UserError(
-                f"{name} is stored in {parameter.dtype}; its small updates would be rounded away (a third of the movement "
-                'is left at a learning rate of 2e-5). Keep weights in float32 and compute in bf16: precision = "bf16".'
-            )
+def sharding_strategy_for(parameters: Iterable[Tensor], *, zero1: bool = False) -> ShardingStrategy:
+    """The strategy that fits the parameters; with any, the weights are those of one process, bit for bit.
+
+    Args:
+        parameters: All parameters of the optimizer.
+        zero1: Distribute replicated weights by Moonlight's Algorithm 1.
+    """
+    # Sharded rows are recognised by their type, as fully_shard leaves them.
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return RowSharding()
+    # Plain tensors are replicated: all processes have equal gradients, as DDP leaves them.
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Zero1Sharding() if zero1 else OwnerSharding()
+    return Replicated()

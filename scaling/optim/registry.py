@@ -44,11 +44,6 @@ if TYPE_CHECKING:
     from scaling.optim.optimizer import AdamW, GroupedOptimizer, Update
 
 
-def no_matrix_products(options: Any, rows: int, columns: int) -> int:
-    """FLOPs of an algorithm that multiplies no matrices; element-wise operations are not counted."""
-    return 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """The algorithm of a parameter group: its update, and the FLOPs of it."""
@@ -61,8 +56,9 @@ class Algorithm:
     """True if it treats matrices as a whole; its parameters are then seen through the view of their rule."""
     supports_zero1: bool = True
     """True if each of its state tensors is shaped like the parameter, so that it can be cut between any two entries."""
-    flops: Callable[[Any, int, int], int] = no_matrix_products
-    """Matrix-product FLOPs of a step of one matrix, from the completed options, its rows and its columns."""
+    flops: Callable[[Any, int, int], int] = lambda options, rows, columns: 0
+    """Matrix-product FLOPs of a step of one matrix, from the completed options, its rows and its columns; element-wise
+    operations are not counted."""
 
 
 class GroupRule(Strict, frozen=True):
@@ -145,10 +141,6 @@ MATRIX_SEARCH = (
 )
 
 
-def _adamw_rules(options: AdamWOptions) -> tuple[GroupRule, ...]:
-    return (GroupRule(pattern=r".*", algorithm=ADAMW),)
-
-
 def matrix_rules(algorithm: Algorithm) -> Callable[[MatrixOptions], tuple[GroupRule, ...]]:
     """Moonlight's division: `algorithm` for the matrices of the blocks, AdamW for embedding, head and norms."""
 
@@ -221,7 +213,7 @@ OPTIMIZERS: Registry[OptimizerRecipe] = Registry(
         "adamw": OptimizerRecipe(
             label="AdamW",
             options=AdamWOptions,
-            rules=_adamw_rules,
+            rules=lambda options: (GroupRule(pattern=r".*", algorithm=ADAMW),),
             groups=_adamw_groups,
             search=(RATE, DECAY, _second_moment("beta2")),
         ),
@@ -245,20 +237,12 @@ OPTIMIZERS: Registry[OptimizerRecipe] = Registry(
 
 
 def options_of(spec: OptimizerSpec) -> Strict:
-    """The typed options of a spec, defaults filled in.
-
-    Raises:
-        UserError: The optimizer or an option is not known, or a value has the wrong type or range.
-    """
+    """The typed options of a spec, defaults filled in."""
     return typed_options(spec.options, OPTIMIZERS.row(spec.name).options, owner=spec.name)
 
 
 def complete(spec: OptimizerSpec) -> OptimizerSpec:
-    """The spec with every option of its optimizer written out; one that is None by default and stays so is left out.
-
-    Raises:
-        UserError: The optimizer or an option is not known, or a value has the wrong type or range.
-    """
+    """The spec with every option of its optimizer written out; one that is None by default and stays so is left out."""
     options: dict[str, float | int | bool | str | None] = msgspec.to_builtins(options_of(spec))
     return msgspec.structs.replace(spec, options={name: v for name, v in options.items() if v is not None})
 
@@ -295,27 +279,18 @@ def qk_clip_bound(spec: OptimizerSpec) -> float | None:
 
 
 def check_strategy(spec: OptimizerSpec, strategy: Literal["ddp", "fsdp2", "zero1"]) -> None:
-    """Refuse an optimizer whose state the strategy cannot distribute.
+    """Refuse an optimizer whose state the strategy cannot distribute."""
 
-    Raises:
-        UserError: The strategy is ``zero1`` and an algorithm of the optimizer does not support it.
-    """
-    if strategy != "zero1":
-        return
+    def supported(row: OptimizerRecipe, options: Strict) -> bool:
+        return all(rule.algorithm.supports_zero1 for rule in row.rules(options))
+
     row = OPTIMIZERS.row(spec.name)
-    for rule in row.rules(options_of(spec)):
-        if not rule.algorithm.supports_zero1:
-            supported = [name for name in OPTIMIZERS if _supports_zero1(name)]
-            raise UserError(
-                f'placement: strategy = "zero1" cuts matrices between any two entries, and {row.label} keeps state that is '
-                f'not shaped like its parameters. Use strategy = "ddp" or "fsdp2", or one of the optimizers '
-                f"{', '.join(supported)}."
-            )
-
-
-def _supports_zero1(name: str) -> bool:
-    row = OPTIMIZERS[name]
-    return all(rule.algorithm.supports_zero1 for rule in row.rules(row.options()))
+    if strategy == "zero1" and not supported(row, options_of(spec)):
+        others = [name for name, other in OPTIMIZERS.items() if supported(other, other.options())]
+        raise UserError(
+            f'placement: strategy = "zero1" cuts matrices between any two entries, and {row.label} keeps state that is not '
+            f'shaped like its parameters. Use strategy = "ddp" or "fsdp2", or one of the optimizers {", ".join(others)}.'
+        )
 
 
 def build(
@@ -337,8 +312,7 @@ def build(
     Raises:
         UserError: `assign` or `check_strategy` fails, two parameters have one name, or one parameter has two names.
     """
-    from scaling.optim.distributed.select import sharding_strategy_for
-    from scaling.optim.optimizer import GroupedOptimizer, MatrixUpdate
+    from scaling.optim.optimizer import GroupedOptimizer, MatrixUpdate, sharding_strategy_for
 
     check_strategy(spec, strategy)
     named = list(named_parameters)

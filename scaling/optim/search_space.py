@@ -16,11 +16,7 @@ Scale = Literal["log", "linear", "complement"]
 
 
 class SearchRange(Strict, frozen=True):
-    """The prior of one hyper-parameter: uniform on `scale` from `low` to `high`; widened at an edge, up to the limits.
-
-    Raises:
-        UserError: The four numbers are not in order, or the scale cannot hold them.
-    """
+    """The prior of one hyper-parameter: uniform on `scale` from `low` to `high`; widened at an edge, up to the limits."""
 
     name: str
     """``peak_lr``, ``weight_decay``, an option of the optimizer, or a row of `SHARED`."""

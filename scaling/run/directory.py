@@ -118,11 +118,7 @@ class RunDirectory:
         return record
 
     def intact_weights(self, record: RunRecord) -> Path:
-        """The weights file, after its checksum was compared with the record's.
-
-        Raises:
-            UserError: The checksums differ.
-        """
+        """The weights file, after its checksum was compared with the record's."""
         if record.weights_sha256 not in (None, found := file_sha256(self.weights_file)):
             raise UserError(
                 f"{self.weights_file}: its SHA-256 is {found[:12]}..., and the record says "

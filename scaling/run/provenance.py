@@ -64,17 +64,15 @@ def describe_code() -> Code:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = "not installed"
-    here = CODE_ROOT
-    files = code_hashes()
-    snapshot = here / "code.json"
+    commit, dirty = None, None  # of an installed copy; a repository further up would be another project's
+    snapshot = CODE_ROOT / "code.json"
     if snapshot.exists():  # a copy for SLURM jobs (`sweeps.slurm.sbatch`) records its origin
         origin = read_json(snapshot, Code)
-        return Code(commit=origin.commit, dirty=origin.dirty, versions=versions, files=files)
-    if not (here / ".git").exists():  # an installed copy; a repository further up would be another project's
-        return Code(commit=None, dirty=None, versions=versions, files=files)
-    commit = _git(here, "rev-parse", "HEAD")
-    status = _git(here, "status", "--porcelain", "--untracked-files=no")
-    return Code(commit=commit, dirty=None if status is None else bool(status), versions=versions, files=files)
+        commit, dirty = origin.commit, origin.dirty
+    elif (CODE_ROOT / ".git").exists():
+        commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        dirty = None if status is None else bool(status)
+    return Code(commit=commit, dirty=dirty, versions=versions, files=code_hashes())
 
 
 @functools.cache
@@ -130,11 +128,9 @@ class _Numeric(ast.NodeTransformer):
         return ast.Raise(exc=kind, cause=None)
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(CODE_ROOT), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

@@ -89,11 +89,6 @@ def measure(
     return seconds
 
 
-def attending_by(backend: SDPBackend | None) -> contextlib.AbstractContextManager[object]:
-    """Context in which attention uses a kernel; None leaves the choice to torch."""
-    return contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -20,6 +20,9 @@ from scaling.training.memory import peak_bytes
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import TrainingModule
 
+PARTS = ("embedding", "blocks", "head", "norms", "total", "activated")
+"""Parts of `scaling.flops.ParamCount` that a record holds."""
+
 
 def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | None:
     """Gather and write the weights under the model's names; a collective operation, in which the first process writes.
@@ -27,10 +30,8 @@ def save_weights(module: TrainingModule, path: Path, *, first: bool) -> str | No
     Returns:
         SHA-256 of the file; None in the other processes.
     """
-    # Without the second name of a tied head, and without buffers that are recomputed from the shape.
-    state = module.model.state_dict()
-    named = [name for name, _ in [*module.model.named_parameters(), *module.model.named_buffers()] if name in state]
-    weights = {name: full_tensor(state[name].detach()).cpu().contiguous() for name in named}
+    saved = module.model.saved_tensors()
+    weights = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in saved.items()}
     if not first:
         return None
     temporary = path.with_name(f".{path.name}.tmp")
@@ -87,14 +88,7 @@ def build_record(
         weights_sha256=weights,
         peak_memory=peak_bytes(torch.device("cuda" if device.kind == "cuda" else "cpu")),
         optimizer_seconds=module.clock.mean,
-        parameters={
-            "embedding": parameters.embedding,
-            "blocks": parameters.blocks,
-            "head": parameters.head,
-            "norms": parameters.norms,
-            "total": parameters.total,
-            "activated": parameters.activated,
-        },
+        parameters={part: getattr(parameters, part) for part in PARTS},
         groups=groups,
         bytes_per_token=bytes_per_token,
         seconds=metrics.wall_time.seconds,

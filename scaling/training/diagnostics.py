@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from scaling.training.module import TrainingModule
 
 
-def measured_steps(spec: RunSpec) -> set[int]:
-    """Steps that are measured: evenly spaced, with the last."""
-    return spread(spec.evaluation.dynamics or 0, spec.steps)
-
-
 @torch.no_grad()
 def largest_attention_logits(module: TrainingModule, sequences: Tensor) -> dict[str, float]:
     """The largest logit of each attention over a forward pass, by the attention's name in the model.
@@ -52,11 +47,7 @@ def largest_attention_logits(module: TrainingModule, sequences: Tensor) -> dict[
 
 
 class Dynamics(Callback):
-    """Callback that measures at `measured_steps` and applies QK-clip. It runs before `MetricsLogger`, which evaluates.
-
-    Raises:
-        UserError: QK-clip is requested for a compiled model.
-    """
+    """Callback that measures at `Evaluation.dynamics` steps and applies QK-clip. It runs before `MetricsLogger`, which evaluates."""
 
     def __init__(self, directory: RunDirectory, spec: RunSpec, placement: Placement, *, metrics: MetricsLogger) -> None:
         bound = qk_clip_bound(spec.optimizer)
@@ -67,7 +58,7 @@ class Dynamics(Callback):
                 "this run, or remove qk_clip."
             )
         self.directory, self.spec, self.metrics = directory, spec, metrics
-        self.steps = measured_steps(spec)
+        self.steps = spread(spec.evaluation.dynamics or 0, spec.steps)
         self.clip = None if bound is None else QkClip(bound)
         self._before: list[Tensor] | None = None
 
@@ -98,9 +89,8 @@ class Dynamics(Callback):
     ) -> None:
         """Copy the weights before a step that is measured."""
         if trainer.global_step + 1 in self.steps:
-            self.metrics.pause_timers()
-            self._before = weights_of(optimizer)
-            self.metrics.resume_timers()
+            with self.metrics.paused():
+                self._before = weights_of(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,32 +103,23 @@ class Dynamics(Callback):
         before, self._before = self._before, None
         sizes = None
         if before is not None:
-            self.metrics.pause_timers()
-            sizes = update_rms(optimizer, before)
-            self.metrics.resume_timers()
+            with self.metrics.paused():
+                sizes = update_rms(optimizer, before)
         if self.clip:
             self.clip.after_step(module.maximum_over_processes)
         if sizes is not None:
-            self.metrics.pause_timers()
-            self._write(trainer, module, optimizer, sizes)
-            self.metrics.resume_timers()
-
-    def _write(
-        self, trainer: Trainer, module: TrainingModule, optimizer: torch.optim.Optimizer, sizes: dict[str, float]
-    ) -> None:
-        step = trainer.global_step
-        row = DynamicsRow(
-            step=step,
-            tokens=step * self.spec.batch_tokens,
-            update_rms=_finite(sizes),
-            largest_logit=_finite(
-                largest_attention_logits(module, self.metrics.held_out[: module.evaluation_sequences])
-            ),
-            svd_entropy=svd_entropy(optimizer),
-            clipped_heads=self.clip.clipped if self.clip else None,
-        )
-        if trainer.is_global_zero:
-            append_line(self.directory.dynamics_file, row)
+            with self.metrics.paused():
+                logits = largest_attention_logits(module, self.metrics.held_out[: module.evaluation_sequences])
+                row = DynamicsRow(
+                    step=trainer.global_step,
+                    tokens=trainer.global_step * self.spec.batch_tokens,
+                    update_rms=_finite(sizes),
+                    largest_logit=_finite(logits),
+                    svd_entropy=svd_entropy(optimizer),
+                    clipped_heads=self.clip.clipped if self.clip else None,
+                )
+                if trainer.is_global_zero:
+                    append_line(self.directory.dynamics_file, row)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:

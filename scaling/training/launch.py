@@ -131,7 +131,9 @@ def launch_ranks(path: Path, placement: Placement) -> None:
             f"placement: {placement.nodes} nodes are requested, and this process was started alone. "
             "Start one process per device with srun or torchrun, or set nodes = 1."
         )
-    port = _free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]  # a free one
     reasons: list[Connection[Any, Any]] = []
     failed: ProcessExit | None = None
     stop = ShutdownRequest()
@@ -182,10 +184,3 @@ def _train_rank(path: str, rank: int, processes: int, port: int, reason: Connect
         traceback.print_exc()
         reason.send(f"process {rank}: {type(error).__name__}: {error}")
         os._exit(1)  # at once: a normal exit would wait for the others in the process group
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

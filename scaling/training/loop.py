@@ -10,25 +10,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.attention import sdpa_kernel
 
 from scaling.data.batches import Batches, held_out
 from scaling.data.shards import manifest_hash, read_manifest
 from scaling.errors import UserError, os_error_sentence
 from scaling.io import write_json
 from scaling.run.directory import RunDirectory
+from scaling.run.progress import ProgressReporter
 from scaling.run.provenance import describe_device
-from scaling.run.record import Device, RunRecord
+from scaling.run.record import RunRecord
 from scaling.spec import Placement, RunSpec
-from scaling.training.attention_backend import attending_by, chosen_kernel
+from scaling.training.attention_backend import chosen_kernel
 from scaling.training.build_record import build_record, save_weights
 from scaling.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest_checkpoint, step_of
 from scaling.training.diagnostics import Dynamics
@@ -36,9 +40,9 @@ from scaling.training.launch import launch_ranks, rank_of, share_of_batch, strat
 from scaling.training.memory import is_out_of_memory, out_of_memory
 from scaling.training.metrics import MetricsLogger
 from scaling.training.module import StepBatches, TrainingModule
-from scaling.training.progress import ProgressCallback
 from scaling.training.shutdown import ShutdownRequest
 from scaling.training.warm_start import charged_flops, load_initial, trunk_checkpoint
+from scaling.units import human
 
 
 def train(run_dir: Path | str, *, progress: bool | None = None) -> RunRecord | None:
@@ -102,7 +106,8 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
     spec, placement = directory.spec(), directory.placement()
     batches = _open_data(spec, placement)
     _set_threads(placement.threads)
-    _quiet()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # without its hints on devices and loggers
 
     share, micro_batch = share_of_batch(spec, placement)
     if placement.graphs and not (placement.compile and micro_batch == share and placement.processes == 1):
@@ -114,9 +119,10 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
     initial = spec.warm_start if checkpoint is None else None
     load = None if initial is None else partial(load_initial, directory, initial)
     module = TrainingModule(spec, placement, load=load)
-    device = _device(placement, spec)
+    cuda = placement.device == "cuda" or (placement.device == "auto" and torch.cuda.is_available())
+    at = torch.device("cuda" if cuda else "cpu")
+    device = describe_device(at, precision=spec.precision, count=placement.processes)
     sample = held_out(placement.data, context=spec.model.context, tokens=spec.evaluation.tokens)
-    at = torch.device("cuda" if device.kind == "cuda" else "cpu")
     kernel = None
     if placement.processes == 1 or at.type == "cpu":  # processes that measure could choose different kernels
         kernel = chosen_kernel(directory.path, spec.model, sequences=micro_batch, device=at, precision=spec.precision)
@@ -130,12 +136,13 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
         keep=[tokens // spec.batch_tokens for tokens in placement.keep_tokens],
     )
     dynamics = Dynamics(directory, spec, placement, metrics=metrics)
-    with _expected_warnings():
-        trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=[
-            dynamics, metrics, checkpoints, ProgressCallback(spec, name=directory.path.name, bar=progress)
-        ])  # fmt: skip
+    reporter = ProgressReporter(directory.path.name, total=spec.steps, unit="steps", bar=progress)
+    callback = ProgressCallback(spec, reporter)
+    callbacks = [dynamics, metrics, checkpoints, callback]
+    with _expected_warnings(), callback.shown:
+        trainer = _trainer(spec, placement, directory, micro_batches=share // micro_batch, callbacks=callbacks)
         try:
-            with attending_by(kernel):
+            with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
                 trainer.fit(
                     module,
                     train_dataloaders=StepBatches(batches, micro_batch=micro_batch, module=module),
@@ -167,6 +174,32 @@ def _train(directory: RunDirectory, checkpoint: Path | None, *, progress: bool |
     return record, step
 
 
+class ProgressCallback(Callback):
+    """Passes the steps of a run to a `ProgressReporter`, in its first process, until `shown` is closed."""
+
+    def __init__(self, spec: RunSpec, reporter: ProgressReporter) -> None:
+        self.spec, self.reporter = spec, reporter
+        self.shown = contextlib.ExitStack()
+        self._shown_at, self._shown_step = 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        if trainer.is_global_zero:
+            self.shown.enter_context(self.reporter)
+            self._shown_at, self._shown_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report the step if it will be shown: reading the loss makes the host wait for the GPU."""
+        if not trainer.is_global_zero or not self.reporter.due:
+            return
+        now, step, loss = time.monotonic(), trainer.global_step, float(cast(Any, pl_module).last_loss)
+        rate = (step - self._shown_step) * self.spec.batch_tokens / (now - self._shown_at)
+        self.reporter.update(step, loss=f"{loss:.4f}", speed=f"{human(rate)} tokens/s")
+        self._shown_at, self._shown_step = now, step
+
+
 def _set_threads(threads: int) -> None:
     # OpenMP crashes without a message if there are far too many threads.
     processors = os.cpu_count() or 1
@@ -183,9 +216,6 @@ def _use_compiler_cache(folder: Path) -> None:
 
     torch's default is a folder in the temporary directory, which any user can create first. Importing torch writes it to
     the environment, which torch reads at each use. Another value there was set by the user, and is kept.
-
-    Raises:
-        UserError: The folder belongs to another user, who could place code in it.
     """
     from torch._inductor import codecache
     from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -262,21 +292,10 @@ def _trainer(
     )
 
 
-def _device(placement: Placement, spec: RunSpec) -> Device:
-    cuda = placement.device == "cuda" or (placement.device == "auto" and torch.cuda.is_available())
-    return describe_device(torch.device("cuda" if cuda else "cpu"), precision=spec.precision, count=placement.processes)
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return os_error_sentence(error)
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def _quiet() -> None:
-    """Keep Lightning's hints on devices and loggers out of the log."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

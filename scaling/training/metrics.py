@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 200
 """Evenly spaced rows of metrics per run; evaluated steps add theirs."""
-
-
-def evaluation_steps(spec: RunSpec) -> set[int]:
-    """Steps after which the held-out loss is measured: evenly spaced, with the last."""
-    return spread(spec.evaluation.times + 1, spec.steps)
 
 
 def spread(count: int, steps: int) -> set[int]:
@@ -57,12 +53,12 @@ class Stopwatch:
     """Seconds of training over all attempts, paused while the run evaluates or saves.
 
     Args:
-        clock: The clock: wall time, or CPU time with `time.process_time`.
+        clock: `time.perf_counter`, or `time.process_time` for CPU time.
+        counted: Seconds of earlier attempts.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._counted = 0.0
+    def __init__(self, clock: Callable[[], float], counted: float = 0.0) -> None:
+        self._clock, self._counted = clock, counted
         self._since: float | None = None
 
     @property
@@ -70,10 +66,8 @@ class Stopwatch:
         """Seconds counted so far."""
         return self._counted + (self._clock() - self._since if self._since is not None else 0.0)
 
-    def start(self, seconds: float | None = None) -> None:
-        """Start, from `seconds` if given."""
-        if seconds is not None:
-            self._counted = seconds
+    def start(self) -> None:
+        """Start or continue."""
         self._since = self._clock()
 
     def stop(self) -> None:
@@ -103,16 +97,15 @@ class MetricsLogger(Callback):
         self.device = device
         self.held_out = torch.from_numpy(held_out)
         self.every = max(1, spec.steps // MAX_ROWS)
-        self.evaluate_at = evaluation_steps(spec)
+        self.evaluate_at = spread(spec.evaluation.times + 1, spec.steps)
         self.tail_starts = spec.steps - max(1, spec.steps // 10)
-        self.wall_time, self.cpu_time = Stopwatch(), Stopwatch(time.process_time)
+        self.wall_time, self.cpu_time = Stopwatch(time.perf_counter), Stopwatch(time.process_time)
         self.diverged: str | None = None
         self.validation_loss: float | None = None
         # Sums stay on the device, so that the host waits for a GPU once per row and not once per step.
         self.row_sum, self.row_count = torch.zeros((), dtype=torch.float64), 0
         self.tail_sum, self.tail_count = torch.zeros((), dtype=torch.float64), 0
         self.row_step, self.row_seconds = 0, 0.0
-        self._restored_seconds, self._restored_cpu_seconds = 0.0, 0.0
 
     @property
     def train_loss(self) -> float | None:
@@ -136,21 +129,19 @@ class MetricsLogger(Callback):
         self.row_sum = torch.tensor(row, dtype=torch.float64)
         self.tail_sum = torch.tensor(tail, dtype=torch.float64)
         self.row_step, self.row_seconds = state_dict["row_step"], state_dict["row_seconds"]
-        self._restored_seconds, self._restored_cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
+        self.wall_time = Stopwatch(time.perf_counter, state_dict["seconds"])
+        self.cpu_time = Stopwatch(time.process_time, state_dict["cpu_seconds"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the rows that an earlier attempt wrote after its last checkpoint."""
         self.row_sum, self.tail_sum = self.row_sum.to(pl_module.device), self.tail_sum.to(pl_module.device)
-        if trainer.global_step <= self.tail_starts:
-            self.tail_sum, self.tail_count = (
-                torch.zeros_like(self.tail_sum),
-                0,
-            )  # a branch does not count the last tenth of its trunk
+        if trainer.global_step <= self.tail_starts:  # a branch does not count the last tenth of its trunk
+            self.tail_sum, self.tail_count = torch.zeros_like(self.tail_sum), 0
         if trainer.is_global_zero:
             kept = [row for row in self.directory.metrics() if row.step <= trainer.global_step]
             write_lines(self.directory.metrics_file, kept)
-        self.wall_time.start(self._restored_seconds)
-        self.cpu_time.start(self._restored_cpu_seconds)
+        self.wall_time.start()
+        self.cpu_time.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -167,18 +158,16 @@ class MetricsLogger(Callback):
             self.tail_count += 1
         evaluate = step in self.evaluate_at
         if stepped and (evaluate or step % self.every == 0):
-            self.pause_timers()
-            self._row(step, module, evaluate=evaluate)
+            with self.paused():
+                self._row(step, module, evaluate=evaluate)
             trainer.should_stop |= self.diverged is not None
-            self.resume_timers()
 
-    def pause_timers(self) -> None:
-        """Pause the timers for work that is not training."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context for work that is not training, whose time does not count."""
         self.wall_time.stop()
         self.cpu_time.stop()
-
-    def resume_timers(self) -> None:
-        """Continue the timers."""
+        yield
         self.wall_time.start()
         self.cpu_time.start()
 

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple, Self
 from scaling.errors import UserError
 from scaling.run.directory import LOG as LOG
 from scaling.run.directory import RunDirectory
-from scaling.training.shutdown import ShutdownRequest
+from scaling.training.shutdown import ShutdownRequest, handling
 
 POLL_SECONDS = 0.2
 TERMINATE_AGAIN_SECONDS = 2.0
@@ -69,7 +68,7 @@ class ProcessPool:
 
     def __enter__(self) -> Self:
         self._context.set_forkserver_preload(["scaling.training.loop"])
-        with _environment(self._threads), _ignored(JOB_SIGNALS):
+        with _environment(self._threads), handling(JOB_SIGNALS, signal.SIG_IGN):
             # Workers outlive a server that a signal kills, but look dead from then on. So the server ignores signals.
             forkserver.ensure_running()
         return self
@@ -100,7 +99,14 @@ class ProcessPool:
             UserError: The server ended before it could fork.
         """
         worker = self._context.Process(target=_call, args=(function, arguments))
-        begin(worker)
+        try:
+            worker.start()
+        except (EOFError, ConnectionError) as error:
+            raise UserError(
+                "the server process that forks training processes was killed before it started one "
+                f"({type(error).__name__}), perhaps because the machine is out of memory. "
+                "Free some memory or train fewer runs at once, and run the same command again; it continues from here."
+            ) from None
         self._workers[name] = worker
 
     def wait(self, timeout: float = POLL_SECONDS) -> list[ProcessExit]:
@@ -144,39 +150,10 @@ class ProcessPool:
         return ended + (self.wait() if self._workers else [])
 
 
-def begin(process: ForkServerProcess) -> None:
-    """Start a process from the fork server.
-
-    Raises:
-        UserError: The server ended before it could fork.
-    """
-    try:
-        process.start()
-    except (EOFError, ConnectionError) as error:
-        raise UserError(
-            "the server process that forks training processes was killed before it started one "
-            f"({type(error).__name__}), perhaps because the machine is out of memory. "
-            "Free some memory or train fewer runs at once, and run the same command again; it continues from here."
-        ) from None
-
-
 def _call(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     for signum in JOB_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)  # there is nothing to save until training starts and takes them over
     function(*arguments)
-
-
-@contextlib.contextmanager
-def _ignored(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -214,22 +191,19 @@ def side_by_side(
         ended: Called with each run and its exit status (`ProcessExit.code`) after its process has ended.
         leave: Whether a single active run should stop; called repeatedly.
     """
-    waiting = [RunDirectory(run) for run in runs]
-    active: dict[str, RunDirectory] = {}
+    waiting = [str(Path(run)) for run in runs]
     stop = ShutdownRequest()
     with ProcessPool() as pool, stop.listening():
         while waiting or pool.active:
             if stop.due():
                 waiting.clear()
             while waiting and len(pool.active) < at_once:
-                directory = waiting.pop(0)
-                path = str(directory.path)
+                path = waiting.pop(0)
                 pool.start(path, work, path)
-                active[path] = directory
             if pool.active:
                 for path, code in pool.wait():
-                    ended(active.pop(path), code)
-            pool.terminate([path for path, directory in active.items() if stop.due() or leave(directory)])
+                    ended(RunDirectory(path), code)
+            pool.terminate([path for path in pool.active if stop.due() or leave(RunDirectory(path))])
 
 
 def note_kill(directory: RunDirectory, exit_code: int) -> str:

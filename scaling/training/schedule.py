@@ -1,7 +1,7 @@
 """Learning-rate schedules: the share of the peak as a pure function of tokens trained on.
 
-A schedule is a share of the peak, a function of tokens trained on. It has no state, so a resumed run has the rates of an
-uninterrupted one, and a run on twice the devices has the same rates per token.
+It has no state, so a resumed run has the rates of an uninterrupted one, and a run on twice the devices has the same
+rates per token.
 """
 
 from __future__ import annotations

@@ -7,11 +7,27 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that request a checkpoint and an exit at the next step boundary; SLURM's warning is sent as USR2."""
+
+
+@contextlib.contextmanager
+def handling(
+    signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    """Context that handles signals. Does nothing outside the main thread, which alone may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handler) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
 
 
 class ShutdownRequest:
@@ -26,18 +42,9 @@ class ShutdownRequest:
         """Store the signal; everything else happens at the step boundary."""
         self.reason = signal.Signals(signum).name
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Context that handles the stop signals. Does nothing outside the main thread, which alone may set handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.signal(signum, self) for signum in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Context that handles the stop signals."""
+        return handling(STOP_SIGNALS, self)
 
     def due(self) -> bool:
         """True if a shutdown was requested."""

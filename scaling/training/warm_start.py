@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def parent(directory: RunDirectory, initial: WarmStart, *, weights: bool = True) -> tuple[RunDirectory, RunRecord]:
-    """The finished run that another starts from.
-
-    Raises:
-        UserError: It does not exist, has not finished, or, with `weights`, its weights are missing.
-    """
+    """The finished run that another starts from."""
     found = RunDirectory(directory.path.parent / initial.run)
     return found, finished_run(found, purpose=f"the warm start of run {directory.path.name}", weights=weights)
 
@@ -37,11 +33,7 @@ def charged_flops(directory: RunDirectory, initial: WarmStart | None) -> dict[st
 
 
 def charged_parents(directory: RunDirectory, initial: WarmStart | None) -> list[RunRecord]:
-    """Records of the runs that a run is charged for: its parent, that run's parent, and so on.
-
-    Raises:
-        UserError: One of them has not finished.
-    """
+    """Records of the runs that a run is charged for: its parent, that run's parent, and so on."""
     if initial is None or not initial.count_flops:
         return []
     found, record = parent(directory, initial, weights=False)
@@ -49,11 +41,7 @@ def charged_parents(directory: RunDirectory, initial: WarmStart | None) -> list[
 
 
 def load_initial(directory: RunDirectory, initial: WarmStart, model: Decoder) -> None:
-    """Fill an initialised model with the parent's weights.
-
-    Raises:
-        UserError: As `parent`, or the weights are damaged or of another shape.
-    """
+    """Fill an initialised model with the parent's weights."""
     from scaling.models.upcycle import load_weights
 
     found, record = parent(directory, initial)
@@ -83,11 +71,7 @@ def trunk_checkpoint(directory: RunDirectory) -> Path | None:
 
 
 def check_branch(branch: RunSpec, trunk: RunSpec) -> None:
-    """Check that a trunk takes the same steps as its branch until the branch's decay.
-
-    Raises:
-        UserError: It does not; the sentence names the fields that differ, or the lengths that do not fit.
-    """
+    """Check that a trunk takes the same steps as its branch until the branch's decay."""
     if branch.schedule.kind != "wsd" or trunk.schedule.kind != "wsd":
         raise UserError(
             f'a branch and its trunk need the schedule "wsd"; these have "{branch.schedule.kind}" and '

@@ -16,11 +16,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def inputs(config: DataConfig) -> list[str]:
-    """The options that select the data set.
-
-    Raises:
-        DataError: The name is neither a folder nor a possible name on the Hub.
-    """
+    """The options that select the data set."""
     name = config.name
     assert name is not None  # `Source.needs`
     if Path(name).is_absolute():

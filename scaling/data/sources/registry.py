@@ -65,7 +65,6 @@ class DataConfig(Strict, frozen=True):
     """Let a run that needs more tokens than there are train for several epochs, each in its own order."""
 
     def __post_init__(self) -> None:
-        """Check that the source takes the given options and has those that it needs."""
         if self.source not in SOURCES:
             raise DataError(f"[data] {unknown_name('source', self.source, SOURCES)}")
         row = SOURCES[self.source]
@@ -195,11 +194,7 @@ SOURCES: Registry[Source] = Registry(
 
 
 def optional_package(package: str, purpose: str) -> None:
-    """Import a package of the extra ``data``.
-
-    Raises:
-        DataError: The package is not installed; the sentence says how to install it.
-    """
+    """Import a package of the extra ``data``."""
     try:
         importlib.import_module(package)
     except ImportError as error:

@@ -59,11 +59,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
 
 
 def find() -> list[tuple[str, Path, int]]:
-    """Name relative to its root, path and size of each file, ordered by hash of the name.
-
-    Raises:
-        DataError: The interpreter has no library on disk, because it is frozen or zipped.
-    """
+    """Name relative to its root, path and size of each file, ordered by hash of the name."""
     library = Path(sysconfig.get_path("stdlib"))
     found = [file for file in _walk("", library) if not file[0].startswith(EXCLUDED_LIBRARY)]
     size = sum(size for _, _, size in found)

@@ -29,16 +29,6 @@ State = dict[str, Tensor]
 """Optimizer state of one parameter, or of one of its matrices."""
 
 
-def unchanged(tensor: Tensor) -> Tensor:
-    """Gather and scatter of a single process."""
-    return tensor
-
-
-def unbound(stack: Tensor) -> list[Tensor]:
-    """The matrices ``(m, n)`` of a stack ``(k, m, n)``."""
-    return list(stack.unbind())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Matrices of one shape ``(m, n)`` that take the step together."""
@@ -53,11 +43,12 @@ class Batch:
     """Rows and columns of a part, ``(r, w)``."""
     dtype: torch.dtype
     """Format of the iteration, and of what is sent between processes."""
-    gather: Callable[[Tensor], Tensor] = unchanged
+    # The defaults of these three are those of a single process: its parts are whole matrices.
+    gather: Callable[[Tensor], Tensor] = lambda parts: parts
     """Parts ``(parts, r, w)`` to the whole matrices ``(k, m, w)`` of this process; w need not be the matrices' width."""
-    scatter: Callable[[Tensor], Tensor] = unchanged
+    scatter: Callable[[Tensor], Tensor] = lambda matrices: matrices
     """The inverse of `gather`."""
-    scatter_updates: Callable[[Tensor], list[Tensor]] = unbound
+    scatter_updates: Callable[[Tensor], list[Tensor]] = lambda stack: list(stack.unbind())
     """Orthogonalised matrices ``(k, m, n)`` to updates, one for each of `weights`."""
 
 

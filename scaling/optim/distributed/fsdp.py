@@ -37,11 +37,7 @@ class RowSharding(StateLikeParameters):
         self._owner: dict[Tensor, int] = {}
 
     def plan(self, matrix_groups: list[Group], other_groups: list[Group]) -> None:
-        """Assign the sharded matrices to owners.
-
-        Raises:
-            UserError: A parameter is not sharded along its first dimension, and along it alone.
-        """
+        """Assign the sharded matrices to owners."""
         for group in [*matrix_groups, *other_groups]:
             for parameter, name in zip(group["params"], group["param_names"], strict=True):
                 if not isinstance(parameter, DTensor) or not _sharded_by_rows(parameter):

@@ -91,11 +91,7 @@ class Zero1Sharding:
         return self._place[parameter].pieces(0, parameter.numel()).get(self.rank, slice(0, 0))
 
     def init_state(self, parameter: Tensor, columns: int | None = None) -> Tensor:
-        """Zeros for the local entries.
-
-        Raises:
-            UserError: The state is not shaped like the parameter.
-        """
+        """Zeros for the local entries."""
         if columns is not None:
             raise UserError(
                 'placement: strategy = "zero1" cuts a matrix between any two entries, and this optimizer keeps a number '
