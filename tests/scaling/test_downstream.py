@@ -79,7 +79,7 @@ def test_a_missing_package_is_one_sentence(run: Path, monkeypatch: pytest.Monkey
 def test_the_verb_prints_downloads_and_scores(
     run: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture
 ) -> None:
-    Evaluate(run_dir=run, tasks=("mmlu",), limit=3).run()
+    Evaluate(named=run, tasks=("mmlu",), limit=3).run()
     printed = capsys.readouterr()
     assert "Downloads mmlu: the data set cais/mmlu" in printed.err
     assert "mmlu: acc,none 0.2500" in printed.out
