@@ -127,7 +127,7 @@ def test_a_faulty_table_is_one_sentence(
         (("--law", "power", "--arm", "muon", "--delta", "nan"), "--delta nan: give a number above 0"),
         (("--law", "power", "--arm", "muon", "--delta", "-1"), "--delta -1: give a number above 0"),
         (("--delta", "0.01"), "--delta needs --law"),
-        (("--holdout", "0"), "at least one is needed"),
+        (("--holdout", "0"), "at least one rung is left out"),
         (("--law", "surface", "--arm", "muon"), "these runs carry no law surface"),
     ],
 )
