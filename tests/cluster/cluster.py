@@ -211,6 +211,19 @@ class Cluster:
         """Kill slurmctld; jobs go on."""
         self._halt("slurmctld", signal.SIGKILL)
 
+    def lose_state(self) -> None:
+        """Kill slurmctld and delete its state, then start anew.
+
+        Job numbers begin again at 1, and a slurmd refuses numbers whose credentials it has revoked, so the nodes start
+        anew as well.
+        """
+        self.crash_controller()
+        for node in self.nodes:
+            self.crash_node(node)
+            shutil.rmtree(self.folder / f"spool-{node}", ignore_errors=True)
+        shutil.rmtree(self.folder / "state")
+        self.start()
+
     def stop_accounting(self) -> None:
         """Stop slurmdbd; slurmctld keeps its messages for later."""
         self._halt("slurmdbd")

@@ -86,9 +86,7 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         try:
             until(lambda: not cluster.run("squeue", "-h"), "the queue did not become empty", quiet_samples=10)
         except TimeoutError:  # a controller that was killed can leave jobs completing for minutes
-            cluster.stop()
-            shutil.rmtree(cluster.folder / "state")
-            cluster.start()
+            cluster.lose_state()
 
 
 def copied_code(folder: Path, train: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -230,9 +229,7 @@ def test_a_step_longer_than_the_time_limit_is_abandoned(cluster: Cluster, counti
 def test_forgotten_jobs_are_submitted_again(cluster: Cluster, counting: Counting) -> None:
     planned = counting.plan(slurm='time_minutes = 5\nsbatch = { begin = "now+1hour" }')
     first = counting.submit(planned)
-    cluster.crash_controller()
-    shutil.rmtree(cluster.folder / "state")
-    cluster.start()
+    cluster.lose_state()
     until(lambda: counting.submit(planned).queued == first.queued, "they are not submitted again", every=0.5)
 
 

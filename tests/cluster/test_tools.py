@@ -35,7 +35,7 @@ def test_doctor_passes_a_good_placement(cluster: Cluster, counting: Counting) ->
         ("time_minutes = 500", "allows 120; the job would never start"),
         ("gpus_per_node = 99", "SLURM would refuse"),
         ("nodes = 7", "SLURM would refuse"),
-        ("time_minutes = 1\nsignal_seconds = 60", "as long as the job itself"),
+        ("time_minutes = 1\nsignal_seconds = 60", "is the whole job"),
     ],
 )
 def test_doctor_fails_a_job_that_cannot_start(cluster: Cluster, counting: Counting, slurm: str, expected: str) -> None:
