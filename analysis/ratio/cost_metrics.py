@@ -94,7 +94,7 @@ def convention_ratios(
 
 
 def waited_unevenly(used: pd.DataFrame) -> bool:
-    """Whether clocks of these runs say more about what else the machine did than about the runs."""
+    """True if other work on the machine decided the wall-clock times of these runs more than the runs did."""
     if "seconds" not in used or "cpu_seconds" not in used:
         return False
     seconds, worked = _numbers(used, "seconds"), _numbers(used, "cpu_seconds")

@@ -32,7 +32,7 @@ class MatchRatio(Strict, frozen=True):
     ratio: float
     """Challenger compute over baseline compute: below 1 the challenger needs less."""
     low: float | None
-    """Of the interval; None where there are too few cells for one."""
+    """Lower end of the interval; None if there are too few cells for one."""
     high: float | None
     support: Extrapolation
 

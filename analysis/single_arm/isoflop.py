@@ -53,7 +53,7 @@ class Valley(Strict, frozen=True):
 
 
 class Allocations(Strict, frozen=True):
-    """How parameters and tokens should grow with compute, by the three approaches."""
+    """Growth of the optimal parameters and tokens with compute, by the three approaches."""
 
     arm: str
     valleys: list[Valley]
@@ -66,7 +66,7 @@ class Allocations(Strict, frozen=True):
     surface: LossSurface
     """Approach 3."""
     surface_status: Status
-    """Whether the runs carry it; on a ladder, where N and D rise together, they do not."""
+    """Status of the surface fit; a ladder, where N and D rise together, does not identify one."""
     surface_exponent: float
     """Of params under approach 3: beta / (alpha + beta); means nothing unless the surface converged."""
     bias: float | None
@@ -194,7 +194,7 @@ def envelope(rows: Rows, *, points: int = 1500) -> dict[str, PowerRule] | None:
 
 
 def valley_bias(surface: LossSurface, interior: list[Valley]) -> float:
-    """What parabolas on these very grids would do to this surface without noise: mean ln(found / true) of params."""
+    """Bias of the parabolas on these grids, for this surface without noise: mean ln(found / true) of params."""
     off = []
     for valley in interior:
         params = np.array(valley.params)

@@ -45,7 +45,7 @@ class EvaluationResult(Strict, frozen=True):
 
     run: str
     text: str
-    """What was scored: the whole validation split, a sample of it, or a path or name."""
+    """Text that was scored: the whole validation split, a sample of it, or a path or name."""
     loss: float
     """Mean over all targets, nats per token."""
     bits_per_byte: float
@@ -53,7 +53,7 @@ class EvaluationResult(Strict, frozen=True):
     tokens: int
     """Targets that were scored."""
     validation_loss: float
-    """What the run's record says: the loss on `validation_tokens`, the value in tables and fits, nats per token."""
+    """Loss in the run's record, nats per token: measured on `validation_tokens`, and used in tables and fits."""
     validation_tokens: int
     """Tokens of the validation split that the run evaluated: a fixed sample, spread over the split."""
     bytes_per_token: float
