@@ -226,11 +226,11 @@ def test_an_edited_plan_is_refused(campaigns: Any) -> None:
 
 
 def test_a_moved_root_continues(campaigns: Any, tmp_path: Path) -> None:
-    first = run_local(campaigns.plan(), workers=2, progress=False)
+    first = run_local(campaigns.plan(checkpoint_seconds=0.001), workers=2, progress=False)
     unfinished = first.plan.runs[0]
     first.plan.directory(unfinished).record_file.unlink()
     (tmp_path / "root").rename(tmp_path / "moved")
-    moved = run_local(campaigns.plan("moved"), workers=1, progress=False)
+    moved = run_local(campaigns.plan("moved", checkpoint_seconds=0.001), workers=1, progress=False)
     assert (moved.trained, len(moved.present)) == ((unfinished.id,), 3)
     assert starts(moved.plan.directory(unfinished))[-1].step > 0
     assert not (tmp_path / "root").exists()
