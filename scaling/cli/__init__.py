@@ -37,13 +37,17 @@ from scaling.cli.common import version
 from scaling.cli.compare import Compare
 from scaling.cli.design import Design
 from scaling.cli.runs import Data, Evaluate, Export, Train
+from scaling.cli.start import Diff, Explain, Init
 from scaling.cli.tables import Audit, Fit, Report
 from scaling.errors import ExitCode, UserError, os_error_sentence, plain
 
 VERBS: dict[str, tuple[type, str]] = {
     "demo": (Demo, "scaling demo --root /tmp/demo"),
     "campaigns": (Campaigns, "scaling campaigns"),
+    "init": (Init, "scaling init mine --data book.txt"),
     "plan": (Plan, "scaling plan quick --set 'seeds=[0,1]'"),
+    "explain": (Explain, "scaling explain quick/muon/21k/0 peak_lr"),
+    "diff": (Diff, "scaling diff quick mine.toml"),
     "design": (Design, "scaling design quick --width 0.05 --budget-gpu-hours 2"),
     "tune": (Tune, "scaling tune quick-tuned --status"),
     "submit": (Submit, "scaling submit my.toml --executor slurm --dry-run"),

@@ -43,6 +43,8 @@ class Plan(OnCampaign):
 
     hyperparameters: Literal["listed", "rule"] | None = None
     """Take tokens, batch and learning rate from the file's rungs, or from the hyper-parameter rule that it names."""
+    resolved: bool = False
+    """Print the campaign file as it is read, with the files that it extends and --set, and plan nothing."""
     groups: bool = False
     """Show which algorithm updates each parameter of an arm, and by which rule."""
     json: bool = False
@@ -50,10 +52,16 @@ class Plan(OnCampaign):
 
     def run(self) -> None:
         """Print the plan and write plan.jsonl, which `submit` executes."""
+        from sweeps.config.campaign import campaign_path, campaign_tables
+        from sweeps.config.toml_text import toml_text
         from sweeps.planning.branches import saved_flops
         from sweeps.planning.cost import outlook
         from sweeps.reporting import plan_table
 
+        if self.resolved:
+            self.loaded()
+            print(toml_text(campaign_tables(campaign_path(self.campaign), settings=self.set)), end="")
+            return
         plan = self.planned(hyperparameters=self.hyperparameters)
         plan.write()
         if self.json:

@@ -36,7 +36,8 @@ from scaling.spec import Evaluation
 from sweeps.config.hyperparameter_rules import rule_set
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values
-from sweeps.config.toml import as_value, located, override, read_toml
+from sweeps.config.toml import as_value, located, merged, override, read_toml
+from sweeps.config.toml_text import key_lines
 from sweeps.config.tune import TuneConfig
 from sweeps.config.tune import check as check_tuning
 
@@ -201,6 +202,9 @@ class CampaignFile(Strict, frozen=True, kw_only=True):
     """Name of the campaign and of its folder of results."""
     title: Line = ""
     """A sentence for tables and reports."""
+    extends: str | None = None
+    """Campaign file beside this one, or built-in campaign, whose tables this file changes: keys replace keys, and ``[[arms]]``
+    and ``[[rungs]]`` of a known name change that entry."""
     data: DataConfig
     """Text to train on."""
     model: SharedModelConfig
@@ -267,18 +271,15 @@ def load_campaign(
     Raises:
         ConfigError: There is no such campaign, or the file has a wrong value.
     """
-    text = str(name_or_path)
-    path = Path(text)
-    if not path.suffix and "/" not in text and not os.path.lexists(text):
-        if text not in built_in():
-            raise ConfigError(f"{unknown_name('campaign', text, built_in())} Or give the path of a campaign file.")
-        path = Path(str(resources.files("sweeps") / "campaigns" / f"{text}.toml"))
-    tables = read_toml(path)
-    for setting in settings:
-        override(tables, setting)
+    path = campaign_path(name_or_path)
+    tables = campaign_tables(path, settings=settings)
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
-    content = as_value(tables, CampaignFile, where=path.name)
+
+    def lines() -> dict[tuple[str | int, ...], int]:  # values of other files and settings have no line in this one
+        return key_lines(path.read_text(encoding="utf-8-sig")) if tables == read_toml(path) else {}
+
+    content = as_value(tables, CampaignFile, where=path.name, lines=lines)
     fields = msgspec.structs.asdict(content)
     with located(path.name):
         fields["data"] = content.data.resolved(path.parent)
@@ -291,6 +292,40 @@ def load_campaign(
     campaign = Campaign(**fields, file=path.name, identity=campaign_identity(tables))
     _check(campaign)
     return campaign
+
+
+def campaign_path(name_or_path: str | Path) -> Path:
+    """The file of a campaign, given by its path or by the name of a built-in one.
+
+    Raises:
+        ConfigError: It is no path, and no built-in campaign has the name.
+    """
+    text = str(name_or_path)
+    if Path(text).suffix or "/" in text or os.path.lexists(text):
+        return Path(text)
+    if text not in built_in():
+        raise ConfigError(f"{unknown_name('campaign', text, built_in())} Or give the path of a campaign file.")
+    return Path(str(resources.files("sweeps") / "campaigns" / f"{text}.toml"))
+
+
+def campaign_tables(path: Path, *, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a campaign file, those of the files that it extends included, with ``table.key=value`` settings.
+
+    Raises:
+        ConfigError: A file cannot be read, or a chain of files leads back to one of them or into another folder.
+    """
+    tables, chain = read_toml(path), [path]
+    while isinstance(base := tables.pop("extends", None), str):
+        after = campaign_path(base if base in built_in() else path.parent / base)
+        if after in chain:
+            raise ConfigError(f"{path.name}: extends leads from {after.name} back to itself. Remove one of the lines.")
+        if base not in built_in() and after.resolve().parent != path.resolve().parent:
+            raise ConfigError(f"{path.name}: extends {base!r} lies in another folder. Copy it beside {path.name}.")
+        chain.append(after)
+        tables = merged(read_toml(after), tables)
+    for setting in settings:
+        override(tables, setting)
+    return tables
 
 
 def campaign_identity(tables: Mapping[str, Any]) -> str:

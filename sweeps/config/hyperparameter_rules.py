@@ -17,6 +17,7 @@ from scaling.io import MAX_NUMBER, Line, PositiveFloat, Strict, write_atomic
 from scaling.power_rule import PowerRule
 from sweeps.config.search_space import Dimension, Values, known_searches
 from sweeps.config.toml import as_value, read_toml
+from sweeps.config.toml_text import toml_text
 from sweeps.config.tuning_results import Tuning
 
 
@@ -189,19 +190,9 @@ def tuned_rules(tuning: Tuning, arm: str) -> RuleSet:
 def write_rule_file(tuning: Tuning, arm: str, path: Path) -> Path:
     """Write the rule file of an arm (`tuned_rules`) with all digits; return its path."""
     content = msgspec.to_builtins(tuned_rules(tuning, arm))
-    tables = content.pop("rules")
     head = "Each rule is coefficient * C**exponent, C in FLOPs (6ND); error: standard error of the exponent."
-    lines = [f"# {content['label']}. {head}"]
-    lines += [f"{key} = {_toml(value)}" for key, value in content.items()]
-    for name, fields in tables.items():
-        lines += ["", f"[rules.{name}]", *(f"{key} = {_toml(value)}" for key, value in fields.items())]
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    write_atomic(path, f"# {content['label']}. {head}\n{toml_text(content)}".encode())
     return path
-
-
-def _toml(value: object) -> str:
-    # Strings, numbers and lists of them are written in JSON as in TOML.
-    return msgspec.json.encode(value).decode()
 
 
 def read_rule_file(path: Path) -> RuleSet:

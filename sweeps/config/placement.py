@@ -15,7 +15,7 @@ import msgspec
 from scaling.errors import ConfigError, unknown_name
 from scaling.io import NonNegativeFloat, Small, Strict
 from scaling.spec import ExecutionConfig
-from sweeps.config.toml import QUOTED, as_value, read_toml
+from sweeps.config.toml import QUOTED, as_value, merged, read_toml
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 """A name that is safe as a folder, a job name or an option: it cannot leave the root or end a line."""
@@ -192,7 +192,7 @@ def placements(
     profile = _profile(profile_file())
     found: dict[str, PlacementConfig] = {}
     for rung in rungs:
-        raw, own = _merged(shared, overrides.get(rung, {})), base
+        raw, own = merged(shared, overrides.get(rung, {})), base
         if rung in overrides:
             own = as_value(raw, PlacementConfig, where=f'{where}, [placement.rungs."{rung}"]', file=file)
         slurm = raw.get("slurm", {})
@@ -201,7 +201,7 @@ def placements(
                 f"{where}, [placement.slurm]: setup holds shell lines, and a campaign file may come from anybody. "
                 f"Move them into your own profile, {profile_file()}, as setup = [...]."
             )
-        found[rung] = _complete(own, _merged(profile, slurm))
+        found[rung] = _complete(own, merged(profile, slurm))
     return found
 
 
@@ -215,15 +215,6 @@ def _complete(placement: PlacementConfig, slurm: dict[str, Any]) -> PlacementCon
         processes = placement.runs_per_task * (1 if job.tasks_per_node > 1 else placement.devices)
         job = msgspec.structs.replace(job, cpus_per_task=min(placement.threads * processes, MAX_CPUS))
     return msgspec.structs.replace(placement, slurm=job)
-
-
-def _merged(table: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """The table with the fields of `override`; sub-tables are merged field by field."""
-    both = dict(table)
-    for name, value in override.items():
-        mine = both.get(name)
-        both[name] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
-    return both
 
 
 PROFILE = "SCALING_SLURM_PROFILE"

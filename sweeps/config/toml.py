@@ -10,7 +10,7 @@ import operator
 import re
 import reprlib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import msgspec
 from msgspec import inspect
 
 from scaling.errors import CONTROL, ConfigError, UserError, plain, shortened
+from sweeps.config.toml_text import nearest_line
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -97,6 +98,29 @@ def _parsed(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The tables of `base` with the keys of `own`; sub-tables are merged, and so are entries of one name in two lists."""
+    both = dict(base)
+    for key, value in own.items():
+        mine = both.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            both[key] = merged(mine, value)
+        elif (known := _by_name(mine)) is not None and (changed := _by_name(value)) is not None:
+            both[key] = list(
+                (known | {name: merged(known.get(name, {}), table) for name, table in changed.items()}).values()
+            )
+        else:
+            both[key] = value
+    return both
+
+
+def _by_name(value: Any) -> dict[str, dict[str, Any]] | None:
+    """A list of tables with names, such as ``[[arms]]``, by name; None for any other value."""
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("name"), str) for part in value):
+        return {part["name"]: part for part in value}
+    return None
+
+
 def override(tables: dict[str, Any], setting: str) -> None:
     """Set ``table.key=value`` in the tables; the value is TOML, or else a string without quotes.
 
@@ -123,7 +147,14 @@ def override(tables: dict[str, Any], setting: str) -> None:
     here[last] = value
 
 
-def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struct] | None = None) -> T:
+def as_value(
+    tables: Any,
+    kind: type[T],
+    *,
+    where: str,
+    file: type[msgspec.Struct] | None = None,
+    lines: Callable[[], Mapping[tuple[str | int, ...], int]] = dict,
+) -> T:
     """Tables as a strict value.
 
     Args:
@@ -131,6 +162,7 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
         kind: The Struct to make.
         where: Name of the file, and of the table if `tables` is a part, for errors.
         file: The Struct of the whole file, if `kind` is the Struct of a part.
+        lines: Returns the line of each key in the file (`sweeps.config.toml_text.key_lines`), which errors then name.
 
     Raises:
         ConfigError: Unknown keys (each with the nearest known one), missing keys, wrong types and impossible values: one
@@ -149,7 +181,9 @@ def as_value(tables: Any, kind: type[T], *, where: str, file: type[msgspec.Struc
             named = NAMED_FIELD.search(problem)
             found = (steps, named[1]) if named else (steps[:-1], steps[-1] if steps else "")
             if found not in replaced:
-                problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}")
+                line = nearest_line(lines(), [*found[0], found[1]])
+                at_line = f" (line {line})" if line else ""
+                problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}{at_line}")
             if not _repair(left, *found, kind=kind, problem=problem, again=found in replaced):
                 break
             replaced.append(found)
