@@ -166,9 +166,10 @@ class Submit(OnCampaign):
 
     def _slurm(self) -> None:
         from sweeps.reporting import plan_table
-        from sweeps.slurm import SlurmExecutor
+        from sweeps.slurm.submit import submit_slurm
 
-        submission = SlurmExecutor(self.recorded()).submit(
+        submission = submit_slurm(
+            self.recorded(),
             retry=self.retry,
             order=self.order,
             dry_run=self.dry_run,

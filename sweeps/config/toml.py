@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
-import functools
-import operator
+import itertools
 import re
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
-from msgspec import inspect
 
 from scaling.errors import CONTROL, ConfigError, UserError, plain, shortened
 from sweeps.config.toml_text import nearest_line
@@ -35,9 +33,6 @@ DEEP_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{MAX_TABLE_DE
 
 MAX_PROBLEMS = 10
 """Problems of one file that one error reports."""
-
-MAX_KEYS_TRIED = 100
-"""Keys of a free table that are tried one by one to find the wrong one."""
 
 RENAMED: dict[str, dict[str, str]] = {
     "SlurmConfig": {
@@ -60,9 +55,7 @@ RENAMED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Former names of keys and their present names, by the Struct of their table."""
 
-NAMED_FIELD = re.compile(r"(?:unknown|missing required) field `(.*)`")
 FLOAT_FOR_COUNT = re.compile(r"Expected `int(?: \| null)?`, got `float`")
-PATH_STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+|\.\.\.)\]")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -168,80 +161,129 @@ def as_value(
         ConfigError: Unknown keys (each with the nearest known one), missing keys, wrong types and impossible values: one
             line each, up to `MAX_PROBLEMS`.
     """
-    left = copy.deepcopy(tables)
-    problems: list[str] = []
-    replaced: list[tuple[list[str | int], str | int]] = []
-    while len(problems) < MAX_PROBLEMS:
-        try:
-            with located(where):
-                value = msgspec.convert(left, type=kind)
-        except msgspec.ValidationError as error:
-            problem, _, at = str(error).partition(" - at `$")
-            steps = _with_free_keys(_steps(at.rstrip("`")), left, kind, str(error))
-            named = NAMED_FIELD.search(problem)
-            found = (steps, named[1]) if named else (steps[:-1], steps[-1] if steps else "")
-            if found not in replaced:
-                line = nearest_line(lines(), [*found[0], found[1]])
-                at_line = f" (line {line})" if line else ""
-                problems.append(f"{where}{_explain(problem, steps, left, kind, file or kind)}{at_line}")
-            if not _repair(left, *found, kind=kind, problem=problem, again=found in replaced):
-                break
-            replaced.append(found)
-        except UserError as error:
-            problems += [] if problems else [str(error)]  # a later one may come from a placeholder
-            break
-        else:
-            if not problems:
-                return value
-            break
-    raise ConfigError("\n".join(problems))
+    try:
+        with located(where):
+            return msgspec.convert(tables, type=kind)
+    except msgspec.ValidationError as error:  # names the first problem only
+        known = lines()
+        sentences = [
+            f"{where}{problem}" + (f" (line {line})" if (line := nearest_line(known, path)) else "")
+            for path, problem in itertools.islice(_problems(tables, kind, _Place(file or kind)), MAX_PROBLEMS)
+        ]
+        raise ConfigError("\n".join(sentences) or f"{where}: {error}") from None
 
 
-PLACEHOLDERS: dict[str, object] = {"int": 1, "float": 1.0, "str": "x", "bool": True, "array": [], "object": {}}
-"""Values that replace wrong ones, by the type that msgspec expected, so that the next problem of a file is found."""
+class _Place(NamedTuple):
+    """The place of a value in a file."""
+
+    file: type[msgspec.Struct]
+    row: str = ""
+    """The table of a list that holds it, as the file writes it: ``, [[rungs]] number 2 ("83k")``."""
+    keys: tuple[str, ...] = ()
+    """Keys from that row, or from the top of the file."""
+    path: tuple[str | int, ...] = ()
+    """Keys and positions in lists from the top of the file."""
+
+    @property
+    def table(self) -> str:
+        """The value as the header of a table."""
+        keys = ".".join(self.keys)
+        return self.row + ((f", {keys}" if self.row else f", [{keys}]") if keys else "")
+
+    @property
+    def parent(self) -> _Place:
+        """The table with the value."""
+        return self._replace(keys=self.keys[:-1])
+
+    def below(self, key: str) -> _Place:
+        """The value of a key in this table."""
+        return self._replace(keys=(*self.keys, key), path=(*self.path, key))
+
+    def item(self, number: int, value: Any) -> _Place:
+        """An item of this list, a table or another value; the first one has the number 1."""
+        if not isinstance(value, dict):
+            return self.parent.below(f"{self.keys[-1]}, entry {number}")._replace(path=(*self.path, number - 1))
+        called = f' ("{shortened(value["name"])}")' if isinstance(value.get("name"), str) else ""
+        row = f"{self.row}, [[{'.'.join(self.keys)}]] number {number}{called}"
+        return self._replace(row=row, keys=(), path=(*self.path, number - 1))
 
 
-def _with_free_keys(steps: list[str | int], tables: Any, kind: type[msgspec.Struct], message: str) -> list[str | int]:
-    """The path with the keys of free tables, which msgspec reports as ``[...]``: each key is tried alone."""
-    if "..." not in steps:
-        return steps
-    at = steps.index("...")
-    keys = list(_walk(tables, steps[:at]))
-    for key in keys if len(keys) <= MAX_KEYS_TRIED else []:
-        alone = copy.deepcopy(tables)
-        table = _walk(alone, steps[:at])
-        for other in {*keys} - {key}:
-            del table[other]
-        try:
-            msgspec.convert(alone, type=kind)
-        except (msgspec.ValidationError, UserError) as error:
-            if str(error) == message:
-                return _with_free_keys([*steps[:at], key, *steps[at + 1 :]], tables, kind, message)
-    return steps
+Problem = tuple[tuple[str | int, ...], str]
+"""Path of a value that is not accepted, and a sentence on it."""
 
 
-def _repair(
-    tables: Any, steps: list[str | int], key: str | int, *, kind: type[msgspec.Struct], problem: str, again: bool
-) -> bool:
-    """Rename, replace or (`again`) remove a wrong entry so that the next problem is found; False if nothing changed."""
-    table: Any = _walk(tables, steps)
-    expected = re.match(r"Expected `(\w+)", problem)
-    if expected and not again:
-        with contextlib.suppress(LookupError, TypeError):
-            table[key] = PLACEHOLDERS[expected[1]]
-            return True
-    if not isinstance(table, dict) or key not in table:
-        return False
-    value = table.pop(key)
-    if (new := _renamed(kind, steps, str(key))) is not None:
-        table.setdefault(new, value)
-    return True
+def _problems(value: Any, kind: Any, place: _Place) -> Iterator[Problem]:
+    """Everything in a value that its type does not accept, in the order of the file."""
+    parts = _alternatives(kind)
+    struct = next((part for part in parts if isinstance(part, type) and issubclass(part, msgspec.Struct)), None)
+    if struct is not None and isinstance(value, dict):
+        yield from _table_problems(value, struct, place)
+        return
+    found: list[Problem] = []
+    for part in parts:
+        if isinstance(value, dict) and get_origin(part) is dict:
+            found += [
+                line for key, item in value.items() for line in _problems(item, get_args(part)[1], place.below(key))
+            ]
+        elif isinstance(value, list) and get_origin(part) is tuple:
+            for number, item in enumerate(value, start=1):
+                found += _problems(item, get_args(part)[0], place.item(number, item))
+    try:
+        if not found:
+            msgspec.convert(value, type=kind)
+    except msgspec.ValidationError as error:
+        words = [word for part in parts for word in _words(part)]
+        found = [(place.path, _wrong_value(value, str(error), words, place))]
+    except UserError:
+        pass  # the tables in it are checked as a whole when nothing else is wrong
+    yield from found
 
 
-def _renamed(kind: type[msgspec.Struct], steps: list[str | int], key: str) -> str | None:
-    """The present name of a former key; None if the key never had another name."""
-    struct = _struct(_type_at(kind, steps))
-    return RENAMED.get(struct.cls.__name__, {}).get(key) if struct else None
+def _table_problems(table: dict[str, Any], struct: type[msgspec.Struct], place: _Place) -> Iterator[Problem]:
+    known = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    renamed = {old: new for old, new in RENAMED.get(struct.__name__, {}).items() if old in table}
+    for name, value in table.items():
+        path = (*place.path, name)
+        if name in renamed:
+            new = renamed[name]
+            yield path, f'{place.table}: field "{name}" is now called "{new}". Write {new} = ... instead.'
+        elif name not in known:
+            yield path, _unknown_field(name, value, known, place)
+        if (field := known.get(renamed.get(name, name))) is not None:
+            yield from _problems(value, field.type, place.below(name))
+    for name, field in known.items():
+        if field.required and name not in table and name not in renamed.values():
+            yield place.path, f'{place.table}: field "{name}" is missing. Add it: {name} = ...'
+
+
+def _unknown_field(name: str, value: Any, known: Iterable[str], place: _Place) -> str:
+    near = difflib.get_close_matches(shortened(name), known, n=1, cutoff=0.6)
+    hint = f'did you mean "{near[0]}"? ' if near else ""
+    if not isinstance(value, dict) and name in place.file.__struct_encode_fields__:
+        hint = "it belongs at the top of the file, above the first [table]. "
+    return f'{place.table}: field "{shortened(name)}" is not known; {hint}Known: {", ".join(sorted(known))}.'
+
+
+def _wrong_value(value: Any, problem: str, words: list[str], place: _Place) -> str:
+    field = shortened(place.keys[-1]) if place.keys else "value"
+    if FLOAT_FOR_COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        accepted = f"and the field is an integer. Write it in full: {int(value):_}."
+        return f"{place.parent.table}: {field} is {value!r}, {accepted}"
+    return f"{place.parent.table}: {field} is {QUOTED.repr(value)}. {_accepted(problem, words)}"
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The types of a union, without bounds."""
+    if get_origin(kind) is Annotated:
+        return _alternatives(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [part for member in get_args(kind) for part in _alternatives(member)]
+    return [kind]
+
+
+def _words(kind: Any) -> list[str]:
+    """The literals of a type, quoted."""
+    return [f'"{word}"' for word in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _check_scalars(value: Any, where: str, path: str = "") -> None:
@@ -280,35 +322,6 @@ def located(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _explain(
-    problem: str, steps: list[str | int], tables: Any, kind: type[msgspec.Struct], file: type[msgspec.Struct]
-) -> str:
-    if named := NAMED_FIELD.search(problem):
-        name, known, place = named[1], _fields(kind, steps), _place(tables, steps)
-        table = _walk(tables, steps)
-        if "missing required" in problem:
-            near = difflib.get_close_matches(name, [key for key in table if key not in known], n=1)
-            hint = f' ("{shortened(near[0])}" is there, and is not known)' if near else ""
-            return f'{place}: field "{name}" is missing{hint}. Add it: {name} = ...'
-        if (new := _renamed(kind, steps, name)) is not None:
-            return f'{place}: field "{name}" is now called "{new}". Write {new} = ... instead.'
-        near = difflib.get_close_matches(shortened(name), known, n=1, cutoff=0.6)
-        hint = f'did you mean "{near[0]}"? ' if near else ""
-        if (steps or kind is not file) and not isinstance(_walk(table, [name]), dict) and name in _fields(file, []):
-            hint = "it belongs at the top of the file, above the first [table]. "
-        return f'{place}: field "{shortened(name)}" is not known; {hint}Known: {", ".join(known)}.'
-    value = _walk(tables, steps)
-    place = _place(tables, steps[:-1])
-    field = "value"
-    if steps and isinstance(steps[-1], int):
-        place, field = _place(tables, steps[:-2]), f"{steps[-2]}, entry {steps[-1] + 1}"
-    elif steps:
-        field = str(steps[-1])
-    if FLOAT_FOR_COUNT.search(problem) and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return f"{place}: {field} is {value!r}, and the field is an integer. Write it in full: {int(value):_}."
-    return f"{place}: {shortened(field)} is {QUOTED.repr(value)}. {_accepted(problem, _literals(kind, steps))}"
-
-
 def _accepted(problem: str, words: list[str]) -> str:
     """A sentence on the accepted values, from msgspec's message and the literals of the field."""
     text = problem.replace("`", "").replace("object", "table").replace("array", "list").replace("null", "nothing")
@@ -327,60 +340,3 @@ def _accepted(problem: str, words: list[str]) -> str:
 QUOTED = reprlib.Repr()
 """`repr` for values of a file, shortened."""
 QUOTED.maxstring = QUOTED.maxother = 80
-
-
-def _steps(path: str) -> list[str | int]:
-    # msgspec writes a key of a free table as [...].
-    return [name or (int(number) if number.isdigit() else "...") for name, number in PATH_STEP.findall(path)]
-
-
-def _walk(tables: Any, steps: list[str | int]) -> Any:
-    try:
-        return functools.reduce(operator.getitem, steps, tables)
-    except (KeyError, IndexError, TypeError):
-        return "..."
-
-
-def _place(tables: Any, steps: list[str | int]) -> str:
-    """The table as the file writes it: ``, [[rungs]] number 2 ("83k")``."""
-    if not steps:
-        return ""
-    rows = [number for number, step in enumerate(steps) if isinstance(step, int)]
-    if rows and (inner := steps[rows[-1] + 1 :]):
-        return f"{_place(tables, steps[: rows[-1] + 1])}, {'.'.join(map(str, inner))}"
-    names = [str(step) for step in steps if isinstance(step, str)]
-    if isinstance(steps[-1], int):
-        name = _walk(tables, [*steps, "name"])
-        called = f' ("{shortened(name)}")' if isinstance(name, str) and name != "..." else ""
-        return f", [[{'.'.join(names)}]] number {steps[-1] + 1}{called}"
-    return f", [{'.'.join(names)}]"
-
-
-def _fields(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
-    struct = _struct(_type_at(kind, steps))
-    return sorted(field.encode_name for field in struct.fields) if struct else []
-
-
-def _literals(kind: type[msgspec.Struct], steps: list[str | int]) -> list[str]:
-    found = _type_at(kind, steps)
-    parts = found.types if isinstance(found, inspect.UnionType) else (found,)
-    return [f'"{word}"' for part in parts if isinstance(part, inspect.LiteralType) for word in part.values]
-
-
-def _type_at(kind: type[msgspec.Struct], steps: list[str | int]) -> inspect.Type:
-    current: inspect.Type = inspect.type_info(kind)
-    for step in steps:
-        struct = _struct(current)
-        if isinstance(step, str) and struct is not None:
-            current = next((field.type for field in struct.fields if field.encode_name == step), current)
-    return current
-
-
-def _struct(found: inspect.Type) -> inspect.StructType | None:
-    if isinstance(found, inspect.StructType):
-        return found
-    if isinstance(found, inspect.UnionType):
-        return next((struct for part in found.types if (struct := _struct(part))), None)
-    if isinstance(found, inspect.VarTupleType | inspect.DictType):
-        return _struct(found.item_type if isinstance(found, inspect.VarTupleType) else found.value_type)
-    return None
