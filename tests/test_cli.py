@@ -99,7 +99,7 @@ def test_a_faulty_campaign_is_one_sentence(
 
 TABLE_FAULTS = {
     "NaN": (("1.92e9,2.6", "1.92e9,"), ["runs.csv", "loss"]),
-    "missing column": (("flops,", "FLOPs,"), ["runs.csv", "flops"]),
+    "missing column": (("loss", "perplexity"), ["runs.csv: column loss is missing", "--map loss=COLUMN"]),
     "not a number": (("4.8e8,2.8", "4.8e8,two"), ["runs.csv", "loss"]),
     "negative compute": (("1.2e8,3.0", "-1.2e8,3.0"), ["runs.csv", "flops"]),
 }

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.data.foreign import ALIASES, FLOPS_PER_UNIT, TableError, plain_name, read_frame, translated
 from scaling.errors import UserError, unknown_name
-from scaling.units import FLOPS_PER_PFLOPS_DAY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,31 +55,8 @@ ANY = "any"
 
 MIN_SHARE_OF_6ND = 1e-6
 """Share of 6 * params * tokens below which `flops` are in another unit."""
-FLOPS_PER_UNIT = {
-    "PFLOP/s-days": FLOPS_PER_PFLOPS_DAY,
-    "GFLOPs": 1e9,
-    "TFLOPs": 1e12,
-    "PFLOPs": 1e15,
-    "EFLOPs": 1e18,
-    "ZFLOPs": 1e21,
-}
-"""FLOPs in each unit that tables use."""
-
-SYNONYMS = {
-    "arm": ("optimizer", "method", "model_type", "variant", "architecture"),
-    "params": ("n", "model size", "parameters", "num_params", "n_params", "active_params"),
-    "tokens": ("d", "num_tokens", "training_tokens", "train_tokens", "data"),
-    "flops": ("c", "compute", "training flop", "training flops", "compute_flops", "train_flops"),
-    "loss": ("validation_loss", "val_loss", "eval_loss", "final_loss", "l"),
-}
-"""Names that published tables use for a column; named in the error, never renamed silently."""
-
 FLOPS_TOLERANCE = 0.01
 """Relative distance of `flops` from 6 * params * tokens that the convention 6nd accepts."""
-
-
-class TableError(UserError):
-    """A table of runs that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +68,8 @@ class RunsTable:
     not used, or an empty string."""
     name: str
     """Name in errors and reports."""
+    assumed: str = ""
+    """What reading it assumed of an export's columns and units; empty if nothing."""
 
     def __repr__(self) -> str:
         """Name, number of rows and arms."""
@@ -122,36 +102,30 @@ class RunsTable:
         return hashlib.sha256(names.encode() + rows.to_numpy().tobytes()).hexdigest()
 
 
-def read_table(path: Path | str, *, convention: str | None = ANY, columns: tuple[str, ...] = COUNTS) -> RunsTable:
-    """A checked table of runs from a CSV or Parquet file.
+def read_table(
+    path: Path | str,
+    *,
+    convention: str | None = ANY,
+    columns: tuple[str, ...] = COUNTS,
+    names: Mapping[str, str] | None = None,
+    last: str | None = None,
+) -> RunsTable:
+    """A checked table of runs from a file that this or another tool wrote, or from a folder of such files.
 
     Args:
-        path: Ends in .csv, .csv.gz, .tsv or .parquet.
+        path: Ends in .csv, .tsv, .jsonl, .json or .parquet, but for Parquet also with .gz behind it.
         convention: As in `check_table`.
         columns: As in `check_table`.
+        names: The file's column for a column of the table, such as ``{"loss": "val/loss"}``, where the name is not among
+            `analysis.data.foreign.ALIASES`.
+        last: Column that names the run; of several rows of a run the last one with a loss is used.
 
     Raises:
-        TableError: The file is missing, is neither format, or its content cannot be used.
+        TableError: The file is missing or has another format, or its content cannot be used.
     """
-    import pandas as pd
-
     path = Path(path)
-    if not path.is_file():
-        required = _listed(_required(columns))
-        raise TableError(f"{path}: there is no such file. Give a CSV or Parquet file with columns {required}.")
-    if not path.name.endswith((".csv", ".csv.gz", ".tsv", ".txt")) and path.suffix != ".parquet":
-        raise TableError(f'{path}: the ending "{path.suffix}" is not known. Use .csv, .tsv or .parquet.')
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TableError(
-            f"{path}: cannot be read as a table ({first}). Write a CSV with one header line of column names, or Parquet."
-        ) from None
-    return check_table(frame, str(path), convention=convention, columns=columns)
+    frame, notes = translated(read_frame(path), str(path), columns=names, last=last)
+    return replace(check_table(frame, str(path), convention=convention, columns=columns), assumed="; ".join(notes))
 
 
 def check_table(
@@ -235,13 +209,13 @@ def _check_columns(frame: pd.DataFrame, name: str, columns: tuple[str, ...]) -> 
         hints = []
         spare = {str(column).lower(): str(column) for column in frame.columns if column not in required}
         for column in missing:
-            known = [name for name in SYNONYMS[column] if name in spare]
+            known = [name for name in spare if plain_name(name) in ALIASES[column].split()]
             near = known or difflib.get_close_matches(column, spare, n=1, cutoff=0.7)
             hints += [f'"{spare[near[0]]}" looks like {column}'] if near else []
         hint = f" ({'; '.join(hints)})" if hints else ""
         raise TableError(
             f"{name}: column {_listed(missing)} is missing{hint}. A table of runs has the columns {_listed(required)}; "
-            "rename or add."
+            f"rename it, add it, or name the file's column: --map {missing[0]}=COLUMN."
         )
 
 

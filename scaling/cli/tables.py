@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from scaling.cli.common import ID_DIGITS, TableName, default_root, next_step, print_json, print_result, root_option
-from scaling.errors import ExitCode, UserError
+from scaling.errors import ExitCode, UserError, plain
 from scaling.io import read_json
 from scaling.spec import as_dict
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from analysis.ratio.study import Study
     from sweeps.config.campaign import Campaign
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".gz")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OnTable:
     """Arguments of a verb on a table of runs."""
 
     table: Positional[TableName]
-    """CSV or Parquet file with arm, params, tokens, flops, loss; a collected campaign or its folder; or "moonlight"."""
+    """CSV, JSON lines or Parquet file of runs, or a folder of such; a collected campaign or its folder; or "moonlight"."""
     baseline: str | None = None
     """Arm to compare with; default: "adamw" if there is one."""
     challenger: str | None = None
@@ -46,6 +46,10 @@ class OnTable:
     """Law family: lines, parallel-lines, shared-floor, ...; default: the best predictor of rungs left out of its fit."""
     extrapolate: bool = False
     """Give a ratio, marked as extrapolated, even if the arms' runs have no loss in common."""
+    map: UseAppendAction[tuple[str, ...]] = ()
+    """COLUMN=NAME: the table's name for arm, params, tokens, flops, loss, ..., as in loss=val/loss; can be repeated."""
+    last: str | None = None
+    """Column that names the run, where runs have several rows: the last row with a loss is used."""
     root: Path = field(default_factory=default_root)
     """Folder of results/."""
 
@@ -53,16 +57,21 @@ class OnTable:
     def is_file(self) -> bool:
         """True if the table is given as a path, and not as a campaign, whose name may contain a dot."""
         path = Path(self.table)
+        if path.is_dir() and not (path / "runs.csv").exists():
+            return True
         if self.table.endswith(".toml") or (self.root / "results" / self.table / "runs.csv").exists():
             return False
         return bool(path.suffix) and (path.suffix in TABLE_SUFFIXES or path.is_file() or len(path.parts) > 1)
 
     def results(self) -> Path:
         """Folder for fits, figures and report: that of the table, of the campaign, or one named after the file."""
+        from analysis.data.foreign import stem
+
         if (Path(self.table) / "runs.csv").exists():
             return Path(self.table)
         if self.is_file:
-            return Path(self.table).with_suffix("")
+            path = Path(self.table)
+            return path / "results" if path.is_dir() else path.with_name(stem(path))
         from sweeps.config.campaign import built_in, load_campaign, refuse_other
 
         if self.table.endswith(".toml") or self.table in built_in():
@@ -84,6 +93,7 @@ class OnTable:
     def analysis_options(self) -> list[str]:
         """The words of the options that change the analysis."""
         named = [("--baseline", self.baseline), ("--challenger", self.challenger), ("--family", self.family)]
+        named += [*(("--map", name) for name in self.map), ("--last", self.last)]
         words = [word for flag, value in named if value is not None for word in (flag, value)]
         return words + (["--extrapolate"] if self.extrapolate else [])
 
@@ -95,7 +105,11 @@ class OnTable:
         file = Path(self.table) if self.is_file else self.collected()
         if file is not None:
             convention = None if self.convention == "none" else self.convention
-            table = read_table(file, convention=convention, columns=COUNTS if columns is None else columns)
+            names = dict(self._named(entry) for entry in self.map)
+            counts = COUNTS if columns is None else columns
+            table = read_table(file, convention=convention, columns=counts, names=names, last=self.last)
+            if table.assumed:  # not on stdout, which may be JSON
+                print(plain(f"{file}: {table.assumed}."), file=sys.stderr)
             # A page that is sent on names no folder.
             return table if self.is_file else replace(table, name=f"campaign {file.parent.name}")
         if self.table == "moonlight":
@@ -104,6 +118,14 @@ class OnTable:
             f"{self.results() / 'runs.csv'}: there is no such table. "
             f"Collect the campaign first (scaling collect {self.table}), or give the path of a CSV or Parquet file."
         )
+
+    def _named(self, entry: str) -> tuple[str, str]:
+        column, equals, name = entry.partition("=")
+        if not (column and equals and name):
+            raise UserError(
+                f"--map {entry}: write COLUMN=NAME, the column of a table of runs and the file's name for it."
+            )
+        return column, name
 
     def search(self) -> TuningTables | None:
         """The tuning trials, if the results folder has them."""
