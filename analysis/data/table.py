@@ -69,7 +69,7 @@ class RunsTable:
     name: str
     """Name in errors and reports."""
     assumed: str = ""
-    """What reading it assumed of an export's columns and units; empty if nothing."""
+    """Assumptions about the columns and units of an export; empty if there are none."""
 
     def __repr__(self) -> str:
         """Name, number of rows and arms."""
