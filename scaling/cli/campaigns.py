@@ -166,10 +166,9 @@ class Submit(OnCampaign):
 
     def _slurm(self) -> None:
         from sweeps.reporting import plan_table
-        from sweeps.slurm.submit import submit_slurm
+        from sweeps.slurm import SlurmExecutor
 
-        submission = submit_slurm(
-            self.recorded(),
+        submission = SlurmExecutor(self.recorded()).submit(
             retry=self.retry,
             order=self.order,
             dry_run=self.dry_run,

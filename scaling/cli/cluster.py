@@ -69,11 +69,11 @@ class Cancel(_OnRuns):
 
     def run(self) -> None:
         """Cancel the jobs of the selected runs."""
-        from sweeps.slurm.submit import cancel_slurm
+        from sweeps.slurm import SlurmExecutor
 
         plan = self.planned()
         chosen = self.chosen(plan)
-        jobs = cancel_slurm(plan, chosen)
+        jobs = SlurmExecutor(plan).cancel(chosen)
         if jobs:
             text = f"requested {len(jobs)} jobs to stop: {', '.join(jobs)}."
         elif here := sum(plan.directory(run).is_locked() for run in chosen):

@@ -212,7 +212,7 @@ def _local(trials: CampaignPlan, *, workers: int | None, progress: bool | None) 
 
 
 def _slurm(trials: CampaignPlan) -> ExecutionResult:
-    from sweeps.slurm.submit import submit_slurm
+    from sweeps.slurm import SlurmExecutor
 
     failed = {}
     for run in trials.distinct():
@@ -220,6 +220,6 @@ def _slurm(trials: CampaignPlan) -> ExecutionResult:
         if trials.state(run) == "failed" and len(attempts) >= MAX_FAILED_ATTEMPTS:
             failed[run.id] = attempts[-1].reason or "no reason given"
     remaining = tuple(run for run in trials.runs if run.id not in failed)
-    submit_slurm(msgspec.structs.replace(trials, runs=remaining), retry="failed")
+    SlurmExecutor(msgspec.structs.replace(trials, runs=remaining)).submit(retry="failed")
     done = [trials.state(run) in ("finished", "diverged") for run in remaining]
     return ExecutionResult(failed=failed, waiting=not all(done))

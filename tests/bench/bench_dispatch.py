@@ -29,7 +29,7 @@ from tiny import ON_CPU, arm_table, campaign_head, rung_table
 from sweeps.config.campaign import load_campaign
 from sweeps.planning.plan import CampaignPlan, plan, with_data
 from sweeps.reporting import status
-from sweeps.slurm.submit import submit_slurm
+from sweeps.slurm import SlurmExecutor
 
 CAMPAIGN = (
     "seeds = {seeds}"
@@ -85,14 +85,14 @@ def measure(cluster: Cluster, folder: Path, runs: int) -> dict[str, object]:
 
         planned = campaign(folder / f"ours-{repeat}", runs)
         before = count_files(planned.root)
-        seconds, submission = timed(lambda planned=planned: submit_slurm(planned))
+        seconds, submission = timed(lambda planned=planned: SlurmExecutor(planned).submit())
         ours.append(seconds)
         calls.append(len(submission.jobs))  # type: ignore[attr-defined]
         files["ours"] = (count_files(planned.root) - before) / runs
         files["ours, for SLURM alone"] = (
             count_files(planned.root / "submissions") + sum(1 for _ in (planned.root / "runs").glob("*/claim"))
         ) / runs
-        again.append(timed(lambda planned=planned: submit_slurm(planned))[0])
+        again.append(timed(lambda planned=planned: SlurmExecutor(planned).submit())[0])
         looks.append(timed(lambda planned=planned: status.rows(planned))[0])
         both = ["squeue -h -r --me", f"sacct -n -X -P -j {','.join(submission.jobs)}"]  # type: ignore[attr-defined]
         asks.append(sum(timed(lambda c=c: subprocess.run(c.split(), capture_output=True, check=True))[0] for c in both))

@@ -23,7 +23,8 @@ from waiting import until
 
 from sweeps.planning.plan import CampaignPlan
 from sweeps.reporting.status import status
-from sweeps.slurm.submit import cancel_slurm, submit_slurm
+from sweeps.slurm import SlurmExecutor
+from sweeps.slurm.submit import submit_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_profile")]
 
@@ -64,7 +65,7 @@ def test_preemption_reaches_all_runs_of_a_job_and_cancellation_one(cluster: Clus
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=5)
     unwanted = planned.runs[0]
-    cancel_slurm(planned, [unwanted])
+    SlurmExecutor(planned).cancel([unwanted])
     until(lambda: not planned.directory(unwanted).is_locked(), "the cancelled run did not stop")
     cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
     until(lambda: sum(row.state == "finished" for row in status(planned)) == 3, "the others did not finish")

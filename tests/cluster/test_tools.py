@@ -12,8 +12,8 @@ from waiting import until
 from scaling.errors import UserError
 from sweeps.planning.run_operations import clean, select, show_log
 from sweeps.reporting.status import status
+from sweeps.slurm import SlurmExecutor
 from sweeps.slurm.doctor import ClusterCheck, examine
-from sweeps.slurm.submit import cancel_slurm
 
 pytestmark = pytest.mark.cluster
 
@@ -54,7 +54,7 @@ def test_cancelling_an_arm_leaves_the_other_alone(cluster: Cluster, counting: Co
     counting.submit(planned)
     wait_for_steps(planned, *planned.runs, step=3)
     muon = select(planned, arm="muon")
-    assert len(cancel_slurm(planned, muon)) == 2
+    assert len(SlurmExecutor(planned).cancel(muon)) == 2
     until(lambda: [row.state for row in status(planned) if row.arm == "adamw"] == ["finished"] * 2, "not finished")
     until(lambda: not cluster.run("squeue", "-h"), "the cancelled jobs did not end")
     # The accounting reports RUNNING for some seconds after the queue has forgotten a job.
