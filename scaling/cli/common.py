@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sweeps.config.campaign import Campaign
-    from sweeps.planning.plan import CampaignPlan
+    from sweeps.planning.plan import CampaignPlan, PlannedRun
 
 T = TypeVar("T")
 
@@ -112,21 +112,27 @@ def find_run(name: str, root: Path) -> Path:
             some = ", ".join(path.name for path in found[:5]) + (", ..." if len(found) > 5 else "")
             raise UserError(f'{runs}: the ids of {len(found)} runs start with "{name}": {some}. Give more digits.')
     elif len(parts) == 3 and (campaign.endswith(".toml") or (campaign and "/" not in campaign)):
-        return _in_campaign(campaign, *parts, root=root)
+        plan, run = planned_run(campaign, *parts, root=root)
+        return plan.directory(run).path
     raise UserError(
         f'{runs}: there is no run "{name}". Give the start of an id from scaling status, the path of its directory, '
         "or CAMPAIGN/ARM/RUNG/SEED."
     )
 
 
-def _in_campaign(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -> Path:
+def planned_run(campaign: str, arm: str, rung: str, seed: str, *, root: Path) -> tuple[CampaignPlan, PlannedRun]:
+    """The plan of a campaign, and its run of an arm at a rung with a seed.
+
+    Raises:
+        UserError: The campaign has no such run.
+    """
     from sweeps.planning.run_operations import select
 
     plan = OnCampaign(campaign, root).planned()
     chosen = select(plan, arm=arm, rung=rung)
     for run in chosen:
         if str(run.seed) == seed:
-            return plan.directory(run).path
+            return plan, run
     seeds = ", ".join(str(run.seed) for run in chosen)
     raise UserError(f"{plan.campaign.file}: arm {arm} has no run on rung {rung} with seed {seed}. Its seeds: {seeds}.")
 

@@ -10,15 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from scaling.cli.common import (
-    OnCampaign,
-    RunName,
-    default_root,
-    find_run,
-    next_step,
-    print_json,
-    rich_table,
-)
+from scaling.cli.common import RunName, default_root, find_run, next_step, planned_run, print_json, rich_table
 from scaling.errors import UserError, plain
 
 
@@ -36,7 +28,7 @@ class Init:
     """Tokenizers JSON file; default: bytes."""
 
     def run(self) -> None:
-        """Write the file; nothing is overwritten."""
+        """Write both files; a campaign file that exists is kept, and the schema is written again."""
         from sweeps.planning.starter import write_starter
 
         for path in write_starter(
@@ -68,10 +60,7 @@ class Explain:
             raise UserError(
                 f'"{self.named}" is no run of a campaign. Write CAMPAIGN/ARM/RUNG/SEED, as in quick/muon/21k/0.'
             )
-        plan = OnCampaign(campaign, self.root).planned()
-        run_id = find_run(self.named, self.root).name
-        arm, rung, _ = parts
-        run = next(run for run in plan.runs if (run.id, run.arm, run.rung) == (run_id, arm, rung))
+        plan, run = planned_run(campaign, *parts, root=self.root)
         origins = explain(plan, run, campaign)
         if self.wanted:
             origins = explain_field(origins, self.wanted)
@@ -118,12 +107,10 @@ class Diff:
         if name in built_in() or (name.endswith(".toml") and os.path.lexists(name)):
             load_campaign(name)  # refuses a file that is no campaign
             return campaign_tables(campaign_path(name))
-        directory = RunDirectory(find_run(name, self.root))
-        if directory.spec_file.exists():
-            return as_dict(directory.spec())
-        campaign, arm, rung, seed = name.rsplit("/", 3)
-        runs = OnCampaign(campaign, self.root).planned().runs
-        return as_dict(next(r.spec for r in runs if (r.arm, r.rung, str(r.seed)) == (arm, rung, seed)))
+        campaign, *parts = name.rsplit("/", 3)
+        if len(parts) == 3 and not os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+            return as_dict(planned_run(campaign, *parts, root=self.root)[1].spec)
+        return as_dict(RunDirectory(find_run(name, self.root)).spec())
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
