@@ -42,10 +42,10 @@ def test_repeats_of_one_size_are_one_observation() -> None:
 
 @pytest.mark.parametrize("arm", ["adamw", "muon"])
 @pytest.mark.parametrize("known", [1, 2, 3, 4])
-def test_first_rungs_predict_later_ones(arm: str, known: int, tmp_path: Path) -> None:
+def test_first_rungs_predict_later_ones_within_a_quarter(arm: str, known: int, tmp_path: Path) -> None:
     """Clocks of a kept campaign: trials of its first rungs against the runs of later rungs.
 
-    AdamW is predicted within 8 % and Muon at 593k 36 % too slow (results/cpu-hour/README.md).
+    One run is an exception: Muon at 593k was faster than its smaller sizes predict, by up to 36 % (results/cpu-hour/README.md).
     """
     folder = RESULTS / "cpu-hour"
     frame = pd.concat([pd.read_csv(folder / name) for name in ("trials.csv", "runs.csv")])
@@ -57,7 +57,10 @@ def test_first_rungs_predict_later_ones(arm: str, known: int, tmp_path: Path) ->
     measured = tuple((*works[rung], value) for rung, value in zip(frame["rung"], seconds, strict=True) if rung in first)
     speed = fit_speed(measured, PEAK)
     for rung in list(works)[known:]:
-        assert speed.seconds_per_token(works[rung]) == pytest.approx(seconds[frame["rung"] == rung].median(), rel=0.4)
+        within = 0.4 if (arm, rung) == ("muon", "593k") else 0.25
+        assert speed.seconds_per_token(works[rung]) == pytest.approx(
+            seconds[frame["rung"] == rung].median(), rel=within
+        )
 
 
 def test_free_slots_take_the_next_run() -> None:
