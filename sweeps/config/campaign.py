@@ -37,7 +37,7 @@ from sweeps.config.hyperparameter_rules import rule_set
 from sweeps.config.placement import PlacementConfig, Word, placements
 from sweeps.config.search_space import Values
 from sweeps.config.toml import as_value, located, merged, override, read_toml
-from sweeps.config.toml_text import key_lines
+from sweeps.config.toml_text import KeyPath, key_lines
 from sweeps.config.tune import TuneConfig
 from sweeps.config.tune import check as check_tuning
 
@@ -276,7 +276,7 @@ def load_campaign(
     if hyperparameters is not None:
         tables["hyperparameters"] = hyperparameters
 
-    def lines() -> dict[tuple[str | int, ...], int]:  # values of other files and settings have no line in this one
+    def lines() -> dict[KeyPath, int]:  # values of other files and settings have no line in this one
         return key_lines(path.read_text(encoding="utf-8-sig")) if tables == read_toml(path) else {}
 
     content = as_value(tables, CampaignFile, where=path.name, lines=lines)

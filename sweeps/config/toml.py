@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import msgspec
 
 from scaling.errors import CONTROL, ConfigError, UserError, plain, shortened
-from sweeps.config.toml_text import nearest_line
+from sweeps.config.toml_text import KeyPath, nearest_line
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -146,7 +146,7 @@ def as_value(
     *,
     where: str,
     file: type[msgspec.Struct] | None = None,
-    lines: Callable[[], Mapping[tuple[str | int, ...], int]] = dict,
+    lines: Callable[[], Mapping[KeyPath, int]] = dict,
 ) -> T:
     """Tables as a strict value.
 
@@ -181,7 +181,7 @@ class _Place(NamedTuple):
     """The table of a list that holds it, as the file writes it: ``, [[rungs]] number 2 ("83k")``."""
     keys: tuple[str, ...] = ()
     """Keys from that row, or from the top of the file."""
-    path: tuple[str | int, ...] = ()
+    path: KeyPath = ()
     """Keys and positions in lists from the top of the file."""
 
     @property
@@ -208,7 +208,7 @@ class _Place(NamedTuple):
         return self._replace(row=row, keys=(), path=(*self.path, number - 1))
 
 
-Problem = tuple[tuple[str | int, ...], str]
+Problem = tuple[KeyPath, str]
 """Path of a value that is not accepted, and a sentence on it."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """A key with the tables that lead to it, such as ``("rungs", 0, "width")``."""
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -55,11 +55,11 @@ def toml_value(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def key_lines(text: str) -> dict[Path, int]:
+def key_lines(text: str) -> dict[KeyPath, int]:
     """The line number of every table and key of a valid TOML file, from 1; keys of inline tables have no line of their own."""
-    lines: dict[Path, int] = {}
-    here: Path = ()
-    counts: dict[Path, int] = {}
+    lines: dict[KeyPath, int] = {}
+    here: KeyPath = ()
+    counts: dict[KeyPath, int] = {}
     depth, quotes = 0, ""
     for number, line in enumerate(text.splitlines(), start=1):
         if not depth and not quotes:
@@ -80,7 +80,7 @@ def key_lines(text: str) -> dict[Path, int]:
     return lines
 
 
-def nearest_line(lines: Mapping[Path, int], path: Sequence[str | int]) -> int | None:
+def nearest_line(lines: Mapping[KeyPath, int], path: Sequence[str | int]) -> int | None:
     """The line of a key, or of the innermost table around it that has one; None for the file itself."""
     return next((lines[tuple(path[:end])] for end in range(len(path), 0, -1) if tuple(path[:end]) in lines), None)
 

@@ -10,7 +10,7 @@ import msgspec
 from scaling.errors import UserError, unknown_name
 from sweeps.config.campaign import ArmConfig, campaign_path, campaign_tables
 from sweeps.config.toml import read_toml
-from sweeps.config.toml_text import Path, key_lines, nearest_line
+from sweeps.config.toml_text import KeyPath, key_lines, nearest_line
 from sweeps.config.tuning_results import tuning_file
 from sweeps.planning.plan import CampaignPlan, PlannedRun
 
@@ -84,9 +84,9 @@ class _Finder:
         self.tables = campaign_tables(path)
         self.name = path.name
         self.lines = key_lines(path.read_text(encoding="utf-8-sig")) if self.tables == read_toml(path) else {}
-        self.in_arm: Path = ("arms", [arm.name for arm in plan.campaign.arms].index(run.arm))
+        self.in_arm: KeyPath = ("arms", [arm.name for arm in plan.campaign.arms].index(run.arm))
         rungs = [rung.name for rung in plan.campaign.rungs]
-        self.in_rung: Path = ("rungs", rungs.index(run.rung)) if run.rung in rungs else ("ladder",)
+        self.in_rung: KeyPath = ("rungs", rungs.index(run.rung)) if run.rung in rungs else ("ladder",)
 
     def origin(self, field: str) -> str:
         """The origin of a field, in words."""
@@ -164,11 +164,11 @@ class _Finder:
             return f"hyper-parameter rule, {self._line((*self.in_arm, 'rule'), ('rule',))}"
         return None
 
-    def _line(self, *paths: Path, text: str = "") -> str:
+    def _line(self, *paths: KeyPath, text: str = "") -> str:
         """The place of the first of some keys that the file has; else the default."""
         return self._first(*paths, text=text) or "default"
 
-    def _first(self, *paths: Path, text: str = "") -> str | None:
+    def _first(self, *paths: KeyPath, text: str = "") -> str | None:
         for path in paths:
             value: Any = self.tables
             for step in path:
