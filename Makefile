@@ -41,7 +41,7 @@ bench: $(READY)
 	for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 lock: $(OWN_UV)
-	$(UV) pip compile --generate-hashes --universal --python-version 3.11 --extra data --extra optimizers --extra track --extra dev \
+	$(UV) pip compile --generate-hashes --universal --python-version 3.11 --extra data --extra dev \
 	    --no-emit-index-url --quiet --output-file requirements.lock pyproject.toml
 
 .uv/bin/uv:
