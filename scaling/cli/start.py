@@ -86,12 +86,8 @@ class Diff:
     def run(self) -> None:
         """Print the differing values; arms and rungs are matched by name."""
         left, right = (dict(_leaves(self._tables(name))) for name in (self.first, self.second))
-        absent = object()
-        rows = [
-            (key, left.get(key), right.get(key))
-            for key in dict.fromkeys((*left, *right))
-            if left.get(key, absent) != right.get(key, absent)
-        ]
+        keys = dict.fromkeys((*left, *right))
+        rows = [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
         if self.json:
             print_json([{"field": key, "first": a, "second": b} for key, a, b in rows])
         elif not rows:

@@ -119,12 +119,8 @@ class _Finder:
             case "seed":
                 return self._line((*self.in_rung, "seeds"), ("seeds",))
             case "placement":
-                rung = ("placement", "rungs", self.run.rung)
-                return (
-                    "folder of the prepared data"
-                    if rest == "data" and not self._first(("placement", rest))
-                    else self._line((*rung, rest), ("placement", rest))
-                )
+                found = self._first(("placement", "rungs", self.run.rung, rest), ("placement", rest))
+                return found or ("folder of the prepared data" if rest == "data" else "default")
             case "warm_start" | "branch_of":
                 return self._line((*self.in_arm, first), ("schedule", "branches"))
         return self._line(("training", last))
@@ -143,9 +139,8 @@ class _Finder:
 
     def _model(self, rest: str) -> str:
         key = tuple(rest.split("."))
-        own = (*self.in_arm, *key)
         if self.arm.family is not None and key[0] in ("family", "moe", "mla", "family_options"):
-            return self._line(own)
+            return self._line((*self.in_arm, *key))
         return self._line((*self.in_rung, *key), ("model", *key))
 
     def _optimizer(self, rest: str) -> str:
